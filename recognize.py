@@ -53,7 +53,7 @@ from common.io import (
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from finetune_lora import load_classifier
 from ingest import sources
-from ingest.pictures import files_below, pictures, tell_problems, whole_pictures
+from ingest.pictures import picture_files, pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
 FACES = 500  # training pictures of a character in a gallery, at most
@@ -455,7 +455,7 @@ def files_to_sort(paths, out):
     for path in paths:
         if out.resolve().is_relative_to(Path(path).resolve()):
             raise UserError(f"--sort {out} lies in {path}, which is sorted; choose another folder")
-        for key, file in files_below(path).items():
+        for key, file in picture_files(path).items():
             name = key if Path(path).is_dir() else file.name
             if taken.setdefault(name, file) != file:
                 raise UserError(

@@ -44,7 +44,7 @@ from common.command import Flags, Parser, at_least, between, cli, command, parse
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
-from ingest.pictures import files_below, pictures, tell_problems
+from ingest.pictures import picture_files, pictures, tell_problems
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
 
@@ -776,7 +776,7 @@ def caption_words(row):
 
 def caption_files(path, append):
     """-> {key: caption file} of the pictures at a path. Captions that are there are refused."""
-    found = {key: file.with_suffix(".txt") for key, file in files_below(path).items()}
+    found = {key: file.with_suffix(".txt") for key, file in picture_files(path).items()}
     twice = [file for file, n in Counter(found.values()).items() if n > 1]
     if twice:
         raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")

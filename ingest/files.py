@@ -1,25 +1,31 @@
-"""Picture files in folders, zips and tars: their names and their bytes. Nothing is extracted to disk.
+"""Picture files in folders, lists, zips and tars: names and bytes. Nothing is extracted to disk.
 
-open_zip(path) and open_tar(path) -> (found, fetch): found is [(place, name)] of the pictures, and
-fetch(records) yields (record, load) for records with such a place, where load() -> bytes.
+open_...(path) -> (found, fetch): found is [(place, name)] of the pictures, and fetch(records)
+yields (record, load) for records with such a place, where load() -> bytes.
 """
 
 import os
 import re
+import sys
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from functools import partial
+from pathlib import Path
 
 from common.io import UserError, reading, regular
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
-
-
 # folders of macOS, Synology, QNAP and Windows, with thumbnails or what was deleted
 TOOLS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}
+
+
+def nfc(text):
+    """One spelling per name: macOS writes the same letters decomposed."""
+    return unicodedata.normalize("NFC", text)
 
 
 def has_suffix(name):
@@ -27,17 +33,15 @@ def has_suffix(name):
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def hidden_part(name):
-    """The first part of a name that is hidden or a tool's, or None: .thumbnails of .thumbnails/x.png."""
-    for part in name.split("/"):
-        if part in TOOLS or (part.startswith(".") and part not in (".", "..")):
-            return part
-    return None
+def is_hidden(name):
+    """Is a part of the name hidden or a tool's, such as .thumbnails in .thumbnails/x.png?"""
+    parts = set(name.split("/")) - {".", ".."}
+    return any(part in TOOLS or part.startswith(".") for part in parts)
 
 
 def is_image(name):
     """By its suffix; __MACOSX/._x.png and .thumbnails/x.png are not one."""
-    return has_suffix(name) and hidden_part(name) is None
+    return has_suffix(name) and not is_hidden(name)
 
 
 def refuse_large(size):
@@ -72,6 +76,27 @@ def read_whole(path):
 def fetch_files(records, root=""):
     """For records whose place is the path of a file, relative to root or absolute."""
     return ((r, partial(read_whole, os.path.join(root, r.place))) for r in records)
+
+
+def files_below(root):
+    """-> fetch for records whose place is the path of a file below a folder."""
+    if not Path(root).is_dir():
+        raise UserError(f"{root} is not there: unpack the pictures of the data set into it")
+    return partial(fetch_files, root=root)
+
+
+def open_folder(root):
+    """All pictures below a folder, hidden ones, too."""
+    return [(name, name) for name in walk(root, wanted=has_suffix)], files_below(root)
+
+
+def open_list(_):
+    """Standard input, one path a line; the folders that all of them have in common say nothing."""
+    paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in sys.stdin if line.strip()], "."
+    if paths and all(map(os.path.isabs, paths)):
+        top = os.path.commonpath([os.path.dirname(p) for p in paths])
+    named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
+    return [(p, name) for p, name in named if has_suffix(name)], fetch_files
 
 
 # ---- archives ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ nothing):
 
 One rule decides what a level means. The first level of folders named like splits is the split. Of
 the other levels, the one with the most names is the class. Pictures that do not fit are set aside.
-`told` says so in one line, and names the other reading where there is one.
+`told` says so in one line, and --layout overrules it.
 """
 
 import re
@@ -25,7 +25,6 @@ WORDS |= dict.fromkeys(("dev", "development"), "dev") | dict.fromkeys(("test", "
 THING = r"(?:data|dataset|set|split|images?|imgs?|pictures?|pics?|faces?|crops?)"
 SPLIT = re.compile(rf"(?:{THING}[ _.-])?({'|'.join(WORDS)})(?:[ _.-]?{THING})?[ _.-]?\d*")
 NUMBERED = re.compile(r"\d+_(\D.*)")  # 10_miku of kohya's scripts, 000_hatsune_miku of moeimouto
-FEW = 3  # pictures, or 5 % of them, may lie astray before another reading is named
 
 
 @cache
@@ -50,40 +49,41 @@ def are_numbered(names):
     return all(map(NUMBERED.fullmatch, names))
 
 
-def few(k, n):
-    return k <= max(FEW, 0.05 * n)
-
-
 # ---- finding the pattern -------------------------------------------------------------------------
 
 
-def detect(dirs):
-    """Folders of each picture, [["train", "miku"], ...] -> the pattern; and another, or None.
+def understand(dirs, layout=None):
+    """Folders of each picture, [["train", "miku"], ...] -> rows as of `read`; read as what.
 
-    The other is one that somebody may have meant.
+    Where every class has a number before its name, it is left out: kohya's scripts count repeats,
+    AnimeFace Character (moeimouto) its classes.
     """
-    split, all_are_splits = split_level(dirs)
-    label, second = [*class_levels(labelled(dirs, split), split), None, None][:2]
-    chosen = pattern_of(split, label)
-    others = []
-    if not all_are_splits:
-        others.append(pattern_of(None, split if label is None else min(split, label)))
-    if second is not None:
-        others.append(pattern_of(split, second))
-    if not few(sum(row is None for row in read(dirs, chosen)), len(dirs)):
-        others.append(pattern_of(split))
-    if label is None and any(len(d) > len(chosen) for d in dirs):
-        others.append(pattern_of(split, len(chosen)))
-    return chosen, others[0] if others else None
+    pattern = detect(dirs) if layout is None else layout
+    rows = read(dirs, pattern)
+    what = "/".join(pattern) or "pictures only"
+    labels = {row[1] for row in rows if row} - {None}
+    if layout is None and labels and are_numbered(labels):
+        what += ", the numbers before names left out"
+        rows = [row and (row[0], row[1] and NUMBERED.fullmatch(row[1])[1]) for row in rows]
+    return rows, what
+
+
+def detect(dirs):
+    """-> the pattern of the folders."""
+    split = split_level(dirs)
+    dirs = labelled(dirs, split)
+    roles = {class_level(dirs, split): "class", split: "split"}
+    levels = max((k for k in roles if k is not None), default=-1) + 1
+    return tuple(roles.get(k, "-") for k in range(levels))
 
 
 def split_level(dirs):
-    """-> the first level with splits, or None; and whether all of its folders are splits."""
+    """-> the first level with splits, or None."""
     for k in shared_levels(dirs):
         found = {split_of(d[k]) for d in dirs if len(d) > k}
         if None not in found or "train" in found or {"val", "test"} <= found:
-            return k, None not in found
-    return None, True
+            return k
+    return None
 
 
 def shared_levels(dirs):
@@ -92,35 +92,33 @@ def shared_levels(dirs):
     return [k for k in range(deepest) if 2 * sum(len(d) > k for d in dirs) >= len(dirs)]
 
 
+def splits_with_folders(dirs, at):
+    """The splits, named at this level, that hold folders: one of pictures only has no labels."""
+    return {split_of(d[at]) for d in dirs if len(d) > at + 1}
+
+
 def labelled(dirs, at):
-    """Those in a split that holds folders: a split of pictures only has no labels."""
+    """Those in a split that holds folders."""
     if at is None:
         return dirs
     inside = [d for d in dirs if len(d) > at and split_of(d[at])]
-    deep = {split_of(d[at]) for d in inside if len(d) > at + 1}
+    deep = splits_with_folders(inside, at)
     return [d for d in inside if split_of(d[at]) in deep] or inside
 
 
-def class_levels(dirs, at):
-    """-> the levels that may be the class, the likeliest first: numbered ones, then many names.
+def class_level(dirs, at):
+    """-> the level that is the class, or None: one of numbered names, or else of the most names.
 
     A level whose folders stand alone in the folder above is a wrapper, where they have no numbers.
     """
     levels = [k for k in shared_levels(dirs) if k != at]
     order = {}
     for k in levels:
-        deep = [tuple(d[: k + 1]) for d in dirs if len(d) > k]
+        deep = {tuple(d[: k + 1]) for d in dirs if len(d) > k}
         names = {d[-1] for d in deep}
-        if are_numbered(names) or len(set(deep)) > len({d[:-1] for d in deep}):
-            order[k] = (not are_numbered(names), -len(names))
-    return sorted(order, key=order.get) or levels[-1:]
-
-
-def pattern_of(split=None, label=None):
-    """The numbers of two levels -> ("split", "-", "class")."""
-    roles = {split: "split", label: "class"}
-    levels = max((k for k in roles if k is not None), default=-1) + 1
-    return tuple(roles.get(k, "-") for k in range(levels))
+        if are_numbered(names) or len(deep) > len({d[:-1] for d in deep}):
+            order[k] = (are_numbered(names), len(names))
+    return max(order, key=order.get) if order else max(levels, default=None)
 
 
 # ---- reading by it -------------------------------------------------------------------------------
@@ -131,51 +129,35 @@ def read(dirs, pattern):
 
     A picture in a split that holds no folder at all has no label.
     """
-    at = pattern.index("split") if "split" in pattern else None
-    tops = [split_of(d[at]) if at is not None and len(d) > at else None for d in dirs]
-    deep = {top for top, d in zip(tops, dirs, strict=True) if at is not None and len(d) > at + 1}
+    splits = "split" in pattern
+    deep = splits_with_folders(dirs, pattern.index("split")) if splits else ()
     rows = []
-    for top, d in zip(tops, dirs, strict=True):
+    for d in dirs:
         said = dict(zip(pattern, d, strict=False))
-        if at is not None and top is None:
-            rows.append(None)
-        elif len(d) >= len(pattern):
-            rows.append((top, said.get("class")))
+        split = split_of(said.get("split", ""))
+        if len(d) >= len(pattern) and (split or not splits):
+            rows.append((split, said.get("class")))
         else:
-            rows.append((top, None) if top and top not in deep else None)
+            rows.append((split, None) if split and split not in deep else None)
     return rows
 
 
-def without_numbers(rows):
-    """Rows as of `read`, the numbers before labels left out where every label has one."""
-    labels = {row[1] for row in rows if row} - {None}
-    if not are_numbered(labels):
-        return rows
-    plain = {label: NUMBERED.fullmatch(label)[1] for label in labels}
-    return [row and (row[0], plain.get(row[1])) for row in rows]
-
-
-def told(what, rows, names=(), other=None):
+def told(what, rows, aside=()):
     """ "read as split/class: train, test; 38 classes (A, B, C, ...); 2 pictures set aside (x.png)".
 
-    rows of (split, label) or None; names: of the pictures; other: see `detect`.
+    rows: (split, label) of each picture; aside: names of those that have none.
     """
-    kept = [row for row in rows if row]
-    splits, labels = ({row[i] for row in kept} - {None} for i in (0, 1))
-    without = sum(label is None for _, label in kept)
-    parts = [", ".join(s for s in ORDER if s in splits)] if splits else []
-    parts += [f"{counted(len(labels), 'class', 'es')} ({first(labels)})" if labels else "no labels"]
+    splits = {split for split, _ in rows}
+    labels = {label for _, label in rows} - {None}
+    parts = [", ".join(s for s in ORDER if s in splits)] if any(splits) else []
+    count = f"{len(labels)} class{'es' * (len(labels) != 1)} ({first(labels)})"
+    parts.append(count if labels else "no labels")
+    without = sum(label is None for _, label in rows)
     if labels and without:
-        parts += [f"{without} pictures without a label"]
-    if aside := [name for name, row in zip(names, rows, strict=False) if row is None]:
-        parts += [f"{len(aside)} pictures set aside ({first(aside, 2)})"]
-    if other is not None:
-        parts += [f"--layout {'/'.join(other) or '-'} reads these folders another way"]
+        parts.append(f"{without} pictures without a label")
+    if aside:
+        parts.append(f"{len(aside)} pictures set aside ({first(aside, 2)})")
     return f"read as {what}: {'; '.join(parts)}"
-
-
-def counted(n, word, plural="s"):
-    return f"{n} {word}{plural * (n != 1)}"
 
 
 def first(names, most=3):

@@ -67,7 +67,7 @@ def is_picture(path):
         return True
 
 
-def files_below(path):
+def picture_files(path):
     """-> {key: the file} of the pictures at a path, a picture or a folder; keys as above."""
     folder = Path(path)
     if folder.is_dir():

@@ -10,18 +10,15 @@
 `fetch(records)` yields (record, load) in the order given, and load() -> bytes, so that a pool of
 threads may call it. `notes` are lines for the user: what the path was taken for, and what was left
 out. Each reader, from_...(path) -> (records, fetch, *notes), knows one kind of source; READERS is
-the table of them. Where only folders tell split and class, ingest/layouts.py reads them. No picture
-is opened here.
+the table of them. Where only folders tell split and class, ingest/files.py finds the pictures and
+ingest/layouts.py reads their folders. No picture is opened here.
 """
 
 import contextlib
 import csv
 import json
-import os
 import re
 import shlex
-import sys
-import unicodedata
 import zipfile
 from collections import namedtuple
 from functools import partial
@@ -29,9 +26,10 @@ from pathlib import Path
 
 from common.io import UserError, parse_table, reading, regular
 from ingest import files, layouts, tags
-from ingest.files import fetch_files, has_suffix, hidden_part, is_image, walk
+from ingest.files import files_below, is_hidden, is_image, nfc, open_folder, open_list, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
+MANY = 0.05  # of the pictures: where more are set aside, the folders may have been read wrongly
 MOST_NAME = 1000  # characters of a picture's name
 ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, escapes and what breaks a line
 UNKNOWN = (None, None, None, (), None)
@@ -44,32 +42,34 @@ def find(path, layout=None):
     layout: a pattern for sources that only folders tell of; (): all pictures, no labels.
     """
     reader, name = reader_of(path)
-    more = {} if name else {"layout": layout}
-    found, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
+    if name:
+        found, fetch, *notes = reader(Path(path))
+        notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
+    else:
+        pictures, fetch = reader(Path(path))
+        found, *notes = by_path(pictures, layout)
     if not found:
         raise UserError(nothing_in(path))
-    if name:
-        notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
+    if reader is open_folder and layout is None:
+        found = [tags.with_caption(r, path) for r in found]
     records = {}
     for r in found:
         records.setdefault(r.key, r)
     refuse_odd(path, records)
-    if len(records) < len(found):
-        notes.append(f"{len(found) - len(records)} names came twice; the first of each is kept")
+    if twice := len(found) - len(records):
+        notes.append(f"{twice} names came twice; the first of each is kept")
     return list(records.values()), fetch, notes
 
 
 def reader_of(path):
     """-> the function that reads this path, and its name, None where only folders tell of pictures."""
-    if str(path) == "-":
-        return from_list, None
     known = "folder, whole archive (zip, tar, tar.gz) or list (csv, tsv, jsonl)"
     return choose(path, READERS, known)
 
 
 def choose(path, readers, known):
     """-> the first of the readers (does it fit, reader, name) that fits, and its name."""
-    if not str(path) or not Path(path).exists():
+    if str(path) != "-" and not (str(path) and Path(path).exists()):
         fix = "give a folder, an archive or a list of images, or the word toon"
         raise UserError(f"{path or 'an empty PATH'} does not exist; {fix}")
     for fits, reader, name in readers:
@@ -88,81 +88,37 @@ def refuse_odd(path, names):
 
 def nothing_in(path):
     """The error for a source without pictures; they may lie in an archive there."""
-    inside = [p for p in sorted(Path(path).glob("*")) if p.name.lower().endswith(files.ARCHIVES)]
-    if inside:
-        command = f"python data.py {shlex.quote(str(inside[0]))}"
-        return f"no image found in {path}, but {inside[0].name} lies there: {command}"
+    for file in sorted(Path(path).glob("*")):
+        if file.name.lower().endswith(files.ARCHIVES):
+            command = f"python data.py {shlex.quote(str(file))}"
+            return f"no image found in {path}, but {file.name} lies there: {command}"
     looked = " ".join(sorted(files.SUFFIXES))
     return f"no image found in {path}; looked for {looked} in it and its subfolders"
-
-
-def nfc(text):
-    """One spelling per name: macOS writes the same letters decomposed."""
-    return unicodedata.normalize("NFC", text)
 
 
 # ---- what folders tell ---------------------------------------------------------------------------
 
 
-def by_path(found, layout=None, captions=None):
-    """[(place, name)] -> records whose folders say split and class, and a note: read as what.
-
-    Where every class has a number before its name, 10_miku or 000_hatsune_miku, the number is left
-    out: kohya's scripts count repeats, AnimeFace Character (moeimouto) its classes. captions
-    {name: tags}.
-    """
-    hidden = list(filter(None, (hidden_part(name) for _, name in found)))
-    found = [(place, name) for place, name in found if not hidden_part(name)]
-    keys = [nfc(name.removeprefix("./")) for _, name in found]
-    dirs = [key.split("/")[:-1] for key in keys]
-    pattern, other = layouts.detect(dirs) if layout is None else (layout, None)
-    rows = layouts.read(dirs, pattern)
-    what = "/".join(pattern) or "pictures only"
-    plain = layouts.without_numbers(rows)
-    if layout is None and plain != rows:
-        rows = plain
-        what += ", the numbers before names left out"
+def by_path(found, layout=None):
+    """[(place, name)] -> records whose folders say split and class, and a line: read as what."""
+    named = [(place, nfc(name.removeprefix("./"))) for place, name in found]
+    aside = [key for _, key in named if is_hidden(key)]
+    named = [(place, key) for place, key in named if not is_hidden(key)]
+    rows, what = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
     records = []
-    for key, (place, name), row in zip(keys, found, rows, strict=True):
-        if row:
+    for (place, key), row in zip(named, rows, strict=True):
+        if row is None:
+            aside.append(key)
+        else:
             split, label = row
-            records.append(Record(key, place, label, split, tags=(captions or {}).get(name, ())))
-    if found and not records:
-        problem = f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}"
-        fix = "a split is named train, val, dev or test, or much like it"
-        raise UserError(f"{problem}; {fix}")
-    line = layouts.told(what, rows, keys, other)
-    if hidden:
-        some = layouts.first(set(hidden))
-        line += f"; {len(hidden)} hidden pictures or of tools set aside ({some})"
-    return records, [line]
-
-
-def from_folder(root, layout=None):
-    """[wrapper/][train|val|test/][class/]picture.png; or pictures only, without labels."""
-    names = list(walk(root, wanted=has_suffix))
-    captions = {}
-    if layout is None:
-        numbered = [n for n in names if layouts.NUMBERED.fullmatch(Path(n).parent.name)]
-        captions = tags.read_captions(root, numbered)
-    records, notes = by_path([(name, name) for name in names], layout, captions)
-    return records, partial(fetch_files, root=root), *notes
-
-
-def from_archive(path, layout=None, opened=None):
-    found, fetch = opened(path)
-    records, notes = by_path(found, layout)
-    return records, fetch, *notes
-
-
-def from_list(lines, layout=None):
-    """One path a line; split and class are said by the folders below those that all have in common."""
-    paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()], "."
-    if paths and all(map(os.path.isabs, paths)):
-        top = os.path.commonpath([os.path.dirname(p) for p in paths])
-    named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    records, notes = by_path([(p, name) for p, name in named if has_suffix(name)], layout)
-    return records, fetch_files, *notes
+            records.append(Record(key, place, label, split))
+    if named and not records:
+        problem = f"--layout {what} fits none of the {len(rows)} pictures, such as {named[0][1]}"
+        raise UserError(f"{problem}; a split is named train, val, dev or test, or much like it")
+    note = layouts.told(what, [row for row in rows if row], aside)
+    if rows.count(None) > MANY * len(rows):
+        note += "; --layout reads folders in another way"
+    return records, note
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -220,8 +176,8 @@ def box_of(cells, where):
         raise UserError(f"{where}: {','.join(found)} is no box {','.join(BOX)}") from None
 
 
-def read_table(path, columns=COLUMNS, root="", names=None, split=None):
-    """Records of a table. Paths lie below `root`.
+def read_table(path, columns=COLUMNS, names=None, split=None):
+    """Records of a table.
 
     names {label in the file: class}; split: of all rows, if there is no such column.
     """
@@ -236,20 +192,25 @@ def read_table(path, columns=COLUMNS, root="", names=None, split=None):
         box = box_of(cells, where)
         if box and not (box[0] < box[2] and box[1] < box[3]):
             raise UserError(f"{where}: of a box x1 < x2 and y1 < y2, not {box}")
-        label = (names or {}).get(cells.get("label"), cells.get("label"))
-        records.append(record_of(cells | {"label": label, "box": box}, root, split))
+        label = cells.get("label")
+        cells |= {"label": (names or {}).get(label, label), "box": box}
+        cells |= {"split": layouts.split_of(given) or split}
+        records.append(record_of(cells, cells["path"]))
     return records
 
 
-def record_of(cells, root="", split=None):
+def record_of(cells, place):
     """{column: cell} -> a record. An empty label is no label; tags are a text or a list."""
-    label, words = cells.get("label"), cells.get("tags") or ()
-    label = None if label in (None, "") else sys.intern(nfc(str(label)))
-    words = tags.words_of(words) if isinstance(words, str) else words
-    words = tuple(sys.intern(nfc(str(word))) for word in words)
-    place, split = cells["path"], layouts.split_of(cells.get("split") or "") or split
+    label, group = cells.get("label"), cells.get("group")
+    words = cells.get("tags") or ()
     return Record(
-        nfc(place), root + place, label, split, cells.get("group") or None, words, cells.get("box")
+        nfc(cells["path"]),
+        place,
+        label=None if label in (None, "") else tags.word(label),
+        split=cells.get("split"),
+        group=str(group) if group else None,
+        tags=tags.words_of(words) if isinstance(words, str) else tuple(map(tags.word, words)),
+        box=cells.get("box"),
     )
 
 
@@ -266,7 +227,7 @@ def from_table(path):
     if 0 < without < len(records):
         fix = "give it to all or none"
         raise UserError(f"{path}: {without} of {len(records)} rows have no split; {fix}")
-    return records, partial(fetch_files, root=path.parent)
+    return records, files_below(path.parent)
 
 
 # ---- published data sets -------------------------------------------------------------------------
@@ -277,18 +238,16 @@ def from_dafre(root):
 
     Pictures are named by their id of Danbooru, whose metadata, if they lie there, give the tags.
     """
-    folder = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), None)
-    if folder is None:
-        raise UserError(f"{root} has DAF:re's labels alone; unpack faces/ or fullMin256/ there")
     names = read_names(root / "labels/classid_classname.csv", ("id", "name"))
     records, notes = [], []
     for split in ("train", "val", "test"):
         table = root / f"labels/{split}.csv"
         if table.exists():
-            records += read_table(table, ("label", "path"), f"{folder}/", names, split)
+            records += read_table(table, ("label", "path"), names, split)
     if metadata_files(root):
         records, notes = with_tags(root, records)
-    return records, partial(fetch_files, root=root), *notes
+    folder = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), "faces")
+    return records, files_below(root / folder), *notes
 
 
 def with_tags(root, records):
@@ -313,8 +272,6 @@ def from_acrd(root):
     The faces lie anywhere below, each named by its id of Danbooru. Those in no list, where there
     are lists, are left out as in the paper's baseline: a detector was not sure of them.
     """
-    if not (root / "faces.tsv").exists():
-        raise UserError(f"{root} has tagIds.tsv alone; put faces.tsv and the pictures there")
     names = read_names(root / "tagIds.tsv", ("name", "id"))
     lists = {}
     for split in ("train", "val", "test"):
@@ -323,25 +280,22 @@ def from_acrd(root):
     records, absent, unsure = [], 0, 0
     for r in read_table(root / "faces.tsv", ("path", "label", "head"), names=names):
         number = Path(r.place.replace("\\", "/")).stem
-        place = have.get(number)
-        absent += place is None
-        unsure += bool(lists) and number not in lists
-        if place and (number in lists or not lists):
+        listed = number in lists or not lists
+        absent += number not in have
+        unsure += not listed
+        if number in have and listed:
+            place = have[number]
             records.append(r._replace(key=nfc(place), place=place, split=lists.get(number)))
     notes = [f"{absent} lines of faces.tsv have no picture here"] if absent else []
     notes += [f"{unsure} faces are in none of the lists, and left out"] if unsure else []
-    return records, partial(fetch_files, root=root), *notes
+    return records, files_below(root), *notes
 
 
 def from_icartoonface(root):
     """iCartoonFace (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, and boxes of faces."""
-    folder = root / "icartoonface_rectrain"
-    if not folder.is_dir():
-        fix = "unpack icartoonface_rectrain/ there"
-        raise UserError(f"{root} has iCartoonFace's boxes alone; {fix}")
     records = read_table(root / "icartoonface_rectrain_det.txt", ("path", *BOX))
     named = [r._replace(label=r.key.split("/")[0]) for r in records]
-    return named, partial(fetch_files, root=folder)
+    return named, files_below(root / "icartoonface_rectrain")
 
 
 # ---- parquet -------------------------------------------------------------------------------------
@@ -350,16 +304,14 @@ IMAGES = ("image", "img", "picture", "jpg", "png", "webp")  # names of a column 
 
 
 def parquet_files(path):
-    """The file itself, or those with names of splits in a folder, or in data/ there."""
-    if path.is_file():
-        return [path] if path.suffix.lower() == ".parquet" else []
-    inside = [*path.glob("*.parquet"), *path.glob("data/*.parquet")]
-    return sorted(p for p in inside if split_of_file(p))
+    """{file: split} of a file, or of those with names of splits in a folder or in data/ there.
 
-
-def split_of_file(path):
-    """train-00000-of-00002.parquet -> train."""
-    return layouts.split_of(re.split(r"[-.]", path.name)[0])
+    train-00000-of-00002.parquet is of train.
+    """
+    files = [path] if path.is_file() else [*path.glob("*.parquet"), *path.glob("data/*.parquet")]
+    files = [file for file in sorted(files) if file.suffix.lower() == ".parquet"]
+    splits = {file: layouts.split_of(re.split(r"[-.]", file.name)[0]) for file in files}
+    return {file: split for file, split in splits.items() if split or path.is_file()}
 
 
 def from_parquet(path):
@@ -369,44 +321,48 @@ def from_parquet(path):
     except ImportError:
         raise UserError(f"{path} holds parquet files; pip install pyarrow reads them") from None
     records = []
-    for file in parquet_files(path):
+    for file, split in parquet_files(path).items():
         with reading(file, "parquet file of pictures", "take another copy"):
-            records += parquet_records(file, ParquetFile(file))
+            records += parquet_records(file, split, ParquetFile(file))
     return records, partial(fetch_rows, opened=ParquetFile)
 
 
-def parquet_records(file, table):
-    """A record for each row of a file; nothing of its pictures is read."""
+def parquet_records(file, split, table):
+    """A record for each row of a file; nothing of its pictures is read.
+
+    Labels may be numbers of classes, whose names Hugging Face writes into the file; -1 is none.
+    """
     schema, records = table.schema_arrow, []
     image = next((name for name in IMAGES if name in schema.names), None)
     if image is None:
         raise ValueError(f"no column image, but {', '.join(schema.names)}")
     columns = {CALLED.get(name, name): name for name in schema.names if name != image}
-    asked = [columns[name] for name in ("label", "tags") if name in columns]
+    columns = {known: columns[known] for known in ("label", "tags") if known in columns}
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
     names = (features.get(columns.get("label")) or {}).get("names") or ()
-    rows = [{}] * table.metadata.num_rows
-    for number, cells in enumerate(table.read(asked).to_pylist() if asked else rows):
-        label = cells.get(columns.get("label"))
-        if label in range(len(names)):
-            label = names[label]
-        cells = {"path": f"{file.stem}/{number:07d}", "tags": cells.get("tags")}
-        record = record_of(cells | {"label": None if label == -1 else label})
-        records.append(record._replace(place=(file, image, number), split=split_of_file(file)))
+    classes = dict(enumerate(names)) | {-1: None}
+    for number, row in enumerate(rows_of(table, [*columns.values()])):
+        cells = {known: row[name] for known, name in columns.items()}
+        cells["label"] = classes.get(cells.get("label"), cells.get("label"))
+        cells |= {"path": f"{file.stem}/{number:07d}", "split": split}
+        records.append(record_of(cells, (file, image, number)))
     return records
 
 
+def rows_of(table, columns):
+    """Yield {column: cell} of each row, a few rows at a time."""
+    for batch in table.iter_batches(64, columns=columns):
+        yield from batch.to_pylist()
+
+
 def fetch_rows(records, opened):
-    """For records whose place is (file, column, row): each file is read through, little at a time."""
+    """For records whose place is (file, column, row): each file is read through."""
     wanted = {r.place: r for r in records}
     for file, image in dict.fromkeys(r.place[:2] for r in records):
-        number = 0
-        for batch in opened(file).iter_batches(64, columns=[image]):
-            for cell in batch.column(0).to_pylist():
-                if (file, image, number) in wanted:
-                    yield wanted[file, image, number], partial(image_bytes, cell)
-                number += 1
+        for number, cells in enumerate(rows_of(opened(file), [image])):
+            if record := wanted.get((file, image, number)):
+                yield record, partial(image_bytes, cells[image])
 
 
 def image_bytes(cell):
@@ -444,7 +400,7 @@ def from_danbooru(path):
         for alias in (Path(name).stem, name):
             have.setdefault(alias, name)  # of 512px/ and original/ the first
     records, notes = read_posts(path, have)
-    return records, partial(fetch_files, root=root), *notes
+    return records, files_below(root), *notes
 
 
 def posts_of(file):
@@ -465,27 +421,23 @@ def posts_of(file):
 
 def read_posts(path, have):
     """The metadata at path -> (records of posts whose picture is in have, notes)."""
-    count, absent = 0, 0
+    count = absent = 0
     broken, records = [], []
     for file in metadata_files(path):
         for number, post in posts_of(file):
             count += 1
             try:
-                found = picture_of(post, have)
-                records += [post_record(post, found)] if found else []
-                absent += not found
+                record = record_of_post(post, have)
             except (AttributeError, TypeError):
                 broken.append(f"{file.name}, line {number}")
+                continue
+            absent += record is None
+            records += [record] if record else []
     lost = f"{len(broken)} of {count} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * count:
         raise UserError(f"{path} is no metadata of pictures: {lost}; correct or remove them")
     notes = [f"{absent} lines of the metadata have no picture here"] if absent else []
     return records, notes + [lost] * bool(broken)
-
-
-def picture_of(post, have):
-    keys = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
-    return next((have[key] for key in keys if key in have), None)
 
 
 def tags_of_post(post):
@@ -511,12 +463,16 @@ def tags_of_post(post):
     return [t for t in words if t not in left_out], lists["character"]
 
 
-def post_record(post, place):
+def record_of_post(post, have):
+    """None where its picture is not in have."""
+    keys = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
+    place = next((have[key] for key in keys if key in have), None)
+    if place is None:
+        return None
     words, people = tags_of_post(post)
-    group = post.get("parent_id") or post.get("id")
-    record = record_of({"path": place, "tags": words})
-    label = nfc(str(people[0])) if len(people) == 1 else None
-    return record._replace(label=label, group=group and str(group))
+    cells = {"path": place, "tags": words, "group": post.get("parent_id") or post.get("id")}
+    cells["label"] = people[0] if len(people) == 1 else None
+    return record_of(cells, place)
 
 
 # ---- the readers ---------------------------------------------------------------------------------
@@ -526,20 +482,17 @@ def holds(name):
     return lambda path: (path / name).exists()
 
 
-def is_table(path):
-    return path.suffix.lower() in (".csv", ".tsv")
-
-
-# Does it fit, the reader, what the path is taken for (None: only folders tell split and class).
-# Published data sets, by the files that only they have, come first.
+# Does it fit, the reader, what the path is taken for (None: only folders tell split and class, and
+# the reader is one of ingest/files.py). Published data sets, by files that only they have, come first.
 READERS = (
+    (lambda path: str(path) == "-", open_list, None),
     (holds("labels/train.csv"), from_dafre, "DAF:re"),
     (holds("icartoonface_rectrain_det.txt"), from_icartoonface, "iCartoonFace"),
     (holds("tagIds.tsv"), from_acrd, "ACRD"),
     (metadata_files, from_danbooru, "Danbooru metadata"),
     (parquet_files, from_parquet, "parquet"),
-    (Path.is_dir, from_folder, None),
-    (is_table, from_table, "a table"),
-    (zipfile.is_zipfile, partial(from_archive, opened=files.open_zip), None),
-    (files.is_tar, partial(from_archive, opened=files.open_tar), None),
+    (Path.is_dir, open_folder, None),
+    (lambda path: path.suffix.lower() in (".csv", ".tsv"), from_table, "a table"),
+    (zipfile.is_zipfile, files.open_zip, None),
+    (files.is_tar, files.open_tar, None),
 )

@@ -6,7 +6,6 @@ than 25.
 
 import re
 import sys
-import unicodedata
 import zlib
 from collections import Counter
 from itertools import chain
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from common.fields import is_name
+from ingest.files import nfc
+from ingest.layouts import NUMBERED
 
 MOST_LETTERS = 2**16  # of a caption
 MOST = 256  # tags of a picture; of more the rarest are left out
@@ -24,22 +25,24 @@ KEPT = 0.5  # of the demo set: share of a picture's tags that it gets
 WITHOUT = 0.1  # of the demo set: share of pictures that get none
 
 
+def word(text):
+    """One spelling, and one place in memory, per word."""
+    return sys.intern(nfc(str(text)))
+
+
 def words_of(text):
     """ "solo, brown hair" -> solo, brown_hair: at commas where there are commas, else at spaces."""
     parts = text.split(",") if "," in text else text.split()
-    return tuple("_".join(part.split()) for part in parts if part.strip())
+    return tuple(word("_".join(part.split())) for part in parts if part.strip())
 
 
-def read_captions(root, names):
-    """{picture: tags} of those with a caption of comma-separated tags beside them, x.txt of x.png."""
-    captions = {}
-    for name in names:
-        path = (Path(root) / name).with_suffix(".txt")
-        if path.is_file():
-            with open(path, encoding="utf-8-sig", errors="replace") as f:
-                words = words_of(f.read(MOST_LETTERS))
-            captions[name] = tuple(sys.intern(unicodedata.normalize("NFC", w)) for w in words)
-    return captions
+def with_caption(record, root):
+    """The record, with the tags in x.txt beside x.png, in a numbered folder of kohya's scripts."""
+    path = Path(root, record.place).with_suffix(".txt")
+    if not (NUMBERED.fullmatch(path.parent.name) and path.is_file()):
+        return record
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        return record._replace(tags=words_of(f.read(MOST_LETTERS)))
 
 
 def is_emoticon(tag):

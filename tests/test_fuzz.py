@@ -38,6 +38,7 @@ ATTENTION = f"{MAPS} --map attn --run runs/a --out maps/new"
 TUNE = f"finetune_lora.py runs/a {TINY} --out runs/new"
 NAME, PICTURE = f"recognize.py runs/a-lora {CPU}", "images/class0/illust0_0.png"
 PROBE = f"probe.py runs/a --data datasets/packed {CPU}"
+OTHER_MAPS, SHOW = "maps.py --data datasets/other --map saliency", "data.py --show datasets/packed"
 STRESS = f"experiments.stress runs/a --only cutout --images 8 {CPU}"
 WORK = (  # calls that work, from which every bad one is made
     "data.py images --out datasets/new --size 32",
@@ -83,32 +84,17 @@ LOST = (  # two calls, of which the second must not write over what the first ha
     (f"{NAME} --verify", f"{NAME} --verify --split dev"),
     (f"{NAME} --verify", f"{NAME} --verify --data datasets/other"),
     (ATTENTION, f"{ATTENTION} --attention cls"),
-    (
-        "maps.py --data datasets/other --map saliency",
-        "maps.py --data datasets/other --map saliency",
-    ),
-    ("data.py --show datasets/packed", "data.py --show datasets/packed"),
+    (OTHER_MAPS, OTHER_MAPS),
+    (SHOW, SHOW),
 )
 HOW = ("gone", "empty", "half", "random", "pickle", "foreign", "text", "folder")
 HOPELESS = ("nan", "inf", "-inf", "1e400", "1" + "0" * 30, "", " ", "½", "1e", "notes.txt", "--")
 NUMBERS = (*HOPELESS, "-1", "0")
-WORDS = (
-    "",
-    " ",
-    "nan",
-    "-1",
-    "ж\n名",
-    "../../x",
-    "x" * 300,
-    "{0}%s%",
-    "'",
-    "(",
-    "a:b=c,d=nan",
-    ",,",
-)
+WORDS = "nan -1 ../../x {0}%s% ' ( a:b=c,d=nan ,,"
 THERE = "notes.txt list.csv images datasets/packed runs/a runs/a-lora maps/packed study/table.md"
 PATHS = "absent absent/deep/er notes.txt/under loop locked broken broken/half broken/evil.pt"
-TEXTS = (*WORDS, *THERE.split(), *PATHS.split(), "odd/na\nme", "odd/名前 'q\" %s", "/dev/null/x")
+ODD = ("", " ", "ж\n名", "x" * 300, "odd/na\nme", "odd/名前 'q\" %s", "/dev/null/x")
+TEXTS = (*ODD, *WORDS.split(), *THERE.split(), *PATHS.split())
 LONG = {"compile", "help", "to"}  # flags that start long work, or none
 
 

@@ -11,9 +11,9 @@ import zipfile
 from itertools import product
 from types import SimpleNamespace
 
+import made
 import pytest
 import torch
-from conftest import save_random
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -22,13 +22,13 @@ import finetune_lora
 import recognize
 import segment
 import tags
-from common import classifier, command, fields, lora, train
+from common import command, fields, train
 from common.checkpoints import init_from, load_encoder
-from common.io import UserError, save_safetensors
+from common.io import UserError
 from ingest import sources
 from ingest.pack import class_names
 from ingest.tags import vocabulary
-from model import MAE, ViT
+from model import MAE
 
 SEED, DEEP = 0, "@deep"
 CPU = torch.device("cpu")
@@ -53,99 +53,50 @@ TENSORS += ["empty", "flat", "further", "whole", "real"]
 ENTRIES = {"shape": [2**63, 2], "negative": [-1, -1], "text": ["a"], "dtype": "F7"}
 
 
-# ---- the files -----------------------------------------------------------------------------------
-
-
-def save_recogniser(base):
-    torch.manual_seed(0)
-    encoder, _ = load_encoder(base / "encoder")
-    net, run = classifier.Classifier(encoder, 3).eval(), base / "lora"
-    about = {"config": net.config, "classes": ["a", "b", "c"], "method": "lora", "data": "packed"}
-    about |= {"base": str(base / "encoder"), "image_size": 32, **CUT}
-    about["fingerprint"] = lora.fingerprint(encoder)
-    head = {k: w for k, w in net.state_dict().items() if not k.startswith("encoder.")}
-    save_safetensors(head, run / "head.safetensors", about)
-    finetune_lora.add_lora(encoder, 2)
-    lora.save_adapter(finetune_lora.lora_layers(encoder), encoder, run, base / "encoder")
-    about = dict.fromkeys(recognize.HEADER, 0.5) | {"platt": [1.0, 0.0]}
-    about |= {"names": ["a", "b", "c", "new"], "keys": [f"{i}.png" for i in range(8)], "learned": 3}
-    labels = torch.arange(8) % 4
-    recognize.save_gallery(run / "gallery.safetensors", torch.randn(8, 32), labels, about)
-
-
-def save_applications(base):
-    encoder, _ = load_encoder(base / "encoder")
-    about = {"words": ["x", "y"], "classes": ["a", "b"], "image_size": 32, "thresholds": [0.0, 0.0]}
-    net = tags.MFDN(encoder, 2, 2, "mfdn", 6)
-    header = {"tags": net.config} | about | CUT
-    save_safetensors(net.state_dict(), base / "tags/model.safetensors", header)
-    faces = detect.Detector(ViT(*SHAPE))
-    header = {"detector": faces.config, "page": 64, "threshold": 0.0, "base": "encoder", "run": {}}
-    save_safetensors(faces.state_dict(), base / "faces/detector.safetensors", header)
-    patches = segment.Patches(ViT(*SHAPE))
-    header = {"patches": patches.config, "stage": {}}
-    save_safetensors(patches.state_dict(), base / "plain/patches.safetensors", header)
-    pixels = segment.Pixels("unet", patches)
-    header = {"network": "unet", "patches": patches.config, "image_size": 32, "seconds": 1.0}
-    save_safetensors(pixels.state_dict(), base / "frames/model.safetensors", header)
-
-
-def a_step(net):
-    """AdamW of a network, after a step."""
-    optimizer = train.make_optimizer(net, 1e-3, 0.05)
-    for w in net.parameters():
-        w.grad = torch.ones_like(w)
-    optimizer.step()
-    return optimizer
-
-
-def save_run(base):
-    model = MAE(*SHAPE, 32, 1)
-    state = {"model": model.state_dict(), "optimizer": a_step(model).state_dict()}
-    state |= {"config": {"epochs": 1}, "step": 1, "seconds": 2.0}
-    (base / "run").mkdir()
-    torch.save(state, base / "run/state.pt")
-    (base / "run/log.jsonl").write_text('{"step": 0}\n')
+# ---- the files, and what reads them: a function of the folder -> plain values or a tensor ----------
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a valid file of each kind. A case spoils one and puts it back."""
-    base = tmp_path_factory.mktemp("spoiled")
-    save_random(base / "encoder", depth=4)
-    for save in (save_recogniser, save_applications, save_run):
-        save(base)
-    return base
-
-
-# ---- what reads them: a function of the folder -> what it answers, plain values or a tensor ------
+    """A home with a valid file of each kind. A case spoils one and puts it back."""
+    base = made.home(tmp_path_factory.mktemp("spoiled"))
+    steps(base / "runs/new")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)  # an adapter names its encoder as runs/a
+        yield base
 
 
 def view():
     return torch.arange(32 * 32 * 3).view(1, 32, 32, 3).remainder(251).byte()
 
 
+def steps(folder, resume=None):
+    """A step of AdamW, a run that begins or is resumed, and another step -> where the run stands."""
+    model = MAE(*SHAPE, 32, 1)
+    optimizer = train.make_optimizer(model, 1e-3, 0.05)
+    for w in model.parameters():
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    more = {"values": {"epochs": 1}, "log": (), "batch_size": 1}
+    flags = SimpleNamespace(out=folder, resume=resume, **more)
+    run = train.Run(flags, {"model": model, "optimizer": optimizer}, 10**9, 1, CPU)
+    optimizer.step()
+    return run.step + run.seconds()
+
+
 def use_encoder(base):
-    init_from(MAE(*SHAPE[:3], 4, 2, 32, 1), base / "encoder")
-    encoder, _ = load_encoder(base / "encoder")
+    init_from(MAE(*SHAPE[:3], 4, 2, 32, 1), base / "runs/a")
+    encoder, _ = load_encoder(base / "runs/a")
     return encoder.features(view())
 
 
 def use_state(base):
-    model, path = MAE(*SHAPE, 32, 1), base / "run/state.pt"
-    optimizer = train.make_optimizer(model, 1e-3, 0.05)
-    flags = SimpleNamespace(out=path.parent, resume=path.parent, values={}, log=(), batch_size=1)
-    run = train.Run(flags, {"model": model, "optimizer": optimizer}, 10**9, 1, CPU)
-    step = run.step + run.seconds()
-    for w in model.parameters():
-        w.grad = torch.ones_like(w)
-    optimizer.step()
-    return step
+    return steps(base / "runs/new", resume=base / "runs/new")
 
 
 def use_recogniser(base):
-    known = recognize.load_gallery(base / "lora")
-    net, header = finetune_lora.load_classifier(base / "lora")
+    known = recognize.load_gallery(base / "runs/a-lora")
+    net, header = finetune_lora.load_classifier(base / "runs/a-lora")
     found = recognize.embed(net, view().numpy(), AUTOCAST)
     rows = recognize.answers(["x"], *found, known, 2)
     counts = torch.bincount(known["labels"], minlength=len(known["names"])).tolist()
@@ -153,38 +104,38 @@ def use_recogniser(base):
 
 
 def use_tagger(base):
-    net, header = tags.load_tagger(base / "tags")
+    net, header = tags.load_tagger(base / "runs/a-tags")
     characters, found = tags.answers(net, view())
     named = tags.named(found[0], header)
     return [header["classes"][characters.argmax()], named, characters.tolist(), found.tolist()]
 
 
 def use_detector(base):
-    net, header = detect.load(base / "faces")
+    net, header = detect.load(base / "runs/a-det")
     boxes, scores = detect.faces_of(net, view()[0].numpy(), header["page"], header["threshold"])
     return [boxes.tolist(), scores.tolist()]
 
 
 def use_segmenter(base):
-    return segment.pixel_masks(segment.load(base / "frames")[0], view(), AUTOCAST)
+    return segment.pixel_masks(segment.load(base / "runs/a-seg")[0], view(), AUTOCAST)
 
 
 def use_patches(base):
-    net = segment.load_patches(base / "plain/patches.safetensors")
+    net = segment.load_patches(base / "runs/a-seg/patches.safetensors")
     return segment.proxy_masks(net, view(), AUTOCAST)
 
 
 FILES = {  # file: how many cases, and what reads it
-    "encoder/model.safetensors": (80, use_encoder),
-    "run/state.pt": (80, use_state),
-    "lora/head.safetensors": (60, use_recogniser),
-    "lora/gallery.safetensors": (80, use_recogniser),
-    "lora/adapter_model.safetensors": (60, use_recogniser),
-    "lora/adapter_config.json": (60, use_recogniser),
-    "tags/model.safetensors": (80, use_tagger),
-    "frames/model.safetensors": (60, use_segmenter),
-    "plain/patches.safetensors": (40, use_patches),
-    "faces/detector.safetensors": (60, use_detector),
+    "runs/a/model.safetensors": (80, use_encoder),
+    "runs/new/state.pt": (80, use_state),
+    "runs/a-lora/head.safetensors": (60, use_recogniser),
+    "runs/a-lora/gallery.safetensors": (80, use_recogniser),
+    "runs/a-lora/adapter_model.safetensors": (60, use_recogniser),
+    "runs/a-lora/adapter_config.json": (60, use_recogniser),
+    "runs/a-tags/model.safetensors": (80, use_tagger),
+    "runs/a-seg/model.safetensors": (60, use_segmenter),
+    "runs/a-seg/patches.safetensors": (40, use_patches),
+    "runs/a-det/detector.safetensors": (60, use_detector),
 }
 
 
@@ -334,11 +285,11 @@ def test_a_pth_that_is_larger_than_its_file_is_refused(tmp_path):
 
 
 LARGE = (  # a file, the way to a field, a value that would take all memory, what is said
-    ("tags/model.safetensors", "tags C", 9_000_000, "C can't be"),
-    ("faces/detector.safetensors", "page", 40_000, "page can't be"),
-    ("lora/head.safetensors", "image_size", 10**9, "image_size can't be"),
-    ("lora/head.safetensors", "packed_size", 30_000, "packed_size can't be"),
-    ("frames/model.safetensors", "patches encoder depth", 900, "has no array"),
+    ("runs/a-tags/model.safetensors", "tags C", 9_000_000, "C can't be"),
+    ("runs/a-det/detector.safetensors", "page", 40_000, "page can't be"),
+    ("runs/a-lora/head.safetensors", "image_size", 10**9, "image_size can't be"),
+    ("runs/a-lora/head.safetensors", "packed_size", 30_000, "packed_size can't be"),
+    ("runs/a-seg/model.safetensors", "patches encoder depth", 900, "has no array"),
 )
 
 
@@ -358,7 +309,7 @@ def test_a_header_is_checked_before_it_is_believed(home, file, way, value, words
 
 
 def test_patterns_of_an_adapter_are_compared_and_not_matched(home):
-    path = home / "lora/adapter_config.json"
+    path = home / "runs/a-lora/adapter_config.json"
     whole = path.read_text()
     config = json.loads(whole) | {"alpha_pattern": {"(a+)+x" + "(.*)*" * 20 + "!": 2}}
     path.write_text(json.dumps(config))
