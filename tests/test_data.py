@@ -148,7 +148,7 @@ def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
     assert split["fg"].shape == (7, 16, 16) and (split["fg"][0] == pixels[..., 3]).all()
     assert (split["images"][0, 8, 8] == (200, 10, 10)).all()
     assert (split["images"][0, 1, 1] == decode.PAPER).all()
-    assert "alpha: 10 of 10" in said and "of the others" not in said
+    assert "alpha: 10 of 10" in said and "is the foreground" in said
     for i in range(6):
         Image.new("RGBA", (16, 16), (0, i, 0, 255)).save(tmp_path / f"images/{i}.png")
     said, sets = packed(tmp_path, "images --dedupe off", "few")
@@ -437,7 +437,7 @@ def records_of(seed, splits_given=(None,), n=120):
 @pytest.mark.parametrize("seed", range(4))
 def test_groups_and_copies_stay_together_and_every_class_gets_its_share(seed):
     records, pairs = records_of(seed)
-    grouped, notes = splits.without_copies(records, "^[^_]+", pairs, "group", False)
+    grouped, notes = splits.without_copies(records, "^[^_]+", pairs, "group")
     assert [r.key for r in grouped] == [r.key for r in records] and not notes
     for i, j in pairs:
         assert grouped[i].group == grouped[j].group
@@ -462,7 +462,7 @@ def test_no_copy_of_a_later_split_is_left(dedupe):
     order = ("train", "dev", "val", "test")
     for seed in range(4):
         records, pairs = records_of(seed, order)
-        left, _ = splits.without_copies(records, None, pairs, dedupe, False)
+        left, _ = splits.without_copies(records, None, pairs, dedupe)
         kept = {r.key for r in left}
         assert dedupe == "group" or all(r.group == r.key for r in left)
         roots = splits.duplicates.join(len(records), pairs)

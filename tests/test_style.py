@@ -82,7 +82,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 18), (assigns_many, 53)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 18), (assigns_many, 52)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
