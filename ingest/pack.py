@@ -104,7 +104,7 @@ def open_images(flags, size):
     found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
     if found:
-        use = "alpha is the foreground" if fg else "they are too few for masks, and laid on white"
+        use = "alpha is the foreground" if fg else "too few for masks, so they are laid on white"
         looked = f"{found} of {tried} images that were looked at have transparent pixels"
         notes.append(f"alpha: {looked}; {use}")
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
