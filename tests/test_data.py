@@ -444,6 +444,12 @@ def test_no_copy_of_a_later_split_is_left(dedupe):
             assert kept & {r.key for r in own} == set(stay[:1] if dedupe == "drop" else stay)
 
 
+def test_flags_that_are_not_given_leave_nothing_out():
+    values = pack.parse_flags(["images"]).values
+    assert not any(values[name] for name in ("split", "dev", "test", "tail", "min_per_class"))
+    assert (values["dedupe"], values["crop"], values["seed"]) == ("group", ("centre", 0.1), 0)
+
+
 def test_pictures_without_a_split_beside_given_ones_are_train():
     rows, shares = [(None, str(i)) for i in range(40)], {"train": 0.5, "val": 0.25, "test": 0.25}
     dealt = splits.assign_splits(["val"] * 10 + [None] * 30, rows, shares, 0, 0)
