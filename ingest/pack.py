@@ -485,7 +485,7 @@ def parse_flags(words=None):
     add("--dev", type=share, default=0.0, help="share of train held apart for choices, such as 0.1")
     add("--test", type=share, default=0.0, help="share of a given val that becomes test")
     add("--group-by", type=regex, help="files whose stems match alike stay in one split: '^[^_]+'")
-    what = "of copies: one split for all (group), all but one (drop), as published (keep)"
+    what = "copies stay in one split (group), one stays (drop), all stay (keep), no search (off)"
     kinds = {"default": "group", "const": "drop", "nargs": "?", "choices": DEDUPE}
     add("--dedupe", help=what, **kinds)
     add("--min-per-class", type=at_least(0), default=0, help="leave out classes of fewer images")
