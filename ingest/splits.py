@@ -70,7 +70,7 @@ def crossing(records):
         splits[r.group].add(r.split)
     torn = sum(len(s) > 1 for s in splits.values())
     told = f"{torn} groups cross the splits that the source gives, and stay as published"
-    return [told] * bool(torn)
+    return [f"{told}; a score then counts pictures that were learned from"] * bool(torn)
 
 
 def refuse_gone(before, after, why, fix):
