@@ -21,18 +21,13 @@ from common.io import UserError
 from ingest import toon
 from ingest.decode import open_picture
 
-KINDS = {
-    "drawn": "a drawing",
-    "photographed": "a photograph, or a texture like one",
-    "figure_on_photo": "a drawn figure in front of a photograph",
-    "photo_in_drawing": "a photograph in a frame, within a drawing",
-    "panels": "a drawing and a photograph side by side",
-    "soft_blend": "a drawing that becomes a photograph little by little; the mask is how much of it is drawn",
-    "photo_clothes": "a drawing whose clothes are cut from a photograph, and keep the drawn folds",
-}
-PURE = ("drawn", "photographed")  # homogeneous
-MIXED = ("figure_on_photo", "photo_in_drawing", "panels")  # heterogeneous
-PURELY = ("soft_blend", "photo_clothes")  # purely hybrid: no layer is in front of another
+PURE = ("drawn", "photographed")
+# A drawn figure before a photograph, a framed photograph in a drawing, the two side by side.
+MIXED = ("figure_on_photo", "photo_in_drawing", "panels")
+# No layer is in front of another. A drawing becomes a photograph little by little: the mask is how
+# much of it is drawn. Clothes are cut from a photograph, and keep the drawn folds.
+PURELY = ("soft_blend", "photo_clothes")
+KINDS = PURE + MIXED + PURELY
 PHOTOS = {  # file: (library, split, licence and author)
     "china.jpg": ("sklearn", "train", "CC BY 2.0, danielbuechele"),
     "astronaut.png": ("skimage", "train", "public domain, NASA"),
@@ -60,7 +55,7 @@ FOLDERS = {  # of a library: where its photographs are
     "matplotlib": "mpl-data/sample_data",
     "pywt": "data",
 }
-COUNTS = {  # frames of each homogeneous, each heterogeneous and each purely hybrid kind
+COUNTS = {  # frames of each kind of PURE, of MIXED, of PURELY
     "train": (720, 240, 0),
     "dev": (60, 20, 20),
     "val": (96, 48, 48),
@@ -210,21 +205,12 @@ def plan(seed=0):
     """-> items {key, kind, split, seed, who} for draw()."""
     people, items = toon.cast(seed=seed), []
     for split, counts in COUNTS.items():
-        for kind in KINDS:
-            count = counts[0 if kind in PURE else 2 if kind in PURELY else 1]
-            for _ in range(count):
+        for kinds, count in zip((PURE, MIXED, PURELY), counts, strict=True):
+            for kind in np.repeat(kinds, count).tolist():
                 n = len(items)
                 item = {"key": f"{kind}/{n:05d}", "kind": kind, "split": split}
                 items.append(item | {"seed": (seed, n), "who": people[n % len(people)]})
     return items
-
-
-def about():
-    """Lines for the header: what each kind is, and whom each photograph is from."""
-    lines = [f"{kind}: {text}" for kind, text in KINDS.items()]
-    for name, (library, split, by) in PHOTOS.items():
-        lines.append(f"photograph {name}, from {library}, for {split}: {by}")
-    return lines
 
 
 def palettes(seed=0):

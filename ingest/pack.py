@@ -60,6 +60,8 @@ TOON_SHARES = (0.7, 0.15, 0.15)  # the demo set has small classes
 CROPS = {"centre": {}, "figure": {"margin": 0.1}}
 SIDE = 128  # of packed pictures
 LARGE = 256  # of packed pages
+DEDUPE = ("group", "drop", "keep", "off")
+AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32", "heads": "F32"}  # others are U8
 WRITTEN = ("test", "val", "dev", "train")
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
@@ -102,11 +104,9 @@ def open_images(flags, size):
     found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
     if found:
-        rest = "" if fg else "; they are laid on white: too few for foreground masks"
-        if fg and found < tried:
-            rest = "; of the others all is foreground"
-        alpha = f"alpha: {found} of {tried} images that were looked at have transparent pixels"
-        notes.append(alpha + rest)
+        use = "alpha is the foreground" if fg else "too few for masks, so they are laid on white"
+        looked = f"{found} of {tried} images that were looked at have transparent pixels"
+        notes.append(f"alpha: {looked}; {use}")
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
 
     def work(record, data):
@@ -129,14 +129,14 @@ def open_boxes(flags, size):
     return Source(records, notes, dims, fetch, decoded(fetch, work, size))
 
 
-def drawn(records, draw, size, planes, notes=(), **more):
+def drawn(records, draw, size, planes, **more):
     """A source that is drawn instead of decoded; it has no copies to look for."""
     dims = {"images": (size, size, 3)} | planes
 
     def stream(some):
         return render(some, draw, size, dims)
 
-    return Source(records, list(notes), dims, None, stream, more)
+    return Source(records, [], dims, None, stream, more)
 
 
 def open_toon(flags, size):
@@ -159,7 +159,7 @@ def open_hybrid(flags, size):
     records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in items]
     planes = {"drawn": (size, size), "style": (len(toon.STRATA),)}
     kinds = {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}
-    return drawn(records, draw, size, planes, hybrid.about(), style=toon.STRATA, hybrid=kinds)
+    return drawn(records, draw, size, planes, style=toon.STRATA, hybrid=kinds)
 
 
 def open_scenes(flags, size):
@@ -211,7 +211,7 @@ def near_duplicates(records, fetch, dedupe, out):
 
 
 def flags_of_deal(flags, source):
-    """{flag: value}, for who goes where. Those without an effect on this source stay unread."""
+    """{flag: value}, for who goes where. Those without an effect on these pictures stay unread."""
     brings = {r.split for r in source.records}
     if None not in brings and "train" not in brings:
         fix = "name one train, or give a --layout with - for split to have them dealt"
@@ -223,22 +223,18 @@ def flags_of_deal(flags, source):
         "seed": deals or "dev" in flags.given,
         "dev": "dev" not in brings,
         "test": "val" in brings and "test" not in brings,
-        "group_by": source.fetch,
-        "dedupe": source.fetch,
-        "keep_copies": None not in brings and flags.values["dedupe"] == "group" and source.fetch,
         "min_per_class": not flags.values["detect"],
-        "tail": not flags.values["detect"] and flags.path not in DRAWN,
+        "tail": not flags.values["detect"],
     }
-    for name in filter(has_effect.get, has_effect):
+    for name in ("group_by", "dedupe", *filter(has_effect.get, has_effect)):
         getattr(flags, name)
-    return dict(flags.values)
+    return flags.values
 
 
 def deal(source, how, shares):
     """-> the records that stay, each with its split, and lines that tell what was left out."""
     pairs, copies = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
-    kept = (how["group_by"], pairs, how["dedupe"], how["keep_copies"])
-    records, dropped = without_copies(source.records, *kept)
+    records, dropped = without_copies(source.records, how["group_by"], pairs, how["dedupe"])
     records, few = large_enough(records, how["min_per_class"])
     rows = [(r.label, r.group) for r in records]
     named = dict(zip(("train", "val", "test"), shares, strict=True))
@@ -252,7 +248,10 @@ def deal(source, how, shares):
     asked = named | {"dev": how["dev"]}
     dealt = ("val", "dev") if source.records[0].split else asked
     lost = [name for name in asked if asked[name] and name in dealt and name not in splits]
-    return records, notes, " and ".join(lost)
+    if lost:
+        few = f"{len(records)} are too few"
+        notes.append(f"no picture is left for {' and '.join(lost)}: {few}")
+    return records, notes
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -284,18 +283,15 @@ def write_set(flags):
     how = flags_of_deal(flags, source)
     flags.refuse_unread()
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
-    records, told, lost = deal(source, how, shares)
+    records, told = deal(source, how, shares)
     words, left_out = tags.vocabulary(records)
     dims, stream = tags.add_planes(words, records, source.dims, source.stream, path == "toon")
     told += left_out
-    if lost:
-        told.append(f"no picture is left for {lost}: {len(records)} are too few")
     print("\n".join(told), end="\n" * bool(told), flush=True)
     about = {"format": 1, "source": path, "classes": class_names(records), "size": size}
     about |= {"split_seed": how["seed"], "split_shares": shares}
-    about |= {name: how[name] for name in ("dev", "test", "tail", "group_by")}
     about |= dict(zip(("crop", "margin"), how["crop"], strict=True))
-    about |= {name: how[name] for name in ("dedupe", "min_per_class")}
+    about |= {name: how[name] for name in AS_GIVEN}
     about |= {"tags": words, "notes": source.notes + told, "style": None, "parts": None}
     write_all(how["out"], records, dims, stream, about | source.more)
 
@@ -489,9 +485,9 @@ def parse_flags(words=None):
     add("--dev", type=share, default=0.0, help="share of train held apart for choices, such as 0.1")
     add("--test", type=share, default=0.0, help="share of a given val that becomes test")
     add("--group-by", type=regex, help="files whose stems match alike stay in one split: '^[^_]+'")
-    kinds = {"default": "group", "const": "drop", "nargs": "?", "choices": ("group", "drop", "off")}
-    add("--dedupe", help="copies stay in one split (group), or one of them stays (drop)", **kinds)
-    add("--keep-copies", action="store_true", help="keep copies that cross the source's splits")
+    what = "copies stay in one split (group), one stays (drop), all stay (keep), no search (off)"
+    kinds = {"default": "group", "const": "drop", "nargs": "?", "choices": DEDUPE}
+    add("--dedupe", help=what, **kinds)
     add("--min-per-class", type=at_least(0), default=0, help="leave out classes of fewer images")
     add("--tail", type=between(0, 5), default=0.0, help="class sizes in train follow rank^-TAIL")
     add("--drawings", type=at_least(1), help=f"toon only: how many (default: {toon.COUNT})")

@@ -15,28 +15,21 @@ from common.io import UserError
 from ingest import duplicates
 from ingest.layouts import ORDER
 
-
-def rows_of(splits, split):
-    return [i for i, s in enumerate(splits) if s == split]
-
-
 # ---- groups and copies ---------------------------------------------------------------------------
 
 
-def join_groups(records, pattern, pairs):
-    """Groups by name, pairs (i, j) of near-duplicates -> records, each with its whole group's name.
+def name_of_group(record, pattern):
+    """The first group of the REGEX in the file's stem, else what the source says, else the key."""
+    match = pattern and re.search(pattern, Path(record.key).stem)
+    return match[min(1, match.re.groups)] if match else record.group or record.key
 
-    The name: the first group of the REGEX `pattern` in the file's stem, else what the source says,
-    else the key.
-    """
-    names, first, matched = [], {}, 0
-    for r in records:
-        match = pattern and re.search(pattern, Path(r.key).stem)
-        names.append(match[min(1, match.re.groups)] if match else r.group or r.key)
-        matched += bool(match)
-    if pattern and not matched:
+
+def join_groups(records, pattern, pairs):
+    """Groups by name, pairs (i, j) of near-duplicates -> records, each with its whole group's name."""
+    if pattern and not any(re.search(pattern, Path(r.key).stem) for r in records):
         name = Path(records[0].key).stem
         raise UserError(f"--group-by {pattern} matches none of the names, such as {name}")
+    names, first = [name_of_group(r, pattern) for r in records], {}
     named = [(first.setdefault(name, i), i) for i, name in enumerate(names)]
     roots = duplicates.join(len(records), named + pairs)
     return [r._replace(group=names[root]) for r, root in zip(records, roots, strict=True)]
@@ -57,33 +50,27 @@ def copies_to_drop(records, pairs, within):
     return drop
 
 
-def without_copies(records, pattern, pairs, dedupe, keep_copies):
-    """-> the records with their groups, copies dropped as the flags say, and notes."""
-    gone = set() if keep_copies else copies_to_drop(records, pairs, dedupe == "drop")
+def without_copies(records, pattern, pairs, dedupe):
+    """-> the records with their groups, copies dropped as --dedupe says, and notes."""
+    gone = set() if dedupe == "keep" else copies_to_drop(records, pairs, dedupe == "drop")
     count = Counter(records[i].split for i in gone)
-    places = ", ".join(f"{count[s]} from {s}" for s in ORDER if count[s])
-    fix = "--keep-copies keeps them, as published"
-    notes = []
-    if dedupe == "drop":
-        notes = [f"{len(gone)} copies dropped{': ' * bool(places)}{places}"]
-        fix = "--keep-copies, without --dedupe, keeps them as published"
-    elif gone:
-        notes = [f"copies across the given splits dropped: {places}; {fix}"]
+    places = [f"{count[s]} from {s}" for s in ORDER if count[s]]
+    fix = "--dedupe keep keeps them, as published"
+    told = f"{len(gone)} copies dropped: {', '.join(places) or 'one of each group stays'}; {fix}"
     grouped = join_groups(records, pattern, [] if dedupe == "drop" else pairs)
     left = [r for i, r in enumerate(grouped) if i not in gone]
     refuse_gone(records, left, "images of {} are copies of others", fix)
-    return left, notes + crossing(left, keep_copies)
+    return left, [told] * bool(gone) + crossing(left)
 
 
-def crossing(records, keep_copies):
+def crossing(records):
     """A line where the source's own splits tear a group apart: it stays torn."""
     splits = defaultdict(set)
     for r in records:
         splits[r.group].add(r.split)
     torn = sum(len(s) > 1 for s in splits.values())
-    why = "; a score then counts pictures that were learned from" if keep_copies else ""
-    told = f"{torn} groups cross the splits that the source gives, and stay as published{why}"
-    return [told] if torn else []
+    told = f"{torn} groups cross the splits that the source gives, and stay as published"
+    return [f"{told}; a score then counts pictures that were learned from"] * bool(torn)
 
 
 def refuse_gone(before, after, why, fix):
@@ -126,19 +113,20 @@ def assign_splits(given, rows, shares, dev, seed):
     """
     splits = [s or "train" for s in given] if any(given) else deal(rows, shares, seed)
     if shares["val"] and "val" not in splits:
-        train = rows_of(splits, "train")
         two = {"train": 1 - shares["val"], "val": shares["val"]}
-        dealt = deal([rows[i] for i in train], two, seed)
-        for i, split in zip(train, dealt, strict=True):
-            splits[i] = split
+        dealt = iter(deal(train_of(rows, splits), two, seed))
+        splits = [next(dealt) if s == "train" else s for s in splits]
     if dev and "dev" not in splits:
         from data import hold_apart  # and torch with it: few packings ask for a dev
 
-        train = rows_of(splits, "train")
-        labels, groups = zip(*[map(str, rows[i]) for i in train], strict=True)
-        for i, apart in zip(train, hold_apart(groups, labels, dev, seed), strict=True):
-            splits[i] = "dev" if apart else "train"
+        labels, groups = zip(*[map(str, row) for row in train_of(rows, splits)], strict=True)
+        apart = iter(hold_apart(groups, labels, dev, seed))
+        splits = ["dev" if s == "train" and next(apart) else s for s in splits]
     return splits
+
+
+def train_of(rows, splits):
+    return [row for row, split in zip(rows, splits, strict=True) if split == "train"]
 
 
 def hold_out_test(splits, groups, share):

@@ -11,8 +11,10 @@ Drawings are text, in hundredths: "20,-76! 34,-105" is a curve from (0.20, -0.76
 to (0.34, -1.05). Colours are (hue in degrees, saturation, value): light and shadow are easy to say so. They are
 shared by characters, and differ from picture to picture; a character is a combination of shapes.
 """
+
 import colorsys
 import re
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +24,16 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from common.command import Parser, at_least, between, claim, cli, progress
 from common.io import UserError, atomic
 
-COUNT = 2400        # drawings in the demo set
-PARTS = ("background", "hair", "face", "eyes", "mouth", "clothes", "accessory")     # part id = position
-ATTRIBUTES = {      # what makes a character; "no_..." is dealt four times as often as the other values
-    "hair_style": ("bob_cut", "long_hair", "twintails", "ponytail", "messy_hair", "drill_hair", "double_bun",
-                   "hime_cut", "braid", "wavy_hair", "side_ponytail", "low_twintails"),
-    "fringe": ("blunt_bangs", "choppy_bangs", "swept_bangs", "parted_bangs", "curtain_bangs", "hair_over_one_eye"),
+COUNT = 2400  # drawings in the demo set
+SS = 4  # supersampling: everything is drawn four times too large and then reduced
+PARTS = ("background", "hair", "face", "eyes", "mouth", "clothes", "accessory")  # id = position
+# fmt: off
+ATTRIBUTES = {  # what makes a character; "no_..." is dealt four times as often as other values
+    "hair_style": ("bob_cut", "long_hair", "twintails", "ponytail", "messy_hair", "drill_hair",
+                   "double_bun", "hime_cut", "braid", "wavy_hair", "side_ponytail",
+                   "low_twintails"),
+    "fringe": ("blunt_bangs", "choppy_bangs", "swept_bangs", "parted_bangs", "curtain_bangs",
+               "hair_over_one_eye"),
     "ahoge": ("no_ahoge", "ahoge", "double_ahoge"),
     "glasses": ("no_glasses", "round_glasses", "square_glasses"),
     "hair_colour": ("blonde", "brown", "black", "pink", "blue", "silver"),
@@ -35,10 +41,10 @@ ATTRIBUTES = {      # what makes a character; "no_..." is dealt four times as of
     "eye_shape": ("round_eyes", "tsurime", "tareme", "jitome"),
     "iris": ("plain_iris", "ringed_iris", "star_iris", "heart_iris", "slit_pupils", "cross_iris"),
     "mark": ("no_mark", "mole_under_eye", "freckles", "bandaid", "star_tattoo", "whisker_markings"),
-    "accessory": ("no_accessory", "hair_bow", "hairclip", "headphones", "cat_ears", "fox_ears", "rabbit_ears",
-                  "horns", "halo", "beret", "hair_flower", "hairband", "witch_hat"),
-    "outfit": ("sailor_collar", "hoodie", "necktie", "kimono", "frills", "turtleneck"),     # only a tendency
-    "clothes_colour": ("navy", "crimson", "cream", "forest", "lilac", "sky"),               # likewise
+    "accessory": ("no_accessory", "hair_bow", "hairclip", "headphones", "cat_ears", "fox_ears",
+                  "rabbit_ears", "horns", "halo", "beret", "hair_flower", "hairband", "witch_hat"),
+    "outfit": ("sailor_collar", "hoodie", "necktie", "kimono", "frills", "turtleneck"),  # tendency
+    "clothes_colour": ("navy", "crimson", "cream", "forest", "lilac", "sky"),  # tendency
 }
 HAIR = {"blonde": (44, .50, .97), "brown": (20, .50, .58), "black": (238, .26, .34),
         "pink": (344, .36, .97), "blue": (212, .52, .86), "silver": (232, .09, .91)}
@@ -46,62 +52,123 @@ IRIS = {"blue": (214, .80, .88), "green": (150, .72, .70), "red": (352, .78, .88
         "purple": (274, .62, .86), "amber": (38, .85, .95), "brown": (18, .65, .58)}
 CLOTH = {"navy": (226, .55, .44), "crimson": (352, .66, .74), "cream": (42, .14, .97),
          "forest": (158, .42, .50), "lilac": (268, .28, .82), "sky": (204, .36, .92)}
-TRINKET = ((352, .7, .88), (338, .42, .98), (44, .6, .97), (178, .45, .8), (262, .35, .55), (235, .06, .98))
-WHITE, INK, WATER, SKIN, MOUTH = (235, .02, 1), (262, .45, .24), (200, .3, 1), (20, .21, 1), (354, .6, .66)
-GRADES = {"natural": (1, 1, 0), "vivid": (1.2, 1.02, 0), "pastel": (.6, .85, .17), "muted": (.7, .94, .02),
-          "dusk": (.9, .84, 0), "monochrome": (.03, .95, .03)}     # saturation times, value times, value plus
-LINES = {"fine": (.013, None), "bold": (.021, None), "dark": (.016, INK)}  # width, colour if not a local one
-TURNS = {"frontal": .2, "turned": .4, "far turned": np.inf}        # how far the head is turned, in radians, at most
-STRATA = {"palette": tuple(GRADES), "line": tuple(LINES), "shading": ("flat", "cel", "soft"), "yaw": tuple(TURNS)}
-SS = 4                      # supersampling: everything is drawn four times too large and then reduced
+TRINKET = ((352, .7, .88), (338, .42, .98), (44, .6, .97), (178, .45, .8), (262, .35, .55),
+           (235, .06, .98))
+WHITE = (235, .02, 1)
+INK = (262, .45, .24)
+SKIN = (20, .21, 1)
+MOUTH = (354, .6, .66)
+PAINTS = (  # tones that are the same in all pictures: a name, the part that they are of, a colour
+    ("bubble", "background", WHITE),
+    ("shirt", "clothes", WHITE),
+    ("fluff", "accessory", (350, .28, .98)),
+    ("pale", "accessory", (45, .08, 1)),
+    ("gold", "accessory", (46, .55, 1)),
+    ("dark", "accessory", (255, .3, .3)),
+    ("dough", "accessory", (32, .42, .88)),
+    ("dots", None, INK),
+    ("teeth", None, WHITE),
+    ("tongue", None, (2, .5, .9)),
+    ("red", None, (355, .7, .8)),
+    ("tattoo", None, (265, .5, .7)),
+    ("water", None, (200, .3, 1)),
+)
+EYES = {  # width, height, tilt
+    "round_eyes": (.15, .195, -.03),
+    "tsurime": (.16, .175, -.2),
+    "tareme": (.155, .18, .17),
+    "jitome": (.165, .195, -.02),
+}
+GRADES = {  # saturation times, value times, value plus
+    "natural": (1, 1, 0), "vivid": (1.2, 1.02, 0), "pastel": (.6, .85, .17),
+    "muted": (.7, .94, .02), "dusk": (.9, .84, 0), "monochrome": (.03, .95, .03),
+}
+MOODS = {  # how open the eyes are, (brow lift, brow slant), mouth, a sign which may come with it
+    "smile": ((1, 1), (0, 0), "smile", "sweat"),
+    "open_mouth": ((1, 1), (.02, 0), "open", ""),
+    "surprised": ((1.1, 1.1), (.06, -.2), "o", "sweat"),
+    "angry": ((.8, .8), (-.03, 1), "frown", "vein"),
+    "sad": ((.85, .85), (0, -1), "wavy", "tears"),
+    "serious": ((.85, .85), (-.01, .4), "flat", ""),
+    "wink": ((1, 0), (.02, 0), "cat", ""),
+    "happy": ((0, 0), (.03, 0), "laugh", ""),
+    "sleepy": ((-1, -1), (0, -.2), "flat", ""),
+    "pout": ((.9, .9), (0, .5), "pout", ""),
+    "cat_smile": ((1, 1), (.02, 0), "cat", ""),
+    "laugh": ((.95, .95), (.03, 0), "laugh", ""),
+}
+LINES = {"fine": (.013, None), "bold": (.021, None), "dark": (.016, INK)}  # width, one colour
+TURNS = {"frontal": .2, "turned": .4, "far turned": np.inf}  # of the head, in radians, at most
+FOOD, HATS = ("doughnut", "popsicle", "lollipop", "onigiri"), ("beret", "witch_hat")
+PATTERNS = ("dotted_background", "striped_background", "sky", "window", "bokeh", "sunburst",
+            "night_sky")
+# fmt: on
+STRATA = {"palette": tuple(GRADES), "line": tuple(LINES)}
+STRATA |= {"shading": ("flat", "cel", "soft"), "yaw": tuple(TURNS)}
 
-# ---- who is in the data set --------------------------------------------------------------------------------
+# ---- who is in the data set ----------------------------------------------------------------------
+
 
 def cast(characters=48, seed=0):
     """-> list of dicts: a name and one value per attribute. Every value is shared by several characters."""
     rng = np.random.default_rng([seed, 48])
-    names = [start + end + str(i or "") for i in range(1 + characters // 48)
-             for end in ("ka", "ko", "mi", "na", "ne", "ri")
-             for start in ("aki", "ao", "haru", "hina", "mi", "natsu", "sora", "yuki")]
+    ends = ("ka", "ko", "mi", "na", "ne", "ri")
+    starts = ("aki", "ao", "haru", "hina", "mi", "natsu", "sora", "yuki")
+    numbers = range(1 + characters // 48)
+    names = [start + end + str(i or "") for i, end, start in product(numbers, ends, starts)]
     while True:
-        columns = []
-        for values in ATTRIBUTES.values():
-            deck = rng.permutation([v for v in values for _ in range(4 if v.startswith("no_") else 1)])
-            deck = np.resize(deck[:max(2, characters // 2)], characters)            # deal it out evenly
-            columns.append(rng.permutation(deck).tolist())
+        columns = [deal(values, characters, rng) for values in ATTRIBUTES.values()]
         people = list(zip(*columns, strict=True))
-        if all(sum(map(str.__ne__, p, q)) >= 3 for i, p in enumerate(people) for q in people[:i]):
-            return [{"name": names[i]} | dict(zip(ATTRIBUTES, p, strict=True)) for i, p in enumerate(people)]
+        if all(sum(map(str.__ne__, p, q)) >= 3 for p, q in combinations(people, 2)):
+            break
+    people = [dict(zip(ATTRIBUTES, values, strict=True)) for values in people]
+    return [{"name": name} | person for name, person in zip(names, people, strict=False)]
+
+
+def deal(values, characters, rng):
+    """-> a value for each character, dealt out evenly."""
+    deck = rng.permutation(np.repeat(values, [4 if v.startswith("no_") else 1 for v in values]))
+    return rng.permutation(np.resize(deck[: max(2, characters // 2)], characters)).tolist()
+
 
 def plan(n=COUNT, characters=48, seed=0, tail=0.0):
     """-> n items {key, label, seed, who} for draw(). Class sizes follow rank^-tail, at least 5 where n allows."""
     floor, weights = min(5, n // characters), np.arange(1, characters + 1) ** -float(tail)
     sizes = (floor + (n - floor * characters) * weights / weights.sum()).astype(int)
-    sizes[:n - sizes.sum()] += 1                            # what rounding down has left over
+    sizes[: n - sizes.sum()] += 1  # what rounding down has left over
     people, labels = cast(characters, seed), np.repeat(np.arange(characters), sizes).tolist()
-    return [{"key": f"{people[k]['name']}/{i:06d}", "label": k, "seed": (seed, i), "who": people[k]}
-            for i, k in enumerate(labels)]
+    return [
+        {"key": f"{people[k]['name']}/{i:06d}", "label": k, "seed": (seed, i), "who": people[k]}
+        for i, k in enumerate(labels)
+    ]
 
-# ---- colours: (hue in degrees, saturation, value) ----------------------------------------------------------
+
+# ---- colours: (hue in degrees, saturation, value) ------------------------------------------------
+
 
 def towards(hue, target, step):
     """Turn a hue by at most `step` degrees towards a target hue, the short way round."""
     return hue + np.clip((target - hue + 180) % 360 - 180, -step, step)
 
+
 def shade(colour, k=1.0):
     """A shadow tone: darker, a little more saturated, turned towards violet."""
     h, s, v = colour
-    return towards(h, 262, 16 * k) if s > .1 else 255, min(1, s * (1 + .22 * k) + .05 * k), v * (1 - .2 * k)
+    hue = towards(h, 262, 16 * k) if s > 0.1 else 255
+    return hue, min(1, s * (1 + 0.22 * k) + 0.05 * k), v * (1 - 0.2 * k)
+
 
 def light(colour, k=1.0):
     """A lit tone: lighter, paler, turned towards yellow."""
     h, s, v = colour
-    return towards(h, 52, 12 * k), s * (1 - .35 * k), v + (1 - v) * .55 * k
+    return towards(h, 52, 12 * k), s * (1 - 0.35 * k), v + (1 - v) * 0.55 * k
+
 
 def ink(colour):
     """The line art around a local colour: that colour, much darker, never pure black."""
     h, s, v = shade(colour)
-    return towards(h, 262, 14), min(1, s * 1.1 + .18), v * .46
+    return towards(h, 262, 14), min(1, s * 1.1 + 0.18), v * 0.46
+
 
 def rgb(colour, palette):
     """-> (r, g, b) of 0..255, as this palette sees the colour."""
@@ -109,71 +176,87 @@ def rgb(colour, palette):
     s, v = min(1, max(0, s * sat)), min(1, max(0, v * scale + lift))
     return tuple(round(255 * u) for u in colorsys.hsv_to_rgb(h / 360 % 1, s, v))
 
-def jitter(colour, rng, hue=7, sat=.18, val=.09):
+
+def jitter(colour, rng, hue=7, sat=0.18, val=0.09):
     """The same colour on another day."""
     h, s, v = colour
-    return h + rng.normal(0, hue), min(1, s * rng.lognormal(0, sat)), min(1, v * rng.lognormal(0, val))
+    h += rng.normal(0, hue)
+    return h, min(1, s * rng.lognormal(0, sat)), min(1, v * rng.lognormal(0, val))
 
-# ---- curves: from lists of (x, y) or (x, y, is it a sharp corner) to arrays (n, 2) -------------------------
+
+# ---- curves: from lists of (x, y) or (x, y, is it a sharp corner) to arrays (n, 2) ---------------
+
 
 def path(text):
-    """"20,-76! 34,-105" -> [(0.20, -0.76, True), (0.34, -1.05, False)]; for o20,10,5 see the wardrobe."""
+    """ "20,-76! 34,-105" -> [(0.20, -0.76, True), (0.34, -1.05, False)]; for o20,10,5 see the wardrobe."""
     points = []
     for word in text.split():
         x, y, *radii = (float(number) / 100 for number in word.strip("o!").split(","))
         if radii:
-            r, ry, lean = (*radii, *(radii[0], 0)[len(radii) - 1:])       # by default a circle without lean
+            r, ry, lean = radii + [radii[0], 0][len(radii) - 1 :]  # a circle without lean
             turns = [(np.cos(t), np.sin(t)) for t in np.arange(8) * np.pi / 4]
             points += [(x + r * u, y + ry * v - lean * u, False) for u, v in turns]
         else:
             points.append((x, y, word[-1] == "!"))
     return points
 
+
 def mirror(points, side=-1):
     """The points on the other side of the head, if side is -1."""
     return [(q[0] * side, *q[1:]) for q in points]
+
 
 def both(half):
     """A right half, listed from top to bottom -> the whole symmetric outline."""
     return [*half, *mirror(half[::-1])]
 
+
 def spline(points, closed=False, n=8):
     """A Catmull-Rom curve through the points, n samples per segment."""
-    p = np.array([q[:2] for q in points for _ in range(2 if len(q) > 2 and q[2] else 1)], float)
+    twice = []  # a corner is a doubled point: nothing lies between
+    for q in points:
+        twice += [q[:2]] * (2 if len(q) > 2 and q[2] else 1)
+    p = np.array(twice, float)
     p = np.concatenate([p[-1:], p, p[:2]] if closed else [p[:1], p, p[-1:]])
     a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
-    keep = np.abs(c - b).sum(1) > 1e-9                     # a corner is a doubled point: nothing lies between
+    keep = np.abs(c - b).sum(1) > 1e-9
     a, b, c, d = (q[keep][:, None] for q in (a, b, c, d))
     t = (np.arange(n) / n)[None, :, None]
-    curve = b + .5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+    curve = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
     return np.concatenate([curve.reshape(-1, 2), p[-2:-1]])
+
 
 def tufts(row):
     """A row of hair tips: (m, 2) valley, tip, valley, ... The legs bulge, so strands look like leaves."""
     points = [(*row[0], 1)]
     for i, (a, b) in enumerate(zip(row[:-1], row[1:], strict=True)):
-        knee = a + (b - a) * (.2, .56) if i % 2 == 0 else b + (a - b) * (.2, .56)
+        knee = a + (b - a) * (0.2, 0.56) if i % 2 == 0 else b + (a - b) * (0.2, 0.56)
         points += [knee, (*b, 1)]
     return spline(points)
 
-def brush(curve, width, heavy=.5):
+
+def brush(curve, width, heavy=0.5):
     """A tapered stroke along a curve -> its polygon; `heavy` is where along the curve it is thickest."""
-    profile = np.sin(np.pi * np.linspace(0, 1, len(curve)) ** (np.log(.5) / np.log(heavy))) ** .8
+    profile = np.sin(np.pi * np.linspace(0, 1, len(curve)) ** (np.log(0.5) / np.log(heavy))) ** 0.8
     along = np.gradient(curve, axis=0)
-    half = along[:, ::-1] * (-1, 1) / (np.hypot(*along.T)[:, None] + 1e-9) * (width / 2 * profile)[:, None]
+    across = along[:, ::-1] * (-1, 1) / (np.hypot(*along.T)[:, None] + 1e-9)
+    half = across * (width / 2 * profile)[:, None]
     return np.concatenate([curve + half, (curve - half)[::-1]])
+
 
 def oval(x, y, rx, ry, n=28):
     """An ellipse around (x, y)."""
     t = np.arange(n) * (2 * np.pi / n)
     return np.stack([x + rx * np.cos(t), y + ry * np.sin(t)], 1)
 
-CROWN = spline(path("-57,0 -61,-28 -53,-58 -31,-79 0,-87 31,-79 53,-58 61,-28 57,0"))
-HEART, STAR, SPARKLE = (spline(both(path(text)), closed=True) for text in (
-    "0,-24! 29,-47 52,-16 0,52!", "0,-62! 16,-23! 59,-19! 27,9! 36,50! 0,28!",
-    "0,-76! 16,-16! 76,0! 16,16! 0,76!"))
 
-# ---- from head units to pixels -----------------------------------------------------------------------------
+CROWN = spline(path("-57,0 -61,-28 -53,-58 -31,-79 0,-87 31,-79 53,-58 61,-28 57,0"))
+HEART = spline(both(path("0,-24! 29,-47 52,-16 0,52!")), closed=True)
+STAR = spline(both(path("0,-62! 16,-23! 59,-19! 27,9! 36,50! 0,28!")), closed=True)
+SPARKLE = spline(both(path("0,-76! 16,-16! 76,0! 16,16! 0,76!")), closed=True)
+
+# ---- from head units to pixels -------------------------------------------------------------------
+
 
 class Canvas:
     """A picture and a stencil, side by side. The stencil says which shape owns each pixel, so that it serves
@@ -182,22 +265,24 @@ class Canvas:
     def __init__(self, backdrop, s):
         self.image, self.stencil = backdrop, Image.new("L", backdrop.size)
         self.on_image, self.on_stencil = ImageDraw.Draw(self.image), ImageDraw.Draw(self.stencil)
-        self.owner = [0]                                     # shape id -> part id; shape 0 is the background
+        self.owner = [0]  # shape id -> part id; shape 0 is the background
         self.scale, self.centre = s.scale * backdrop.width, s.centre * backdrop.width
-        self.palette, self.light_from, self.shading, self.line = s.palette, s.sun, s.shading, LINES[s.line]
+        self.palette, self.shading = s.palette, s.shading
+        self.light_from, self.line = s.sun, LINES[s.line]
 
     def pose(self, yaw, nod, roll, flip=1):
         """Draw through this pose from now on: turned, nodding, tilted (radians), mirrored if flip is -1."""
         self.yaw, self.nod, self.flip = yaw, nod, flip
         self.tilt = np.array([[np.cos(roll), np.sin(roll)], [-np.sin(roll), np.cos(roll)]])
-        self.sun = self.light_from * flip                  # -1 (left) or 1 (right), as the posed head sees it
+        self.sun = self.light_from * flip  # -1 (left) or 1 (right), as the posed head sees it
 
     def pixels(self, points, depth):
         """The one transform: (n, 2) head units -> (n, 2) pixels. A head is a bump: its middle is near."""
         x, y = np.asarray(points, float)[:, :2].T
-        bump = .38 * depth * np.exp(-2 * (x ** 2 + y ** 2))
-        p = np.stack([x * np.cos(self.yaw) + bump * np.sin(self.yaw), y + bump * self.nod - .6], 1)
-        return (p @ self.tilt + (0, .6)) * self.scale * (self.flip, 1) + self.centre    # it tilts at the chin
+        bump = 0.38 * depth * np.exp(-2 * (x**2 + y**2))
+        p = np.stack([x * np.cos(self.yaw) + bump * np.sin(self.yaw), y + bump * self.nod - 0.6], 1)
+        tilted = p @ self.tilt + (0, 0.6)  # at the chin
+        return tilted * self.scale * (self.flip, 1) + self.centre
 
     def fill(self, points, colour, part=None, depth=1.0, inside=None, alpha=1.0, soft=0):
         """Fill a polygon; `colour` may be a (top, bottom) pair. -> shape id. Without `part` the stencil stays
@@ -217,8 +302,8 @@ class Canvas:
             return shape
         box, mask = (*low.tolist(), *high.tolist()), Image.new("L", (high - low).tolist())
         ImageDraw.Draw(mask).polygon((pixels - low).ravel().tolist(), fill=round(255 * alpha))
-        if soft:                                             # blur where it is cheap: at the final resolution
-            mask = mask.reduce(SS).filter(ImageFilter.GaussianBlur(soft)).resize(mask.size, Image.BILINEAR)
+        if soft:  # blur where it is cheap: at the final resolution
+            mask = blurred(mask, SS, soft)
         if inside is not None:
             allowed = [255 * (i in inside) for i in range(256)]
             mask = ImageChops.multiply(mask, self.stencil.crop(box).point(allowed))
@@ -230,24 +315,27 @@ class Canvas:
         """Line art around a polygon, drawn as with a slanted nib: twice, a little apart."""
         pixels, nib = self.pixels(points, depth), width * self.scale
         self.owner += [PARTS.index(part)] if part else []
-        for d in (-.25 * nib, .25 * nib):
-            loop = (np.concatenate([pixels, pixels[:2]]) + (.6 * d, self.sun * d)).ravel().tolist()
-            self.on_image.line(loop, fill=rgb(colour, self.palette), width=max(2, round(.65 * nib)))
+        wide = max(2, round(0.65 * nib))
+        for d in (-0.25 * nib, 0.25 * nib):
+            loop = (np.concatenate([pixels, pixels[:2]]) + (0.6 * d, self.sun * d)).ravel().tolist()
+            self.on_image.line(loop, fill=rgb(colour, self.palette), width=wide)
             if part:
-                self.on_stencil.line(loop, fill=len(self.owner) - 1, width=max(2, round(.65 * nib)))
+                self.on_stencil.line(loop, fill=len(self.owner) - 1, width=wide)
 
-    def shape(self, points, colour, part, depth=1.0, shift=.06, tips=None):
+    def shape(self, points, colour, part, depth=1.0, shift=0.06, tips=None):
         """The workhorse, a cel-shaded and outlined shape: filled with its shadow tone, and then a copy of it,
         moved towards the sun and clipped to the shape, with the lit tone. A hard-edged shadow is left."""
-        lit, dark = ((colour, tips), (shade(colour), shade(tips))) if tips else (colour, shade(colour))
+        lit = (colour, tips) if tips else colour
+        dark = (shade(colour), shade(tips)) if tips else shade(colour)
         flat = self.shading == "flat" or not shift or not part
         shape = self.fill(points, lit if flat else dark, part, depth)
         if not flat:
-            moved, soft = points + (self.sun * shift, -.6 * shift), 2 * (self.shading == "soft")
+            moved, soft = points + (self.sun * shift, -0.6 * shift), 2 * (self.shading == "soft")
             self.fill(moved, lit, None, depth, inside=[shape], soft=soft)
         if shift:
             self.outline(points, self.line[1] or ink(colour), self.line[0], None, depth)
         return shape
+
 
 def gradient(top, bottom, palette, size):
     """A vertical gradient between two colours -> an image of this size."""
@@ -255,7 +343,14 @@ def gradient(top, bottom, palette, size):
     column = top + np.linspace(0, 1, size[1])[:, None, None] * (bottom - top)
     return Image.fromarray(np.uint8(np.rint(column))).resize(size, Image.NEAREST)
 
-# ---- the wardrobe: drawings made of pieces -----------------------------------------------------------------
+
+def blurred(image, factor, radius):
+    """The image, blurred where it is cheap: at a resolution that is lower by this factor."""
+    small = image.reduce(factor).filter(ImageFilter.GaussianBlur(radius))
+    return small.resize(image.size, Image.BILINEAR)
+
+
+# ---- the wardrobe: drawings made of pieces -------------------------------------------------------
 
 # A drawing is its names and its pieces, back to front, between slashes. A piece is a tone (see `tones`), how
 # to draw it, and its paths, between bars. How: one, pair (left and right) or both (a half, to be mirrored);
@@ -372,6 +467,10 @@ curtain_bangs: hair one 57,5 47,30 44,0 37,12 0,-58 -37,12 -44,0 -47,30 -57,5
 hair_over_one_eye: hair one 57,0 48,12 40,-20 25,-2 24,-52 -10,10 -8,-2 -26,36 -24,16 -43,42 -57,5
 """
 
+
+PIECE = r"\s*([^\d]*?)\s*((?:o?-?\d.*)?)"  # words, and paths from the first number on
+
+
 def drawings(text):
     """The wardrobe's text -> {name: [(tone, how, points), ...]}."""
     found = {}
@@ -379,79 +478,104 @@ def drawings(text):
         names, body = entry.split(": ")
         pieces = []
         for piece in body.split("/"):
-            words, paths = re.fullmatch(r"\s*([^\d]*?)\s*((?:o?-?\d.*)?)", piece, re.DOTALL).groups()
-            known, (tone, *how) = found.get(words[1:]), words.split()       # =x are the pieces of x
+            words, paths = re.fullmatch(PIECE, piece, re.DOTALL).groups()
+            known, (tone, *how) = found.get(words[1:]), words.split()  # =x are the pieces of x
             pieces += known or [(tone, how, path(points)) for points in paths.split("|")]
         found |= dict.fromkeys(names.split(", "), pieces)
     return found
 
+
 DRAWINGS = drawings(WARDROBE)
 
-def draw_pieces(c, s, name, depth=.25, at=(0, 0), sides=(1, -1)):
+
+def draw_pieces(c, s, name, depth=0.25, at=(0, 0), sides=(1, -1)):
     """Draw the drawing of this name, if there is one, shifted by `at`. c is the Canvas, s the scene."""
     shapes = []
     for tone, how, points in DRAWINGS.get(name, ()):
         (colour, tips, part), points = s.tones[tone], both(points) if "both" in how else points
         for side in sides if "pair" in how else sides[:1]:
-            stroke = {"line": .024, "thick": .06}.get(how[-1])
+            stroke = {"line": 0.024, "thick": 0.06}.get(how[-1])
             curve = spline(mirror(points, side), closed=not stroke) + at
             if stroke:
-                c.fill(brush(curve, stroke, .45), colour, part, depth)
+                c.fill(brush(curve, stroke, 0.45), colour, part, depth)
             elif "rim" in how:
-                c.outline(curve, colour, .028, part, depth)
+                c.outline(curve, colour, 0.028, part, depth)
             elif "clip" in how:
                 c.fill(curve, colour, None, depth, inside=shapes[-2:])
             else:
-                shapes.append(c.shape(curve, colour, part, depth, 0 if "flat" in how else .06, tips))
+                shift = 0 if "flat" in how else 0.06
+                shapes.append(c.shape(curve, colour, part, depth, shift, tips))
+
 
 def tones(who, rng):
     """-> {tone: (colour, colour at the tips or None, part or None)}: this picture's colours."""
-    hair, skin = jitter(HAIR[who["hair_colour"]], rng), jitter(SKIN, rng, 3, .15, .03)
-    tips = jitter(light(hair, rng.choice([0, .5])), rng, 12, .1, .02)
-    cloth = jitter(CLOTH[pick(rng, CLOTH, who["clothes_colour"], .1)], rng)
+    hair, skin = jitter(HAIR[who["hair_colour"]], rng), jitter(SKIN, rng, 3, 0.15, 0.03)
+    tips = jitter(light(hair, rng.choice([0, 0.5])), rng, 12, 0.1, 0.02)
+    cloth = jitter(CLOTH[pick(rng, CLOTH, who["clothes_colour"], 0.1)], rng)
     trim = pick(rng, (WHITE, light(cloth), shade(cloth, 1.6)))
-    by_part = {     # part: {tone: colour or (colour, colour at the tips)}
-        "hair": {"hair": (hair, tips), "back": (shade(hair, .8), shade(tips, .8))},
-        "face": {"skin": skin}, "eyes": {"lash": ink(shade(hair))}, "background": {"bubble": WHITE},
-        "mouth": {"lips": shade(MOUTH, 2.6), "mouth": shade(MOUTH, .6)},
-        "clothes": {"cloth": cloth, "trim": trim, "shirt": WHITE},
-        "accessory": {"fur": (hair, tips), "hand": skin, "cuff": cloth, "fluff": (350, .28, .98),
-                      "bone": pick(rng, ((30, .25, .85), (350, .6, .5), INK)), "pale": (45, .08, 1),
-                      "acc": jitter(pick(rng, TRINKET), rng), "icing": jitter(pick(rng, TRINKET), rng),
-                      "frame": pick(rng, (INK, (0, .6, .5), (230, .5, .5))), "gold": (46, .55, 1),
-                      "dark": (255, .3, .3), "dough": (32, .42, .88)},
-        None: {"strand": ink(hair), "mark": shade(skin, 3), "shadow": shade(skin, 1.3), "red": (355, .7, .8),
-               "tattoo": (265, .5, .7), "dots": INK, "teeth": WHITE, "tongue": (2, .5, .9), "water": WATER},
-    }
-    return {name: (*colour, part) if isinstance(colour[0], tuple) else (colour, None, part)
-            for part, colours in by_part.items() for name, colour in colours.items()}
+    at_tips = {"hair": tips, "back": shade(tips, 0.8), "fur": tips}
+    rows = [
+        *PAINTS,
+        ("hair", "hair", hair),
+        ("back", "hair", shade(hair, 0.8)),
+        ("skin", "face", skin),
+        ("lash", "eyes", ink(shade(hair))),
+        ("lips", "mouth", shade(MOUTH, 2.6)),
+        ("mouth", "mouth", shade(MOUTH, 0.6)),
+        ("cloth", "clothes", cloth),
+        ("trim", "clothes", trim),
+        ("fur", "accessory", hair),
+        ("hand", "accessory", skin),
+        ("cuff", "accessory", cloth),
+        ("bone", "accessory", pick(rng, ((30, 0.25, 0.85), (350, 0.6, 0.5), INK))),
+        ("acc", "accessory", jitter(pick(rng, TRINKET), rng)),
+        ("icing", "accessory", jitter(pick(rng, TRINKET), rng)),
+        ("frame", "accessory", pick(rng, (INK, (0, 0.6, 0.5), (230, 0.5, 0.5)))),
+        ("strand", None, ink(hair)),
+        ("mark", None, shade(skin, 3)),
+        ("shadow", None, shade(skin, 1.3)),
+    ]
+    return {name: (colour, at_tips.get(name), part) for name, part, colour in rows}
 
-# ---- the face and the fringe -------------------------------------------------------------------------------
+
+# ---- the face and the fringe ---------------------------------------------------------------------
+
 
 def draw_face(c, s):
     """Ears, the face itself, blush and a small nose."""
-    draw_pieces(c, s, "ears", .3)
+    draw_pieces(c, s, "ears", 0.3)
     draw_pieces(c, s, "face", 1)
-    c.face = c.pixels(spline(both(DRAWINGS["face"][0][2]), closed=True), 1)      # from the forehead to the chin
-    for side in (-1, 1)[:2 * bool(s.blush)]:
-        cheek, face = oval(side * .31, .32, .13, .065), len(c.owner) - 1
-        c.fill(cheek, (354, .55, 1), alpha=.27 * s.blush, inside=[face], soft=1.5)
+    outline = spline(both(DRAWINGS["face"][0][2]), closed=True)
+    c.face = c.pixels(outline, 1)  # from the forehead to the chin
+    for side in (-1, 1)[: 2 * bool(s.blush)]:
+        cheek, face = oval(side * 0.31, 0.32, 0.13, 0.065), len(c.owner) - 1
+        c.fill(cheek, (354, 0.55, 1), alpha=0.27 * s.blush, inside=[face], soft=1.5)
     draw_pieces(c, s, "nose", 1, sides=(s.facing,))
+
 
 def lids(shape, openness):
     """-> upper and lower lid curve in eye units, from the inner (-1) to the outer (+1) corner."""
-    top = .5 if shape == "jitome" else 1.0
-    upper = [(-1, .22), (-.66, -.6 * top), (-.08, -.98 * top), (.55, -.84 * top), (1.0, -.12)]
-    lower = [(-1, .22), (-.74, .72), (-.25, .98), (.38, .95), (.82, .52), (1.0, -.12)]
-    return (spline([(x, .25 + (y - .25) * openness) for x, y in upper]),
-            spline([(x, .25 + (y - .25) * min(1, .5 + openness / 2)) for x, y in lower]))
+    top = 0.5 if shape == "jitome" else 1.0
+    arch = [(-0.66, -0.6), (-0.08, -0.98), (0.55, -0.84)]
+    upper = [(-1, 0.22), *[(x, y * top) for x, y in arch], (1.0, -0.12)]
+    lower = [(-1, 0.22), (-0.74, 0.72), (-0.25, 0.98), (0.38, 0.95), (0.82, 0.52), (1.0, -0.12)]
+    return (
+        spline([(x, 0.25 + (y - 0.25) * openness) for x, y in upper]),
+        spline([(x, 0.25 + (y - 0.25) * min(1, 0.5 + openness / 2)) for x, y in lower]),
+    )
+
 
 def eye_place(s, side):
     """-> a function from eye units to head units, for the eye on this side: scaled, tilted, mirrored."""
-    width, height, tilt = {"round_eyes": (.15, .195, -.03), "tsurime": (.16, .175, -.2),
-                           "tareme": (.155, .18, .17), "jitome": (.165, .195, -.02)}[s.who["eye_shape"]]
+    width, height, tilt = EYES[s.who["eye_shape"]]
     turn = np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
-    return lambda points: (np.asarray(points)[:, :2] * (width, height) @ turn + (.25, .12)) * (side, 1)
+
+    def place(points):
+        scaled = np.asarray(points)[:, :2] * (width, height)
+        return (scaled @ turn + (0.25, 0.12)) * (side, 1)
+
+    return place
+
 
 def draw_eye(c, s, side):
     """One eye, back to front: white, iris, the lid's shadow, lashes, crease."""
@@ -459,171 +583,192 @@ def draw_eye(c, s, side):
     if openness <= 0:
         return draw_pieces(c, s, "sleeping eye" if openness else "laughing eye", 1, sides=(side,))
     upper, lower = lids(s.who["eye_shape"], openness)
-    white = c.fill(place(np.concatenate([upper, lower[::-1]])), (225, .03, .99), "eyes")
+    white = c.fill(place(np.concatenate([upper, lower[::-1]])), (225, 0.03, 0.99), "eyes")
     draw_iris(c, s, place, side, white)
-    c.fill(place(np.concatenate([upper, upper[::-1] + (0, .34)])), (262, .5, .3), inside=[white], alpha=.28)
+    shadow = place(np.concatenate([upper, upper[::-1] + (0, 0.34)]))
+    c.fill(shadow, (262, 0.5, 0.3), inside=[white], alpha=0.28)
     draw_lashes(c, s, place, upper, lower)
-    c.fill(brush(place(upper[8:-4] - (0, .32)), .018), shade(s.skin, 2.4))
+    c.fill(brush(place(upper[8:-4] - (0, 0.32)), 0.018), shade(s.skin, 2.4))
+
 
 def draw_iris(c, s, place, side, white):
     """Iris: a dark rim, a gradient from dark to light, a light crescent, pupil or pattern, two glints."""
-    x, y, lit = s.gaze[0] * side - .04, .08 + s.gaze[1], side * c.sun
+    x, y, lit = s.gaze[0] * side - 0.04, 0.08 + s.gaze[1], side * c.sun
+
     def put(points, colour, alpha=1.0):
         c.fill(place(points), colour, inside=[white], alpha=alpha)
-    put(oval(x, y, .72, .95), shade(s.iris, 2.9))
-    put(oval(x, y + .02, .62, .85), (shade(s.iris, 2.2), light(s.iris, .35)))
-    put(oval(x, y + .52, .42, .28), light(s.iris, .9), .75)
-    dark, pale, plain = shade(s.iris, 3.6), light(s.iris, 1.2), oval(0, 0, .31, .41)
-    patterns = {"plain_iris": [(plain, dark)], "ringed_iris": [(oval(0, 0, .48, .64), pale), (plain, dark)],
-                "slit_pupils": [(oval(0, 0, .13, .72), dark)], "heart_iris": [(HEART, (345, .55, 1))],
-                "star_iris": [(STAR, pale)], "cross_iris": [(SPARKLE, pale)]}
+
+    put(oval(x, y, 0.72, 0.95), shade(s.iris, 2.9))
+    put(oval(x, y + 0.02, 0.62, 0.85), (shade(s.iris, 2.2), light(s.iris, 0.35)))
+    put(oval(x, y + 0.52, 0.42, 0.28), light(s.iris, 0.9), 0.75)
+    dark, pale, plain = shade(s.iris, 3.6), light(s.iris, 1.2), oval(0, 0, 0.31, 0.41)
+    patterns = {
+        "plain_iris": [(plain, dark)],
+        "ringed_iris": [(oval(0, 0, 0.48, 0.64), pale), (plain, dark)],
+        "slit_pupils": [(oval(0, 0, 0.13, 0.72), dark)],
+        "heart_iris": [(HEART, (345, 0.55, 1))],
+        "star_iris": [(STAR, pale)],
+        "cross_iris": [(SPARKLE, pale)],
+    }
     for polygon, colour in patterns[s.who["iris"]]:
-        put(polygon + (x, y + .04), colour)
-    put(oval(x + .27 * lit, y - .44, .23, .25), WHITE)
-    put(oval(x - .29 * lit, y + .44, .11, .12), WHITE)
+        put(polygon + (x, y + 0.04), colour)
+    put(oval(x + 0.27 * lit, y - 0.44, 0.23, 0.25), WHITE)
+    put(oval(x - 0.29 * lit, y + 0.44, 0.11, 0.12), WHITE)
+
 
 def draw_lashes(c, s, place, upper, lower):
     """The upper lashes are one dark shape, heavier towards a flick at the outer corner; the lower a line."""
     t = np.linspace(0, 1, len(upper))[:, None]
-    top = upper + (t - .35) * (.14, 0) - (0, 1) * (.07 + .24 * np.sin(np.pi * t ** 1.6) ** .7)
-    c.fill(place(np.concatenate([upper, [(1.06, -.1), (1.3, -.5)], top[::-1]])), s.lash, "eyes")
-    c.fill(place([(.8, -.75), (1.3, -.95), (.95, -.45)]), s.lash, "eyes")
-    c.fill(brush(place(lower[18:]), .024, .7), s.lash, "eyes")
-    c.fill(brush(place(lower[6:20]), .012), s.lash)
+    top = upper + (t - 0.35) * (0.14, 0) - (0, 1) * (0.07 + 0.24 * np.sin(np.pi * t**1.6) ** 0.7)
+    c.fill(place(np.concatenate([upper, [(1.06, -0.1), (1.3, -0.5)], top[::-1]])), s.lash, "eyes")
+    c.fill(place([(0.8, -0.75), (1.3, -0.95), (0.95, -0.45)]), s.lash, "eyes")
+    c.fill(brush(place(lower[18:]), 0.024, 0.7), s.lash, "eyes")
+    c.fill(brush(place(lower[6:20]), 0.012), s.lash)
+
 
 def draw_brows(c, s):
     """The brows; drawn after the hair and half transparent, so that they show through the fringe."""
     lift, slant = s.brow
-    arc = [(.1, -.18 + slant * .08), (.22, -.225), (.33, -.21 - slant * .03), (.42, -.16 - slant * .04)]
+    arc = [
+        (0.1, -0.18 + slant * 0.08),
+        (0.22, -0.225),
+        (0.33, -0.21 - slant * 0.03),
+        (0.42, -0.16 - slant * 0.04),
+    ]
     for side in (-1, 1):
         curve = spline(mirror([(x, y - lift) for x, y in arc], side))
-        c.fill(brush(curve, .035, .35), shade(s.hair, 1.9), alpha=.8)
+        c.fill(brush(curve, 0.035, 0.35), shade(s.hair, 1.9), alpha=0.8)
+
 
 def draw_front(c, s):
     """Crown and fringe: one shape, whose lower edge is a row of tips. First it casts a shadow on the face."""
-    row = np.array(DRAWINGS[s.who["fringe"]][0][2])[:, :2]      # valley, tip, valley, tip, ..., valley
+    row = np.array(DRAWINGS[s.who["fringe"]][0][2])[:, :2]  # valley, tip, valley, tip, ..., valley
     row[1::2, 0] += s.sway
     points = np.concatenate([CROWN, tufts(row)])
     if c.shading != "flat":
         skin = [i for i, part in enumerate(c.owner) if PARTS[part] in ("face", "eyes")]
-        c.fill(points + (-.03 * c.sun, .065), (310, .5, .42), inside=skin, alpha=.25)
-    front = c.shape(points, s.hair, "hair", .9, .045, tips=s.tips)
-    for x, y in row[2:-1:2]:                                  # a line from the crown into each valley
-        strand = spline([(x * .45, -.72 + .1 * abs(x)), (x * .8, y * .5 - .35), (x, y)])
-        c.fill(brush(strand, .016), ink(s.hair), depth=.9, alpha=.8)
+        c.fill(points + (-0.03 * c.sun, 0.065), (310, 0.5, 0.42), inside=skin, alpha=0.25)
+    front = c.shape(points, s.hair, "hair", 0.9, 0.045, tips=s.tips)
+    for x, y in row[2:-1:2]:  # a line from the crown into each valley
+        strand = spline([(x * 0.45, -0.72 + 0.1 * abs(x)), (x * 0.8, y * 0.5 - 0.35), (x, y)])
+        c.fill(brush(strand, 0.016), ink(s.hair), depth=0.9, alpha=0.8)
     if c.shading != "flat":
         draw_shine(c, s, front)
 
+
 def draw_shine(c, s, front):
     """The ring of light around the crown: a band with jagged edges, broken where the hair parts."""
-    for a, b in ((-.46, -.09), (-.03, .19), (.26, .47)):
-        x, odd, fade = np.linspace(a, b, 9) * c.sun, np.arange(9) % 2, np.sin(np.linspace(0, np.pi, 9))
-        y = -.59 + .55 * x ** 2 + s.nod * .15
-        upper, lower = np.stack([x, y - .05 * odd * fade]), np.stack([x, y + (.03 + .1 * odd) * fade])
-        band = np.concatenate([upper.T, lower.T[::-1]])
-        c.fill(band, light(s.hair, 1.1), inside=[front], alpha=.85, depth=.9)
+    for a, b in ((-0.46, -0.09), (-0.03, 0.19), (0.26, 0.47)):
+        x, odd = np.linspace(a, b, 9) * c.sun, np.arange(9) % 2
+        y, fade = -0.59 + 0.55 * x**2 + s.nod * 0.15, np.sin(np.linspace(0, np.pi, 9))
+        upper = np.stack([x, y - 0.05 * odd * fade], 1)
+        lower = np.stack([x, y + (0.03 + 0.1 * odd) * fade], 1)
+        band = np.concatenate([upper, lower[::-1]])
+        c.fill(band, light(s.hair, 1.1), inside=[front], alpha=0.85, depth=0.9)
 
-# ---- what is behind ----------------------------------------------------------------------------------------
 
-PATTERNS = ("dotted_background", "striped_background", "sky", "window", "bokeh", "sunburst", "night_sky")
+# ---- what is behind ------------------------------------------------------------------------------
+
 
 def box(x, y, width, height):
     """A rectangle."""
     return np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)])
 
+
 def pattern(kind, rng):
     """Yield (tone, polygon in the unit square), back to front."""
-    if kind == "dotted_background":                          # screen tone: dots which grow towards the bottom
+    if kind == "dotted_background":  # screen tone: dots which grow towards the bottom
         n = rng.integers(9, 15)
         for i, j in np.ndindex(n + 1, n + 1):
-            r = (.12 + .3 * j / n) / n
+            r = (0.12 + 0.3 * j / n) / n
             yield "high", oval((i + j % 2 / 2) / n, j / n, r, r, n=12)
     elif kind == "striped_background":
-        step, slant = 1 / rng.integers(4, 9), rng.uniform(-.6, .6)
-        for x in np.arange(-.6, 1.6, step):
-            yield "high", np.array([(x, 0), (x + step / 2, 0), (x + step / 2 + slant, 1), (x + slant, 1)])
-    elif kind == "sky":                                      # clouds over two hills
-        for x, y in rng.uniform((-.1, 0), (1, .45), (3, 2)):
+        step, slant = 1 / rng.integers(4, 9), rng.uniform(-0.6, 0.6)
+        for x in np.arange(-0.6, 1.6, step):
+            stripe = [(x, 0), (x + step / 2, 0), (x + step / 2 + slant, 1), (x + slant, 1)]
+            yield "high", np.array(stripe)
+    elif kind == "sky":  # clouds over two hills
+        for x, y in rng.uniform((-0.1, 0), (1, 0.45), (3, 2)):
             for i in range(4):
-                yield "high", oval(x + .07 * i, y, *rng.uniform(.05, .1, 2))
+                yield "high", oval(x + 0.07 * i, y, *rng.uniform(0.05, 0.1, 2))
         for _ in range(2):
-            yield "low", oval(rng.uniform(-.4, 1.3), rng.uniform(1.4, 1.6), 1.1, .8, n=60)
-    elif kind == "window":                                   # of four panes, above a floor
-        x, y, w = rng.uniform((-.1, .02, .4), (.6, .15, .6))
-        yield "low", box(x - .03, y - .03, w + .06, w * 1.3 + .06)
+            yield "low", oval(rng.uniform(-0.4, 1.3), rng.uniform(1.4, 1.6), 1.1, 0.8, n=60)
+    elif kind == "window":  # of four panes, above a floor
+        x, y, w = rng.uniform((-0.1, 0.02, 0.4), (0.6, 0.15, 0.6))
+        yield "low", box(x - 0.03, y - 0.03, w + 0.06, w * 1.3 + 0.06)
         for i, j in np.ndindex(2, 2):
-            yield "high", box(x + i * (w / 2 + .01), y + j * .66 * w, w / 2 - .01, .62 * w)
-        yield "low", box(0, .86, 1, .14)
-    elif kind == "bokeh":                                    # lights out of focus; the blur comes later
-        for x, y, r in rng.uniform((0, 0, .03), (1, 1, .12), (22, 3)):
+            yield "high", box(x + i * (w / 2 + 0.01), y + j * 0.66 * w, w / 2 - 0.01, 0.62 * w)
+        yield "low", box(0, 0.86, 1, 0.14)
+    elif kind == "bokeh":  # lights out of focus; the blur comes later
+        for x, y, r in rng.uniform((0, 0, 0.03), (1, 1, 0.12), (22, 3)):
             yield "high", oval(x, y, r, r)
-    elif kind == "sunburst":                                 # rays from behind the head
+    elif kind == "sunburst":  # rays from behind the head
         rays = rng.integers(9, 18)
         for t in (np.arange(rays) + rng.random()) * 2 * np.pi / rays:
-            ray = [(0, 0), (np.cos(t), np.sin(t)), (np.cos(t + np.pi / rays), np.sin(t + np.pi / rays))]
-            yield "high", np.array(ray) + (.5, .55)
-    elif kind == "night_sky":                                # stars and a moon
-        for x, y, r in rng.uniform((0, 0, .01), (1, 1, .04), (30, 3)):
+            ends = [(np.cos(u), np.sin(u)) for u in (t, t + np.pi / rays)]
+            yield "high", np.array([(0, 0), *ends]) + (0.5, 0.55)
+    elif kind == "night_sky":  # stars and a moon
+        for x, y, r in rng.uniform((0, 0, 0.01), (1, 1, 0.04), (30, 3)):
             yield "high", SPARKLE * r + (x, y)
-        yield "high", oval(*rng.uniform((.1, .08), (.9, .25)), .09, .09)
+        yield "high", oval(*rng.uniform((0.1, 0.08), (0.9, 0.25)), 0.09, 0.09)
+
 
 def backdrop(kind, palette, rng, n):
     """-> an n x n image. Its colours know nothing of the character's."""
-    hue, sat, value = rng.uniform((0, .05, .75), (360, .55, 1))
-    if kind == "night_sky" or rng.random() < .15:
-        hue, sat, value = rng.uniform((200, .4, .25), (300, .6, .5))
+    hue, sat, value = rng.uniform((0, 0.05, 0.75), (360, 0.55, 1))
+    if kind == "night_sky" or rng.random() < 0.15:
+        hue, sat, value = rng.uniform((200, 0.4, 0.25), (300, 0.6, 0.5))
     top = bottom = (pick(rng, (28, 195, 210, 225, 340)) if kind == "sky" else hue, sat, value)
     if kind != "simple_background":
-        bottom = (top[0] + rng.normal(0, 35), sat * rng.uniform(.4, .9), min(1, value * rng.uniform(.9, 1.3)))
-    tone = {"high": light(bottom, rng.uniform(.5, 1.3)), "low": shade((top[0] - 40, sat, value * .85))}
+        hue = top[0] + rng.normal(0, 35)
+        bottom = (hue, sat * rng.uniform(0.4, 0.9), min(1, value * rng.uniform(0.9, 1.3)))
+    high = light(bottom, rng.uniform(0.5, 1.3))
+    tone = {"high": high, "low": shade((top[0] - 40, sat, value * 0.85))}
     image = gradient(top, bottom, palette, (n, n))
     pen = ImageDraw.Draw(image)
     for name, polygon in pattern(kind, rng):
         pen.polygon((polygon * n).ravel().tolist(), fill=rgb(tone[name], palette))
-    if kind == "bokeh":                                      # blurred at a low resolution, where it is cheap
-        image = image.reduce(8).filter(ImageFilter.GaussianBlur(n / 500)).resize((n, n), Image.BILINEAR)
-    return image
+    return blurred(image, 8, n / 500) if kind == "bokeh" else image
 
-# ---- a picture ---------------------------------------------------------------------------------------------
 
-FOOD, HATS = ("doughnut", "popsicle", "lollipop", "onigiri"), ("beret", "witch_hat")
-MOODS = {       # how open the eyes are, (brow lift, brow slant), mouth, a sign which may come with it
-    "smile": ((1, 1), (0, 0), "smile", "sweat"), "open_mouth": ((1, 1), (.02, 0), "open", ""),
-    "surprised": ((1.1, 1.1), (.06, -.2), "o", "sweat"), "angry": ((.8, .8), (-.03, 1), "frown", "vein"),
-    "sad": ((.85, .85), (0, -1), "wavy", "tears"), "serious": ((.85, .85), (-.01, .4), "flat", ""),
-    "wink": ((1, 0), (.02, 0), "cat", ""), "happy": ((0, 0), (.03, 0), "laugh", ""),
-    "sleepy": ((-1, -1), (0, -.2), "flat", ""), "pout": ((.9, .9), (0, .5), "pout", ""),
-    "cat_smile": ((1, 1), (.02, 0), "cat", ""), "laugh": ((.95, .95), (.03, 0), "laugh", ""),
-}
+# ---- a picture -----------------------------------------------------------------------------------
+
 
 def pick(rng, values, favourite=None, chance=0.0):
     """One of the values: the favourite with this chance, else any."""
     return favourite if rng.random() < chance else list(values)[rng.integers(len(values))]
 
+
 def scene(who, rng):
     """Everything that varies from picture to picture."""
     s = SimpleNamespace(who=who, tones=tones(who, rng), iris=jitter(IRIS[who["eye_colour"]], rng))
-    (s.hair, s.tips, _), (s.skin, _, _), (s.lash, _, _) = (s.tones[name] for name in ("hair", "skin", "lash"))
-    s.mood, s.blush, s.sway, *s.gaze = pick(rng, MOODS), pick(rng, (0, 1, 2)), *rng.normal(0, (.02, .07, .07))
+    s.hair, s.tips, _ = s.tones["hair"]
+    s.skin, s.lash = s.tones["skin"][0], s.tones["lash"][0]
+    s.mood, s.blush = pick(rng, MOODS), pick(rng, (0, 1, 2))
+    s.sway, *s.gaze = rng.normal(0, (0.02, 0.07, 0.07))
     s.openness, s.brow, s.mouth, sign = MOODS[s.mood]
-    s.openness, s.sign = s.openness[::rng.choice([-1, 1])], pick(rng, [sign], "", .5)
-    s.held, s.at, s.bubble = pick(rng, ("hand", *FOOD), "", .9), rng.normal(0, .05, 2), rng.random() < .06
-    s.outfit = pick(rng, ATTRIBUTES["outfit"], who["outfit"], .4)
-    s.backdrop = pick(rng, ("gradient_background", *PATTERNS), "simple_background", .4)
-    s.yaw, s.nod, s.roll = np.clip(rng.normal(0, (.3, .15, .1)), -.55, .55)
-    s.scale, (s.flip, s.sun), s.facing = rng.uniform(.42, .60), rng.choice([-1, 1], 2), np.sign(s.yaw)
-    s.centre = rng.normal((.5, .53 if who["accessory"] + " behind" in DRAWINGS else .49), (.08, .05))  # for ears
-    s.palette = str(rng.choice(list(GRADES), p=(.36, .26, .16, .1, .07, .05)))
-    s.line, s.shading = pick(rng, LINES), pick(rng, ("cel", "soft"), "flat", .1)
+    s.openness, s.sign = s.openness[:: rng.choice([-1, 1])], pick(rng, [sign], "", 0.5)
+    s.held, s.at = pick(rng, ("hand", *FOOD), "", 0.9), rng.normal(0, 0.05, 2)
+    s.bubble = rng.random() < 0.06
+    s.outfit = pick(rng, ATTRIBUTES["outfit"], who["outfit"], 0.4)
+    s.backdrop = pick(rng, ("gradient_background", *PATTERNS), "simple_background", 0.4)
+    s.yaw, s.nod, s.roll = np.clip(rng.normal(0, (0.3, 0.15, 0.1)), -0.55, 0.55)
+    s.scale, s.facing = rng.uniform(0.42, 0.60), np.sign(s.yaw)
+    s.flip, s.sun = rng.choice([-1, 1], 2)
+    low = 0.53 if who["accessory"] + " behind" in DRAWINGS else 0.49  # ears need room above
+    s.centre = rng.normal((0.5, low), (0.08, 0.05))
+    s.palette = str(rng.choice(list(GRADES), p=(0.36, 0.26, 0.16, 0.1, 0.07, 0.05)))
+    s.line, s.shading = pick(rng, LINES), pick(rng, ("cel", "soft"), "flat", 0.1)
     return s
+
 
 def draw_figure(c, s):
     """The figure, back to front."""
     who = s.who
-    head, body = (s.yaw, s.nod, s.roll, s.flip), (s.yaw * .4 * s.flip, 0, s.roll * .2 * s.flip)
+    head, body = (s.yaw, s.nod, s.roll, s.flip), (s.yaw * 0.4 * s.flip, 0, s.roll * 0.2 * s.flip)
     c.pose(*head)
-    draw_pieces(c, s, who["hair_style"], .15)
-    draw_pieces(c, s, who["accessory"] + " behind", .15)
+    draw_pieces(c, s, who["hair_style"], 0.15)
+    draw_pieces(c, s, who["accessory"] + " behind", 0.15)
     c.pose(*body)
     draw_pieces(c, s, "torso")
     draw_pieces(c, s, s.outfit)
@@ -633,47 +778,64 @@ def draw_figure(c, s):
     draw_pieces(c, s, who["mark"], 1)
     for side in (-1, 1):
         draw_eye(c, s, side)
-    draw_pieces(c, s, who["hair_style"] + " locks", .6)
+    draw_pieces(c, s, who["hair_style"] + " locks", 0.6)
     draw_front(c, s)
     draw_pieces(c, s, who["ahoge"])
     draw_brows(c, s)
     draw_pieces(c, s, s.sign, 1)
     draw_pieces(c, s, who["glasses"], 1.1)
-    draw_pieces(c, s, who["accessory"], .4 if who["accessory"] in ("headphones", *HATS) else .8)
+    draw_pieces(c, s, who["accessory"], 0.4 if who["accessory"] in ("headphones", *HATS) else 0.8)
     c.pose(*body)
     draw_pieces(c, s, s.held, 1, s.at)
     draw_pieces(c, s, "speech_bubble" if s.bubble else "", 0, s.at)
+
 
 def finish(c, s, rng, size):
     """Reduce the canvas to its final size, colours and alpha smoothly, part ids by picking; then light it."""
     parts = c.stencil.point((c.owner + [0] * 256)[:256])
     image = c.image.resize((size, size), Image.LANCZOS)
-    if s.shading == "soft":                                             # a little bloom
+    if s.shading == "soft":  # a little bloom
         glow = image.filter(ImageFilter.GaussianBlur(size / 40))
-        image = Image.blend(image, ImageChops.screen(image, glow), .18)
-    lamp, fall = rng.normal(1, .05, 3), 1 + s.sun * np.linspace(-.09, .09, size)[None, :, None]  # coloured light
-    lit = np.asarray(image) * fall * (rng.uniform(.85, 1.12) * lamp)
-    alpha, picked = parts.point([0] + [255] * 255).reduce(SS), np.array(parts)[SS // 2::SS, SS // 2::SS]
-    return {"image": np.uint8(np.clip(lit + .5, 0, 255)), "fg": np.array(alpha), "parts": picked.copy(),
-            "face": np.concatenate([c.face.min(0), c.face.max(0)]) / SS}
+        image = Image.blend(image, ImageChops.screen(image, glow), 0.18)
+    lamp = rng.normal(1, 0.05, 3)  # coloured light
+    fall = 1 + s.sun * np.linspace(-0.09, 0.09, size)[None, :, None]
+    lit = np.asarray(image) * fall * (rng.uniform(0.85, 1.12) * lamp)
+    return {
+        "image": np.uint8(np.clip(lit + 0.5, 0, 255)),
+        "fg": np.array(parts.point([0] + [255] * 255).reduce(SS)),
+        "parts": np.array(parts)[SS // 2 :: SS, SS // 2 :: SS].copy(),
+        "face": np.concatenate([c.face.min(0), c.face.max(0)]) / SS,
+    }
+
 
 def facts(s):
     """-> {tags: the words under which a picture board would file this picture, style: its STRATA}."""
     who = s.who
-    words = [value for key, value in who.items() if key not in ("name", "outfit") and "colour" not in key]
+    own = ATTRIBUTES.keys() - {"outfit", "hair_colour", "eye_colour", "clothes_colour"}
+    words = [who[key] for key in own]
     words += [who["hair_colour"] + "_hair", s.outfit, s.mood, s.backdrop, s.held, s.sign]
     words += ["closed_eyes"] if max(s.openness) <= 0 else [who["eye_colour"] + "_eyes"]
-    also = {"glasses": who["glasses"] != "no_glasses", "hat": who["accessory"] in HATS, "blush": s.blush,
-            "animal_ears": who["accessory"].endswith("_ears"), "speech_bubble": s.bubble, "occlusion": s.held,
-            "food": s.held in FOOD, "monochrome": s.palette == "monochrome"}
+    also = {
+        "glasses": who["glasses"] != "no_glasses",
+        "hat": who["accessory"] in HATS,
+        "blush": s.blush,
+        "animal_ears": who["accessory"].endswith("_ears"),
+        "speech_bubble": s.bubble,
+        "occlusion": s.held,
+        "food": s.held in FOOD,
+        "monochrome": s.palette == "monochrome",
+    }
     words += [word for word, holds in also.items() if holds]
-    return {"tags": sorted({word for word in words if word and not word.startswith("no_")}),
-            "style": {"palette": s.palette, "line": s.line, "shading": s.shading,
-                      "yaw": next(name for name, most in TURNS.items() if abs(s.yaw) <= most)}}
+    style = {"palette": s.palette, "line": s.line, "shading": s.shading}
+    style["yaw"] = next(name for name, most in TURNS.items() if abs(s.yaw) <= most)
+    tags = sorted({word for word in words if word and not word.startswith("no_")})
+    return {"tags": tags, "style": style}
+
 
 def describe(item):
     """What draw() will say of an item, without drawing it -> {tags, style}."""
     return facts(scene(item["who"], np.random.default_rng(item["seed"])))
+
 
 def draw(item, size=128):
     """An item of a plan -> {image u8 (size, size, 3), fg u8 and parts u8 (size, size), face, tags, style}.
@@ -686,15 +848,18 @@ def draw(item, size=128):
     draw_figure(c, s)
     return finish(c, s, rng, size) | facts(s)
 
+
 def unseen(person, count, seed=0):
     """Items of one of the cast that no data set has, -> list for draw()."""
     return [{"seed": (seed + 1, i), "who": person} for i in range(count)]
+
 
 def refuse_sheet(path):
     """What a sheet is written to has the name of a picture, and is not there yet."""
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {path} must be the name of a picture, such as sheet.png")
     claim([path])
+
 
 def write_sheet(path, pictures, rows, columns, size):
     """Pictures u8 (size, size[, 3]), as many as come, line by line -> a picture file."""
@@ -704,11 +869,12 @@ def write_sheet(path, pictures, rows, columns, size):
     with atomic(path) as temporary:
         sheet.save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
 
+
 def main():
     parser = Parser(prog="ingest.toon", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    add, side = parser.add_argument, between(8, 1024, int)
     add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
-    add("--size", type=between(8, 1024, int), default=128, help="side of a picture in pixels (default: 128)")
+    add("--size", type=side, default=128, help="side of a picture in pixels (default: 128)")
     add("--columns", type=between(1, 100, int), default=8, help="default: 8")
     add("--rows", type=between(1, 100, int), default=6, help="default: 6")
     add("--seed", type=at_least(0), default=0, help="default: 0")
@@ -718,10 +884,13 @@ def main():
     if args.who and args.who not in people:
         raise UserError(f"--who {args.who} is unknown; there are: {', '.join(people)}")
     refuse_sheet(args.out)
-    items = unseen(people[args.who], count, args.seed) if args.who else plan(count, min(48, count), args.seed)
+    items = plan(count, min(48, count), args.seed)
+    if args.who:
+        items = unseen(people[args.who], count, args.seed)
     pictures = (draw(item, args.size)["image"] for item in progress(items, "drawing"))
     write_sheet(args.out, pictures, args.rows, args.columns, args.size)
     print(f"{args.out} written; next: python data.py toon packs the whole demo set")
+
 
 if __name__ == "__main__":
     cli(main)

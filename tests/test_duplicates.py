@@ -132,10 +132,10 @@ GIVEN = (  # flags, how many of train, val, test stay, what is said
     (
         "",
         [24, 3, 1],
-        "copies across the given splits dropped: 3 from val, 3 from test; --keep-copies",
+        "6 copies dropped: 3 from val, 3 from test; --dedupe keep",
     ),
     ("--dedupe", [24, 3, 1], "6 copies dropped: 3 from val, 3 from test"),
-    ("--keep-copies", [24, 6, 4], "6 groups cross the splits that the source gives"),
+    ("--dedupe keep", [24, 6, 4], "6 groups cross the splits that the source gives"),
     ("--dedupe off", [24, 6, 4], "read as split"),
 )
 
@@ -153,9 +153,9 @@ def test_a_split_that_would_be_gone_stops_the_packing(tmp_path, faces):
     write_splits(tmp_path / "images", train=faces[:20], val=faces[20:24], test=faces[:4])
     for flags in ("", " --dedupe"):
         line = refused(run_line(f"data.py images --out out --size 16{flags}", tmp_path))
-        assert "all 4 images of test are copies of others" in line and "--keep-copies" in line
+        assert "all 4 images of test are copies of others" in line and "--dedupe keep" in line
     assert not (tmp_path / "out").exists()
-    assert len(keys_of("images --keep-copies", "out", tmp_path)[1]["test"]) == 4
+    assert len(keys_of("images --dedupe keep", "out", tmp_path)[1]["test"]) == 4
     splits = {"train/a": faces[:8], "train/b": faces[8:10], "test/b": faces[10:12]}
     write_splits(tmp_path / "few", **splits)
     line = refused(run_line("data.py few --out no --min-per-class 5", tmp_path))
