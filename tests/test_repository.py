@@ -292,16 +292,22 @@ def test_nothing_of_the_development_data_is_in_the_repository():
     assert files and not [f for f in files if "faces20" in f and f.endswith(pictures)]
 
 
-def requirements(pattern):
-    """Files of pip -> [Requirement], without comments and names of other files."""
-    text = "\n".join(path.read_text() for path in ROOT.glob(pattern))
-    lines = [re.sub(r"\s*#.*", "", line) for line in text.splitlines()]
-    return [Requirement(line) for line in lines if line and not line.startswith("-")]
+def requirements(name):
+    """A file of pip -> [Requirement], without comments."""
+    lines = [re.sub(r"\s*#.*", "", line) for line in (ROOT / name).read_text().splitlines()]
+    return [Requirement(line) for line in lines if line]
 
 
 def test_every_requirement_has_a_tested_version():
+    """pyproject.toml lists them, and requirements.txt those that every stage needs."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = set(map(Requirement, project["dependencies"]))
+    assert set(requirements("requirements.txt")) == needed
+    for extra in project["optional-dependencies"].values():
+        needed |= {Requirement(line) for line in extra if not line.startswith("animask")}
     tested = {canonicalize_name(r.name): r for r in requirements("constraints.txt")}
-    for wanted in requirements("requirements*.txt"):
+    for wanted in needed:
         found = tested[canonicalize_name(wanted.name)]
         version = str(found.specifier).removeprefix("==")
         assert wanted.specifier.contains(version) and not found.url, wanted
