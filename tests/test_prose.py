@@ -9,8 +9,22 @@ import pytest
 from conftest import CODE, ROOT
 
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))]
-MOST_WORDS = {"README.md": 900, "results/TRIED.md": 2000, "results/STUDY.md": 2000}
-OF_DOCS, ALL_DOCS = 1300, 8000  # words of one page of docs, and of all of them
+MOST_WORDS = {
+    "README.md": 900,
+    "docs/masks.md": 1300,
+    "docs/data.md": 1300,
+    "docs/recognise.md": 1100,
+    "docs/results.md": 1000,
+    "docs/checkpoints.md": 700,
+    "docs/hybrid.md": 600,
+    "docs/detect.md": 600,
+    "docs/tags.md": 500,
+    "docs/machines.md": 400,
+    "docs/glossary.md": 300,
+    "results/TRIED.md": 2000,
+    "results/STUDY.md": 2000,
+}
+ALL_DOCS = 8000  # words of all pages of docs together
 LONGEST, LONGEST_IN_CODE = 20, 35  # words of a sentence
 RECORDS = ["results/README.md", "results/TRIED.md"]
 DECIMAL = r"(?<![\w.)/:\]\"'=,<>+-])[-+]?\.\d+(?![\w%])"
@@ -75,9 +89,13 @@ def faults_of(text, longest, banned):
 # ---- pages ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*MOST_WORDS, *PAGES[1:]])
+@pytest.mark.parametrize("name", MOST_WORDS)
 def test_a_page_has_few_words(name):
-    assert len(words_of((ROOT / name).read_text())) <= MOST_WORDS.get(name, OF_DOCS)
+    assert len(words_of((ROOT / name).read_text())) <= MOST_WORDS[name]
+
+
+def test_every_page_has_a_limit():
+    assert set(PAGES) <= set(MOST_WORDS)
 
 
 def test_all_docs_together_have_few_words():
