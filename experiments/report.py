@@ -17,7 +17,7 @@ import numpy as np
 
 from common import metrics
 from common.command import Parser, cli
-from common.io import UserError, atomic, read_json, save_text
+from common.io import UserError, atomic, read_json, reading, save_text
 from common.stats import from_bits
 from common.train import read_log
 from experiments import stats
@@ -395,7 +395,9 @@ def section(study, top):
 
 def write_study(studies, path):
     """STUDY.md: the verdicts, and a section for each study. What stands outside the marks is kept."""
-    before, rest = path.read_text().split(MARKS[0])
+    with reading(path, "page with both marks", f"write {' and '.join(MARKS)} into it"):
+        before, rest = path.read_text("utf-8").split(MARKS[0])
+        _, after = rest.split(MARKS[1])
     rows, sections = [], []
     for study in studies:
         for h in study.hypotheses:
@@ -404,7 +406,7 @@ def write_study(studies, path):
         sections += section(study, path.parent)
     head = ["hypothesis", "data", "verdict", "p of no effect", "p of the claim"]
     lines = [*markdown(head, rows), "", *sections]
-    save_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + rest.split(MARKS[1])[1], path)
+    save_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + after, path)
 
 
 def main():
