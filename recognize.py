@@ -3,6 +3,7 @@
     python recognize.py runs/NAME IMAGE...                 files, folders, archives; - reads a list
     python recognize.py runs/NAME PAGE --detect runs/DET   each face that a run of detect.py finds
     python recognize.py runs/NAME FOLDER --sort OUT        copies them into OUT/WHO and OUT/unknown
+    python recognize.py runs/NAME FOLDER --group OUT       the same, one folder for faces that look alike
     python recognize.py runs/NAME --enrol WHO IMAGE...     three to five pictures, no training
     python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
     python recognize.py runs/NAME --verify                 measures verification and unknown faces
@@ -10,7 +11,7 @@
 Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
 Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
         recognize.json (--verify; of other data or splits in runs/NAME/DATA-SPLIT/)
-        OUT/ copies of the pictures and sorted.csv (--sort)
+        OUT/ copies of the pictures and sorted.csv (--sort, --group)
 
 The head names the characters that it learned. The gallery holds the embeddings of known faces, each
 a mean over a picture and its mirror image. A face that is similar to none of them is unknown.
@@ -27,6 +28,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,10 +67,15 @@ OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (results/TRIED.md)
+ALIKE = (
+    0.3  # mean cosine of the faces of two groups from which they are one; chosen on dev of faces20
+)
+GROUPED = 10_000  # faces at most: memory holds all pairs
 PAIRS_OF = 4000  # images that --verify takes at most; it compares all pairs
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
 FLAGS = {  # that each task reads
     "sort": "sort threshold detect device dtype",
+    "group": "group threshold detect device dtype",
     "name": "threshold json detect device dtype",
     "enrol": "enrol device dtype",
     "forget": "forget",
@@ -87,6 +94,7 @@ def parse_args():
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
     add("--sort", type=Path, metavar="OUT", help="copy pictures into OUT/WHO and OUT/unknown")
+    add("--group", type=Path, metavar="OUT", help="the same, one folder for faces that look alike")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
@@ -97,9 +105,9 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_intermixed_args()  # pictures may stand before and after flags
     args.task = next((name for name in FLAGS if name in args.given), "name")
-    if args.task in ("name", "sort", "enrol"):
+    if args.task in ("name", "sort", "group", "enrol"):
         if not args.images:
-            raise UserError("give pictures, folders, archives or -, to name, --sort or --enrol")
+            raise UserError(f"give pictures, folders, archives or -, to {args.task}")
     elif args.images:
         raise UserError(f"--{args.task} takes no pictures, such as {args.images[0]}")
     refuse_idle(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
@@ -430,23 +438,75 @@ def sort(args, net, header, gallery, autocast):
     done = {row["picture"] for row in rows}
     args.images, problems = [file for file in wanted if file not in done], []
     print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
-    folders = folders_of(gallery["names"])
+    found = all_answers(args, net, header, gallery, autocast, problems) if args.images else ()
+    copy_all(found, args, wanted, folders_of(gallery["names"]), rows, table)
+    rows += [dict.fromkeys(COLUMNS, "") | {"picture": key} for key, _ in problems]
+    save_table(rows, table)
+    tell_problems(problems, header["data"])
+
+
+def group(args, net, header, gallery, autocast):
+    """Copy faces that look alike into one folder, and name it where the gallery knows most of them."""
+    table = args.group / SORTED
+    wanted = files_to_sort(args.images, args.group)
+    claim([], lock=args.group / ".lock")
+    if open_sorted(table):
+        raise UserError(f"{args.group} has groups already; choose a new folder for --group")
+    args.images, problems, rows, units = list(wanted), [], [], []
+    for some in predictions(args, net, header, autocast, problems):
+        rows += answers(*some, gallery)
+        units.append(compared(some[2], gallery))
+    groups = alike(torch.cat(units))
+    names = names_of(groups, [row["name"] for row in rows])
+    for row, number in zip(rows, groups, strict=True):
+        row["name"] = names[number]
+    folders = folders_of(dict.fromkeys(names.values()))
+    copy_all(rows, args, wanted, folders, [], table)
+    tell_problems(problems, header["data"])
+    print(f"groups   {len(folders)}, {len(folders.keys() & set(gallery['names']))} of them named")
+
+
+def alike(unit):
+    """Whitened unit vectors (n, D) -> the group of each, 0, 1, ... by size: average linkage of cosines."""
+    from sklearn.cluster import AgglomerativeClustering
+
+    if len(unit) > GROUPED:
+        raise UserError(f"{len(unit):,} faces are more than --group takes, {GROUPED:,}; give fewer")
+    if len(unit) < 2:
+        return [0] * len(unit)
+    settings = {"metric": "cosine", "linkage": "average", "distance_threshold": 1 - ALIKE}
+    found = AgglomerativeClustering(n_clusters=None, **settings).fit_predict(unit.numpy())
+    by_size = Counter(found.tolist()).most_common()
+    rank = {number: i for i, (number, _) in enumerate(by_size)}
+    return [rank[number] for number in found.tolist()]
+
+
+def names_of(groups, names):
+    """Group and name (None: unknown) of each face -> {group: its name}: what half of its faces are called."""
+    found = {}
+    for number in sorted(set(groups)):
+        inside = [name for name, g in zip(names, groups, strict=True) if g == number]
+        [(name, count)] = Counter(inside).most_common(1)
+        known = name is not None and 2 * count > len(inside)
+        found[number] = name if known else f"group-{number + 1:03}"
+    return found
+
+
+def copy_all(found, args, wanted, folders, rows, table):
+    """Rows of `answers`, in the order of pictures -> copies, and a row of each in sorted.csv."""
 
     def file_of(row):
         return row["picture"].rpartition("[")[0] if args.detect else row["picture"]
 
-    found = all_answers(args, net, header, gallery, autocast, problems) if args.images else ()
     try:
         for count, (file, faces) in enumerate(itertools.groupby(found, file_of), 1):
-            rows += copies_of(file, faces, wanted[file], folders, out)
+            rows += copies_of(file, faces, wanted[file], folders, table.parent)
             if count % SAVED_AFTER == 0:
                 save_table(rows, table)
     finally:  # Ctrl-C, too
-        rows += [dict.fromkeys(COLUMNS, "") | {"picture": key} for key, _ in problems]
         save_table(rows, table)
-    tell_problems(problems, header["data"])
     copies = sum(row["copy"] != "" for row in rows)
-    print(f"wrote    {out}/: {copies} copies, listed in {table}")
+    print(f"wrote    {table.parent}/: {copies} copies, listed in {table}")
 
 
 def files_to_sort(paths, out):
@@ -454,7 +514,7 @@ def files_to_sort(paths, out):
     wanted, taken = {}, {}
     for path in paths:
         if out.resolve().is_relative_to(Path(path).resolve()):
-            raise UserError(f"--sort {out} lies in {path}, which is sorted; choose another folder")
+            raise UserError(f"{out} lies in {path}, which is copied; choose another folder")
         for key, file in picture_files(path).items():
             name = key if Path(path).is_dir() else file.name
             if taken.setdefault(name, file) != file:
@@ -578,6 +638,7 @@ def list_known(gallery):
 def faces_of(net, gallery, folder, name, autocast):
     """Pictures of a packed split -> a namespace: the truth, and what `decide` returns.
 
+    unit (n, D), labels (n,): of the pictures, as they are compared, and the set's own characters.
     true (n,): the number of the character in the gallery, -1 of an unknown one. right (n,): is the
     name true? margin, sure (n,): as `decide`. pairs: as `metrics.pair_cosines`.
     """
@@ -590,10 +651,11 @@ def faces_of(net, gallery, folder, name, autocast):
     labels, groups = split["labels"][rows], data.groups_of(split)[rows]
     true = torch.tensor([*known, -1])[labels]  # the last: without a label
     who, _, margin, sure = decide(logits, embeddings, gallery)
-    pairs = torch.empty(0), torch.empty(0)
+    unit, pairs = compared(embeddings, gallery), (torch.empty(0), torch.empty(0))
     if data.has_labels(split):
-        pairs = metrics.pair_cosines(compared(embeddings, gallery), labels, groups)
-    return SimpleNamespace(pairs=pairs, true=true, right=who == true, margin=margin, sure=sure)
+        pairs = metrics.pair_cosines(unit, labels, groups)
+    found = {"pairs": pairs, "unit": unit, "labels": labels, "true": true, "right": who == true}
+    return SimpleNamespace(**found, margin=margin, sure=sure)
 
 
 def verification(same, other):
@@ -658,6 +720,18 @@ def calibration_error(known, right, unknown, bins=10):
     return round(100 * (gaps.abs().sum() / weights.sum()).item(), 3)
 
 
+def grouping(unit, labels):
+    """Faces (n, D) of characters (n,) in groups as of --group: how well do groups and characters agree?"""
+    from sklearn.metrics import adjusted_rand_score
+    from sklearn.metrics.cluster import pair_confusion_matrix
+
+    groups = alike(unit)
+    (_, false), (missed, true) = pair_confusion_matrix(labels, groups)
+    f1 = 200 * true / max(1, 2 * true + false + missed)
+    found = {"pair_f1": f1, "adjusted_rand": 100 * adjusted_rand_score(labels, groups)}
+    return {name: round(float(value), 3) for name, value in found.items()}
+
+
 def measure(asked, own, learned):
     """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
 
@@ -669,6 +743,9 @@ def measure(asked, own, learned):
     is_unknown = asked.true < 0
     unknown, unsure = asked.margin[is_unknown], asked.sure[is_unknown]
     known, enrolled = own.true >= 0, own.true >= learned
+    grouped = is_unknown & (asked.labels >= 0)
+    if len(asked.labels[grouped].unique()) > 1:
+        row["groups"] = grouping(asked.unit[grouped], asked.labels[grouped])
     if known.any():
         row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
     of_head = known & ~enrolled
@@ -717,6 +794,8 @@ LINES = (  # of --verify, from the numbers of recognize.json; a line whose numbe
     "{enrolled:,} of them of enrolled ones: {enrolled_named_rightly:.1f} % named correctly",
     "{strangers:,} pictures of unknown characters: {strangers_unknown:.1f} % called unknown, "
     "ROC-AUC against known ones {auroc_unknown:.1f} %",
+    "faces of unknown characters in groups: pair F1 {pair_f1:.1f} %, "
+    "adjusted Rand index {adjusted_rand:.1f} %",
     "calibration error of the confidence: {calibration_error:.1f} points",
     "no unknown characters in this set; --data OTHER, or finetune_lora.py --hold-out 4, has some",
 )
@@ -724,7 +803,7 @@ LINES = (  # of --verify, from the numbers of recognize.json; a line whose numbe
 
 def table(row):
     """recognize.json -> the lines that are printed."""
-    found = row | row.get("verification", {}) | row.get("open_set", {})
+    found = row | row.get("verification", {}) | row.get("open_set", {}) | row.get("groups", {})
     lines = []
     for line in LINES[:-1] if found.get("strangers") else LINES:
         with contextlib.suppress(KeyError):
@@ -748,7 +827,7 @@ def main():
         gallery["threshold"] = args.threshold
     if args.task == "enrol":
         return enrol(args, net, header, autocast)
-    work = {"verify": verify, "sort": sort, "name": recognise}[args.task]
+    work = {"verify": verify, "sort": sort, "group": group, "name": recognise}[args.task]
     work(args, net, header, gallery, autocast)
 
 

@@ -6,6 +6,8 @@ import json
 import numpy as np
 import onnxruntime
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import refused, run_line
 from made import CPU, files_of, home
 from PIL import Image
@@ -13,6 +15,7 @@ from PIL import Image
 import export
 import recognize
 import tags
+from common.train import seeded
 
 FOLDER = "images/class0"
 SORT = f"recognize.py runs/a-lora {CPU}"
@@ -117,6 +120,39 @@ def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(base):
     gone.unlink()
     assert "40 of them done" in run_line(line, base, check=0).stdout
     assert table(base) == rows and not gone.exists()
+
+
+def test_faces_that_look_alike_are_one_group():
+    """Three directions far apart, seven, five and one face near each."""
+    draws = seeded(0)
+    sizes = torch.tensor([5, 7, 1])
+    centres = torch.eye(3, 16).repeat_interleave(sizes, 0)
+    unit = F.normalize(centres + 0.1 * torch.randn(13, 16, generator=draws))
+    assert recognize.alike(unit) == [1] * 5 + [0] * 7 + [2]
+    assert recognize.alike(unit[:1]) == [0]
+    row = recognize.grouping(unit, torch.arange(3).repeat_interleave(sizes))
+    assert row == {"pair_f1": 100, "adjusted_rand": 100}
+    merged = recognize.grouping(unit, torch.tensor([0] * 5 + [1] * 3 + [2] * 5))
+    assert merged["pair_f1"] == pytest.approx(
+        200 * 19 / (31 + 23), abs=1e-3
+    )  # of 10 + 3 + 10 pairs
+    assert recognize.names_of([0, 0, 0, 1, 1], ["a", "a", None, "b", None]) == {
+        0: "a",
+        1: "group-002",
+    }
+
+
+def test_a_folder_is_grouped_and_what_is_known_has_its_name(base):
+    run_line(f"{SORT} images --group out", base, check=0)
+    rows = table(base)
+    assert len(rows) == 72
+    for row in rows:
+        assert (base / "out" / row["copy"]).read_bytes() == (base / row["picture"]).read_bytes()
+        assert row["copy"].split("/")[0] == row["name"]
+    named = [row for row in rows if not row["name"].startswith("group-")]
+    right = [row["name"] in row["picture"] for row in named]
+    assert named and np.mean(right) > 0.8
+    assert "groups already" in refused(run_line(f"{SORT} images --group out", base))
 
 
 def test_what_can_not_be_sorted_is_one_line(base):
