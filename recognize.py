@@ -452,7 +452,8 @@ def group(args, net, header, gallery, autocast):
     claim([], lock=args.group / ".lock")
     if open_sorted(table):
         raise UserError(f"{args.group} has groups already; choose a new folder for --group")
-    args.images, problems, rows, units = list(wanted), [], [], []
+    args.images, problems = list(wanted), []
+    rows, units = [], []
     for some in predictions(args, net, header, autocast, problems):
         rows += answers(*some, gallery)
         units.append(compared(some[2], gallery))
@@ -638,9 +639,12 @@ def list_known(gallery):
 def faces_of(net, gallery, folder, name, autocast):
     """Pictures of a packed split -> a namespace: the truth, and what `decide` returns.
 
-    unit (n, D), labels (n,): of the pictures, as they are compared, and the set's own characters.
-    true (n,): the number of the character in the gallery, -1 of an unknown one. right (n,): is the
-    name true? margin, sure (n,): as `decide`. pairs: as `metrics.pair_cosines`.
+    unit     (n, D), as `compared`
+    labels   (n,), the set's
+    true     (n,), numbers of characters in the gallery, -1 of an unknown one
+    right    (n,), is the name true?
+    margin   (n,), and sure, as `decide`
+    pairs    as `metrics.pair_cosines`
     """
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
