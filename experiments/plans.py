@@ -358,7 +358,7 @@ FROM_SCRATCH = {
     "vit": f"finetune_lora.py weights/toon {FINE_TUNED['full']} --from-scratch --image-size 64",
     "resnet10": "-m experiments.convnets resnet10 --method full --from-scratch --image-size 64",
 }
-WIDE_LR, WIDE_LORA = rates("--lr", 3e-4, 1e-3, 3e-3, 1e-2), rates("--lr", 1e-3, 3e-3, 1e-2, 3e-2)
+WIDE_LR, WIDE_LORA = rates("--lr", 1e-4, 3e-4, 1e-3, 3e-3), rates("--lr", 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def epochs_for(name, minutes, images=IMAGES):
