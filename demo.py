@@ -1,6 +1,6 @@
 """Stage 9: a web page. It shows masks as a slider moves, names, tags, what is drawn, and faces.
 
-    pip install -e .[demo] && python demo.py [runs/NAME]
+    pip install -e '.[demo]' && python demo.py [runs/NAME]
 
 Reads:  a run of pretrain.py (default: the newest in runs/, or one in weights/), and the runs that
         were made of it: runs/NAME-lora, -tags, -seg, -det
@@ -489,7 +489,7 @@ def main():
         with mock.patch("inspect.getfile", side_effect=OSError):  # no type stubs: 1 s less
             import gradio as gr
     except ImportError:
-        raise UserError("demo.py needs gradio: pip install -e .[demo]") from None
+        raise UserError("demo.py needs gradio: pip install -e '.[demo]'") from None
     names = {"localhost", socket.gethostname().lower(), args.host.lower()}
     page = build(gr, run)
     _, local, public = page.launch(

@@ -561,7 +561,7 @@ def main():
     if flags.pictures:
         return use(flags, device, autocast)
     if not find_spec("pycocotools"):  # found out now, not after the training
-        raise UserError("pycocotools is missing: pip install -e .[detect]")
+        raise UserError("pycocotools is missing: pip install -e '.[detect]'")
     flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
     print(machine)
     load_encoder(flags.encoder)  # before a data set is made

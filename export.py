@@ -56,7 +56,7 @@ TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", 
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
-PIP = "pip install -e .[onnx]"
+PIP = "pip install -e '.[onnx]'"
 
 
 # ---- weights: encoders in public formats, adapters, runs -----------------------------------------

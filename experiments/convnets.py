@@ -66,7 +66,7 @@ def build(name, image_size):
     try:
         from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel
     except ImportError:
-        raise UserError(f"{name} needs transformers: pip install -e .[segment]") from None
+        raise UserError(f"{name} needs transformers: pip install -e '.[segment]'") from None
     if name != "efficientnet_b0":
         return ResNetModel(ResNetConfig(**SMALL if name == "resnet10" else {}))
     # transformers' momentum is TensorFlow's, and its weights of std 0.02 let no signal through

@@ -72,7 +72,7 @@ def open_photos(split):
     """The photographs of a split -> list of pictures."""
     libraries = {name: find_spec(name) for name in FOLDERS}
     if None in libraries.values():
-        fix = "pip install -e .[segment]"
+        fix = "pip install -e '.[segment]'"
         raise UserError(f"its photographs ship with libraries: {fix}")
     photos = []
     for name, (library, of, _) in PHOTOS.items():

@@ -7,7 +7,7 @@ from conftest import call
 from common.lora import fingerprint
 from experiments.convnets import NETWORKS, ConvNet, load_any, save_any
 
-pytest.importorskip("transformers", reason="pip install -e .[segment]")
+pytest.importorskip("transformers", reason="pip install -e '.[segment]'")
 
 
 def test_tokens_are_the_places_of_the_last_map_and_before_them_their_mean():

@@ -218,7 +218,7 @@ def test_only_the_page_itself_is_answered(host, origin, status):
 @pytest.fixture(scope="module")
 def address(base):
     """demo.py, started as a user would -> its address."""
-    pytest.importorskip("gradio", reason="pip install -e .[demo]")
+    pytest.importorskip("gradio", reason="pip install -e '.[demo]'")
     words = [sys.executable, ROOT / "demo.py", *CPU.split()]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=base)
     try:

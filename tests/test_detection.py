@@ -14,7 +14,7 @@ import detect
 from common.train import seeded
 from model import ViT
 
-pytest.importorskip("pycocotools", reason="pip install -e .[detect]: it is the judge")
+pytest.importorskip("pycocotools", reason="pip install -e '.[detect]': it is the judge")
 BOXES = torch.tensor([[[8.0, 8, 24, 24], [30, 10, 62, 60], [2, 40, 5, 60]], [[-1] * 4] * 3])
 TRAIN = f"detect.py runs/a --data datasets/scenes --method lora --view 48 {QUICK}"
 
