@@ -358,7 +358,12 @@ FROM_SCRATCH = {
     "vit": f"finetune_lora.py weights/toon {FINE_TUNED['full']} --from-scratch --image-size 64",
     "resnet10": "-m experiments.convnets resnet10 --method full --from-scratch --image-size 64",
 }
-WIDE_LR, WIDE_LORA = rates("--lr", 1e-4, 3e-4, 1e-3, 3e-3), rates("--lr", 1e-3, 3e-3, 1e-2, 3e-2)
+WIDE = {  # four rates each, with the best inside
+    "-full": rates("--lr", 1e-4, 3e-4, 1e-3, 3e-3),
+    "vit": rates("--lr", 1e-4, 3e-4, 1e-3, 3e-3),
+    "resnet10": rates("--lr", 3e-4, 1e-3, 3e-3, 1e-2),
+    "-lora": rates("--lr", 1e-3, 3e-3, 1e-2, 3e-2),
+}
 
 
 def epochs_for(name, minutes, images=IMAGES):
@@ -408,8 +413,8 @@ PLANS["minutes"] = OF_RECOGNITION | {
     "arms": BOUGHT_BY,
     "against": {arm: f"resnet10, {arm.partition(', ')[2]}" for arm in BOUGHT_BY},
     "tuned_as": TUNED_AS,
-    "trials": {arm: WIDE_LORA if "-lora" in arm else WIDE_LR for arm in TUNED_AS.values()}
-    | {"mae6": BLR, "agree6": BLR},
+    "trials": {"mae6": BLR, "agree6": BLR}
+    | {arm: next(WIDE[name] for name in WIDE if name in arm) for arm in BOUGHT_BY},
     "trial_share": 1.0,
     "set": {"split": "test"},
     "right": {"top1": (0, METRICS_TEST, "right")},
