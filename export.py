@@ -324,9 +324,8 @@ def save_wd(source, folder, image_size=None):
     folder.mkdir()
     write_onnx(WDGraph(graph, order, len(names)).eval(), notes, folder / "model.onnx")
     text = io.StringIO(newline="")
-    table = csv.writer(text)
-    table.writerow(("tag_id", "name", "category", "count"))
-    table.writerows((i, name, category, 0) for i, (name, category) in enumerate(rows))
+    lines = [(i, name, category, 0) for i, (name, category) in enumerate(rows)]
+    csv.writer(text).writerows([("tag_id", "name", "category", "count"), *lines])
     save_text(text.getvalue(), folder / "selected_tags.csv")
     return f"give {folder}/model.onnx and selected_tags.csv to a program that loads WD taggers"
 

@@ -45,6 +45,7 @@ from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
 from ingest.pictures import picture_files, pictures, tell_problems
+from ingest.tags import is_emoticon
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
 
@@ -764,8 +765,8 @@ def plain(word):
 
 
 def readable(tag):
-    """A tag with spaces for underscores. A kaomoji, such as >_< or o_o, has no two letters in a row."""
-    return tag.replace("_", " ") if re.search(r"[^\W\d_]{2}", tag) else tag
+    """A tag with spaces for underscores, but for emoticons such as >_<."""
+    return tag if is_emoticon(tag) else tag.replace("_", " ")
 
 
 def caption_words(row):

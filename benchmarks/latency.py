@@ -52,8 +52,8 @@ def onnx_answer(run):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(run, path)
-        session = onnxruntime.InferenceSession(str(path), options)
-    return lambda images: session.run(None, {"images": images.numpy()})
+        model = onnxruntime.InferenceSession(str(path), options)
+    return lambda images: model.run(None, {"images": images.numpy()})
 
 
 @torch.no_grad()
