@@ -530,8 +530,8 @@ def open_sorted(table):
     """-> the rows of sorted.csv. A folder with other things in it is not ours."""
     if table.exists():
         with reading(table, "a table that --sort wrote", "choose another --sort"):
-            lines = table.read_text("utf-8").splitlines()
-            return [dict(zip(COLUMNS, row, strict=True)) for row in csv.reader(lines[1:])]
+            _, *rows = csv.reader(io.StringIO(table.read_text("utf-8")))
+            return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
     if any(path.name != ".lock" for path in table.parent.iterdir()):
         raise UserError(f"{table.parent} has files, and no {SORTED}; choose a new folder")
     return []
