@@ -529,7 +529,7 @@ def files_to_sort(paths, out):
 def open_sorted(table):
     """-> the rows of sorted.csv. A folder with other things in it is not ours."""
     if table.exists():
-        with reading(table, "a table that --sort wrote", "choose another --sort"):
+        with reading(table, "table of --sort", "choose another --sort"):
             _, *rows = csv.reader(io.StringIO(table.read_text("utf-8")))
             return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
     if any(path.name != ".lock" for path in table.parent.iterdir()):

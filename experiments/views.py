@@ -16,7 +16,6 @@ dino    of each large crop a teacher says which of K prototypes it is like; the 
 
 import copy
 import shlex
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -158,10 +157,8 @@ def read_flags():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"])
     add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
     flags = Flags(parser)
-    if flags.resume:
-        flags.take_saved(train.load_state(Path(flags.resume) / "state.pt")["config"])
-        flags.values["out"] = flags.resume
-    elif not (flags.method and flags.data and flags.out):
+    train.take_up(flags)
+    if not (flags.resume or (flags.method and flags.data and flags.out)):
         raise UserError(f"give a method ({', '.join(METHODS)}), --data and --out; or --resume RUN")
     return flags
 
