@@ -67,9 +67,7 @@ OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (results/TRIED.md)
-ALIKE = (
-    0.3  # mean cosine of the faces of two groups from which they are one; chosen on dev of faces20
-)
+ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less and 20 need more
 GROUPED = 10_000  # faces at most: memory holds all pairs
 PAIRS_OF = 4000  # images that --verify takes at most; it compares all pairs
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
