@@ -1,9 +1,10 @@
 """Stage 8: find the faces on a page. Train a detector on pages with boxes; use it on any picture.
 
     python detect.py weights/toon --data datasets/scenes
+    python detect.py weights/toon-det --data datasets/pages   goes on from a detector, on other pages
     python detect.py runs/NAME-det PICTURE... --out found     outlines; --crop: faces, for data.py
 
-Reads:  an encoder; a set with boxes (python data.py scenes draws one, data.py PATH --detect packs)
+Reads:  an encoder, or a detector; a set with boxes (python data.py scenes draws one, data.py PATH --detect packs)
 Writes: runs/NAME-det/ with detector.safetensors, state.pt, log.jsonl, metrics.json; for pictures
         a JSON line each on standard output
 
@@ -356,14 +357,25 @@ def open_task(flags, device, autocast):
         if task.boxes not in split or (boxes_of(split, task.boxes, rows) < 0).all():
             fix = "python data.py scenes draws pages with some, python data.py PATH --detect packs others"
             raise UserError(f"{flags.data} has no {task.boxes} on pages of {name}; {fix}")
-    two = 2 * load_encoder(flags.encoder)[0].patch_size  # a cell of the coarsest map
+    two = 2 * load_start(flags.encoder)[0].patch_size  # a cell of the coarsest map
     task.view = flags.view
     if task.view % two:
         raise UserError(f"--view {task.view} must be a multiple of {two}, which is two patches")
     task.page = int(task.view * PAGE) // two * two
     task.late = max(task.view, task.page * 6 // 7 // two * two)
-    task.encoder, _ = load_encoder(flags.encoder, task.page)
+    task.encoder, task.heads = load_start(flags.encoder, task.page)
     return task
+
+
+def load_start(path, page=None):
+    """-> an encoder for pages of this side, and {}; of a detector its encoder and its other weights."""
+    if not (Path(path) / "detector.safetensors").exists():
+        return load_encoder(path, page)[0], {}
+    net, header = load(path)
+    if page not in (None, header["page"]):
+        raise UserError(f"{path} reads pages of {header['page']} px; give the --view of that run")
+    heads = {k: w for k, w in net.state_dict().items() if not k.startswith("encoder.")}
+    return net.encoder, heads
 
 
 def boxes_of(split, name, rows):
@@ -409,7 +421,10 @@ def build(task, method):
     encoder.requires_grad_(method in ("full", "scratch"))
     if method == "lora":
         add_lora(encoder)
-    return Detector(encoder).to(task.device)
+    net = Detector(encoder)
+    if method != "scratch":
+        net.load_state_dict(task.heads, strict=False)  # the encoder has its weights already
+    return net.to(task.device)
 
 
 def step_loss(task, net, rows, pages, late, generator):
@@ -564,7 +579,7 @@ def main():
         raise UserError("pycocotools is missing: pip install -e '.[detect]'")
     flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
     print(machine)
-    load_encoder(flags.encoder)  # before a data set is made
+    load_start(flags.encoder)  # before a data set is made
     flags.values["data"] = str(data.open_or_pack(flags.data))
     fit(flags, device, autocast)
 

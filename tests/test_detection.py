@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import detect
+from common.io import read_safetensors
 from common.train import seeded
 from model import ViT
 
@@ -176,6 +177,16 @@ def test_the_last_quarter_of_the_epochs_learns_from_nearly_whole_pages(base, mon
     monkeypatch.setattr(detect, "loss_of", noted)
     run_line(f"{TRAIN} --epochs 4 --method full --out runs/late", base, check=0)
     assert sides == 6 * [48] + 2 * [64]  # two steps an epoch; pages of 80
+
+
+def test_a_detector_goes_on_with_all_of_its_weights(base):
+    more = f"detect.py runs/a-det --data datasets/scenes --epochs 1 {CPU} --lr 0 --batch-size 8"
+    run_line(f"{more} --view 48 --out runs/more", base, check=0)
+    first, then = (
+        read_safetensors(base / f"runs/{x}/detector.safetensors")[0] for x in ("a-det", "more")
+    )
+    assert first.keys() == then.keys() and all(torch.equal(first[k], then[k]) for k in first)
+    assert "pages of 80 px" in refused(run_line(f"{more} --view 64 --out runs/other", base))
 
 
 def finding(monkeypatch, *boxes):
