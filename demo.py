@@ -320,7 +320,7 @@ def tags_page(run, picture):
     row = tags.answer_rows(net, header, asked, None, MACHINE.autocast)[0]
     text = note_on(picture, header) + bars(row.get("tags", {}))
     if "name" in row:
-        text = element("h2", f"{row['name']}, {row['confidence']:.0%}") + text
+        text = element("h2", f"{row['name'] or 'unknown'}, {row['confidence']:.0%}") + text
     return text + element("code", f"python tags.py {run} PICTURE")
 
 

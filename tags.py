@@ -83,7 +83,8 @@ AP_TAGS = 1000  # the most frequent tags, whose average precision is computed: h
 FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
 BINS = 10_000  # of scores, for the threshold of rare tags
 NAMED = 15  # tags of a picture that are printed at most
-LIKELY = 0.5  # confidence of a character from which a caption names it
+MOST_UNKNOWN = 0.09  # share of known faces on dev whose best name is so unsure that it is "unknown"
+LIKELY = 0.5  # the least confidence of a name where a run has measured none
 
 REMEDY = "python tags.py ENCODER --data DIR makes it"
 NETWORK = {
@@ -96,6 +97,7 @@ NETWORK = {
 }
 HEADER = {"tags": NETWORK, "words": NAMES, "classes": NAMES, "image_size": SIDE} | CUT
 HEADER |= {"thresholds?": fields.list_of(fields.number(-1, 2)), "data?": fields.TEXT}
+HEADER |= {"least_confidence?": fields.number(0, 1)}  # of a name; below it nobody known is there
 
 
 # ---- words: a picture's tags as the network reads them -------------------------------------------
@@ -640,6 +642,13 @@ def best_threshold(scores, truth):
     return float((levels[best] + levels[best + 1]) / 2)
 
 
+def least_confidence(task):
+    """The confidence that all but MOST_UNKNOWN of the names on dev have, from the picture alone."""
+    logits, _ = whole_answers(task, task.dev, task.dev.rows)
+    best = logits.softmax(1).amax(1).sort().values
+    return best[int(MOST_UNKNOWN * len(best))].item()
+
+
 # ---- the files of a run --------------------------------------------------------------------------
 
 
@@ -658,6 +667,8 @@ def write_results(flags, task, run):
     header = {"tags": task.net.config, "run": run.config, "words": task.words}
     header |= {"classes": task.classes, "image_size": task.side, "data": flags.data}
     header |= {"thresholds": thresholds}
+    if task.arm not in ("bce", "tags"):
+        header["least_confidence"] = least_confidence(task)
     header |= {"base": flags.encoder, "packed_size": split["images"].shape[1]}
     header |= {key: split["header"][key] for key in ("crop", "margin")}
     save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
@@ -721,7 +732,10 @@ def answer_rows(net, header, some, threshold, autocast, most=NAMED):
         row = {"picture": key}
         if logits is not None:
             sure, who = logits[i].cpu().softmax(0).max(0)
-            row |= {"name": header["classes"][who], "confidence": round(sure.item(), 4)}
+            name = header["classes"][who]
+            known = sure >= (header.get("least_confidence") or LIKELY)
+            row |= {"name": name if known else None, "best_guess": name}
+            row["confidence"] = round(sure.item(), 4)
         if tags is not None:
             row["tags"] = named(tags[i].cpu(), header, threshold, most)
         rows.append(row)
@@ -730,7 +744,10 @@ def answer_rows(net, header, some, threshold, autocast, most=NAMED):
 
 def line_of(row):
     """An answer as a line of text."""
-    who = f"{row['name']} {row['confidence']:.0%}; " if "name" in row else ""
+    who = ""
+    if "name" in row:
+        who = row["name"] or f"unknown, or {row['best_guess']}"
+        who += f" {row['confidence']:.0%}; "
     return f"{shown(row['picture'])}: {who}{in_words(row.get('tags', {}))}".removesuffix("; ")
 
 
@@ -771,7 +788,7 @@ def readable(tag):
 
 def caption_words(row):
     """A row of `answer_rows` -> the words: the character where it is likely, tags by probability."""
-    names = [row["name"]] if row.get("confidence", 0) >= LIKELY else []
+    names = [row["name"]] if row.get("name") else []
     return [readable(tag) for tag in [*names, *row.get("tags", {})]]
 
 

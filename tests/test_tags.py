@@ -213,13 +213,25 @@ def test_accuracies_with_tags_are_of_pictures_whose_tags_are_known(base, monkeyp
     assert tags.accuracies(task, images) == expected
 
 
+def test_a_name_is_unknown_where_nine_of_a_hundred_known_faces_are_as_unsure(monkeypatch):
+    sure = torch.linspace(0.5, 0.99, 100)
+    logits = torch.stack([sure.logit(), torch.zeros(100)], 1)
+    monkeypatch.setattr(tags, "whole_answers", lambda *_: (logits, None))
+    task = SimpleNamespace(dev=SimpleNamespace(rows=None))
+    least = tags.least_confidence(task)
+    assert (sure < least).sum() == 9 and least == pytest.approx(sure[9].item())
+
+
 def test_pictures_get_a_name_and_tags(base):
     asked = f"tags.py runs/a-tags images/class0/illust0_0.png {CPU}"
     row = json.loads(run_line(f"{asked} --json --threshold 0", base, check=0).stdout)
-    assert row["name"].startswith("class") and 0 <= row["confidence"] <= 1
+    assert row["best_guess"].startswith("class") and 0 <= row["confidence"] <= 1
     assert list(row["tags"].values()) == sorted(row["tags"].values(), reverse=True)
     assert len(row["tags"]) == 5
-    assert ": class" in run_line(asked, base, check=0).stdout
+    least = tags.load_tagger(base / "runs/a-tags")[1]["least_confidence"]
+    known = row["confidence"] >= least
+    assert row["name"] == (row["best_guess"] if known else None)
+    assert f": {'' if known else 'unknown, or '}class" in run_line(asked, base, check=0).stdout
     header = {"thresholds": [0.3, 0.6, 0.2], "words": ["a", "b", "c"]}
     some = torch.tensor([0.3, 0.5, 0.9])
     assert list(tags.named(some, header).items()) == [("c", 0.9), ("a", 0.3)]
