@@ -213,10 +213,6 @@ def near_duplicates(records, fetch, dedupe, out):
 def flags_of_deal(flags, source):
     """{flag: value}, for who goes where. Those without an effect on these pictures stay unread."""
     brings = {r.split for r in source.records}
-    if None not in brings and "train" not in brings:
-        fix = "name one train, or give a --layout with - for split to have them dealt"
-        problem = f"{flags.path} brings {' and '.join(sorted(brings))}, but no train; {fix}"
-        raise UserError(problem)
     deals = None in brings or "val" not in brings
     has_effect = {
         "split": deals,
@@ -242,6 +238,9 @@ def deal(source, how, shares):
     splits = hold_out_test(splits, [r.group for r in records], how["test"])
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
     notes = copies + dropped + few
+    if "train" not in splits:
+        fix = "to have them dealt, give a --layout with - for split"
+        notes.append(f"no train: stages can measure on this set, not learn from it; {fix}")
     if how["tail"] and how["path"] != "toon":
         records, thinned = long_tailed(records, how["tail"])
         notes += thinned
@@ -410,7 +409,7 @@ def parse_shares(text):
     except ValueError:
         shares = []
     are_shares = len(shares) == 3 and all(0 <= x <= 1 for x in shares)
-    if not (are_shares and shares[0] > 0 and abs(sum(shares) - 1) <= 1e-6):
+    if not (are_shares and abs(sum(shares) - 1) <= 1e-6):
         wanted = "three shares for train,val,test that sum to 1, such as 0.7,0.1,0.2"
         raise UserError(f"--split {text} must be {wanted}")
     return shares
@@ -436,36 +435,46 @@ def show(flags):
     """--show: a sheet of a packed folder -> what was written, and what comes next."""
     folder = Path(flags.path)
     flags.refuse_unread()
-    if not (folder / "train.safetensors").exists():
+    names = [n for n in layouts.ORDER if (folder / f"{n}.safetensors").exists()]
+    if not names:
         raise UserError(f"--show {folder}: there is no packed set; python data.py PATH packs one")
     path = folder / "sheet.png"
     claim([path], fix="move it away")
     from data import open_split
     from ingest.sheet import dataset_sheet
 
-    names = [n for n in layouts.ORDER if (folder / f"{n}.safetensors").exists()]
     splits = {n: open_split(folder, n) for n in names}
+    shown = splits.get("train") or splits[names[0]]
     sizes = ", ".join(f"{n} {len(split['images']):,}" for n, split in splits.items())
-    header = splits["train"]["header"]
+    header = shown["header"]
     title = f"{folder}: {sizes}, {len(header['classes'])} classes, {header['size']} px"
     print("\n".join([title, *header.get("notes", [])]))
-    dataset_sheet(path, title, splits["train"])
+    dataset_sheet(path, title, shown)
     return f"{path} written; next: {to_learn(folder)}"
 
 
 def to_learn(out):
     """The command that learns from a packed set, with the masks and the split that it has."""
-    tensors = open_tensors(Path(out) / "train.safetensors")
+    from data import SMALL
+
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
+    if not Path(out, "train.safetensors").exists():
+        return shlex.join(["python", "recognize.py", "RUN", "--verify", "--data", str(out)])
+    tensors = open_tensors(Path(out) / "train.safetensors")
+    header = tensors["header"]
+    labelled = len(header["classes"]) > 1
     if "boxes" in tensors:
         return shlex.join(["python", "detect.py", "weights/toon", "--data", str(out)])
     if not have:
         return "pack it again with a val: pretrain.py needs one, to evaluate on"
+    small = len(tensors["images"]) < SMALL and header["source"] not in DRAWN
+    if labelled and small:
+        return shlex.join(["python", "finetune_lora.py", "weights/toon", "--data", str(out)])
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []
     words += ["--split", have[0]] if have[0] != "val" else []
     few = "; probe.py and finetune_lora.py need labels of two classes or more"
-    return shlex.join(words) + few * (len(tensors["header"]["classes"]) < 2)
+    return shlex.join(words) + few * (not labelled)
 
 
 def parse_flags(words=None):

@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, draw_folder, refused, run_line, shared_file
+from conftest import ROOT, draw_folder, refused, run_line, shared_file
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -341,7 +341,7 @@ def next_command(said):
     return shlex.split(said.splitlines()[-1].partition(", or ")[2].partition(";")[0])
 
 
-def test_the_next_line_is_right(tmp_path, images):
+def test_the_next_line_is_right(tmp_path, images, monkeypatch):
     learn = ["python", "pretrain.py", "--data"]
     said, sets = packed(tmp_path, "images/class0", "one")
     assert next_command(said) == [*learn, "one"]
@@ -350,13 +350,20 @@ def test_the_next_line_is_right(tmp_path, images):
     assert sets["train"]["header"]["classes"] == []
     run_line("data.py --show one", tmp_path, check=0)
     said, _ = packed(tmp_path, "images --split .8,0,.2", "two")
-    assert next_command(said) == [*learn, "two", "--split", "test"] and "need labels" not in said
+    tune = ["python", "finetune_lora.py", "weights/toon", "--data"]
+    assert next_command(said) == [*tune, "two"] and "need labels" not in said
     for path in images.rglob("*.png"):
         image = Image.open(path).convert("RGBA")
         image.putpixel((0, 0), (0, 0, 0, 0))
         image.save(path)
-    said = call("data.py", "images", "--out", "a set", cwd=tmp_path, check=0).stdout
-    assert next_command(said) == [*learn, "a set", "--mask", "fg_heavy"]
+    monkeypatch.setattr(data, "SMALL", 0)
+    said = run_line("data.py images --out it's --split .8,0,.2", tmp_path, check=0).stdout
+    assert next_command(said) == [*learn, "it's", "--mask", "fg_heavy", "--split", "test"]
+    said = run_line("data.py images --out judge --split 0,0,1", tmp_path, check=0).stdout
+    assert shlex.join(next_command(said)) == "python recognize.py RUN --verify --data judge"
+    assert "no train: stages can measure" in said
+    assert [path.name for path in (tmp_path / "judge").iterdir()] == ["test.safetensors"]
+    assert "test 60" in run_line("data.py --show judge", tmp_path, check=0).stdout
     for path in sorted(images.rglob("*.png"))[3:]:
         path.unlink()
     said, _ = packed(tmp_path, "images --split .9,.05,.05", "three")

@@ -137,6 +137,7 @@ def test_the_line_names_splits_classes_and_what_is_set_aside():
     rows = [("test", "b"), ("train", "c"), ("train", "a"), ("train", "d"), ("train", None)]
     line = layouts.told("split/class", rows, ["z", "x", "y"])
     classes = "train, test; 4 classes (a, b, c, ...); 1 pictures without a label"
+    classes += "; no class of train (a, c, d) is in another split (b)"
     assert line == f"read as split/class: {classes}; 3 pictures set aside (x, y, ...)"
     assert layouts.told("class", [(None, "a")]) == "read as class: 1 class (a)"
 
