@@ -6,10 +6,12 @@
     python recognize.py runs/NAME FOLDER --group OUT       the same, one folder for faces that look alike
     python recognize.py runs/NAME --enrol WHO IMAGE...     three to five pictures, no training
     python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
+    python recognize.py runs/NAME --folds 3                learns from the known what unknown faces are
     python recognize.py runs/NAME --verify                 measures verification and unknown faces
 
 Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
 Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
+        fold-1-of-3/, ..., folds.json (--folds: runs without a part of the characters; what they say)
         recognize.json (--verify; of other data or splits in runs/NAME/DATA-SPLIT/)
         OUT/ copies of the pictures and sorted.csv (--sort, --group)
 
@@ -27,6 +29,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,7 +40,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import fields, metrics
+import finetune_lora
+from common import fields, metrics, stats
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, claim, cli, command, refuse_idle
 from common.features import open_rows, results_folder
@@ -46,6 +50,7 @@ from common.io import (
     atomic,
     lock_beside,
     locked,
+    read_json,
     read_safetensors,
     reading,
     save_json,
@@ -61,6 +66,7 @@ GALLERY = "gallery.safetensors"
 FACES = 500  # training pictures of a character in a gallery, at most
 NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
 WHITENED = 20  # faces of a character that the whitening is fitted to
+LIFT = 0.1  # of similarity, a standard deviation of the best logit (results/TRIED.md)
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
 MOST_REJECTED = 0.09  # of known faces on dev: on new ones about a tenth
 OTHERS = 0.05  # share of other faces that may pass for one enrolled character
@@ -70,6 +76,7 @@ HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (res
 ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less and 20 need more
 GROUPED = 10_000  # faces at most: memory holds all pairs
 PAIRS_OF = 4000  # images that --verify takes at most; it compares all pairs
+SURE = 0.8  # a confidence
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
 FLAGS = {  # that each task reads
     "sort": "sort threshold detect device dtype",
@@ -78,6 +85,7 @@ FLAGS = {  # that each task reads
     "enrol": "enrol device dtype",
     "forget": "forget",
     "list": "list",
+    "folds": "folds device dtype",
     "verify": "verify data split threshold json device dtype",
 }
 
@@ -88,7 +96,7 @@ def parse_args():
     add = parser.add_argument
     add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
     add("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar; - for a list of files")
-    add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown")
+    add("--threshold", type=between(-2, 2), metavar="LEAST", help="similarity of a known face")
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
     add("--sort", type=Path, metavar="OUT", help="copy pictures into OUT/WHO and OUT/unknown")
@@ -96,6 +104,7 @@ def parse_args():
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
+    add("--folds", type=between(2, 10, int), metavar="N", help="train N times more, to learn this")
     add("--verify", action="store_true", help="measure verification and unknown faces")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
     add("--split", default="val", choices=["val", "dev", "test", "train"], help="of --verify")
@@ -147,6 +156,7 @@ def make_gallery(embeddings, labels, learned):
     faces = [unit[labels == c] for c in labels.unique() if c < learned]
     sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1])
     means = F.normalize(sums.index_add_(0, labels, F.normalize(unit)))
+    gallery |= {"embeddings": embeddings, "lift": None}
     return gallery | {"unit": unit, "faces": faces, "means": means}
 
 
@@ -164,6 +174,15 @@ def best_similarity(unit, gallery):
     return torch.stack(scores, 1).amax(1)
 
 
+def similarity_of(logits, unit, gallery):
+    """logits (n, C), unit (n, D) -> (n,): `best_similarity`, higher where the head is surer than usual.
+
+    LIFT for each standard deviation of the best logit of known faces. Either alone knows less.
+    """
+    usual, per_logit = gallery["lift"] or (0.0, 0.0)
+    return best_similarity(unit, gallery) + per_logit * (logits.amax(1) - usual)
+
+
 def decide(logits, embeddings, gallery):
     """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
@@ -172,7 +191,7 @@ def decide(logits, embeddings, gallery):
     half of all pictures show unknown characters; nan of an enrolled one.
     """
     unit, learned = compared(embeddings, gallery), gallery["learned"]
-    who, similarity = logits.argmax(1), best_similarity(unit, gallery)
+    who, similarity = logits.argmax(1), similarity_of(logits, unit, gallery)
     margin, (a, b) = similarity - gallery["threshold"], gallery["platt"]
     sure = (logits / gallery["temperature"]).softmax(1).amax(1) * (a * margin + b).sigmoid()
     to_mean = unit @ gallery["means"].T  # (n, characters)
@@ -191,37 +210,61 @@ def decide(logits, embeddings, gallery):
 # ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
 
 
-def calibrate(embeddings, labels, held_out, unknown=None):
+def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
     """-> a dict of numbers for the gallery's header.
 
-    held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown (k, D): of
-    unknown ones; without them each known one stands in. At most MOST_REJECTED of the known fail.
+    held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown: the same of
+    unknown ones; without them each known one stands in. folds (see `fold_of`) have more of both. At
+    most MOST_REJECTED of the known are called unknown.
     The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1)
-    score = best_similarity(compared(known, gallery), gallery)
-    if unknown is None:
-        other = as_unknown(embeddings, labels, known, known_labels)
-    else:
-        other = best_similarity(compared(unknown, gallery), gallery)
-    highest = score.sort().values[int(MOST_REJECTED * len(score))].item()
-    threshold = min(balance(score, other), highest)
+    known_score, unknown_score, lift = scores_of(gallery, held_out, unknown)
+    if folds:
+        known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
+        unknown_score = torch.cat([fold["unknown"] for fold in folds])
+    threshold = threshold_of(known_score, unknown_score)
     return {
         "threshold": threshold,
         "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
         "temperature": fit_temperature(logits, known_labels),
-        "platt": fit_platt(score - threshold, other - threshold),
+        "platt": fit_platt(known_score - threshold, unknown_score - threshold),
+        "lift": lift,
     }
 
 
-def as_unknown(embeddings, labels, known, known_labels):
-    """The best similarities (m,) of known faces while a fifth of the characters at a time is left out."""
+def scores_of(gallery, held_out, unknown=None):
+    """-> similarities of known faces (m,), of unknown ones (k,), and the gallery's "lift"."""
+    logits, known, labels = held_out
+    strength = logits.amax(1)
+    usual, spread = strength.mean().item(), strength.std(correction=0).item()
+    lift = [usual, LIFT / max(spread, 0.1 * abs(usual), 1e-6)]
+    gallery = gallery | {"lift": lift}
+    scores = similarity_of(logits, compared(known, gallery), gallery)
+    if unknown is None:
+        return scores, as_unknown(gallery, held_out), lift
+    logits, embeddings, _ = unknown
+    return scores, similarity_of(logits, compared(embeddings, gallery), gallery), lift
+
+
+def threshold_of(known, unknown):
+    """Similarities of known (m,) and unknown (k,) faces -> the one under which a face is unknown."""
+    highest = known.sort().values[int(MOST_REJECTED * len(known))].item()
+    return min(balance(known, unknown), highest)
+
+
+def as_unknown(gallery, held_out):
+    """Similarities (m,) of known faces while a fifth of the characters at a time is left out."""
+    logits, known, known_labels = held_out
+    labels, embeddings = gallery["labels"], gallery["embeddings"]
     found = torch.empty(len(known))
     for fold in range(FOLDS):
         stay, asked = labels % FOLDS != fold, known_labels % FOLDS == fold
-        gallery = make_gallery(embeddings[stay], labels[stay], int(labels.max()) + 1)
-        found[asked] = best_similarity(compared(known[asked], gallery), gallery)
+        less = make_gallery(embeddings[stay], labels[stay], int(labels.max()) + 1)
+        less["lift"] = gallery["lift"]
+        heads = logits[asked][:, torch.arange(logits.shape[1]) % FOLDS != fold]
+        found[asked] = similarity_of(heads, compared(known[asked], less), less)
     return found
 
 
@@ -265,7 +308,12 @@ def fit_platt(known, unknown):
 HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
 HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
 HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
+HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
 REMEDY = "remove it, and recognize.py builds it anew"
+UNMEASURED = (  # of a run that learned all characters of its set
+    "most new characters may get a known name; recognize.py {run} --folds 3 trains three times "
+    "more, each time without a third of the characters, and measures it"
+)
 
 
 def open_gallery(run, device="auto", dtype="auto"):
@@ -281,6 +329,25 @@ def open_gallery(run, device="auto", dtype="auto"):
 def build_gallery(run, device, dtype):
     """Write the embeddings of training pictures, and what is calibrated on held-out ones."""
     path = Path(run) / GALLERY
+    faces = faces_learned(run, device, dtype)
+    header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
+    header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.unknown)
+    save_gallery(path, faces.embeddings, faces.labels, header)
+    print(
+        f"wrote {path}: {len(faces.keys)} faces of {len(faces.classes)} characters", file=sys.stderr
+    )
+    if faces.unknown is None:
+        print(f"note: {UNMEASURED.format(run=shlex.quote(str(run)))}", file=sys.stderr)
+
+
+def faces_learned(run, device, dtype):
+    """The pictures that a run was trained on -> a namespace.
+
+    embeddings (n, D), labels (n,), keys   training pictures, at most FACES of a character
+    classes                                the names of the labels
+    held_out                               logits (m, C), embeddings (m, D), labels (m,) of dev
+    unknown                                the same of characters that --hold-out left out, or None
+    """
     net, header = load_classifier(run)
     folder, held = header["data"], header.get("split", "val")
     (train, dev, _), classes = open_rows(folder, held, header.get("hold_out", 0))
@@ -295,22 +362,21 @@ def build_gallery(run, device, dtype):
         return predict(net, pooled)  # logits, embeddings
 
     rows = torch.cat([train.rows[some] for some in evenly_of_each(train.labels[train.rows], FACES)])
-    _, embeddings = outputs(train, rows)
-    labels = train.labels[rows]
-    held_out = *outputs(dev, dev.rows), dev.labels[dev.rows]
-    left_out = (dev.labels < 0).nonzero()[:, 0]  # by --hold-out: they stand for unknown characters
-    unknown = outputs(dev, left_out)[1] if len(left_out) else None
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
-    header = {"names": classes, "keys": keys, "learned": len(classes)}
-    header |= calibrate(embeddings, labels, held_out, unknown)
-    save_gallery(path, embeddings, labels, header)
-    print(f"wrote {path}: {len(keys)} faces of {len(classes)} characters", file=sys.stderr)
+    found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
+    found.embeddings = outputs(train, rows)[1]
+    found.held_out = *outputs(dev, dev.rows), dev.labels[dev.rows]
+    left_out = (dev.labels < 0).nonzero()[:, 0]
+    found.unknown = None
+    if len(left_out):
+        found.unknown = *outputs(dev, left_out), torch.as_tensor(dev.split["labels"])[left_out]
+    return found
 
 
 def save_gallery(path, embeddings, labels, header):
     """embeddings (n, D), labels (n,); header: the fields of HEADER, and perhaps others."""
     tensors = {"embeddings": embeddings.float(), "labels": labels}
-    save_safetensors(tensors, path, {name: header[name] for name in HEADER})
+    save_safetensors(tensors, path, {name.strip("?"): header[name.strip("?")] for name in HEADER})
 
 
 def load_gallery(run):
@@ -327,7 +393,81 @@ def load_gallery(run):
     fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
     if names[:learned] != head["classes"] or len(labels.unique()) != len(names):
         raise UserError(f"{path} is not of this run's characters; {REMEDY}")
-    return header | {"embeddings": embeddings} | make_gallery(embeddings, labels, learned)
+    return make_gallery(embeddings, labels, learned) | header
+
+
+# ---- folds: each part of the characters is unknown once --------------------------------------------
+
+
+def calibrate_by_folds(run, parts, device, dtype):
+    """Train again without each part of the characters; what they look like then decides in the gallery."""
+    path, folds = Path(run) / GALLERY, []
+    count = load_gallery(run)["learned"]
+    if count - -(-count // parts) < 2:
+        raise UserError(f"{count} characters are too few for --folds {parts}: a training needs two")
+    for part in range(1, parts + 1):
+        folder = train_fold(run, f"{part}/{parts}")
+        folds.append(fold_of(faces_learned(folder, device, dtype)))
+    own = faces_learned(run, device, dtype)
+    numbers = calibrate(own.embeddings, own.labels, own.held_out, None, folds)
+    with locked(lock_beside(path), wait=True):
+        gallery = load_gallery(run)
+        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery | numbers)
+    found = promise(folds, numbers["threshold"])
+    save_json(found | {"command": command(), "commit": commit()}, Path(run) / "folds.json")
+    print(promised(found))
+
+
+def train_fold(run, part):
+    """finetune_lora.py as for this run, without a part of the characters -> the folder of that run."""
+    folder = Path(run) / f"fold-{part.replace('/', '-of-')}"
+    made = [*Path(run).glob("metrics*.json")]
+    if not made or not Path(run, "state.pt").exists():
+        raise UserError(f"{run} is no finished run of finetune_lora.py, which --folds repeats")
+    words = shlex.split(read_json(made[0])["command"])[2:]
+    if any(word.startswith("--hold-out") for word in words):
+        raise UserError(f"{run} has held-out characters already, which tell what --folds would")
+    words += ["--hold-out", part, "--out", str(folder)]
+    if (folder / "state.pt").exists():
+        words = ["--resume", str(folder)]
+    script = Path(finetune_lora.__file__)
+    if not any(folder.glob("metrics*.json")) and subprocess.call([sys.executable, script, *words]):
+        raise UserError(f"{folder} was not trained; the line above says why")
+    return folder
+
+
+def fold_of(faces):
+    """`faces_learned` of a fold -> similarities of known (m,) and unknown (k,) faces, labels of these."""
+    gallery = make_gallery(faces.embeddings, faces.labels, len(faces.classes))
+    known, unknown, _ = scores_of(gallery, faces.held_out, faces.unknown)
+    return {"known": known, "unknown": unknown, "labels": faces.unknown[2]}
+
+
+def promise(folds, threshold):
+    """What to expect of unknown characters, by those that were left out in turn -> folds.json, in percent."""
+    shares = []
+    for fold in folds:
+        below = 100 * (fold["unknown"] < threshold).double()
+        shares += [below[fold["labels"] == c].mean().item() for c in fold["labels"].unique()]
+    known = 100 * torch.cat([fold["known"] for fold in folds]).lt(threshold).double().mean()
+    found = {"characters": len(shares), "known_unknown": known.item(), "shares": shares}
+    if interval := stats.t_interval(shares):
+        found["unknown"] = interval["mean"]
+        found["interval"] = [max(0, interval["low"]), min(100, interval["high"])]
+    return found
+
+
+def promised(found):
+    """folds.json -> the line that is printed."""
+    count = found["characters"]
+    if "unknown" not in found:
+        return f"unknown  {count} characters are too few to say how many new ones get a known name"
+    low, high = found["interval"]
+    return (
+        f"unknown  {found['unknown']:.0f} % of the faces of new characters will be called unknown "
+        f"(95 % interval {low:.0f} to {high:.0f}, by {count} characters left out in turn), "
+        f"and {found['known_unknown']:.0f} % of the known ones"
+    )
 
 
 # ---- naming and enrolment ------------------------------------------------------------------------
@@ -706,6 +846,17 @@ def detection_rate(known, right, unknown, far):
     return ((known > threshold) & right).double().mean().item()
 
 
+def right_when_sure(known, right, unknown):
+    """Of names with a confidence of SURE or more, the share in percent that is right; None without any.
+
+    As in `calibration_error`, half of all pictures are unknown.
+    """
+    known_sure, unknown_sure = known >= SURE, unknown >= SURE
+    good = (known_sure & right).double().mean()
+    named = known_sure.double().mean() + unknown_sure.double().mean()
+    return round(100 * (good / named).item(), 3) if named else None
+
+
 def calibration_error(known, right, unknown, bins=10):
     """Expected calibration error of confidences in percent, where half of all pictures are unknown.
 
@@ -752,7 +903,9 @@ def measure(asked, own, learned):
         row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
     of_head = known & ~enrolled
     if of_head.any() and len(unknown):
-        row["calibration_error"] = calibration_error(own.sure[of_head], own.right[of_head], unsure)
+        answers_of_known = own.sure[of_head], own.right[of_head]
+        row["calibration_error"] = calibration_error(*answers_of_known, unsure)
+        row["right_when_sure"] = right_when_sure(*answers_of_known, unsure)
     return row
 
 
@@ -816,6 +969,8 @@ def table(row):
 def main():
     args = parse_args()
     gallery = open_gallery(args.run, args.device, args.dtype)
+    if args.task == "folds":
+        return calibrate_by_folds(args.run, args.folds, args.device, args.dtype)
     if args.task == "list":
         return list_known(gallery)
     if args.task == "forget":

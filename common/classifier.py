@@ -9,6 +9,7 @@ al. 2019, arXiv:1903.07071).
 """
 
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -187,8 +188,15 @@ def predict(net, pooled):
 
 CONFIG = {"head": one_of(*HEADS), "pool": one_of(*POOLS), "dim": whole(1, 2**14)}
 CONFIG |= {"margin?": number(0, 10), "scale": number(1e-6)}
+
+
+def is_left_out(value):
+    """Is it a value of --hold-out: 4, or "1/3"?"""
+    return re.fullmatch(r"\d{1,9}(/\d{1,9})?", str(value)) is not None
+
+
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
-LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test"), "hold_out?": whole(0)}
+LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test"), "hold_out?": is_left_out}
 HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
 
 

@@ -12,7 +12,7 @@ import torch
 
 import data
 from common.checkpoints import flags_of
-from common.command import progress
+from common.command import at_least, between, progress
 from common.evaluate import extremes, thumbnails
 from common.fields import check_finite
 from common.io import UserError
@@ -85,25 +85,45 @@ def open_splits(folder, held="val"):
     return splits
 
 
-def hold_out(splits, rows=None):
+def hold_out(splits, rows=None, seed=0):
     """-> rows of train to fit on (of these, or of all), rows to choose on, the split of the latter.
 
-    It is dev, or train, of which a tenth is held out, whole illustrations.
+    It is dev, or train, of which a tenth is held out, whole illustrations, drawn by the seed.
     """
     train = splits["train"]
     rows = torch.arange(len(train["labels"])) if rows is None else rows
     if "dev" in splits:
         return rows, torch.arange(len(splits["dev"]["labels"])), "dev"
-    apart = data.hold_apart(data.groups_of(train)[rows], train["labels"][rows], data.APART)
+    apart = data.hold_apart(data.groups_of(train)[rows], train["labels"][rows], data.APART, seed)
     apart = torch.from_numpy(apart)
     return rows[~apart], rows[apart], "train"
+
+
+def some_characters(text):
+    """An argparse type: "4" characters, or the first of three parts of them, "1/3"."""
+    part, slash, parts = text.partition("/")
+    if not slash:
+        return at_least(0)(text)
+    return f"{between(1, at_least(2)(parts), int)(part)}/{parts}"
+
+
+def part_of(left_out):
+    """A value of `some_characters` -> part and number of parts; 0 and the number of characters."""
+    part, slash, parts = str(left_out).partition("/")
+    return (int(part), int(parts)) if slash else (0, int(part))
+
+
+def numbers_of(left_out, classes):
+    """-> the numbers of the classes that are left out: the same ones for each data set."""
+    order, (part, count) = np.random.default_rng(0).permutation(len(classes)), part_of(left_out)
+    return order[part - 1 :: count] if part else order[:count]
 
 
 def open_rows(folder, held, left_out):
     """-> labelled pictures to learn from, to choose by and to report; the learned classes.
 
     Each set is a namespace: name, split, rows, labels. A label is an image's class among the
-    learned, -1 of others. left_out classes are not learned: the same ones for each data set.
+    learned, -1 of others. left_out, as of `some_characters`, are not learned.
     """
     splits = open_splits(folder, held)
     for name, split in splits.items():
@@ -111,9 +131,9 @@ def open_rows(folder, held, left_out):
             fix = "python data.py FOLDER, a folder per character, makes a set with labels"
             raise UserError(f"{folder}: {name} has pictures without a label, or one class; {fix}")
     classes = splits["train"]["header"]["classes"]
-    if len(classes) - left_out < 2:
+    learned = np.setdiff1d(range(len(classes)), numbers_of(left_out, classes))
+    if len(learned) < 2:
         raise UserError(f"--hold-out {left_out} leaves fewer than two of {len(classes)} characters")
-    learned = np.sort(np.random.default_rng(0).permutation(len(classes))[left_out:])
     new_label = torch.full((len(classes),), -1)
     new_label[learned] = torch.arange(len(learned))
     sets = {}
@@ -122,7 +142,8 @@ def open_rows(folder, held, left_out):
         rows = (labels >= 0).nonzero()[:, 0]
         sets[name] = SimpleNamespace(name=name, split=split, rows=rows, labels=labels)
     train = sets["train"]
-    train.rows, chosen, where = hold_out(splits, train.rows)
+    seed, _ = part_of(left_out)  # each part has a held-out tenth of its own
+    train.rows, chosen, where = hold_out(splits, train.rows, seed)
     dev = sets["dev"] if where == "dev" else SimpleNamespace(**vars(train) | {"rows": chosen})
     names = [classes[c] for c in learned]
     sizes = torch.bincount(train.labels[train.rows], minlength=len(names))

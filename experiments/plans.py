@@ -462,6 +462,54 @@ PLANS["strangers"] = OF_RECOGNITION | {
     },
 }
 
+# A collection of seven characters, as a fan has it, by the commands that the tools print.
+PLANS["seven"] = PLANS["strangers"] | {
+    "question": "Seven characters of 80 pictures: what is promised of unknown ones, and what happens?",
+    "made": {
+        "pictures": [
+            "-m experiments.subset {data} --characters 7 --pictures 80 --draw {seed} --folders"
+        ],
+        "seven": ["data.py {pictures}"],
+    },
+    "arms": {
+        "lora": [
+            "finetune_lora.py weights/toon --data {seven} --split test --method lora",
+            "recognize.py {0} --folds 3",
+            STRANGERS,
+        ]
+    },
+    "compare": (),
+    "columns": {
+        "top1": ("Top-1, %", 0, METRICS_TEST, "top1", 1),
+        "thumbnails": ("8x8 thumbnails", 0, METRICS_TEST, "thumbnails_top1", 1),
+        "histograms": ("histograms of colours", 0, METRICS_TEST, "histograms_top1", 1),
+        "promised": ("unknown called unknown, promised", 1, "folds.json", "unknown", 1),
+        "unknown": ("unknown called unknown", 2, "recognize.json", "open_set/strangers_unknown", 1),
+        "known": ("known called unknown", 2, "recognize.json", "open_set/known_rejected", 1),
+        "auroc": ("unknown, AUROC", 2, "recognize.json", "open_set/auroc_unknown", 1),
+        "error": ("calibration error", 2, "recognize.json", "calibration_error", 1),
+        "sure": ("right of names at 80 % and more", 2, "recognize.json", "right_when_sure", 1),
+    },
+}
+ROADS = {"own": "{own}", "own from weights/toon": "{further}", "weights/toon": "weights/toon"}
+PLANS["roads"] = PLANS["seven"] | {
+    "question": "Seven characters of 80 pictures: which encoder should LoRA begin from?",
+    "made": PLANS["seven"]["made"]
+    | {
+        "own": ["pretrain.py --data {seven}"],
+        "further": ["pretrain.py --data {seven} --init weights/toon"],
+    },
+    "arms": {
+        road: [f"finetune_lora.py {encoder} --data {{seven}} --split test --method lora"]
+        for road, encoder in ROADS.items()
+    },
+    "against": "weights/toon",
+    "compare": ("top1",),
+    "columns": {
+        name: PLANS["seven"]["columns"][name] for name in ("top1", "thumbnails", "histograms")
+    },
+}
+
 ADAPT = f"finetune_lora.py {{encoder}} {ON} --method"
 PLANS["adapt"] = OF_RECOGNITION | {
     "question": "How do linear, LoRA, full fine-tuning and training from scratch compare?",

@@ -71,7 +71,7 @@ def make(text, args):
     words = shlex.split(text)
     out, name, files = folder_of(words, args)
     done = out / f"{name}.done.json"
-    with locked(lock_beside(args.work / name), wait=True) as lock:
+    with locked(lock_beside(args.work / f"{name}.run"), wait=True) as lock:  # data.py has one, too
         reason = read_json(done).get("failed") if done.exists() else None
         if done.exists() and reason is None:
             return out

@@ -2,9 +2,10 @@
 
     python -m experiments.subset datasets/mine --pictures 5 --out datasets/mine-5
     python -m experiments.subset datasets/mine --characters 16 --draw 3 --out datasets/mine-16
+    python -m experiments.subset datasets/mine --pictures 80 --folders --out pictures
 
 Reads:  datasets/NAME
-Writes: OUT/{train,dev,val,test}.safetensors
+Writes: OUT/{train,dev,val,test}.safetensors; with --folders the pictures of train, OUT/WHO/*.png
 
 --characters: the others leave every split. --pictures: of train and dev so many of each character
 stay; val and test stay whole. The smaller of two subsets of one --draw is a part of the larger.
@@ -14,6 +15,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import data
 from common.command import Parser, at_least, cli, refuse_overwrite
@@ -61,6 +63,14 @@ def thinned(tensors, header, classes, pictures, draw):
     return tensors, header | lists | {"classes": classes, "pixels": pixels}
 
 
+def save_pictures(tensors, header, folder):
+    """Write each picture to its character's folder."""
+    for i, (image, label) in enumerate(zip(tensors["images"], tensors["labels"], strict=True)):
+        path = folder / header["classes"][label] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.numpy()).save(path)
+
+
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -68,6 +78,7 @@ def parse_args():
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--characters", type=at_least(2), metavar="N", help="how many stay (default: all)")
     add("--pictures", type=at_least(2), metavar="N", help="of each in train and in dev, at most")
+    add("--folders", action="store_true", help="write pictures, as somebody collects them")
     add("--draw", type=at_least(0), default=0, metavar="N", help="which ones stay")
     return parser.parse_args()
 
@@ -83,13 +94,16 @@ def main():
         raise UserError(f"--characters {args.characters}: {args.data} has {len(names)}")
     classes = characters_of(names, args.characters or len(names), args.draw)
     with written_aside(args.out) as folder:
-        for name in ORDER:
+        for name in ("train",) if args.folders else ORDER:
             path = args.data / f"{name}.safetensors"
             if not path.exists():
                 continue
             pictures = args.pictures if name in THINNED else None
             split = thinned(*read_safetensors(path), classes, pictures, args.draw)
-            save_safetensors(split[0], folder / path.name, split[1])
+            if args.folders:
+                save_pictures(*split, folder)
+            else:
+                save_safetensors(split[0], folder / path.name, split[1])
             print(f"{args.out}/{path.name}: {len(split[0]['labels']):,} images")
     print(f"{len(classes)} of {len(names)} characters: {', '.join(classes)}")
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import call, draw_folder, refused, run_line
 from made import CPU, home
+from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
 import data
@@ -18,7 +19,7 @@ import finetune_lora
 import ingest.pictures
 import recognize
 from common import metrics
-from common.classifier import pooled_of
+from common.classifier import pooled_of, read_head
 from common.io import read_safetensors
 from common.train import autocast_of, seeded
 from ingest.decode import decode
@@ -116,6 +117,13 @@ def test_calibration_error_is_the_mean_gap_of_its_bins_where_half_are_unknown(
     assert found == pytest.approx(100 * error, abs=1e-3)
 
 
+def test_names_that_are_sure_are_right_as_often_where_half_are_unknown():
+    known, right = torch.tensor([0.9, 0.8, 0.95, 0.2]), torch.tensor([1, 1, 0, 1]).bool()
+    found = recognize.right_when_sure(known, right, torch.tensor([0.85, 0.1]))
+    assert found == pytest.approx(100 * (2 / 4) / (3 / 4 + 1 / 2))
+    assert recognize.right_when_sure(known / 2, right, torch.zeros(2)) is None
+
+
 # ---- similarity and thresholds -------------------------------------------------------------------
 
 
@@ -131,8 +139,13 @@ def world():
     found = SimpleNamespace(labels=labels, faces=faces, known=known, unknown=unknown)
     found.gallery, found.logits = gallery, logits
     found.held_out = logits, known, labels
+    found.of_unknown = F.normalize(unknown) @ F.normalize(centre).T, unknown, None
     found.unit = recognize.compared(known, gallery)
-    found.score = recognize.best_similarity(found.unit, gallery)
+    strength = logits.amax(1)
+    usual, spread = strength.mean().item(), strength.std(correction=0).item()
+    found.lift = [usual, recognize.LIFT / max(spread, usual / 10)]
+    similar = recognize.best_similarity(found.unit, gallery)
+    found.score = similar + found.lift[1] * (strength - usual)
     return found
 
 
@@ -153,16 +166,21 @@ def test_similarity_is_the_mean_cosine_with_the_three_nearest_faces_of_a_charact
     for c in range(5):
         cosine = (world.unit @ unit[world.labels == c].T).sort(1, descending=True)[0]
         best.append(cosine[:, :3].mean(1))
-    torch.testing.assert_close(world.score, torch.stack(best).amax(0))
+    torch.testing.assert_close(
+        recognize.best_similarity(world.unit, world.gallery), torch.stack(best).amax(0)
+    )
     sums = torch.stack([unit[world.labels == c].sum(0) for c in range(5)])
     torch.testing.assert_close(world.gallery["means"], F.normalize(sums))
 
 
 def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(world):
-    found = recognize.calibrate(world.faces, world.labels, world.held_out, world.unknown)
+    found = recognize.calibrate(world.faces, world.labels, world.held_out, world.of_unknown)
+    assert found["lift"] == pytest.approx(world.lift)
     rejected = (world.score < found["threshold"]).float().mean().item()
-    unit = recognize.compared(world.unknown, world.gallery)
-    similar = recognize.best_similarity(unit, world.gallery) >= found["threshold"]
+    logits, unknown, _ = world.of_unknown
+    unit = recognize.compared(unknown, world.gallery)
+    similar = recognize.best_similarity(unit, world.gallery)
+    similar = similar + world.lift[1] * (logits.amax(1) - world.lift[0]) >= found["threshold"]
     assert similar.float().mean().item() == pytest.approx(rejected, abs=0.01)
     assert rejected < 0.091
     who, _, _, sure = recognize.decide(world.logits, world.known, world.gallery | found)
@@ -172,7 +190,7 @@ def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(wo
 
 
 def test_no_more_known_faces_are_rejected_than_promised_however_alike_unknown_ones_are(world):
-    twins = world.known[:50]
+    twins = [x[:50] for x in world.held_out]
     found = recognize.calibrate(world.faces, world.labels, world.held_out, twins)
     rejected = (world.score < found["threshold"]).float().mean().item()
     assert rejected == pytest.approx(int(recognize.MOST_REJECTED * 200) / 200, abs=1e-6)
@@ -180,12 +198,15 @@ def test_no_more_known_faces_are_rejected_than_promised_however_alike_unknown_on
 
 def test_known_faces_stand_for_unknown_ones_while_their_characters_are_left_out(world):
     labels, known = world.labels, world.known
-    found = recognize.as_unknown(world.faces, labels, known, labels)
+    found = recognize.as_unknown(world.gallery | {"lift": world.lift}, world.held_out)
     for c in range(5):  # five folds of five characters: one is left out
         stay = labels != c
         gallery = recognize.make_gallery(world.faces[stay], labels[stay], 5)
         unit = recognize.compared(known[~stay], gallery)
-        torch.testing.assert_close(found[~stay], recognize.best_similarity(unit, gallery))
+        strength = world.logits[~stay][:, torch.arange(5) != c].amax(1)
+        similar = recognize.best_similarity(unit, gallery)
+        similar += world.lift[1] * (strength - world.lift[0])
+        torch.testing.assert_close(found[~stay], similar)
     row = recognize.calibrate(world.faces, labels, world.held_out)
     assert row["threshold"] == pytest.approx(recognize.balance(world.score, found), abs=1e-6)
 
@@ -214,7 +235,9 @@ def test_an_enrolled_character_wins_where_its_mean_is_nearer_than_all_others(wor
     assert torch.equal(who == 4, new) and torch.equal(sure.isnan(), new)
     torch.testing.assert_close(similarity[new], to_mean[new, 4])
     torch.testing.assert_close(margin[new], to_mean[new, 4] - row["enrolled_threshold"])
-    score = recognize.best_similarity(unit, gallery)[~new]
+    usual, per_logit = row["lift"]
+    score = recognize.best_similarity(unit, gallery) + per_logit * (logits.amax(1) - usual)
+    score = score[~new]
     torch.testing.assert_close(margin[~new], score - row["threshold"])
     p = (logits[~new] / row["temperature"]).softmax(1).amax(1)
     a, b = row["platt"]
@@ -255,12 +278,42 @@ def test_characters_that_are_left_out_stand_for_unknown_ones(base, monkeypatch):
 
     def noted(*words):
         unknown.append(words[3])
-        return calibrate(*words)
+        return calibrate(*words)  # the fourth: logits, embeddings and labels of unknown ones
 
     monkeypatch.setattr(recognize, "calibrate", noted)
     words = f"--data datasets/packed --method linear --hold-out 1 --epochs 2 {CPU} --out runs/new"
     run_line(f"finetune_lora.py runs/a {words}", base, check=0)
-    assert len(recognize.open_gallery("runs/new")["names"]) == 2 and len(unknown[0]) > 0
+    assert len(recognize.open_gallery("runs/new")["names"]) == 2 and len(unknown[0][0]) > 0
+
+
+@pytest.mark.slow
+def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(base):
+    before, numbers = read_safetensors(base / GALLERY)
+    words = f"runs/a-lora --folds 3 {CPU}"
+    error = run_line(f"recognize.py {words.replace('folds 3', 'folds 2')}", base, check=2).stderr
+    assert "3 characters are too few for --folds 2" in error
+    line = run_line(f"recognize.py {words}", base, check=0).stdout.splitlines()[-1]
+    after, header = read_safetensors(base / GALLERY)
+    assert torch.equal(before["embeddings"], after["embeddings"])
+    assert header["platt"] != numbers["platt"] and header["names"] == numbers["names"]
+    learned = [
+        read_head(base / f"runs/a-lora/fold-{part}-of-3")[1]["classes"] for part in (1, 2, 3)
+    ]
+    left_out = [sorted({*numbers["names"]} - {*classes}) for classes in learned]
+    assert sorted(sum(left_out, [])) == sorted(numbers["names"])
+    assert line.startswith("unknown  ") and "3 characters left out in turn" in line
+
+
+def test_what_is_promised_is_the_mean_share_over_characters():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    fold = {"known": torch.tensor([-1.0, 1, 1, 1]), "labels": labels}
+    first = fold | {"unknown": torch.tensor([-1.0, -1, -1, 1, -1, -1])}  # 75 and 100 %
+    second = fold | {"unknown": torch.tensor([1.0, 1, -1, -1, 1, 1]), "labels": labels + 2}  # 50, 0
+    line = recognize.promised(recognize.promise([first, second], 0.0))
+    low, high = ttest_1samp([75, 100, 50, 0], 0).confidence_interval(0.95)
+    assert "56 % of the faces of new" in line and "25 % of the known" in line
+    assert low < 0 and high > 100 and "interval 0 to 100, by 4 characters" in line
+    assert "too few" in recognize.promised(recognize.promise([first], 0.0))
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -276,7 +329,7 @@ def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(base, m
     shutil.make_archive(base / "faces", "zip", base / "images")
     assert [r["best_guess"] for r in rows_of(base, "faces.zip")] == [x for _, x in guesses]
     monkeypatch.setattr(sys, "stdin", iter([f"{FACE}\n", "images/class0/illust0_0.png\n"]))
-    assert [r["name"] for r in rows_of(base, "- --threshold 1")] == [None] * 2
+    assert [r["name"] for r in rows_of(base, "- --threshold 2")] == [None] * 2
     (base / "text.png").write_text("no picture")
     found = said(base, f"text.png no.png {FACE}")  # the others go on
     assert "text.png" in found.stderr and "no.png" in found.stderr

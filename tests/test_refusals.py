@@ -50,7 +50,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{MAPS} --map attn", "--run RUN"),
     (f"{MAPS} --map saliency --out text.txt/maps", "is a file"),
     (NAME, "give pictures"),
-    (f"{NAME} {THREE} --threshold 2", "--threshold"),
+    (f"{NAME} {THREE} --threshold 3", "--threshold"),
     (f"{NAME} --verify images", "takes no pictures"),
     (f"{NAME} --enrol class0 {THREE}", "known already"),
     (f"{NAME} --enrol new images/class0/illust0_0.png", "too few"),
@@ -101,7 +101,6 @@ REFUSED = (  # the command, and a telling word of its message
     ("data.py archives --out new", "python data.py archives/my_faces.zip"),
     ("data.py broken --out new", "more than 5 %"),
     ("data.py unreadable --out new", "none of 2 images for"),
-    ("data.py notrain --out new", "brings test and val, but no train"),
     ("data.py bytes.csv --out new", "not a table in UTF-8"),
     ("data.py images --out datasets/packed", "rm -r datasets/packed"),
     ("data.py images --out text.txt/set", "text.txt is a file"),
@@ -215,8 +214,6 @@ def base(tmp_path_factory):
     base = home(tmp_path_factory.mktemp("refusals"))
     for i, split in enumerate(("train", "val", "test", "dev")):
         draw_folder(base / "splits" / split, classes=2, each=4, seed=i)
-    for split in ("test", "val"):
-        draw_folder(base / "notrain" / split, classes=2, each=4)
     for name, where, each in (("broken", "", 4), ("unreadable", "test", 2)):
         draw_folder(base / name / where, classes=1, each=each)
         for path in (base / name).rglob("*.png"):

@@ -1,0 +1,56 @@
+"""Controls of a recogniser: what colours alone tell, without a network."""
+
+import functools
+
+import torch
+
+import data
+from common.evaluate import ridge, standardise, thumbnails, topk
+
+CPU = torch.device("cpu")
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of the ridge regression on thumbnails
+BINS = 8  # of red, green and blue
+SVM_IMAGES, COSTS = 4000, (1, 10, 100)  # of an SVM on histograms
+
+
+def histograms(images):
+    """images u8 (n, S, S, 3) -> (n, BINS^3): square roots of the shares of colours, all of one area."""
+    bins = images.flatten(1, 2).long() * BINS // 256
+    place = (bins[..., 0] * BINS + bins[..., 1]) * BINS + bins[..., 2]
+    counts = torch.zeros(len(images), BINS**3).scatter_add_(1, place, torch.ones(place.shape))
+    return (counts / place.shape[1]).sqrt()
+
+
+def features_of(extract, images, rows):
+    """extract(u8 (b, S, S, 3)) -> (b, D), of rows (n,) of a set's packed pictures -> (n, D)."""
+    chunks = (data.take(images.split["images"], some, CPU) for some in rows.split(1024))
+    return torch.cat([extract(chunk) for chunk in chunks])
+
+
+def thumbnail_top1(train, dev, report):
+    """A control: Top-1 in percent of a ridge regression on thumbnails, its penalty chosen on dev.
+
+    Three sets of `open_rows`; so below.
+    """
+    sets = train, dev, report
+    small = [features_of(functools.partial(thumbnails, side=8), x, x.rows) for x in sets]
+    labels = [images.labels[images.rows] for images in sets]
+    x, choose, found = standardise(*small)
+    fits = [ridge(x, labels[0], int(labels[0].max()) + 1, penalty) for penalty in PENALTIES]
+    W, b = max(fits, key=lambda fit: topk(choose @ fit[0] + fit[1], labels[1], 1))
+    return 100 * topk(found @ W + b, labels[2], 1)
+
+
+def histogram_top1(train, dev, report):
+    """A control: the same of an SVM on histograms of colours, its cost chosen on dev.
+
+    It learns from SVM_IMAGES pictures at most: its time grows with their square.
+    """
+    from sklearn.svm import SVC
+
+    some = train.rows[data.evenly_spaced(len(train.rows), SVM_IMAGES)]
+    x, labels = features_of(histograms, train, some), train.labels[some]
+    judged = [(features_of(histograms, y, y.rows), y.labels[y.rows]) for y in (dev, report)]
+    fits = [SVC(C=cost).fit(x, labels) for cost in COSTS]
+    best = max(fits, key=lambda fit: fit.score(*judged[0]))
+    return 100 * best.score(*judged[1])
