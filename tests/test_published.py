@@ -72,7 +72,7 @@ def test_every_published_table_follows_from_its_rows(folder, judged, tmp_path):
     study.folder = folder
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
     old, new = (list(csv.DictReader((f / "table.csv").open())) for f in (folder, tmp_path))
-    assert len(old) == len(new) >= 2 and old[0].keys() == new[0].keys()
+    assert len(old) == len(new) >= 1 and old[0].keys() == new[0].keys()
     for a, b in zip(old, new, strict=True):
         for name, text in a.items():
             number = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text)

@@ -1,14 +1,18 @@
 """experiments.subset: a smaller set is a part of the larger, and nobody who left is in it."""
 
+import csv
 from types import SimpleNamespace
 
-from conftest import call
+import numpy as np
+from conftest import call, refused
 from PIL import Image
 
 import data
 from common.io import lock_beside, locked
+from common.lora import save_encoder
 from experiments import report
 from experiments.plans import PLANS
+from model import ViT
 
 
 def subset(small, tmp_path, name, *flags):
@@ -45,6 +49,35 @@ def test_characters_who_leave_are_in_no_split(small, tmp_path):
         assert pictures_of(split).items() < pictures_of(data.open_split(small, name)).items()
         for key, label in zip(split["header"]["keys"], split["labels"], strict=True):
             assert key.split("/")[-2] == names[label]
+
+
+def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
+    """The encoder never learned anything, but the classes have a colour each."""
+    old, new = data.open_split(small, "train"), subset(small, tmp_path, "wrong", "--wrong", 0.1)
+    changed = (old["labels"] != new["train"]["labels"]).nonzero()[:, 0].tolist()
+    assert changed == new["train"]["header"]["planted"] and len(changed) == round(
+        len(old["labels"]) / 10
+    )
+    save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "run/model.safetensors", {})
+    words = ["run", "--data", "wrong", "--suspects", "--out", "s", "--device", "cpu"]
+    said = call("probe.py", *words, cwd=tmp_path, check=0).stdout
+    with open(tmp_path / "s/suspects.csv") as file:
+        rows = list(csv.DictReader(file))
+    worst = {row["picture"] for row in rows[: len(changed)]}
+    found = [i for i in changed if new["train"]["header"]["keys"][i] in worst]
+    assert len(found) >= 0.7 * len(changed) and f"planted  {len(found)} of the first" in said
+    assert all(row["label"] != row["better"] for row in rows)
+    assert Image.open(tmp_path / "s/suspects.png").size[0] > 1000
+    assert "suspects.csv is there already" in refused(call("probe.py", *words, cwd=tmp_path))
+
+
+def test_a_folder_of_each_character_has_its_pictures(small, tmp_path):
+    call("experiments.subset", small, "--folders", "--out", "pictures", cwd=tmp_path, check=0)
+    split = data.open_split(small, "train")
+    for label, name in enumerate(split["header"]["classes"]):
+        there = [np.asarray(Image.open(p)) for p in (tmp_path / "pictures" / name).iterdir()]
+        own = split["images"][(split["labels"] == label).numpy()]
+        assert {x.tobytes() for x in there} == {x.tobytes() for x in own}
 
 
 def test_rates_of_the_plan_are_chosen_for_every_arm():

@@ -1,0 +1,108 @@
+"""Which labels of train are probably wrong? What a classifier says that never saw the picture.
+
+n pictures   D width of the features   C classes
+"""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from common import features, metrics
+from common.checkpoints import load_encoder
+from common.command import claim, drawing
+from common.io import UserError, save_text
+
+FOLDS = 5
+SHOWN = 6, 8  # rows and columns of the sheet
+COLUMNS = ("picture", "label", "probability", "better", "its_probability")
+
+
+def out_of_fold(x, labels, groups, classes):
+    """Features (n, D) -> probabilities (n, C), by logistic regressions on pictures of other folds.
+
+    Illustrations stay in one fold. The strength is chosen on the fold behind the judged one.
+    """
+    group_of = np.unique(np.asarray(groups), return_inverse=True)[1]
+    order = np.random.default_rng(0).permutation(group_of.max() + 1)
+    fold = torch.from_numpy(order[group_of] % FOLDS)
+    found = torch.empty(len(x), classes, dtype=torch.float64)
+    for k in range(FOLDS):
+        judged, choose = fold == k, fold == (k + 1) % FOLDS
+        fit = ~(judged | choose)
+        parts = x[fit].float(), labels[fit], x[choose].float(), labels[choose]
+        classify, _ = metrics.logistic_probe(*parts, classes)
+        found[judged] = classify(x[judged].float()).exp()
+    return found
+
+
+def ranked(probabilities, labels):
+    """-> rows whose label is not the likeliest class, the least probable first, and that class (n,)."""
+    better = probabilities.argmax(1)
+    given = probabilities.gather(1, labels[:, None])[:, 0]
+    rows = given.argsort(stable=True)
+    return rows[(better != labels)[rows]], better
+
+
+def open_train(flags):
+    """-> the task of features.py with the split train alone, and the folder of the results."""
+    task = features.open_task(flags, flags.runs[0])
+    if not task.labelled:
+        raise UserError(f"{task.folder} has no two labelled classes; --suspects doubts labels")
+    task.splits = {"train": task.train}
+    home = flags.out or features.results_folder(flags.runs[0], task.folder, flags.split)
+    flags.refuse_unread()
+    return task, Path(home)
+
+
+def write_suspects(flags):
+    """suspects.csv and suspects.png of probe.py --suspects -> what was found, as lines."""
+    task, home = open_train(flags)
+    table, sheet = home / "suspects.csv", home / "suspects.png"
+    claim([table, sheet], fix="move them away")
+    encoder, size = load_encoder(flags.runs[0])
+    x = features.of_encoder(encoder.to(task.device), size, task)["mean"]["train"]
+    split = task.train
+    names, labels = split["header"]["classes"], split["labels"]
+    probabilities = out_of_fold(x, labels, data.groups_of(split), len(names))
+    rows, better = ranked(probabilities, labels)
+    save_table(table, split, rows, better, probabilities)
+    with drawing("suspects.png"):
+        draw(sheet, split, rows, better)
+    line = f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first"
+    planted = split["header"].get("planted")  # by experiments/subset.py
+    if not planted:
+        return line
+    right = {*rows[: len(planted)].tolist()} & {*planted}
+    return f"{line}\nplanted  {len(right)} of the first {len(planted)} labels were planted"
+
+
+def save_table(path, split, rows, better, probabilities):
+    """Write a row for each picture: its label, a better one, and their probabilities."""
+    names, labels = split["header"]["classes"], split["labels"]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for i in rows.tolist():
+        cells = [split["header"]["keys"][i]]
+        for c in (labels[i], better[i]):
+            cells += [names[c], round(probabilities[i, c].item(), 4)]
+        writer.writerow(cells)
+    save_text(text.getvalue(), path)
+
+
+def draw(path, split, rows, better):
+    """The first pictures, under each its label and what it is taken for."""
+    from common import plots
+
+    names, labels = split["header"]["classes"], split["labels"]
+    size = (1.5 * SHOWN[1], 1.7 * SHOWN[0] + 0.5)
+    with plots.panels(path, "Labels that are probably wrong", *SHOWN, size, squeeze=False) as axes:
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[])
+        for axis, i in zip(axes.flat, rows.tolist(), strict=False):
+            axis.imshow(split["images"][i])
+            axis.set_xlabel(f"{names[labels[i]][:16]}\nor {names[better[i]][:16]}?", fontsize=7)
