@@ -46,6 +46,7 @@ KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
 NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours alone
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
 PIXEL_LR = 2e-3  # peak learning rate of stage 3
+FEW = 50  # frames of a kind in train: under it a note
 KEEP = 0.5  # share of the patches that stage 1 sees in training: fewer take less time
 CUT = 1.0  # share of the frames that show a part of another one
 MIN_CROP, COLOUR = 0.5, 0.3  # smallest area of a crop; brightness, contrast, saturation: 1 +- this
@@ -436,8 +437,12 @@ def open_task(flags, device, autocast):
     task.train = frames_of(splits["train"], fitted)
     report = frames_of(splits[held], torch.arange(len(splits[held]["labels"])))
     task.judged = {"dev": frames_of(splits[where], chosen), held: report}
-    if len(task.train.kind[task.train.plain].unique()) < 2:
+    counts = task.train.kind[task.train.plain].bincount(minlength=len(KINDS))
+    fewest = int(counts.argmin())
+    if not counts[fewest]:
         raise UserError(f"{flags.data} has in train frames of one kind alone; both are needed")
+    if counts[fewest] < FEW:
+        print(f"note     {counts[fewest]} {KINDS[fewest]} frames are few: many masks will be wrong")
     if task.learn_from == "truth" and "drawn" not in task.train.split:
         raise UserError(f"{flags.data} has no true masks; --learn-from proxies needs none")
     if task.learn_from != "frames" and not len(task.train.mixed):
