@@ -37,7 +37,7 @@ import torch
 from common.fields import check_arrays, check_range
 from common.io import UserError, open_tensors
 
-SMALL = 3000  # training pictures: so few are named better by LoRA on weights/toon
+SMALL = 3000  # training pictures: LoRA on weights/toon names so few as well as an own encoder
 APART = 0.1  # share of train that is held out for choices, if there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)

@@ -529,8 +529,14 @@ def use(flags, device, autocast):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
-            save_pngs(out, key, shown_of(picture, boxes, crop))
+            folder = folder_of(out, key) if crop else out
+            save_pngs(folder, Path(key).name if crop else key, shown_of(picture, boxes, crop))
     tell_problems(problems, (header.get("run") or {}).get("data"))
+
+
+def folder_of(out, key):
+    """The folder of a picture, below OUT: data.py takes it for the character."""
+    return Path(out).joinpath(*(part for part in Path(key).parent.parts if part.strip("./")))
 
 
 def shown_of(picture, boxes, crop):
@@ -538,6 +544,8 @@ def shown_of(picture, boxes, crop):
     from ingest.scenes import outlined
 
     if crop:
+        order = area(boxes).argsort(descending=True, stable=True)
+        boxes = boxes[order[:1]] if crop == "largest" else boxes
         return {f"_{i}": cut_out(picture, b, MARGIN) for i, b in enumerate(boxes.tolist())}
     size = [picture.shape[1], picture.shape[0]] * 2
     return {"": outlined(picture, boxes.numpy() / size)}
@@ -560,7 +568,8 @@ def parse_flags():
     add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
     add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
     add = parser.add_argument_group("pictures").add_argument
-    add("--crop", action="store_true", help="write each face as a picture of its own")
+    what = "write faces as pictures, in the folders of theirs: all, or the largest of each picture"
+    add("--crop", nargs="?", const="all", choices=["all", "largest"], help=what)
     add("--threshold", type=between(0, 1), metavar="SCORE", help="default: the best one on dev")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")

@@ -50,6 +50,7 @@ WARMUP = 0.1  # share of the run in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient
 MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
+COLOURLESS = 0.1  # share of views: 63 % of pictures without colour are named correctly, before 31
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
 NECK_MANY = 20  # pictures of each character give the neck its statistics at the end
@@ -194,9 +195,11 @@ def cutout(view, share, generator):
 
 
 def augmented(images, S, generator):
-    """images u8 (B, ., ., 3) -> views u8 (B, S, S, 3): crop, flip, colour, cutout."""
+    """images u8 (B, ., ., 3) -> views u8 (B, S, S, 3): crop, flip, colour or none, cutout."""
     view = data.view_images(images, *data.draw_boxes(len(images), generator, MIN_CROP), S)
-    view = data.jitter_colour(view, torch.rand(3, len(view), generator=generator).T, COLOUR)
+    draws = torch.rand(4, len(view), generator=generator)
+    draws[2, draws[3] < COLOURLESS] = 0.5 - 0.5 / COLOUR  # saturation is multiplied by 0
+    view = data.jitter_colour(view, draws[:3].T, COLOUR)
     return cutout(view, CUTOUT, generator)
 
 
@@ -403,9 +406,8 @@ def results(flags, task, run, best_epoch):
     row |= {k: 100 * found[k] for k in ("top1", "top5", "macro_f1")}
     row["by_size"] = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
     row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
-    sets = task.train, task.dev, task.report
-    row["thumbnails_top1"] = controls.thumbnail_top1(*sets)
-    row["histograms_top1"] = controls.histogram_top1(*sets)
+    row["thumbnails_top1"] = controls.thumbnail_top1(task.train, task.dev, task.report)
+    row["histograms_top1"] = controls.histogram_top1(task.train, task.dev, task.report)
     row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
     row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}
     row["gradient_and_optimizer_mb"] = round(12 * task.count / 2**20, 2)

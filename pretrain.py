@@ -154,12 +154,7 @@ def open_data(flags, image_size, rank):
     if distributed.is_initialized():
         distributed.barrier()
     flags.values["data"] = str(data.open_or_pack(flags.data, image_size))
-    train_set, held_set = (data.open_split(flags.data, name) for name in ("train", flags.split))
-    small = len(train_set["images"]) < data.SMALL and data.has_labels(train_set)
-    if rank == 0 and small and not flags.init and train_set["header"]["source"] != "toon":
-        better = f"python finetune_lora.py weights/toon --data {flags.data} names characters better"
-        print(f"note     {len(train_set['images'])} pictures are few: {better} (docs/data.md)")
-    return train_set, held_set
+    return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
 
 
 def set_length(flags, images, V, device, world):

@@ -497,7 +497,7 @@ PLANS["roads"] = PLANS["seven"] | {
     "made": PLANS["seven"]["made"]
     | {
         "own": ["pretrain.py --data {seven}"],
-        "further": ["pretrain.py --data {seven} --init weights/toon"],
+        "further": ["pretrain.py --data {seven} --init weights/toon --model nano:decoder_depth=2"],
     },
     "arms": {
         road: [f"finetune_lora.py {encoder} --data {{seven}} --split test --method lora"]

@@ -215,6 +215,17 @@ def test_it_is_used_on_pictures_of_any_size(base, monkeypatch):
     assert Image.open(base / "shown/wide.png").size == (200, 100)  # a page without a face is fine
 
 
+def test_the_largest_face_of_each_picture_keeps_its_folder(base, monkeypatch):
+    finding(monkeypatch, [0.1, 0.3, 0.3, 0.5], [0.4, 0.3, 0.9, 0.7])
+    use = f"detect.py runs/a-det images {CPU} --out cut"
+    run_line(f"{use} --crop largest", base, check=0)
+    cuts = sorted(path.relative_to(base / "cut") for path in (base / "cut").rglob("*.png"))
+    there = (path.relative_to(base / "images") for path in (base / "images").rglob("*.png"))
+    assert cuts == sorted(path.with_name(f"{path.stem}_0.png") for path in there)
+    sizes = [Image.open(base / "cut" / path).size[0] for path in cuts]
+    assert min(sizes) > Image.open(base / "images/class0/illust0_0.png").size[0] / 2
+
+
 def test_half_of_it_answers_as_the_whole(base):
     run_line("export.py runs/a-det --to half --out half", base, check=0)
     (whole, about), (half, same) = detect.load(base / "runs/a-det"), detect.load(base / "half")

@@ -137,6 +137,13 @@ def test_the_share_of_patches_that_are_seen_moves_on_a_line():
     assert seen == [4, 10, 16]
 
 
+def test_a_tenth_of_the_crops_have_no_colour():
+    images = torch.randint(256, (1, 16, 16, 3), dtype=torch.uint8, generator=seeded(0))
+    crops = finetune_lora.augmented(images.expand(2000, -1, -1, -1), 16, seeded(1)).int()
+    gray = (crops.amax(3) - crops.amin(3) <= 1).all(1).all(1)
+    assert gray.float().mean().item() == pytest.approx(finetune_lora.COLOURLESS, abs=0.02)
+
+
 def test_the_control_chooses_its_penalty_on_dev(monkeypatch):
     """Two fits: one is always right on dev and wrong on the reported pictures, and the other way round."""
     always = {1.0: 0, 2.0: 1}  # penalty: the class that its fit names

@@ -112,14 +112,14 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2502, 2500),
-    "applications": (4459, 3900),
+    "lesson": (2499, 2500),
+    "applications": (4473, 3900),
     "kernels": (518, 520),
-    "common": (3117, 2400),
+    "common": (3119, 2400),
     "ingest": (3836, 2700),
     "experiments": (2737, 1900),
     "benchmarks": (1022, 900),
-    "tests": (12021, 8500),
+    "tests": (12039, 8500),
 }
 
 
