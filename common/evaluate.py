@@ -179,7 +179,7 @@ def evaluate(model, splits, norm, autocast, epoch):
             small = recognition(small_thumbnails, train, held)
             row |= {f"{key}_thumbnail": value for key, value in small.items()}
             text += f" before training; thumbnails {small['knn']:.1f} %, {small['linear']:.1f} %"
-            if len(train["images"]) < data.SMALL and train["header"]["source"] != "toon":
+            if len(train["images"]) < data.SMALL and train["header"].get("source") != "toon":
                 text += "; for so few, finetune_lora.py weights/toon needs no pre-training"
     elif epoch == 0:
         text += "; no Top-1: that needs two classes or more, and labels on all images"
