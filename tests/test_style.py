@@ -113,7 +113,7 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2499, 2500),
-    "applications": (4473, 3900),
+    "applications": (4477, 3900),
     "kernels": (518, 520),
     "common": (3119, 2400),
     "ingest": (3836, 2700),
