@@ -14,8 +14,6 @@ Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the f
 """
 
 import contextlib
-import csv
-import io
 import json
 import logging
 import signal
@@ -42,9 +40,9 @@ from common.io import (
     lock_beside,
     locked,
     read_safetensors,
+    save_csv,
     save_json,
     save_safetensors,
-    save_text,
 )
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
 from finetune_lora import load_classifier
@@ -323,10 +321,9 @@ def save_wd(source, folder, image_size=None):
         rows += [(name, CHARACTER) for name in names]
     folder.mkdir()
     write_onnx(WDGraph(graph, order, len(names)).eval(), notes, folder / "model.onnx")
-    text = io.StringIO(newline="")
-    lines = [(i, name, category, 0) for i, (name, category) in enumerate(rows)]
-    csv.writer(text).writerows([("tag_id", "name", "category", "count"), *lines])
-    save_text(text.getvalue(), folder / "selected_tags.csv")
+    columns = "tag_id", "name", "category", "count"
+    lines = [dict(zip(columns, (i, *row, 0), strict=True)) for i, row in enumerate(rows)]
+    save_csv(lines, folder / "selected_tags.csv", columns)
     return f"give {folder}/model.onnx and selected_tags.csv to a program that loads WD taggers"
 
 

@@ -59,11 +59,7 @@ def parse_args():
     add("--pool", default=features.HEADLINE, choices=features.POOLS, help="of the patch tokens")
     add("--headline", action="store_true", help="headline and kNN alone: no controls, no pictures")
     add("--suspects", action="store_true", help="list labels that are probably wrong, and stop")
-    add(
-        "--out",
-        metavar="DIR",
-        help="of a comparison (default: compare/ next to the run), or of suspects",
-    )
+    add("--out", metavar="DIR", help="of a comparison (compare/ next to the run), or of suspects")
     add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
     return Flags(parser)

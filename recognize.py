@@ -53,9 +53,9 @@ from common.io import (
     read_json,
     read_safetensors,
     reading,
+    save_csv,
     save_json,
     save_safetensors,
-    save_text,
 )
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from finetune_lora import load_classifier
@@ -221,32 +221,34 @@ def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1)
-    known_score, unknown_score, lift = scores_of(gallery, held_out, unknown)
+    gallery["lift"] = lift_of(logits)
+    known_score = scores_of(held_out, gallery)
     if folds:
         known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
         unknown_score = torch.cat([fold["unknown"] for fold in folds])
+    else:
+        unknown_score = scores_of(unknown, gallery) if unknown else as_unknown(gallery, held_out)
     threshold = threshold_of(known_score, unknown_score)
     return {
         "threshold": threshold,
         "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
         "temperature": fit_temperature(logits, known_labels),
         "platt": fit_platt(known_score - threshold, unknown_score - threshold),
-        "lift": lift,
+        "lift": gallery["lift"],
     }
 
 
-def scores_of(gallery, held_out, unknown=None):
-    """-> similarities of known faces (m,), of unknown ones (k,), and the gallery's "lift"."""
-    logits, known, labels = held_out
+def lift_of(logits):
+    """Logits (m, C) of known held-out faces -> the gallery's "lift", which `similarity_of` reads."""
     strength = logits.amax(1)
     usual, spread = strength.mean().item(), strength.std(correction=0).item()
-    lift = [usual, LIFT / max(spread, 0.1 * abs(usual), 1e-6)]
-    gallery = gallery | {"lift": lift}
-    scores = similarity_of(logits, compared(known, gallery), gallery)
-    if unknown is None:
-        return scores, as_unknown(gallery, held_out), lift
-    logits, embeddings, _ = unknown
-    return scores, similarity_of(logits, compared(embeddings, gallery), gallery), lift
+    return [usual, LIFT / max(spread, 0.1 * abs(usual), 1e-6)]
+
+
+def scores_of(faces, gallery):
+    """faces: logits (n, C), embeddings (n, D) and labels -> their similarities (n,)."""
+    logits, embeddings, _ = faces
+    return similarity_of(logits, compared(embeddings, gallery), gallery)
 
 
 def threshold_of(known, unknown):
@@ -377,7 +379,8 @@ def faces_learned(run, device, dtype):
 def save_gallery(path, embeddings, labels, header):
     """embeddings (n, D), labels (n,); header: the fields of HEADER, and perhaps others."""
     tensors = {"embeddings": embeddings.float(), "labels": labels}
-    save_safetensors(tensors, path, {name.strip("?"): header[name.strip("?")] for name in HEADER})
+    names = [key.removesuffix("?") for key in HEADER]
+    save_safetensors(tensors, path, {name: header[name] for name in names})
 
 
 def load_gallery(run):
@@ -400,10 +403,9 @@ def load_gallery(run):
 # ---- folds: each part of the characters is unknown once --------------------------------------------
 
 
-def calibrate_by_folds(run, parts, device, dtype):
-    """Train again without each part of the characters; what they look like then decides in the gallery."""
+def calibrate_by_folds(run, count, parts, device, dtype):
+    """Train again without each part of the `count` characters; these then say what unknown ones are."""
     path, folds = Path(run) / GALLERY, []
-    count = load_gallery(run)["learned"]
     if count - -(-count // parts) < 2:
         raise UserError(f"{count} characters are too few for --folds {parts}: a training needs two")
     for part in range(1, parts + 1):
@@ -440,7 +442,8 @@ def train_fold(run, part):
 def fold_of(faces):
     """`faces_learned` of a fold -> similarities of known (m,) and unknown (k,) faces, labels of these."""
     gallery = make_gallery(faces.embeddings, faces.labels, len(faces.classes))
-    known, unknown, _ = scores_of(gallery, faces.held_out, faces.unknown)
+    gallery["lift"] = lift_of(faces.held_out[0])
+    known, unknown = scores_of(faces.held_out, gallery), scores_of(faces.unknown, gallery)
     return {"known": known, "unknown": unknown, "labels": faces.unknown[2]}
 
 
@@ -580,7 +583,7 @@ def sort(args, net, header, gallery, autocast):
     found = all_answers(args, net, header, gallery, autocast, problems) if args.images else ()
     copy_all(found, args, wanted, folders_of(gallery["names"]), rows, table)
     rows += [dict.fromkeys(COLUMNS, "") | {"picture": key} for key, _ in problems]
-    save_table(rows, table)
+    save_csv(rows, table, COLUMNS)
     tell_problems(problems, header["data"])
 
 
@@ -614,9 +617,8 @@ def alike(unit):
         raise UserError(f"{len(unit):,} faces are more than --group takes, {GROUPED:,}; give fewer")
     if len(unit) < 2:
         return [0] * len(unit)
-    unit = unit - CENTRED * unit.mean(
-        0
-    )  # or faces of another style than the gallery's are all alike
+    # around the gallery's mean alone, faces of another style are all alike
+    unit = unit - CENTRED * unit.mean(0)
     settings = {"metric": "cosine", "linkage": "average", "distance_threshold": 1 - ALIKE}
     found = AgglomerativeClustering(n_clusters=None, **settings).fit_predict(unit.numpy())
     by_size = Counter(found.tolist()).most_common()
@@ -645,9 +647,9 @@ def copy_all(found, args, wanted, folders, rows, table):
         for count, (file, faces) in enumerate(itertools.groupby(found, file_of), 1):
             rows += copies_of(file, faces, wanted[file], folders, table.parent)
             if count % SAVED_AFTER == 0:
-                save_table(rows, table)
+                save_csv(rows, table, COLUMNS)
     finally:  # Ctrl-C, too
-        save_table(rows, table)
+        save_csv(rows, table, COLUMNS)
     copies = sum(row["copy"] != "" for row in rows)
     print(f"wrote    {table.parent}/: {copies} copies, listed in {table}")
 
@@ -705,15 +707,6 @@ def copies_of(file, faces, name, folders, out):
         numbers = face["similarity"], face["confidence"]
         rows.append(dict(zip(COLUMNS, (file, who, *numbers, copy), strict=True)))
     return rows
-
-
-def save_table(rows, path):
-    """Write sorted.csv, atomically."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, COLUMNS)
-    table.writeheader()
-    table.writerows(rows)
-    save_text(text.getvalue(), path)
 
 
 def enrol(args, net, header, autocast):
@@ -974,7 +967,8 @@ def main():
     args = parse_args()
     gallery = open_gallery(args.run, args.device, args.dtype)
     if args.task == "folds":
-        return calibrate_by_folds(args.run, args.folds, args.device, args.dtype)
+        words = args.run, gallery["learned"], args.folds
+        return calibrate_by_folds(*words, args.device, args.dtype)
     if args.task == "list":
         return list_known(gallery)
     if args.task == "forget":

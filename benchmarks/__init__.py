@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.tables import rows_there, save_csv
+from benchmarks.tables import rows_there
 from common.command import Parser, at_least, claim
-from common.io import UserError, lock_beside
+from common.io import UserError, lock_beside, save_csv
 from common.train import commit, machine
 from kernels import triton
 
@@ -159,4 +159,4 @@ class Table:
         self.rows = [r for r in self.rows if r is not old]
         self.rows.append({k: str(value) for k, value in (row | self.where).items()})
         columns = dict.fromkeys(itertools.chain.from_iterable(self.rows))
-        save_csv(self.path, [{k: r.get(k, "") for k in columns} for r in self.rows])
+        save_csv([{k: r.get(k, "") for k in columns} for r in self.rows], self.path)

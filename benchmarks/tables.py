@@ -7,7 +7,7 @@ import csv
 import sys
 from pathlib import Path
 
-from common.io import UserError, atomic
+from common.io import UserError
 
 
 def read_csv(path):
@@ -16,14 +16,6 @@ def read_csv(path):
         return []
     with open(path, newline="") as f:
         return list(csv.DictReader(f))
-
-
-def save_csv(path, rows):
-    """Write rows (dicts with the same keys) as CSV, atomically."""
-    with atomic(path) as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def rows_there(path, columns):

@@ -5,6 +5,7 @@ Imports torch only inside functions: the packing half of data.py starts without 
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import re
@@ -170,6 +171,14 @@ def save_text(text, path):
     """Write text, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, "utf-8")
+
+
+def save_csv(rows, path, columns=None):
+    """Write rows, dicts with the same keys, atomically. columns: the keys, if there may be no row."""
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns or rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def save_json(row, path, indent=1):

@@ -3,8 +3,6 @@
 n pictures   D width of the features   C classes
 """
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import data
 from common import features, metrics
 from common.checkpoints import load_encoder
 from common.command import claim, drawing
-from common.io import UserError, save_text
+from common.io import UserError, save_csv
 
 FOLDS = 5
 SHOWN = 6, 8  # rows and columns of the sheet
@@ -49,6 +47,8 @@ def ranked(probabilities, labels):
 
 def open_train(flags):
     """-> the task of features.py with the split train alone, and the folder of the results."""
+    if len(flags.runs) > 1:
+        raise UserError(f"--suspects is of one run; leave {flags.runs[1]} out")
     task = features.open_task(flags, flags.runs[0])
     if not task.labelled:
         raise UserError(f"{task.folder} has no two labelled classes; --suspects doubts labels")
@@ -69,7 +69,7 @@ def write_suspects(flags):
     names, labels = split["header"]["classes"], split["labels"]
     probabilities = out_of_fold(x, labels, data.groups_of(split), len(names))
     rows, better = ranked(probabilities, labels)
-    save_table(table, split, rows, better, probabilities)
+    save_csv(table_rows(split, rows, better, probabilities), table, COLUMNS)
     with drawing("suspects.png"):
         draw(sheet, split, rows, better)
     line = f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first"
@@ -80,18 +80,16 @@ def write_suspects(flags):
     return f"{line}\nplanted  {len(right)} of the first {len(planted)} labels were planted"
 
 
-def save_table(path, split, rows, better, probabilities):
-    """Write a row for each picture: its label, a better one, and their probabilities."""
+def table_rows(split, rows, better, probabilities):
+    """-> a row of suspects.csv for each picture: its label, a better one, and their probabilities."""
     names, labels = split["header"]["classes"], split["labels"]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
+    found = []
     for i in rows.tolist():
         cells = [split["header"]["keys"][i]]
         for c in (labels[i], better[i]):
             cells += [names[c], round(probabilities[i, c].item(), 4)]
-        writer.writerow(cells)
-    save_text(text.getvalue(), path)
+        found.append(dict(zip(COLUMNS, cells, strict=True)))
+    return found
 
 
 def draw(path, split, rows, better):

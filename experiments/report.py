@@ -8,7 +8,6 @@ Reads:  FOLDER/PLAN.json (what is compared), rows.jsonl, images.json (the illust
 Writes: FOLDER/table.md, table.csv, and figure.png with --figure
 """
 
-import csv
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import numpy as np
 
 from common import metrics
 from common.command import Parser, cli
-from common.io import UserError, atomic, read_json, reading, save_text
+from common.io import UserError, read_json, reading, save_csv, save_text
 from common.stats import from_bits
 from common.train import read_log
 from experiments import stats
@@ -361,10 +360,7 @@ def write(study, figure=False):
         text += ["", "![One dot is one seed](figure.png)"]
     save_text("\n".join(text) + "\n", folder / "table.md")
     rows = [csv_row(arm, tests, study) for arm in study.rows]
-    with atomic(folder / "table.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    save_csv(rows, folder / "table.csv")
 
 
 # ---- STUDY.md ------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from conftest import ROOT, call
 import benchmarks as bench
 import benchmarks.data
 from benchmarks import kernels, latency, step
-from benchmarks.tables import read_csv, save_csv
-from common.io import UserError
+from benchmarks.tables import read_csv
+from common.io import UserError, save_csv
 from model import MAE
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_a_wrong_kernel_ends_the_run_before_any_speed(monkeypatch, tmp_path):
 
 def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     path = tmp_path / "t.csv"
-    save_csv(path, [{"case": "old", "machine": "another", "commit": "c"}])
+    save_csv([{"case": "old", "machine": "another", "commit": "c"}], path)
     table = bench.Table(path, ("case",), CPU)
     assert table.find(case="old") is None  # of another machine
     table.add({"case": "a", "ms": 1.5})
