@@ -2,9 +2,10 @@
 
     python detect.py weights/toon --data datasets/scenes
     python detect.py weights/toon-det --data datasets/pages   goes on from a detector, on other pages
-    python detect.py runs/NAME-det PICTURE... --out found     outlines; --crop: faces, for data.py
+    python detect.py runs/NAME-det PICTURE... --out found     outlines; --crop, --largest: faces, for data.py
 
-Reads:  an encoder, or a detector; a set with boxes (python data.py scenes draws one, data.py PATH --detect packs)
+Reads:  an encoder, or a detector; a set with boxes (python data.py scenes draws one, python data.py
+        PATH --detect packs others)
 Writes: runs/NAME-det/ with detector.safetensors, state.pt, log.jsonl, metrics.json; for pictures
         a JSON line each on standard output
 
@@ -516,7 +517,8 @@ def use(flags, device, autocast):
     net, header = load(flags.encoder)
     net.to(device)
     flags.fill(threshold=header["threshold"])
-    threshold, crop, out = flags.threshold, flags.crop, flags.out
+    threshold, largest, out = flags.threshold, flags.largest, flags.out
+    crop = flags.crop or largest
     if crop and not out:
         raise UserError("--crop writes pictures; --out DIR says where")
     flags.refuse_unread()
@@ -524,6 +526,9 @@ def use(flags, device, autocast):
     for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
             boxes, scores = faces_of(net, picture, header["page"], threshold)
+        if largest:
+            first = area(boxes).argsort(descending=True, stable=True)[:1]
+            boxes, scores = boxes[first], scores[first]
         row = {"picture": key, "width": picture.shape[1], "height": picture.shape[0], "faces": []}
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
@@ -544,8 +549,6 @@ def shown_of(picture, boxes, crop):
     from ingest.scenes import outlined
 
     if crop:
-        order = area(boxes).argsort(descending=True, stable=True)
-        boxes = boxes[order[:1]] if crop == "largest" else boxes
         return {f"_{i}": cut_out(picture, b, MARGIN) for i, b in enumerate(boxes.tolist())}
     size = [picture.shape[1], picture.shape[0]] * 2
     return {"": outlined(picture, boxes.numpy() / size)}
@@ -568,8 +571,8 @@ def parse_flags():
     add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
     add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
     add = parser.add_argument_group("pictures").add_argument
-    what = "write faces as pictures, in the folders of theirs: all, or the largest of each picture"
-    add("--crop", nargs="?", const="all", choices=["all", "largest"], help=what)
+    add("--crop", action="store_true", help="write each face as a picture, in its picture's folder")
+    add("--largest", action="store_true", help="the same, of each picture the largest face alone")
     add("--threshold", type=between(0, 1), metavar="SCORE", help="default: the best one on dev")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")

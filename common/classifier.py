@@ -9,7 +9,6 @@ al. 2019, arXiv:1903.07071).
 """
 
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 import data
 from common.command import progress
+from common.features import is_left_out
 from common.fields import CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
 from common.io import read_safetensors
 
@@ -188,13 +188,6 @@ def predict(net, pooled):
 
 CONFIG = {"head": one_of(*HEADS), "pool": one_of(*POOLS), "dim": whole(1, 2**14)}
 CONFIG |= {"margin?": number(0, 10), "scale": number(1e-6)}
-
-
-def is_left_out(value):
-    """Is it a value of --hold-out: 4, or "1/3"?"""
-    return re.fullmatch(r"\d{1,9}(/\d{1,9})?", str(value)) is not None
-
-
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
 LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test"), "hold_out?": is_left_out}
 HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT

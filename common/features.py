@@ -3,6 +3,8 @@
 A set of features is a dict {"train": (n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU.
 """
 
+import contextlib
+from argparse import ArgumentTypeError
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +107,13 @@ def some_characters(text):
     if not slash:
         return at_least(0)(text)
     return f"{between(1, at_least(2)(parts), int)(part)}/{parts}"
+
+
+def is_left_out(value):
+    """A rule of a header's field: is it a value of `some_characters`?"""
+    with contextlib.suppress(ValueError, ArgumentTypeError):
+        return type(value) in (int, str) and some_characters(str(value)) is not None
+    return False
 
 
 def part_of(left_out):

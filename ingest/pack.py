@@ -458,8 +458,10 @@ def to_learn(out):
     from data import SMALL
 
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
+    of_split = ["--split", have[0]] if have and have[0] != "val" else []
     if not Path(out, "train.safetensors").exists():
-        return shlex.join(["python", "recognize.py", "RUN", "--verify", "--data", str(out)])
+        words = ["python", "recognize.py", "RUN", "--verify", "--data", str(out)]
+        return shlex.join(words + of_split)
     tensors = open_tensors(Path(out) / "train.safetensors")
     header = tensors["header"]
     labelled = len(header["classes"]) > 1
@@ -472,7 +474,7 @@ def to_learn(out):
         return shlex.join(["python", "finetune_lora.py", "weights/toon", "--data", str(out)])
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []
-    words += ["--split", have[0]] if have[0] != "val" else []
+    words += of_split
     few = "; probe.py and finetune_lora.py need labels of two classes or more"
     return shlex.join(words) + few * (not labelled)
 

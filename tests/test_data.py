@@ -360,7 +360,10 @@ def test_the_next_line_is_right(tmp_path, images, monkeypatch):
     said = run_line("data.py images --out it's --split .8,0,.2", tmp_path, check=0).stdout
     assert next_command(said) == [*learn, "it's", "--mask", "fg_heavy", "--split", "test"]
     said = run_line("data.py images --out judge --split 0,0,1", tmp_path, check=0).stdout
-    assert shlex.join(next_command(said)) == "python recognize.py RUN --verify --data judge"
+    assert (
+        shlex.join(next_command(said))
+        == "python recognize.py RUN --verify --data judge --split test"
+    )
     assert "no train: stages can measure" in said
     assert [path.name for path in (tmp_path / "judge").iterdir()] == ["test.safetensors"]
     assert "test 60" in run_line("data.py --show judge", tmp_path, check=0).stdout

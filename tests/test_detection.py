@@ -218,7 +218,7 @@ def test_it_is_used_on_pictures_of_any_size(base, monkeypatch):
 def test_the_largest_face_of_each_picture_keeps_its_folder(base, monkeypatch):
     finding(monkeypatch, [0.1, 0.3, 0.3, 0.5], [0.4, 0.3, 0.9, 0.7])
     use = f"detect.py runs/a-det images {CPU} --out cut"
-    run_line(f"{use} --crop largest", base, check=0)
+    run_line(f"{use} --largest", base, check=0)
     cuts = sorted(path.relative_to(base / "cut") for path in (base / "cut").rglob("*.png"))
     there = (path.relative_to(base / "images") for path in (base / "images").rglob("*.png"))
     assert cuts == sorted(path.with_name(f"{path.stem}_0.png") for path in there)
