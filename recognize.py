@@ -6,7 +6,7 @@
     python recognize.py runs/NAME FOLDER --group OUT       the same, one folder for faces that look alike
     python recognize.py runs/NAME --enrol WHO IMAGE...     three to five pictures, no training
     python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
-    python recognize.py runs/NAME --folds 3                learns from the known what unknown faces are
+    python recognize.py runs/NAME --folds 3                trains three times more, to know unknown faces
     python recognize.py runs/NAME --verify                 measures verification and unknown faces
 
 Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
@@ -77,7 +77,7 @@ ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less
 CENTRED = 0.5  # share of the mean of all faces that is taken away before grouping
 GROUPED = 10_000  # faces at most: memory holds all pairs
 PAIRS_OF = 4000  # images that --verify takes at most; it compares all pairs
-SURE = 0.8  # a confidence
+SURE = 0.8  # confidence of the names of which --verify says how many are right
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
 FLAGS = {  # that each task reads
     "sort": "sort threshold detect device dtype",
@@ -105,7 +105,12 @@ def parse_args():
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
-    add("--folds", type=between(2, 10, int), metavar="N", help="train N times more, to learn this")
+    add(
+        "--folds",
+        type=between(2, 10, int),
+        metavar="N",
+        help="train N times more, each without a part",
+    )
     add("--verify", action="store_true", help="measure verification and unknown faces")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
     add("--split", default="val", choices=["val", "dev", "test", "train"], help="of --verify")
@@ -409,8 +414,12 @@ def calibrate_by_folds(run, count, parts, device, dtype):
     if count - -(-count // parts) < 2:
         raise UserError(f"{count} characters are too few for --folds {parts}: a training needs two")
     for part in range(1, parts + 1):
-        folder = train_fold(run, f"{part}/{parts}")
-        folds.append(fold_of(faces_learned(folder, device, dtype)))
+        faces = faces_learned(train_fold(run, f"{part}/{parts}"), device, dtype)
+        if faces.unknown is None:
+            raise UserError(
+                f"dev has no picture of part {part} of {parts}: pack the set without --dev"
+            )
+        folds.append(fold_of(faces))
     own = faces_learned(run, device, dtype)
     numbers = calibrate(own.embeddings, own.labels, own.held_out, None, folds)
     with locked(lock_beside(path), wait=True):

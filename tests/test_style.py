@@ -113,7 +113,7 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2495, 2500),
-    "applications": (4471, 3900),
+    "applications": (4480, 3900),
     "kernels": (518, 520),
     "common": (3128, 2400),
     "ingest": (3838, 2700),
