@@ -50,7 +50,6 @@ WARMUP = 0.1  # share of the run in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient
 MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
-COLOURLESS = 0.1  # share of views: 63 % of pictures without colour are named correctly, before 31
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
 NECK_MANY = 20  # pictures of each character give the neck its statistics at the end
@@ -84,6 +83,7 @@ def read_flags():
     add("--balanced", action="store_true", help="draw every character equally often")
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="for a long tail")
     add("--keep", type=shares, metavar="SHARE", help="of the patches shown; 0.25:0.75 rises")
+    add("--colourless", type=between(0, 1), default=0.1, metavar="SHARE", help="of views in gray")
     train.add_flags(add)
     flags = Flags(parser)
     train.take_up(flags, "split")
@@ -194,11 +194,11 @@ def cutout(view, share, generator):
     return view.masked_fill(data.send(square[..., None], view.device), GRAY)
 
 
-def augmented(images, S, generator):
+def augmented(images, S, colourless, generator):
     """images u8 (B, ., ., 3) -> views u8 (B, S, S, 3): crop, flip, colour or none, cutout."""
     view = data.view_images(images, *data.draw_boxes(len(images), generator, MIN_CROP), S)
     draws = torch.rand(4, len(view), generator=generator)
-    draws[2, draws[3] < COLOURLESS] = 0.5 - 0.5 / COLOUR  # saturation is multiplied by 0
+    draws[2, draws[3] < colourless] = 0.5 - 0.5 / COLOUR  # saturation is multiplied by 0
     view = data.jitter_colour(view, draws[:3].T, COLOUR)
     return cutout(view, CUTOUT, generator)
 
@@ -216,7 +216,7 @@ def drop_patches(view, encoder, keep, generator):
 
 def pooled_views(task, images, t, generator):
     """images u8 (B, ., ., 3) at t of the run, in [0, 1] -> (B, D) before the neck, (B, D, L) for ifa."""
-    view = augmented(images, task.S, generator)
+    view = augmented(images, task.S, task.colourless, generator)
     first, last = task.keep
     patches, ids = drop_patches(view, task.net.encoder, first + (last - first) * t, generator)
     with task.autocast():
@@ -238,7 +238,8 @@ def open_task(flags, device, autocast):
     task = SimpleNamespace(device=device, autocast=autocast, out=Path(flags.out), features={})
     task.method, keys = parse_keys(flags.method, METHODS, "--method")
     task.head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
-    task.keep = flags.keep if task.method != "linear" else None
+    if task.method != "linear":  # whose features are of whole pictures
+        task.keep, task.colourless = flags.keep, flags.colourless
 
     encoder, task.S = load_encoder(flags.encoder, flags.image_size)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
@@ -407,6 +408,8 @@ def results(flags, task, run, best_epoch):
     row["by_size"] = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
     row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
     row["thumbnails_top1"] = controls.thumbnail_top1(task.train, task.dev, task.report)
+    gray, _ = predict(task, controls.without_colour(task.report))
+    row["colourless_top1"] = 100 * evaluate.topk(gray, truth, 1)
     row["histograms_top1"] = controls.histogram_top1(task.train, task.dev, task.report)
     row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
     row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}
@@ -479,7 +482,8 @@ def write_results(flags, task, run, best_epoch):
     low, high = row["top1_interval"]
     print(
         f"{flags.split:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}), macro-F1 "
-        f"{row['macro_f1']:.2f} %; controls: 8x8 thumbnails {row['thumbnails_top1']:.1f} %, "
+        f"{row['macro_f1']:.2f} %; without colour Top-1 {row['colourless_top1']:.1f} %\n"
+        f"controls 8x8 thumbnails {row['thumbnails_top1']:.1f} %, "
         f"histograms of colours {row['histograms_top1']:.1f} %\n"
         f"wrote    {out}/ after {row['seconds']:.0f} s, epoch {best_epoch} kept\n"
         f"next: python recognize.py {shlex.quote(str(out))} PICTURE"

@@ -1,7 +1,9 @@
-"""Controls of a recogniser: what colours alone tell, without a network."""
+"""Controls of a recogniser: what colours alone tell, without a network; what it tells without colour."""
 
 import functools
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import data
@@ -54,3 +56,23 @@ def histogram_top1(train, dev, report):
     fits = [SVC(C=cost).fit(x, labels) for cost in COSTS]
     best = max(fits, key=lambda fit: fit.score(*judged[0]))
     return 100 * best.score(*judged[1])
+
+
+class Gray:
+    """Packed pictures u8 (n, S, S, 3), of which an index gives its rows without colour."""
+
+    def __init__(self, images):
+        self.images, self.shape = images, images.shape
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        gray = (self.images[index] @ np.float32(data.LUMA)).round().astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=-1)
+
+
+def without_colour(images):
+    """A set of `open_rows` -> the same set in gray."""
+    split = images.split | {"images": Gray(images.split["images"])}
+    return SimpleNamespace(**vars(images) | {"name": f"{images.name} in gray", "split": split})

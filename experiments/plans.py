@@ -530,6 +530,27 @@ PLANS["adapt"] = OF_RECOGNITION | {
     },
 }
 
+PLANS["colourless"] = OF_RECOGNITION | {
+    "question": "How many views without colour teach what is gray, and cost nothing where colour is?",
+    "seeds": range(3),
+    "made": {},
+    "trials": {},
+    "arms": {
+        f"{share}": [
+            "finetune_lora.py weights/toon --data {data} --split {split} --seed {seed} "
+            f"--method lora --epochs 10 --colourless {share}"
+        ]
+        for share in (0, 0.03, 0.05, 0.1)
+    },
+    "against": "0",
+    "set": {"split": "dev"},
+    "right": {"top1": (0, "metrics-dev.json", "right")},
+    "columns": {
+        "top1": ("Top-1, %", 0, "metrics-dev.json", "top1", 1),
+        "gray": ("without colour, %", 0, "metrics-dev.json", "colourless_top1", 1),
+    },
+}
+
 # ---- the applications ----------------------------------------------------------------------------
 
 OF_STAGE = {"against": {}, "compare": (), "set": {"encoder": "weights/toon", "split": "val"}}

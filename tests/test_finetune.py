@@ -132,16 +132,27 @@ def test_augmentation_keeps_its_word():
 
 def test_the_share_of_patches_that_are_seen_moves_on_a_line():
     net = SimpleNamespace(encoder=ViT(32, 8, 32, 1, 1), pooled=lambda _, ids: ids.shape[1])
-    task = SimpleNamespace(S=32, keep=(0.25, 1), net=net, autocast=contextlib.nullcontext)
+    task = SimpleNamespace(S=32, keep=(0.25, 1), colourless=0, net=net)
+    task.autocast = contextlib.nullcontext
     seen = [finetune_lora.pooled_views(task, some_view(), t, seeded(0)) for t in (0, 0.5, 1)]
     assert seen == [4, 10, 16]
 
 
-def test_a_tenth_of_the_crops_have_no_colour():
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_a_share_of_the_crops_has_no_colour(share):
     images = torch.randint(256, (1, 16, 16, 3), dtype=torch.uint8, generator=seeded(0))
-    crops = finetune_lora.augmented(images.expand(2000, -1, -1, -1), 16, seeded(1)).int()
+    crops = finetune_lora.augmented(images.expand(2000, -1, -1, -1), 16, share, seeded(1)).int()
     gray = (crops.amax(3) - crops.amin(3) <= 1).all(1).all(1)
-    assert gray.float().mean().item() == pytest.approx(finetune_lora.COLOURLESS, abs=0.02)
+    assert gray.float().mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_pictures_without_colour_are_as_bright():
+    images = some_view().numpy()
+    gray = controls.Gray(images)[np.array([2, 0])]
+    assert gray.shape == (2, 32, 32, 3) and (gray == gray[..., :1]).all()
+    red, green, blue = images[[2, 0]].astype(float).transpose(3, 0, 1, 2)
+    bright = 0.299 * red + 0.587 * green + 0.114 * blue
+    assert np.abs(gray[..., 0] - bright).max() <= 0.5001
 
 
 def test_the_control_chooses_its_penalty_on_dev(monkeypatch):
