@@ -292,14 +292,16 @@ def view_images(images, boxes, flip, side):
     return view.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def jitter_colour(images, draws, level):
+def jitter_colour(images, draws, level, colourless=0.0):
     """images u8 (B, S, S, 3) with brightness, contrast and saturation times 1 +- level.
 
-    draws (B, 3) in [0, 1]. The hue stays: it tells characters apart.
+    draws (B, 3) in [0, 1], or (B, 4), where a share `colourless` of the images loses its colours.
+    The hue stays: it tells characters apart.
     """
-    if level == 0:
-        return images
-    factors = send(1 - level + 2 * level * draws, images.device)
+    factors = 1 - level + 2 * level * draws[:, :3]
+    if colourless:
+        factors[draws[:, 3] < colourless, 2] = 0.0
+    factors = send(factors, images.device)
     light, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
     x = images.float()
     red, green, blue = x.split(1, dim=3)

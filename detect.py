@@ -31,7 +31,7 @@ from PIL import Image
 from torch import nn
 
 import data
-from common import fields, train
+from common import controls, fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
 from common.command import Flags, Parser, at_least, between, cli, command, progress, save_pngs
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
@@ -52,6 +52,7 @@ PAGE = 7 / 4  # side of a whole page by --view: the detector reads pages at 224 
 LATE = 0.25  # share of the epochs, the last ones, whose crops have 6/7 of the page's side
 MOSAIC = 0.3  # share of the steps whose crops show four pages
 COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
+COLOURLESS = 0.1  # share of crops without colour: most comic pages have none
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
 LOWEST = 0.1  # the lowest threshold of a detector
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
@@ -393,7 +394,8 @@ def crops(images, boxes, generator, side, least, most=1.0):
     corner = torch.rand(len(images), 2, generator=generator) * (1 - share)  # top, left
     flip = torch.rand(len(images), generator=generator) < 0.5
     view = data.view_images(images, torch.cat([corner, share, share], 1), flip, side)
-    view = data.jitter_colour(view, torch.rand(len(images), 3, generator=generator), COLOUR)
+    draws = torch.rand(len(images), 4, generator=generator)
+    view = data.jitter_colour(view, draws, COLOUR, COLOURLESS)
     origin = corner.flip(1).repeat(1, 2)[:, None]
     moved = (boxes - origin) / share[:, None]
     mirrored = torch.stack([1 - moved[..., 2], moved[..., 1], 1 - moved[..., 0], moved[..., 3]], 2)
@@ -492,6 +494,9 @@ def write_results(flags, task, net, run):
     threshold = coco(*judge(task, net, *task.dev), side)["threshold"]
     answers, truth = judge(task, net, *task.report)
     row = coco(answers, truth, side) | {"threshold": threshold}
+    split, rows = task.report
+    gray = coco(*judge(task, net, controls.in_gray(split), rows), side)
+    row |= {f"gray_{name}": gray[name] for name in ("ap", "ap50", "ap75")}
     row |= {"pages": len(truth), "faces": sum(map(len, truth))}
     recipe = {name: flags.values[name] for name in RECIPE}
     header = {"detector": net.config, "base": flags.encoder, "run": recipe}
@@ -503,6 +508,7 @@ def write_results(flags, task, net, run):
     save_json(notes | row, out / f"metrics{split_suffix(flags.split)}.json")
     aps = f"AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %"
     print(f"{flags.split:<9}{aps}; {row['faces']} faces on {row['pages']} pages")
+    print(f"in gray  AP {row['gray_ap']:.1f}, AP50 {row['gray_ap50']:.1f} %")
     print(f"wrote    {out}/ after {run.seconds():.0f} s")
     print(f"next: python detect.py {shlex.quote(str(out))} PICTURE --out found")
 

@@ -198,8 +198,7 @@ def augmented(images, S, colourless, generator):
     """images u8 (B, ., ., 3) -> views u8 (B, S, S, 3): crop, flip, colour or none, cutout."""
     view = data.view_images(images, *data.draw_boxes(len(images), generator, MIN_CROP), S)
     draws = torch.rand(4, len(view), generator=generator)
-    draws[2, draws[3] < colourless] = 0.5 - 0.5 / COLOUR  # saturation is multiplied by 0
-    view = data.jitter_colour(view, draws[:3].T, COLOUR)
+    view = data.jitter_colour(view, draws.T, COLOUR, colourless)
     return cutout(view, CUTOUT, generator)
 
 
@@ -319,6 +318,13 @@ def predict(task, images, most=None):
     return logits, images.labels[images.rows]
 
 
+def predict_in_gray(task, images):
+    """The logits of the same pictures without colour."""
+    split = controls.in_gray(images.split)
+    gray = SimpleNamespace(**vars(images) | {"name": f"{images.name} in gray", "split": split})
+    return predict(task, gray)[0]
+
+
 def finetune(flags, task):
     """Train for --epochs -> (run, the latest epoch within a standard error of the best on dev)."""
     net, device, C = task.net, task.device, len(task.classes)
@@ -408,8 +414,7 @@ def results(flags, task, run, best_epoch):
     row["by_size"] = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
     row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
     row["thumbnails_top1"] = controls.thumbnail_top1(task.train, task.dev, task.report)
-    gray, _ = predict(task, controls.without_colour(task.report))
-    row["colourless_top1"] = 100 * evaluate.topk(gray, truth, 1)
+    row["colourless_top1"] = 100 * evaluate.topk(predict_in_gray(task, task.report), truth, 1)
     row["histograms_top1"] = controls.histogram_top1(task.train, task.dev, task.report)
     row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
     row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}

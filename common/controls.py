@@ -1,7 +1,6 @@
 """Controls of a recogniser: what colours alone tell, without a network; what it tells without colour."""
 
 import functools
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -72,7 +71,6 @@ class Gray:
         return np.repeat(gray[..., None], 3, axis=-1)
 
 
-def without_colour(images):
-    """A set of `open_rows` -> the same set in gray."""
-    split = images.split | {"images": Gray(images.split["images"])}
-    return SimpleNamespace(**vars(images) | {"name": f"{images.name} in gray", "split": split})
+def in_gray(split):
+    """A packed split -> the same without colour."""
+    return split | {"images": Gray(split["images"])}
