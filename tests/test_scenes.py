@@ -100,69 +100,58 @@ def write_pictures(folder, named=PICTURES):
         Image.new("RGB", size, (200, 60, 60)).save(folder / name)
 
 
-def as_coco(root, extra=()):
-    write_pictures(root)
-    ids = {name: i for i, name in enumerate(PICTURES)}
-    rows = [{"id": i, "file_name": name} for name, i in ids.items()]
-    found = {"images": rows, "annotations": [], "categories": [{"id": 1, "name": "face"}]}
-    found["categories"].append({"id": 2, "name": "body"})
-    for name, own in TRUE.items():
-        for a, b, c, d in own:
-            box = {"image_id": ids[name], "category_id": 1, "bbox": [a, b, c - a, d - b]}
-            found["annotations"].append(box | {"id": len(found["annotations"])})
-    found["annotations"] += extra
-    (root / "boxes.json").write_text(json.dumps(found))
-    return root / "boxes.json"
+def write_texts(folder, texts):
+    """Files {name: text} -> what is read of them: the one beside the pictures, or the folder."""
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, "latin-1")
+    return folder / next((name for name in texts if "/" not in name), "")
 
 
-def as_csv(root, header="picture,x1,y1,x2,y2,kind"):
-    write_pictures(root)
-    lines = []
-    for name, own in TRUE.items():
-        lines += [f"{name},{','.join(map(str, box))},face" for box in own or [("", "", "", "")]]
-    (root / "boxes.csv").write_text("\n".join([header, *lines] if header else lines))
-    return root / "boxes.csv"
+COCO = {
+    "images": [{"id": i, "file_name": name} for i, name in enumerate(PICTURES)],
+    "categories": [{"id": 1, "name": "face"}, {"id": 2, "name": "body"}],
+    "annotations": [
+        {"id": 0, "image_id": 0, "category_id": 1, "bbox": [10, 5, 20, 20]},
+        {"id": 1, "image_id": 0, "category_id": 1, "bbox": [50, 10, 30, 30]},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [5, 20, 10, 10]},
+    ],
+}
+ROWS = """\
+a.png,10,5,30,25,face
+a.png,50,10,80,40,face
+train/b.png,5,20,15,30,face
+empty.png,,,,
+"""
+FILENAME = "<annotation><filename>%s</filename>%s</annotation>"
+FACE = "<object><name>%s</name><bndbox><xmin>%d</xmin><ymin>%d</ymin>"
+FACE += "<xmax>%d</xmax><ymax>%d</ymax></bndbox></object>"
+FACES = FACE % ("face", 11, 6, 30, 25) + FACE % ("face", 51, 11, 80, 40)
+VOC = {  # it counts from 1, and the last pixel is inside
+    "Annotations/a.xml": FILENAME % ("a.png", FACES),
+    "Annotations/b.xml": FILENAME % ("b.png", FACE % ("face", 6, 21, 15, 30)),
+    "Annotations/empty.xml": FILENAME % ("empty.png", ""),
+    "more/about.xml": "no annotation",
+}
+YOLO = {
+    "labels/a.txt": "0 .25 .375 .25 .5\n0 .8125 .625 .375 .75",
+    "labels/train/b.txt": "0 .3333333 .4166667 .3333333 .1666667",
+}
+LAYOUTS = {  # files, and the folder of the pictures
+    "COCO": ({"x.json": json.dumps(COCO)}, ""),
+    "csv": ({"x.csv": f"picture,x1,y1,x2,y2,kind\n{ROWS}"}, ""),
+    "csv of columns without names": ({"x.csv": ROWS}, ""),
+    "csv of Open Images": ({"x.csv": f"ID,XMin,YMin,XMax,YMax,Class\n{ROWS}"}, ""),
+    "Pascal VOC": (VOC, "JPEGImages"),
+    "YOLO": (YOLO, "images"),
+}
 
 
-def as_plain_csv(root):
-    return as_csv(root, "")
-
-
-def as_xmin_csv(root):
-    return as_csv(root, "ID,XMin,YMin,XMax,YMax,Class")
-
-
-def as_voc(root):
-    (root / "Annotations").mkdir(parents=True)
-    (root / "about.xml").write_text("no annotation")
-    write_pictures(root / "JPEGImages")
-    box = "<xmin>%s</xmin><ymin>%s</ymin><xmax>%s</xmax><ymax>%s</ymax>"
-    for name, own in TRUE.items():
-        name = name.split("/")[-1]
-        text = f"<filename>{name}</filename>"
-        for a, b, c, d in own:  # it counts from 1, and the last pixel is inside
-            corners = box % (a + 1, b + 1, c, d)
-            text += f"<object><name>face</name><bndbox>{corners}</bndbox></object>"
-        (root / "Annotations" / f"{name[:-4]}.xml").write_text(f"<annotation>{text}</annotation>")
-    return root
-
-
-def as_yolo(root):
-    (root / "labels/train").mkdir(parents=True)
-    write_pictures(root / "images")
-    for name, own in TRUE.items():
-        w, h = PICTURES[name]
-        lines = []
-        for a, b, c, d in own:
-            lines.append(f"0 {(a + c) / 2 / w} {(b + d) / 2 / h} {(c - a) / w} {(d - b) / h}")
-        if lines:
-            (root / "labels" / f"{name[:-4]}.txt").write_text("\n".join(lines))
-    return root
-
-
-@pytest.mark.parametrize("write", [as_coco, as_csv, as_plain_csv, as_xmin_csv, as_voc, as_yolo])
-def test_every_layout_gives_the_same_boxes(write, tmp_path):
-    records, fetch, notes, shares = boxes.find(write(tmp_path / "set"))
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_boxes(name, tmp_path):
+    texts, folder = LAYOUTS[name]
+    write_pictures(tmp_path / folder)
+    records, fetch, notes, shares = boxes.find(write_texts(tmp_path, texts))
     assert "3 pictures, 3 boxes" in notes[0] and len(notes) == 1
     found = {r.key.split("/")[-1]: (r, load()) for r, load in fetch(records)}
     for name in TRUE:
@@ -180,7 +169,8 @@ def test_every_layout_gives_the_same_boxes(write, tmp_path):
 
 def test_coco_is_read_as_pycocotools_reads_it(tmp_path):
     coco = pytest.importorskip("pycocotools.coco")
-    path = as_coco(tmp_path)
+    path = write_texts(tmp_path, {"x.json": json.dumps(COCO)})
+    write_pictures(tmp_path)
     with contextlib.redirect_stdout(io.StringIO()):
         judge = coco.COCO(str(path))
     for record in boxes.find(path)[0]:
@@ -194,7 +184,9 @@ def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
     extra = [{"image_id": 0, "category_id": 2, "bbox": [70, 30, 30, 30]}]
     extra += [{"image_id": 0, "bbox": [5, 5, -3, 4]}, {"image_id": 1, "bbox": [1, 1, 0, 9]}]
     extra += [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1e7, 9]}]
-    path = as_coco(tmp_path / "set", extra)
+    found = COCO | {"annotations": COCO["annotations"] + extra}
+    path = write_texts(tmp_path / "set", {"x.json": json.dumps(found)})
+    write_pictures(tmp_path / "set")
     records, fetch, notes, _ = boxes.find(path)
     assert "2 classes are taken as one: face, body" in notes
     assert "3 boxes are empty or inverted, and left out, the first: a.png" in notes[-1]
@@ -235,16 +227,14 @@ def test_a_picture_of_one_line_is_a_line(tmp_path):
 def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path):
     write_pictures(tmp_path / "yolo/images", {"train/a.png": (40, 40), "val/a.png": (40, 40)})
     lines = {"train/a": "0 .5 .5 .5 .5", "val/a": "0 .25 .25 .5 .5", "val/gone": "0 .5 .5 .1 .1"}
-    for at, text in lines.items():
-        (tmp_path / f"yolo/labels/{at}.txt").parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"yolo/labels/{at}.txt").write_text(text)
+    write_texts(tmp_path, {f"yolo/labels/{at}.txt": text for at, text in lines.items()})
     records, _, notes, _ = boxes.find(tmp_path / "yolo")
     found = {r.split: r.box for r in records}
     assert found == {"train": [(0.25, 0.25, 0.75, 0.75)], "val": [(0, 0, 0.5, 0.5)]}
     assert "1 pictures are not there, the first: labels/val/gone.txt" in notes
     write_pictures(tmp_path / "csv", dict.fromkeys(("x/a.png", "y/a.png", "y/b.png"), (40, 40)))
     rows = "a.png,1,2,3,4\nz/a.png,1,2,3,4\ny/a.png,5,6,7,8\nb.png,1,1,9,9\n"
-    (tmp_path / "csv/t.csv").write_text(rows)
+    write_texts(tmp_path, {"csv/t.csv": rows})
     records, _, notes, _ = boxes.find(tmp_path / "csv/t.csv")
     assert {r.key: r.box for r in records} == {"y/a.png": [(5, 6, 7, 8)], "y/b.png": [(1, 1, 9, 9)]}
     assert "2 pictures are not there, the first: a.png" in notes  # two have that name
@@ -259,7 +249,6 @@ def test_a_picture_is_found_by_its_name_where_that_is_one_pictures_alone():
 
 
 IMAGES = '{"images": [{"file_name": %s, "id": %s}%s], "annotations": []}'
-OBJECT = "<annotation><filename>a.png</filename>%s</annotation>"
 WRONG = (  # a file, its text, a word of the refusal
     ("x.json", "[1, 2]", "not a whole COCO file"),
     ("x.json", '{"images": []}', "'annotations'"),
@@ -273,7 +262,7 @@ WRONG = (  # a file, its text, a word of the refusal
     ("x.json", IMAGES % ('"a\\nb.png"', 1, ""), "rename it"),
     ("x.csv", "a.png,1,2,3,nose", "line 1: 1,2,3,nose is no box"),
     ("x.csv", "a.png,1,2,3,4\na.png,1,2,,4", "line 2: 1,2,,4 is no box"),
-    ("Annotations/a.xml", OBJECT % "<object/>", "a.xml is not a whole annotation"),
+    ("Annotations/a.xml", FILENAME % ("a.png", "<object/>"), "a.xml is not a whole annotation"),
     ("Annotations/a.xml", "<annotation>", "annotation of Pascal VOC"),
     ("labels/a.txt", "0 .5 .5 here .1", "a.txt is not a whole file of boxes, line 1"),
     ("labels/a.txt", "0 .5 .5 .1 .1 .9\n0 .1 .1 .9 .1 .5 .9", "boxes, line 2"),
@@ -289,19 +278,16 @@ WRONG = (  # a file, its text, a word of the refusal
 def test_what_is_no_set_of_boxes_is_named(tmp_path, row):
     name, text, word = WRONG[row]
     write_pictures(tmp_path, {"a.png": (9, 9)})
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(text, "latin-1")
-    path = tmp_path if "/" in name else tmp_path / name
+    path = write_texts(tmp_path, {name: text})
     assert word in refused(call("data.py", path, "--detect", "--out", "packed", cwd=tmp_path))
     assert not (tmp_path / "packed").exists()
 
 
-CORNERS = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
-NAMED = "".join(f"<object><name>{n}</name>{CORNERS}</object>" for n in ("face", "body"))
+NAMED = FACE % ("face", 1, 1, 2, 2) + FACE % ("body", 1, 1, 2, 2)
 CLASSES = {  # a file, two boxes of one picture, their classes
     "t.csv": ("a.png,1,1,2,2,face\na.png,1,1,2,2,body", "face, body"),
     "labels/a.txt": ("7 .5 .5 .1 .1\n0 .5 .5 .1 .1 .9", "7, 0"),
-    "Annotations/a.xml": (OBJECT % NAMED, "face, body"),
+    "Annotations/a.xml": (FILENAME % ("a.png", NAMED), "face, body"),
 }
 
 
@@ -309,15 +295,12 @@ CLASSES = {  # a file, two boxes of one picture, their classes
 def test_several_classes_are_taken_as_one_and_named(tmp_path, name):
     text, classes = CLASSES[name]
     write_pictures(tmp_path, {"a.png": (9, 9)})
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(text)
-    records, _, notes, _ = boxes.find(tmp_path if "/" in name else tmp_path / name)
+    records, _, notes, _ = boxes.find(write_texts(tmp_path, {name: text}))
     assert len(records[0].box) == 2 and notes[1:] == [f"2 classes are taken as one: {classes}"]
 
 
 def test_two_annotations_of_one_picture_are_refused(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "Annotations").mkdir(exist_ok=True)
-        (tmp_path / f"Annotations/{name}.xml").write_text(OBJECT % "")
+    twice = dict.fromkeys(("Annotations/a.xml", "Annotations/b.xml"), FILENAME % ("a.png", ""))
+    write_texts(tmp_path, twice)
     with pytest.raises(UserError, match="another file's picture"):
         boxes.find(tmp_path)
