@@ -129,11 +129,7 @@ def write_splits(root, **splits):
 
 
 GIVEN = (  # flags, how many of train, val, test stay, what is said
-    (
-        "",
-        [24, 3, 1],
-        "6 copies dropped: 3 from val, 3 from test; --dedupe keep",
-    ),
+    ("", [24, 3, 1], "6 copies dropped: 3 from val, 3 from test; --dedupe keep"),
     ("--dedupe", [24, 3, 1], "6 copies dropped: 3 from val, 3 from test"),
     ("--dedupe keep", [24, 6, 4], "6 groups cross the splits that the source gives"),
     ("--dedupe off", [24, 6, 4], "read as split"),

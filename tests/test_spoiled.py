@@ -1,6 +1,6 @@
 """Valid files of every kind, of which one field is spoiled: an answer without NaN, or one line and status 2.
 
-python -m pytest -m slow tests/test_spoiled.py        # all cases; without -m slow a few of each kind
+python -m pytest -m slow tests/test_spoiled.py
 """
 
 import copy
@@ -202,6 +202,13 @@ def spoiled(x, how):
     return forms.get(how, x.float())
 
 
+def table_of(fields, way):
+    """The table or list that holds the last field of the way."""
+    for key in way[:-1]:
+        fields = fields[key]
+    return fields
+
+
 def spoil(path, what, where, how):
     tensors, fields = read(path)
     if what == "entry":
@@ -210,16 +217,13 @@ def spoil(path, what, where, how):
         x = tensors.pop(where)
         tensors |= {} if how == "gone" else {where: spoiled(x, how).contiguous()}
         return write(path, tensors, fields)
-    at = fields
-    for key in where[:-1]:
-        at = at[key]
+    at, key = table_of(fields, where), where[-1]
     if how == "gone":
-        del at[where[-1]]
+        del at[key]
     elif what == "tensor in":
-        x = at[where[-1]]
-        at[where[-1]] = spoiled(x, how) if torch.is_tensor(x) else x
+        at[key] = spoiled(at[key], how) if torch.is_tensor(at[key]) else at[key]
     else:
-        at[where[-1]] = copy.deepcopy(VALUES[how])
+        at[key] = copy.deepcopy(VALUES[how])
     write(path, tensors, fields)
 
 
@@ -253,9 +257,10 @@ def complaint(use, base):
 
 
 def judge(home, file, count):
-    """Every case of a file -> lines that say what went wrong."""
+    """Every case of a file, after the file as it is -> lines that say what went wrong."""
     failed, path = [], home / file
     _, use = FILES[file]
+    use(home)
     whole = path.read_bytes()
     for case in cases(path, count):
         spoil(path, *case)
@@ -284,38 +289,27 @@ def test_a_pth_that_is_larger_than_its_file_is_refused(tmp_path):
             read_it(tmp_path / "small.pth")
 
 
-LARGE = (  # a file, the way to a field, a value that would take all memory, what is said
-    ("runs/a-tags/model.safetensors", "tags C", 9_000_000, "C can't be"),
-    ("runs/a-det/detector.safetensors", "page", 40_000, "page can't be"),
-    ("runs/a-lora/head.safetensors", "image_size", 10**9, "image_size can't be"),
-    ("runs/a-lora/head.safetensors", "packed_size", 30_000, "packed_size can't be"),
-    ("runs/a-seg/model.safetensors", "patches encoder depth", 900, "has no array"),
+SLOW = {"(a+)+x" + "(.*)*" * 20 + "!": 2}  # a pattern, if somebody matched it
+LARGE = (  # a file, the way to a field, a value that would take all memory or time, what is said
+    ("runs/a-tags/model.safetensors", ("tags", "C"), 9_000_000, "C can't be"),
+    ("runs/a-det/detector.safetensors", ("page",), 40_000, "page can't be"),
+    ("runs/a-lora/head.safetensors", ("image_size",), 10**9, "image_size can't be"),
+    ("runs/a-lora/head.safetensors", ("packed_size",), 30_000, "packed_size can't be"),
+    ("runs/a-seg/model.safetensors", ("patches", "encoder", "depth"), 900, "has no array"),
+    ("runs/a-lora/adapter_config.json", ("alpha_pattern",), SLOW, "fits no layer"),
 )
 
 
 @pytest.mark.parametrize("file, way, value, words", LARGE)
 def test_a_header_is_checked_before_it_is_believed(home, file, way, value, words, monkeypatch):
     whole, (tensors, header) = (home / file).read_bytes(), read(home / file)
-    *above, last = way.split()
-    at = header
-    for key in above:
-        at = at[key]
-    at[last] = value
+    table_of(header, way)[way[-1]] = value
     write(home / file, tensors, header)
-    monkeypatch.setattr(torch.nn.Module, "__init__", None)  # nothing is built
+    if value is not SLOW:  # an adapter is compared with an encoder
+        monkeypatch.setattr(torch.nn.Module, "__init__", None)  # nothing is built
     with pytest.raises(UserError, match=words):
         FILES[file][1](home)
     (home / file).write_bytes(whole)
-
-
-def test_patterns_of_an_adapter_are_compared_and_not_matched(home):
-    path = home / "runs/a-lora/adapter_config.json"
-    whole = path.read_text()
-    config = json.loads(whole) | {"alpha_pattern": {"(a+)+x" + "(.*)*" * 20 + "!": 2}}
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="fits no layer"):
-        use_recogniser(home)
-    path.write_text(whole)
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "a\0b", "\x1b[2J", "x" * 101, "\u202eb", "\ud800"])
@@ -337,13 +331,6 @@ def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, 
     with command.drawing("c.png"):
         raise RuntimeError("no\nfigure")
     assert capsys.readouterr().err == "note: c.png could not be drawn (no figure)\n"
-
-
-def test_there_are_five_hundred_cases_and_nothing_is_wrong_before(home):
-    assert sum(len(cases(home / file, count)) for file, (count, _) in FILES.items()) >= 500
-    for _, use in FILES.values():
-        assert complaint(use, home) is None
-        use(home)
 
 
 @pytest.mark.slow
