@@ -6,6 +6,7 @@ The networks are tiny and randomly initialised; their weights are so large that 
 import argparse
 import json
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path):
 # ---- MAE, DINO, DINOv2, timm: the same names, in their own wrappings -----------------------------
 
 
-def wrapped(kind, mae):
+def wrapped(mae):
     """What the public files of each kind hold, made of our weights by renaming."""
     encoder, args = public(mae.encoder), argparse.Namespace(lr=1e-3, output_dir="out")
     head = {"head.weight": torch.zeros(5, 64), "head.bias": torch.zeros(5)}
@@ -147,33 +148,31 @@ def wrapped(kind, mae):
     dinov2 |= {"teacher.dino_head.last.weight": torch.zeros(2, 2), "student.cls_token": args}
     norm = {"fc_norm.weight": torch.ones(64), "fc_norm.bias": torch.zeros(64)}
     return {
-        "mae_encoder": {"model": encoder},
-        "mae_full": {"model": C.public_weights(mae), "optimizer": {"step": 3}, "args": args},
-        "dino": encoder,
-        "dino_full": {"student": student, "teacher": dino, "epoch": 9, "args": args},
-        "dinov2_full": {"model": dinov2},
+        "MAE's encoder": {"model": encoder},
+        "MAE": {"model": C.public_weights(mae), "optimizer": {"step": 3}, "args": args},
+        "DINO's encoder, as timm has it": encoder,
+        "DINO": {"student": student, "teacher": dino, "epoch": 9, "args": args},
+        "DINOv2": {"model": dinov2},
         "timm": encoder | head | norm,
-        "timm_checkpoint": {"state_dict": encoder | head, "arch": "vit_small", "args": args},
-    }[kind]
+        "timm's checkpoint": {"state_dict": encoder | head, "arch": "vit_small", "args": args},
+    }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["mae_encoder", "mae_full", "dino", "dino_full", "dinov2_full", "timm", "timm_checkpoint"],
-)
-def test_public_files_are_encoders(tmp_path, kind):
+def test_public_files_are_encoders(tmp_path):
     """As zip and as old pickles; timm's also as safetensors."""
-    mae, view = small_mae(), some_view()
+    mae = small_mae()
+    features = mae.encoder.features(some_view())
     write_config(tmp_path, **TWO_HEADS)
-    for as_zip in (True, False):
-        path = tmp_path / "anything.bin"
-        torch.save(wrapped(kind, mae), path, _use_new_zipfile_serialization=as_zip)
+    files = wrapped(mae)
+    save_file(files["timm"], tmp_path / "timm.safetensors", {"format": "pt"})
+    for as_zip, (kind, content) in product((True, False), files.items()):
+        path = tmp_path / f"{kind}, {as_zip}.bin"
+        torch.save(content, path, _use_new_zipfile_serialization=as_zip)
+    paths = [path for path in tmp_path.iterdir() if path.name != "config.json"]
+    assert len(paths) == 2 * len(files) + 1
+    for path in paths:
         encoder, size = C.load_encoder(path)
-        assert size == 32 and torch.equal(encoder.features(view), mae.encoder.features(view))
-    if kind == "timm":
-        save_file(wrapped(kind, mae), tmp_path / "x.safetensors", {"format": "pt"})
-        encoder, _ = C.load_encoder(tmp_path / "x.safetensors")
-        assert torch.equal(encoder.features(view), mae.encoder.features(view))
+        assert size == 32 and torch.equal(encoder.features(some_view()), features), path
 
 
 def test_dinov2_layer_scale_is_folded_exactly(tmp_path):

@@ -101,8 +101,10 @@ def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
     assert "alpha: 10 of 10" in said and "is the foreground" in said
     for i in range(6):
         Image.new("RGBA", (16, 16), (0, i, 0, 255)).save(tmp_path / f"images/{i}.png")
-    said, sets = packed(tmp_path, "images --dedupe off", "few")
-    assert "alpha: 4 of 10" in said and "too few" in said and "fg" not in sets["train"]
+    (tmp_path / "few").mkdir()  # an empty folder is filled
+    said, sets = packed(tmp_path, "images --dedupe off --split .8,0,.2", "few")
+    assert sets.keys() == {"train", "test"} and "fg" not in sets["train"]
+    assert "alpha: 4 of 10" in said and "too few" in said
 
 
 def test_the_boxes_of_a_list_are_what_the_figure_crop_keeps(tmp_path):
@@ -244,8 +246,7 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
     data.open_or_pack(tmp_path / "toon")
     assert {shares for shares, _ in found} == {pack.TOON_SHARES}
     assert [len(labels) for _, labels in found] == [2400, 480, 2400, 2400]
-    sizes = sorted(Counter(found[2][1]).values())
-    assert sizes[0] >= 5 and sizes[-1] > 20 * sizes[0] and len(sizes) == 48
+    assert max(Counter(found[2][1]).values()) > 400  # a long tail, as of toon.plan
 
 
 # ---- nothing overwritten, nothing silent ---------------------------------------------------------
@@ -258,17 +259,6 @@ def test_show_draws_a_sheet_of_a_packed_set(tmp_path, images):
     sheet = np.asarray(Image.open(tmp_path / "out/sheet.png"))
     assert min(sheet.shape[:2]) > 100 and sheet.std() > 10
     assert "sheet.png is there already" in refused(run_line("data.py --show out", tmp_path))
-
-
-def test_a_folder_that_holds_something_is_not_replaced_and_an_empty_one_is_filled(tmp_path, images):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/x.txt").write_text("mine")
-    for out in (".", "..", "../out"):
-        line = refused(run_line(f"data.py {images} --out {out}", tmp_path / "out"))
-        assert "is there already" in line and f"rm -r {out}" in line
-    assert files_of(tmp_path / "out") == {"x.txt": b"mine"}
-    (tmp_path / "out/x.txt").unlink()
-    assert set(packed(tmp_path, "images --split .8,0,.2")[1]) == {"train", "test"}
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, images, monkeypatch):
@@ -536,17 +526,6 @@ def test_an_error_in_the_prefetch_thread_reaches_the_loop():
         list(data.prefetch(items()))
 
 
-THREADS = """
-import os, numpy as np, torch, data
-torch.set_num_threads(2)
-torch.zeros(1 << 20).add_(1)  # the loop's own team
-count, images = lambda: len(os.listdir("/proc/self/task")), np.zeros((64, 128, 128, 3), np.uint8)
-before, during = count(), []
-for index, batch in data.batches(images, torch.arange(64), 16, torch.device("cpu"), times=2):
-    assert len(index) == len(batch) == 32, (len(index), len(batch))
-    during.append(count())
-print(before, max(during))
-"""
 MEMORY = """
 import sys, torch, data
 def anonymous_mb():
@@ -566,13 +545,6 @@ def printed(code, *words):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return list(map(float, done.stdout.split()))
-
-
-@linux_only
-def test_the_prefetch_thread_starts_no_threads_of_its_own():
-    """A parallel operation there would bring a second team of OpenMP threads."""
-    before, during = printed(THREADS)
-    assert during == before + 1  # the prefetch thread itself
 
 
 @linux_only

@@ -77,13 +77,6 @@ def test_two_spellings_of_a_tag_are_one(tmp_path):
     assert file.read_text() == "Long_Hair, saber \\(fate\\), smile"
 
 
-def test_captions_go_beside_files(base):
-    (base / FOLDER / "illust0_0.webp").write_bytes((base / FOLDER / "illust0_0.png").read_bytes())
-    assert "two pictures" in refused(captions(base))
-    line = f"tags.py runs/a-tags list.csv {CPU} --captions"
-    assert "unpack it" in refused(run_line(line, base))
-
-
 # ---- sorting -------------------------------------------------------------------------------------
 
 
@@ -140,21 +133,6 @@ def test_a_folder_is_grouped_and_what_is_known_has_its_name(base):
     right = [row["name"] in row["picture"] for row in named]
     assert named and np.mean(right) > 0.8
     assert "groups already" in refused(run_line(f"{SORT} images --group out", base))
-
-
-def test_what_can_not_be_sorted_is_one_line(base):
-    (base / "mine").mkdir()
-    (base / "mine/x").write_text("mine")
-    (base / "b").mkdir()
-    (base / "b/illust0_0.png").write_bytes((base / FOLDER / "illust0_0.png").read_bytes())
-    for words, said in (
-        ("images --sort images/out", "choose another folder"),
-        (f"{FOLDER} b --sort out", "one name"),
-        ("images --sort mine", "new folder"),
-        ("list.csv --sort out", "unpack it"),
-    ):
-        assert said in refused(run_line(f"{SORT} {words}", base)), words
-    assert [path.name for path in (base / "mine").iterdir() if path.suffix != ".lock"] == ["x"]
 
 
 def test_every_character_has_a_folder_that_every_system_allows():

@@ -57,6 +57,10 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{NAME} --enrol new {THREE} text.png", "nobody was enrolled"),
     (f"{NAME} --enrol ' ' {THREE}", "no name"),
     (f"{NAME} {THREE} --detect runs/a/model.safetensors", "detect.py ENCODER makes it"),
+    (f"{NAME} images --sort images/out", "choose another folder"),
+    (f"{NAME} images --sort runs/a", "new folder"),
+    (f"{NAME} images/class0 images/class1 --sort new", "one name"),
+    (f"{NAME} list.csv --sort new", "unpack it"),
     ("recognize.py runs/a-lora --forget nobody", "not enrolled"),
     ("recognize.py runs/a-lora --forget class1", "learned in training"),
     ("recognize.py runs/none images", "finetune_lora.py"),
@@ -69,6 +73,8 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{TAGS} --data untagged", "val has no tags"),
     ("tags.py runs/a-tags --data datasets/packed", "is a run of tags.py"),
     ("tags.py runs/a images", "tags.py ENCODER"),
+    (f"tags.py runs/a-tags list.csv {CPU} --captions", "unpack it"),
+    (f"tags.py runs/a-tags twins {CPU} --captions", "two pictures"),
     ("tags.py runs/a-tags text.png", "not a picture"),
     ("tags.py runs/a --resume runs/a-tags", "--resume RUN"),
     (f"{SEGMENT} --data datasets/packed", "no frames labelled 'photographed'"),
@@ -122,7 +128,7 @@ REPEATED = (  # the command, and what it refuses one by one: each is repeated in
     (TAGS, "--epochs 1"),
     (f"{SEGMENT} --patches", "nowhere"),
     ("segment.py runs/a-seg", "nowhere.png"),
-    ("export.py runs/a --to mae --out new.st --image-size", "1000000"),
+    ("export.py runs/a --to mae --out new.st --image-size", "1000000, 30"),
     (f"{RUN} --arms", "nonsense"),
     (f"{PLAN} mine --data", "nowhere"),
     ("experiments.stress runs/a --only", "cutot"),
@@ -134,6 +140,9 @@ REPEATED = (  # the command, and what it refuses one by one: each is repeated in
     (SHEET, f"--rows 0, --columns -1, --size 1000000, --seed {2**70}, --who nobody, --out a.txt"),
 )
 TAKEN = (  # what would be written, and is there
+    "data.py images --out .",
+    "data.py images --out ..",
+    "data.py images --out ../home",
     f"{PRE} --out runs/a",
     f"{PRE} --out runs/a-lora",
     f"{MAPS} --map saliency --out maps/packed",
@@ -215,8 +224,10 @@ def base(tmp_path_factory):
         for path in (base / name).rglob("*.png"):
             path.write_bytes(b"no image")
     draw_folder(base / "unreadable" / "train", classes=1, each=60)
-    for folder in ("empty", "archives"):
+    for folder in ("empty", "archives", "twins"):
         (base / folder).mkdir()
+    for name in ("a.png", "a.webp"):
+        shutil.copy(base / "images/class0/illust0_0.png", base / "twins" / name)
     (base / "archives" / "my_faces.zip").write_bytes(b"PK")
     with zipfile.ZipFile(base / "nothing.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
