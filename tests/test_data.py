@@ -526,6 +526,17 @@ def test_an_error_in_the_prefetch_thread_reaches_the_loop():
         list(data.prefetch(items()))
 
 
+THREADS = """
+import os, numpy as np, torch, data
+torch.set_num_threads(2)
+torch.zeros(1 << 20).add_(1)  # the loop's own team
+count, images = lambda: len(os.listdir("/proc/self/task")), np.zeros((64, 128, 128, 3), np.uint8)
+before, during = count(), []
+for index, batch in data.batches(images, torch.arange(64), 16, torch.device("cpu"), times=2):
+    assert len(index) == len(batch) == 32, (len(index), len(batch))
+    during.append(count())
+print(max(during) - before)
+"""
 MEMORY = """
 import sys, torch, data
 def anonymous_mb():
@@ -537,14 +548,23 @@ for i, (index, batch) in enumerate(data.batches(images, order, 128, torch.device
     most = max(most, anonymous_mb()) if i % 32 == 0 else most
 print(most - before)
 """
+
+
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def printed(code, *words):
+    """The number that some code prints in a process of its own."""
     command = [sys.executable, "-c", code, *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return list(map(float, done.stdout.split()))
+    return float(done.stdout)
+
+
+@linux_only
+def test_the_prefetch_thread_starts_no_threads_of_its_own():
+    """A parallel operation there would bring a second team of OpenMP threads."""
+    assert printed(THREADS) == 1  # the prefetch thread itself
 
 
 @linux_only
@@ -553,13 +573,9 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
     """One epoch over a packed file of 3 GB, sparse on disk: anonymous memory stays where it was."""
     n, side = 65536, 128
     about = {"classes": ["a"], "keys": [""] * n, "size": side, "split": "train", "source": ""}
-    size = n * side * side * 3
-    head = {"__metadata__": {"animask": json.dumps(about)}}
-    head["images"] = {"dtype": "U8", "shape": [n, side, side, 3], "data_offsets": [0, size]}
-    head["labels"] = {"dtype": "I64", "shape": [n], "data_offsets": [size, size + 8 * n]}
-    text = json.dumps(head).encode()
-    text = text.ljust(len(text) + 8 - len(text) % 8)
+    head = rows.file_head({"images": ("U8", (side, side, 3)), "labels": ("I64", ())}, n, about)
+    head = head.ljust(len(head) + 8 - len(head) % 8)
     with open(tmp_path / "train.safetensors", "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        f.truncate(8 + len(text) + size + 8 * n)
-    assert printed(MEMORY, tmp_path)[0] < 100
+        f.write(len(head).to_bytes(8, "little") + head)
+        f.truncate(8 + len(head) + n * (side * side * 3 + 8))
+    assert printed(MEMORY, tmp_path) < 100
