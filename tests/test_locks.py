@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, draw_folder, equal, refused, run_line, stopped
+from conftest import ROOT, draw_folder, equal, refused, run_line, stage, stopped
 from made import CPU, NANO, files_of, home
 from PIL import Image
 
@@ -49,16 +49,9 @@ def base(tmp_path):
 
 def started(line, cwd):
     """A stage in a process of its own."""
-    stage, *words = shlex.split(line)
-    command = [sys.executable, str(ROOT / stage), *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, **pipes)
-
-
-def ended(process):
-    """The process as `refused` and others read it."""
-    out, errors = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+    script, *words = shlex.split(line)
+    command = [sys.executable, str(ROOT / script), *words]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def python(code, cwd, *words):
@@ -66,11 +59,6 @@ def python(code, cwd, *words):
     command = [sys.executable, "-c", code, *map(str, words)]
     shell = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, env=shell, capture_output=True, text=True, timeout=100)
-
-
-def temporary(base):
-    """Files that nobody should find once all is done."""
-    return [path for path in base.rglob("*") if path.name.endswith((".lock", ".tmp"))]
 
 
 # ---- the lock ------------------------------------------------------------------------------------
@@ -235,12 +223,12 @@ def test_a_kill_of_each_stage_loses_nothing(base, line):
         time.sleep(0.05)
     time.sleep(random.Random(line).uniform(0, 2))
     process.kill()
-    ended(process)
+    process.communicate()
     check_whole(base)
     begun = (base / "new/run/state.pt").exists()
-    done = ended(started(f"{line.split()[0]} --resume new/run" if begun else line, base))
+    again = f"{line.split()[0]} --resume new/run" if begun else line
+    done = stage(*shlex.split(again), cwd=base)
     assert not done.returncode or "is there already" in refused(done)
-    half = [path for path in temporary(base) if path.name.endswith(".tmp")]
-    assert done.returncode or not half
+    assert done.returncode or not [*base.rglob("*.tmp")]
     check_whole(base)
     assert before.items() <= files_of(base).items()
