@@ -316,6 +316,12 @@ def test_bad_calls(line, scratch):
     judge(cases_of(line, scratch), scratch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), LOST)
+def test_no_result_is_replaced_by_another(first, second, scratch):
+    judge([Case([first, second])], scratch)
+
+
 def test_every_stage_is_called():
     stages = {path.name for path in ROOT.glob("*.py")} - {"mask.py", "model.py", "demo.py"}
     assert stages <= {line.split()[0] for line in WORK}

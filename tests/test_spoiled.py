@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import made
 import pytest
 import torch
+from conftest import some_view
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -31,9 +32,8 @@ from ingest.tags import vocabulary
 from model import MAE
 
 SEED, DEEP = 0, "@deep"
-CPU = torch.device("cpu")
-SHAPE, AUTOCAST = (32, 8, 32, 2, 2), train.autocast_of(torch.device("cpu"), torch.float32)
-CUT = {"packed_size": 32, "crop": "centre", "margin": 0.1}
+CPU, VIEW = torch.device("cpu"), some_view(1)
+SHAPE, AUTOCAST = (32, 8, 32, 2, 2), train.autocast_of(CPU, torch.float32)
 VALUES = {
     "null": None,
     "text": "$_$\x1b[2J\n\0",
@@ -66,10 +66,6 @@ def home(tmp_path_factory):
         yield base
 
 
-def view():
-    return torch.arange(32 * 32 * 3).view(1, 32, 32, 3).remainder(251).byte()
-
-
 def steps(folder, resume=None):
     """A step of AdamW, a run that begins or is resumed, and another step -> where the run stands."""
     model = MAE(*SHAPE, 32, 1)
@@ -87,7 +83,7 @@ def steps(folder, resume=None):
 def use_encoder(base):
     init_from(MAE(*SHAPE[:3], 4, 2, 32, 1), base / "runs/a")
     encoder, _ = load_encoder(base / "runs/a")
-    return encoder.features(view())
+    return encoder.features(VIEW)
 
 
 def use_state(base):
@@ -97,7 +93,7 @@ def use_state(base):
 def use_recogniser(base):
     known = recognize.load_gallery(base / "runs/a-lora")
     net, header = finetune_lora.load_classifier(base / "runs/a-lora")
-    found = recognize.embed(net, view().numpy(), AUTOCAST)
+    found = recognize.embed(net, VIEW.numpy(), AUTOCAST)
     rows = recognize.answers(["x"], *found, known, 2)
     counts = torch.bincount(known["labels"], minlength=len(known["names"])).tolist()
     return [rows, [name in header["classes"] for name in known["names"]], counts]
@@ -105,24 +101,24 @@ def use_recogniser(base):
 
 def use_tagger(base):
     net, header = tags.load_tagger(base / "runs/a-tags")
-    characters, found = tags.answers(net, view())
+    characters, found = tags.answers(net, VIEW)
     named = tags.named(found[0], header)
     return [header["classes"][characters.argmax()], named, characters.tolist(), found.tolist()]
 
 
 def use_detector(base):
     net, header = detect.load(base / "runs/a-det")
-    boxes, scores = detect.faces_of(net, view()[0].numpy(), header["page"], header["threshold"])
+    boxes, scores = detect.faces_of(net, VIEW[0].numpy(), header["page"], header["threshold"])
     return [boxes.tolist(), scores.tolist()]
 
 
 def use_segmenter(base):
-    return segment.pixel_masks(segment.load(base / "runs/a-seg")[0], view(), AUTOCAST)
+    return segment.pixel_masks(segment.load(base / "runs/a-seg")[0], VIEW, AUTOCAST)
 
 
 def use_patches(base):
     net = segment.load_patches(base / "runs/a-seg/patches.safetensors")
-    return segment.proxy_masks(net, view(), AUTOCAST)
+    return segment.proxy_masks(net, VIEW, AUTOCAST)
 
 
 FILES = {  # file: how many cases, and what reads it
