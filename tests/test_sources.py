@@ -467,7 +467,7 @@ REFUSED = [  # files, a word of the refusal
     ({"metadata.jsonl": "[" * 99999}, "1 of 1 lines are no JSON objects"),
     ({"list.csv": f'"{"x" * 200_000}.png"'}, "not a table"),
     ({"list.csv": "a.png,x,nowhere"}, "line 1: split 'nowhere' is none of"),
-    ({"list.csv": "a.png,x,train\nb.png,y"}, "1 of 2 rows have no split"),
+    ({"list.csv": "a.png,x,train\nb.png,y\nc.png,z"}, "2 of 3 rows have no split"),
     ({"list.csv": "a.png,x\na.png,x,train,t,more"}, "line 2 is not path,label,split,tags"),
     ({"list.csv": ",x"}, "line 1 is not path"),
     ({"list.csv": "label,path\nx"}, "line 2 is not label,path"),
