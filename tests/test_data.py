@@ -306,6 +306,8 @@ def test_the_next_line_of_many_pictures_with_a_foreground_is_for_a_shell(tmp_pat
     words = shlex.split(said.splitlines()[-1].partition(", or ")[2].partition(";")[0])
     learn = ["python", "pretrain.py", "--data", "it's", "--mask", "fg_heavy", "--split", "test"]
     assert words == learn
+    run_line("data.py --show it's", tmp_path, check=0)  # with a row of foregrounds
+    assert (tmp_path / "it's/sheet.png").exists()
 
 
 # ---- who goes where ------------------------------------------------------------------------------
