@@ -1,4 +1,4 @@
-"""The drawn data set: deterministic, well-formed, and the same that was published."""
+"""The drawn data set: deterministic, well-formed, and not recognised by its thumbnails."""
 
 from collections import Counter
 from itertools import combinations
@@ -93,6 +93,22 @@ def test_plan_is_balanced_or_long_tailed():
     sizes = [count[label] for label in sorted(count)]
     assert sum(sizes) == 2400 and len(sizes) == 48 and min(sizes) >= 5
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 10 * sizes[-1]
+
+
+@pytest.mark.slow
+def test_identity_is_not_in_the_thumbnail():
+    """Ridge regression of the identity on 4 x 4 block means."""
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.preprocessing import StandardScaler
+
+    items = toon.plan(576)
+    items = [items[i] for i in np.random.default_rng(0).permutation(len(items))]
+    images = np.stack([toon.draw(item, 64)["image"] for item in items]).astype(float)
+    x = images.reshape(576, 4, 16, 4, 16, 3).mean((2, 4)).reshape(576, -1)
+    x, y = StandardScaler().fit_transform(x), np.array([item["label"] for item in items])
+    for strength in (1, 10, 100):
+        guess = RidgeClassifier(strength).fit(x[:400], y[:400]).predict(x[400:])
+        assert (guess == y[400:]).mean() < 0.6
 
 
 def test_the_sheet_is_a_picture_of_rows_and_columns(tmp_path):
