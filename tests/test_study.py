@@ -191,36 +191,24 @@ def test_pilots_give_the_threshold_and_are_never_reported(home, small):
 def adapt(small, monkeypatch, words, **trials):
     """Plan adapt with the learning rates that these arms try."""
     trials = {arm: plans.rates("--lr", *values) for arm, values in trials.items()}
-    plan = plans.PLANS["adapt"] | {"trials": trials, "seeds": range(2)}
-    monkeypatch.setitem(run.PLANS, "adapt", plan)
+    monkeypatch.setitem(run.PLANS, "adapt", plans.PLANS["adapt"] | {"trials": trials})
     study(small, f"adapt --arms {' '.join(trials)} {words}")
 
 
-@pytest.mark.parametrize(
-    ("trials", "best"),
-    [
-        ({"lora": (1, 2, 3), "full": (3, 4, 5)}, {("lora", "--lr 2"), ("full", "--lr 3")}),
-        ({"lora": (9, 5, 7)}, {("lora", "--lr 5")}),  # 9 diverges, which is the worst
-    ],
-)
-def test_trials_are_judged_on_dev_with_a_seed_that_is_not_reported(
-    home, small, monkeypatch, trials, best
-):
-    adapt(small, monkeypatch, "", **trials)
-    made = [line for line in calls(home) if " 500 None" in line]
-    assert len(made) == sum(map(len, trials.values()))
-    assert {(r["arm"], r["flags"]) for r in rows_of(home, "adapt")} == best
-
-
-def test_a_trial_has_a_row_and_is_not_made_again(home, small, monkeypatch):
-    """Where only the plan's folder is left, its choices stand."""
-    adapt(small, monkeypatch, "--seeds 1", lora=(1, 2, 3))
-    trials = read_log(folder_of(home, "adapt") / "trials.jsonl")
-    assert [row["flags"] for row in trials] == ["--lr 1", "--lr 2", "--lr 3"]
+def test_trials_are_judged_on_dev_by_a_seed_that_is_not_reported(home, small, monkeypatch):
+    """Where only the plan's folder is left, its choices stand: no trial is made again."""
+    trials = {"lora": (1, 2, 3), "full": (9, 5, 7)}  # 9 diverges, which is the worst
+    adapt(small, monkeypatch, "--seeds 1", **trials)
+    rows = read_log(folder_of(home, "adapt") / "trials.jsonl")
+    assert [row["flags"] for row in rows] == [f"--lr {x}" for x in (1, 2, 3, 9, 5, 7)]
+    assert len([line for line in calls(home) if " 500 None" in line]) == 6
     shutil.rmtree(home / "runs/work")
     before = len(calls(home))
-    adapt(small, monkeypatch, "--seeds 2", lora=(1, 2, 3))
+    adapt(small, monkeypatch, "--seeds 2", **trials)
     assert not [line for line in calls(home)[before:] if " 500 None" in line]
+    found = {(row["arm"], row["seed"], row["flags"]) for row in rows_of(home, "adapt")}
+    best = [("lora", "--lr 2"), ("full", "--lr 5")]
+    assert found == {(arm, seed, flags) for (arm, flags), seed in product(best, (0, 1))}
 
 
 def baselines(small, monkeypatch):
@@ -332,7 +320,11 @@ def test_every_plan_is_whole(name, home, small, monkeypatch):
     """It says what it would run; what it compares are its arms; its braces are made or set."""
     plan, open_split = plans.PLANS[name], run.data.open_split
     planes = dict.fromkeys(plan.get("planes", ()))
-    monkeypatch.setattr(run.data, "open_split", lambda *words: open_split(*words) | planes)
+
+    def opened(folder, split):  # small has no dev
+        return open_split(folder, "test" if split == "dev" else split) | planes
+
+    monkeypatch.setattr(run.data, "open_split", opened)
     lines = study(small, f"{name} --dry --seeds 1").stdout.splitlines()
     assert {line.strip().rpartition(", seed ")[0] for line in lines[1:]} == plan["arms"].keys()
     assert not (home / "runs").exists()
