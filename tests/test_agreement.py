@@ -62,9 +62,6 @@ def test_the_projector_is_a_normed_network_on_the_groups_of_the_data():
     assert all(w.grad.any() for w in agreement.parameters())
 
 
-# ---- the two views -------------------------------------------------------------------------------
-
-
 def test_views_of_one_image_are_neighbours():
     """Views 2i and 2i+1 of a batch of V*B are crops of image i."""
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3).numpy()
@@ -73,21 +70,16 @@ def test_views_of_one_image_are_neighbours():
     assert rows.tolist() == views[:, 0, 0, 0].tolist() == [4, 4, 2, 2, 0, 0, 5, 5]
 
 
-def test_backgrounds_are_another_images():
-    """The left half is figure. The right half of swapped views becomes that of another image."""
+def test_some_views_have_the_background_of_another_image():
+    """test_data.py judges the swap. The left half is figure; there are two views of four images."""
     fg = torch.zeros(8, 32, 32, dtype=torch.uint8)
     fg[:, :, :16] = 255
-    shades = torch.arange(8, dtype=torch.uint8) * 20  # two views of four images
+    shades = torch.arange(8, dtype=torch.uint8) * 20
     view = shades[:, None, None, None].repeat(1, 32, 32, 3)
     where = *data.full_boxes(8), 32
     draws = torch.full((8, 4), 0.5)  # colours times 1
     draws[:, 3] = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.1, 0.9, 0.1, 0.1])
-    mixed = pretrain.make_views(view, fg, *where, draws)
-    assert torch.equal(mixed[:, :, :15], view[:, :, :15])
-    right = mixed[:, 0, -1, 0].tolist()
-    swapped = [i for i in range(8) if right[i] != 20 * i]
-    assert swapped == [0, 1, 4, 6, 7]
-    others = [x // 40 for x in right]  # the image that it comes from
-    assert all(others[i] != i // 2 for i in swapped)
-    assert others[0] != others[1] and others[6] != others[7]
+    swapped = data.swap_backgrounds(view, fg[..., None] / 255, draws[:, 3], pretrain.SWAP, 2)
+    assert torch.equal(pretrain.make_views(view, fg, *where, draws), swapped)
+    assert not torch.equal(swapped, view)
     assert torch.equal(pretrain.make_views(view, None, *where, draws), view)

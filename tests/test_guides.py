@@ -26,7 +26,7 @@ def noise_images(n, S=32):
     return np.random.default_rng(0).integers(0, 256, (n, S, S, 3), np.uint8)
 
 
-# ---- the teacher ---------------------------------------------------------------------------------
+# ---- the teacher, and maps -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,6 @@ def test_a_teacher_that_was_given_does_not_learn():
         assert bool(guide.networks()) == learns
 
 
-# ---- its attention -------------------------------------------------------------------------------
-
-
 def test_the_teachers_maps_are_its_attention(tmp_path):
     """Means over the heads, in the order of the images, as a file that the guide reads."""
     torch.manual_seed(0)
@@ -135,38 +132,19 @@ def test_what_is_unusual_for_its_place_is_found():
     torch.testing.assert_close(score, (tokens - tokens.mean(0)).norm(dim=2), rtol=1e-3, atol=1e-4)
 
 
-# ---- maps follow their images --------------------------------------------------------------------
-
-
-def test_a_hot_patch_follows_crop_and_flip():
-    """A bright cell in the image and the same in the map: after 40 crops they are at one place."""
-    n, side = 40, 8
-    S = 8 * side
-    boxes, flip = data.draw_boxes(n, torch.Generator().manual_seed(0), 0.3)
-    images, maps = np.zeros((n, S, S, 3), np.uint8), np.zeros((n, side, side), np.float16)
-    for i in range(n):  # a cell in the middle of what is shown
-        row, column = (int(side * (boxes[i, k] + boxes[i, k + 2] / 2)) for k in (0, 1))
-        images[i, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 255
-        maps[i, row, column] = 1
-    view = data.view_images(torch.from_numpy(images), boxes, flip, S)
-    seen = torch.nn.functional.avg_pool2d(view.permute(0, 3, 1, 2).float(), 8)[:, 0].flatten(1)
-    known = guidance.crop_map(maps, torch.arange(n), boxes, flip, side)
-    # a cell on an edge may be rounded to its neighbour
-    assert (known.argmax(1) == seen.argmax(1)).float().mean() > 0.8
-    assert torch.nn.functional.cosine_similarity(known, seen).min() > 0.75
-    unflipped = guidance.crop_map(maps, torch.arange(n), boxes, ~flip, side)
-    assert (unflipped.argmax(1) == seen.argmax(1)).float().mean() < 0.5
-
-
-def test_parts_are_shares_and_the_background_is_one_of_them():
+def test_maps_follow_their_images_and_parts_are_shares():
+    """As data.view_maps does, of these rows; the background is a part."""
     labels = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
     boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.3)
     rows = torch.tensor([4, 0, 5, 1, 3, 2])
     shares = guidance.crop_parts(labels, rows, boxes, flip, 8, 5)
     assert shares.shape == (6, 64, 5)
     torch.testing.assert_close(shares.sum(2), torch.ones(6, 64))
-    figure = guidance.crop_map(np.uint8(255 * (labels > 0)), rows, boxes, flip, 8)
-    torch.testing.assert_close(1 - shares[..., 0], figure)
+    figure = np.uint8(255 * (labels > 0))
+    found = guidance.crop_map(figure, rows, boxes, flip, 8)
+    torch.testing.assert_close(1 - shares[..., 0], found)
+    followed = data.view_maps(torch.from_numpy(figure)[rows], boxes, flip, 8) / 255
+    torch.testing.assert_close(found, followed.flatten(1))
 
 
 # ---- what a strategy gets ------------------------------------------------------------------------
@@ -233,15 +211,12 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
     assert guide_of("detail").loss(ids, error) == 0 and set(guide.networks()) == {"predictor"}
 
 
-def test_what_was_hidden_of_foreground_and_background():
+def test_the_log_says_how_the_masks_of_a_batch_are():
     fg = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
     found = guidance.region_shares(fg, torch.tensor([[0, 2], [1, 2]]))
     assert found == pytest.approx({"fg_hidden": 1 / 3, "bg_hidden": 3 / 5})
     empty = guidance.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]]))
     assert empty == {"fg_hidden": 0.0, "bg_hidden": 0.5}
-
-
-def test_the_log_says_how_the_masks_of_a_batch_are():
     ids = torch.arange(12).expand(6, -1)
     numbers = guide_of("fg_heavy").statistics({"fg": torch.ones(6, 16)}, ids, 3, 10)
     assert numbers == {"mask_diversity": 0, "fg_hidden": 0.75, "bg_hidden": 0}
@@ -253,9 +228,6 @@ def test_the_log_says_how_the_masks_of_a_batch_are():
     parts = torch.nn.functional.one_hot(torch.arange(16) % 3, 3).expand(6, -1, -1)
     pictures = guide_of("parts").pictures({"parts": parts})["parts"]
     assert pictures.shape == (3, 4, 4) and torch.equal(pictures[0].flatten(), torch.arange(16) % 3)
-
-
-# ---- which maps ----------------------------------------------------------------------------------
 
 
 def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, monkeypatch):
@@ -282,9 +254,6 @@ def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, m
     train["header"]["size"] = 33  # another data set
     with pytest.raises(UserError, match="another data set"):
         guidance.open_maps("fg", "auto", "packed", train)
-
-
-# ---- the README's exercise -----------------------------------------------------------------------
 
 
 def test_the_readmes_exercise_works_as_it_stands():

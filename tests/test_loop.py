@@ -30,16 +30,10 @@ def flags_of(*words):
     return Flags(parser, words)
 
 
-# ---- flags ---------------------------------------------------------------------------------------
-
-
-def test_defaults_fill_only_what_was_not_given_and_a_run_has_the_name_of_the_rest():
+def test_flags_are_given_or_saved_or_filled_by_defaults():
     flags = flags_of("--lr", "0.5", "--out", "x")
     flags.fill(lr=1.0, batch_size=16)
     assert (flags.lr, flags.batch_size, flags.name("toon")) == (0.5, 16, "toon-lr-0.5")
-
-
-def test_a_resumed_run_takes_its_saved_flags():
     flags = flags_of("--resume", "run")
     flags.take_saved({"lr": 0.7, "out": "run"})
     flags.fill(lr=1.0, batch_size=16)
@@ -54,9 +48,6 @@ def test_keys_of_a_name():
     assert CHOICES["lora"]["r"] == 8, "the defaults have changed"
     with pytest.raises(UserError, match="--x"):
         parse_keys("lora:r=1.5", CHOICES, "--x")
-
-
-# ---- optimizer and schedule ----------------------------------------------------------------------
 
 
 def test_the_learning_rate_rises_on_a_line_and_falls_by_half_a_cosine_to_0():
@@ -91,9 +82,6 @@ def test_a_cpu_gets_bf16_where_bf16_is_fast(monkeypatch, gain, dtype):
     monkeypatch.setattr(train, "bf16_gain", lambda: gain)
     assert train.pick_dtype("auto", CPU)[0] == dtype
     assert train.pick_dtype("bf16", CPU)[0] == torch.bfloat16
-
-
-# ---- a run ---------------------------------------------------------------------------------------
 
 
 def steps(flags, until):

@@ -47,9 +47,6 @@ def save_adapted(folder):
     return vit
 
 
-# ---- the method ----------------------------------------------------------------------------------
-
-
 def test_it_starts_as_nothing_and_trains_alone():
     plain, vit = small_vit(), small_vit()
     view = some_view()
@@ -98,15 +95,12 @@ def test_shares_of_the_parameters_are_those_in_the_docs():
         assert float(share) == round(100 * trained / whole, 2)
 
 
-# ---- adapter files, and the `peft` library -------------------------------------------------------
-
-
 def made_by_peft(kind=True, **options):
     """peft's model on our encoder, its adapter begun in this way and moved as by training."""
     torch.manual_seed(5)
-    config = {"r": 4, "lora_alpha": 10, "target_modules": ["qkv", "fc1"]} | options
-    net = peft.get_peft_model(small_vit(), peft.LoraConfig(init_lora_weights=kind, **config)).eval()
-    return net
+    options = {"r": 4, "lora_alpha": 10, "target_modules": ["qkv", "fc1"]} | options
+    config = peft.LoraConfig(init_lora_weights=kind, **options)
+    return peft.get_peft_model(small_vit(), config).eval()
 
 
 def move(net):

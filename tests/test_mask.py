@@ -36,11 +36,6 @@ def hidden(name, patches, noise, M, t=1.0, **keys):
     return torch.zeros_like(priority).scatter(1, ids, 1.0).bool()
 
 
-def top(score, M):
-    """(B, N) bool: the M highest of each row."""
-    return torch.zeros_like(score).scatter(1, score.topk(M, 1).indices, 1.0).bool()
-
-
 # ---- counts and chance ---------------------------------------------------------------------------
 
 
@@ -103,8 +98,9 @@ def test_beta_infinite_is_top_k(name):
     score = patches[masking.NEEDS[name]]
     for t in (0.2, 1.0):
         lowest = name == "attn_low" or (name in ("detail", "learned") and t < 0.5)
+        first = score.topk(48, 1, largest=not lowest).indices
         found = hidden(name, patches, noise_of(6, 64), 48, t, beta=INF)
-        assert torch.equal(found, top(-score if lowest else score, 48))
+        assert torch.equal(found, torch.zeros_like(score).scatter(1, first, 1.0).bool())
 
 
 def test_guidance_rises_on_a_straight_line():
@@ -139,7 +135,7 @@ def test_what_the_teacher_attends_to_least_is_thrown():
     assert torch.equal(hide.sort(1).values, order[:, 55:].sort(1).values)
 
 
-# ---- foreground and background: quotas -----------------------------------------------------------
+# ---- quotas of figure, ground and parts ----------------------------------------------------------
 
 
 def figures(N, sizes):
@@ -181,9 +177,6 @@ def test_within_a_side_chance_decides():
     often = hidden("fg_heavy", {"fg": fg}, noise_of(2000, 100), 75).float().mean(0)
     for side, expected in ((1, 0.9), (0, 0.6)):
         assert (often[fg[0] == side] - expected).abs().max() < 0.05
-
-
-# ---- parts: from a portion of each to whole ones -------------------------------------------------
 
 
 def part_map(N, sizes, images):

@@ -20,7 +20,6 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsClassifier
 
 import demo
-import recognize
 from common import evaluate, metrics
 from common.train import seeded
 from experiments import stress
@@ -39,9 +38,6 @@ def blobs():
     centres, mix = torch.randn(5, 12, generator=draws), torch.randn(12, 12, generator=draws)
     x = (centres[labels] + 0.8 * torch.randn(400, 12, generator=draws)) @ mix
     return x[:300], labels[:300], x[300:], labels[300:]
-
-
-# ---- scikit-learn --------------------------------------------------------------------------------
 
 
 def test_the_strength_of_the_probe_is_the_best_on_the_rows_to_choose_on(blobs):
@@ -146,28 +142,16 @@ def test_few_shot_is_the_nearest_centroid(blobs):
     assert metrics.draw_episodes(labels, truth, 6, 1, seeded(0)) is None
 
 
-def test_head_mid_and_tail():
+def test_small_formulas_by_hand():
     table, counts = torch.tensor([[8, 2, 0], [1, 3, 0], [2, 0, 0]]), torch.tensor([101, 20, 19])
     assert metrics.by_frequency(table, counts) == {"head": 0.8, "mid": 0.75, "tail": 0.0}
     assert metrics.by_frequency(table, torch.tensor([100, 100, 100]))["head"] is None
-
-
-def test_a_threshold_is_crossed_on_a_straight_line():
-    assert metrics.threshold_of([50, 40, 70]) == 68
+    assert metrics.threshold_of([50, 40, 70]) == 68  # it is crossed on a straight line
     assert metrics.first_crossing([0, 10, 30], [50, 60, 80], 70) == 20
     assert metrics.first_crossing([5, 10], [50, 60], 40) == 5
     assert metrics.first_crossing([0, 10], [50, 60], 61) is None
-
-
-def test_unknown_characters_are_counted_where_5_percent_of_the_known_fail():
-    """A threshold that 10 % fail would call more pictures unknown than the report says."""
-    known, unknown = torch.linspace(0, 1, 101), torch.tensor([0.02, 0.04, 0.07, 0.5])
-    right = torch.ones(101, dtype=torch.bool)
-    found = recognize.open_set(known, right, ~right, unknown)
-    assert found["strangers_unknown_at_5"] == 50
-
-
-# ---- evaluations while a model trains ------------------------------------------------------------
+    cross = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]) + 5
+    assert evaluate.effective_rank(cross) == 2  # directions
 
 
 def split_of(labels, **more):
@@ -195,11 +179,6 @@ def test_classifiers_learn_nothing_from_the_pictures_that_they_are_judged_on():
     found = evaluate.recognition(looked_at(features, features[:90]), *sets)
     assert found["knn"] == found["linear"] == 0
     assert found["mean_rank"] == 1  # both classes lie on one line
-
-
-def test_effective_rank_counts_directions():
-    cross = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]) + 5
-    assert evaluate.effective_rank(cross) == 2
 
 
 def test_thumbnails_are_means_of_cells():
@@ -288,9 +267,6 @@ def test_attention_by_part_is_its_share_over_the_share_of_the_area(held):
     torch.nn.init.normal_(encoder.blocks[0].attn.qkv.weight, std=0.5)
     held["images"] = held["images"][1:3]  # here a random encoder attends to the upper half alone
     assert look() == pytest.approx({"figure": 2, "background": 0}, abs=0.05)
-
-
-# ---- pictures ------------------------------------------------------------------------------------
 
 
 def test_psnr_and_ssim_are_skimages():

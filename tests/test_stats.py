@@ -71,7 +71,7 @@ def test_seeds_tie_when_they_differ_by_rounding_alone(size, sign):
         assert (t_interval(sign * (size + population)) is None) == ties
 
 
-# ---- seeds and test images -----------------------------------------------------------------------
+# ---- seeds and test images, variances ------------------------------------------------------------
 
 
 def test_the_error_of_the_test_images_is_that_of_means_of_illustrations():
@@ -108,9 +108,6 @@ def test_images_never_make_an_interval_narrower_or_a_p_smaller():
     half = scipy.stats.t.ppf(0.975, more) * error
     assert more > df and half < alone["high"] - alone["effect"]
     assert both | {"bootstrap": None} == alone
-
-
-# ---- variances, by scipy -------------------------------------------------------------------------
 
 
 def test_the_interval_of_a_ratio_of_variances_is_that_of_f():
@@ -206,13 +203,7 @@ def test_epochs_of_two_seeds_of_none_and_from_the_start_say_nothing():
     assert row["notes"] == ["the random-init encoder has the threshold of 0.0 % already"]
 
 
-# ---- verdicts ------------------------------------------------------------------------------------
-
-
-def test_holm_goes_from_the_smallest_p_up_and_never_back_down():
-    assert stats.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert stats.holm([0.02, 0.021, 0.9]) == pytest.approx([0.06, 0.06, 0.9])
-    assert stats.holm([0.03, None]) == [0.06, None]
+# ---- verdicts, and common/stats.py ---------------------------------------------------------------
 
 
 WORDS = {  # (effect, p, p_equal): word
@@ -225,8 +216,11 @@ WORDS = {  # (effect, p, p_equal): word
 }
 
 
-def test_words_of_a_difference():
+def test_holm_goes_from_the_smallest_p_up_and_never_back_down_and_words_of_a_difference():
     assert {case: stats.word(*case) for case in WORDS} == WORDS
+    assert stats.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert stats.holm([0.02, 0.021, 0.9]) == pytest.approx([0.06, 0.06, 0.9])
+    assert stats.holm([0.03, None]) == [0.06, None]
 
 
 def part(**changes):
@@ -289,9 +283,6 @@ def test_a_test_that_lacks_a_run_counts_as_one_without_rows():
     wrong_way = part(effect=-0.5, low=-1.0, p=0.001)
     (found,) = stats.judge([{"id": "A", "parts": [wrong_way]}], {"A": 1})
     assert found["p"] == 1.0
-
-
-# ---- common/stats.py -----------------------------------------------------------------------------
 
 
 def test_mean_and_deviation_are_of_samples():
