@@ -227,15 +227,6 @@ def test_the_largest_face_of_each_picture_keeps_its_folder(base, monkeypatch):
     assert min(sizes) > Image.open(base / "images/class0/illust0_0.png").size[0] / 2
 
 
-def test_half_of_it_answers_as_the_whole(base):
-    run_line("export.py runs/a-det --to half --out half", base, check=0)
-    (whole, about), (half, same) = detect.load(base / "runs/a-det"), detect.load(base / "half")
-    with torch.no_grad():
-        boxes = half(view_of(0))[1], whole(view_of(0))[1]
-    torch.testing.assert_close(*boxes, rtol=0, atol=0.5)  # pixels
-    assert about == same and "ap50" in (base / "half/README.md").read_text()
-
-
 def test_a_page_s_faces_are_named_one_by_one(base, monkeypatch):
     """recognize.py --detect: a line for each face, by a recogniser of whole drawings."""
     Image.new("RGB", (64, 64), (200, 90, 90)).save(base / "page.png")

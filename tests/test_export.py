@@ -39,9 +39,6 @@ def near(found, expected):
     assert np.allclose(found, expected.detach().numpy(), atol=1e-4, equal_nan=True)
 
 
-# ---- ONNX ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_an_encoder(at):
     run_line("export.py runs/a --to onnx --out encoder.onnx --image-size 16", at, check=0)
@@ -128,9 +125,6 @@ def test_ctrl_c_in_the_export_to_onnx_is_one_word(at, monkeypatch):
     monkeypatch.setattr("torch.onnx.export", wrap)
     done = run_line("export.py runs/a --to onnx --out stopped.onnx", at, check=130)
     assert done.stderr == "stopped\n" and not (at / "stopped.onnx").exists()
-
-
-# ---- the card ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -206,9 +206,6 @@ def test_the_gradient_is_fp32_until_it_is_rounded():
     assert typical(found - truth) < 2**-10 * typical(truth)
 
 
-# ---- statistics of hidden patches ----------------------------------------------------------------
-
-
 def test_predicted_statistics_learn_the_true_ones():
     """They are added to a guess: the mean over visible patches, weighted by distance^-3."""
     view, keep, ids = case(8)
@@ -304,9 +301,6 @@ def test_what_does_not_fit_is_refused(change, word):
     on = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in given.values()]
     with pytest.raises(ValueError, match=word):
         loss(*on)
-
-
-# ---- what torch.compile sees, and who is chosen --------------------------------------------------
 
 
 @pytest.mark.slow

@@ -28,9 +28,6 @@ def at(x, ids):
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
 
 
-# ---- the transformer -----------------------------------------------------------------------------
-
-
 def test_sincos_positions_follow_the_formula():
     side, D = 5, 32
     positions = M.sincos_positions(D, side)[0]
@@ -72,9 +69,6 @@ def test_the_encoder_is_torchs_pre_norm_transformer():
     torch.testing.assert_close(vit.features(view), vit.norm(x), rtol=1e-4, atol=1e-4)
 
 
-# ---- what must not leak --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [M.MAE, M.SimMIM])
 def test_masked_pixels_never_reach_the_network(kind):
     net, view = small_mae(kind), some_view()
@@ -92,9 +86,6 @@ def test_the_statistics_head_and_the_pooler_give_no_gradient_to_the_rest():
     (stats.sum() + mae.encoder.summary(tokens).square().sum()).backward()
     reached = {name.rsplit(".", 1)[0] for name, p in mae.named_parameters() if p.grad is not None}
     assert reached == {"decoder.stats_head", "encoder.pooler", "encoder.pooler.kv"}
-
-
-# ---- decoders ------------------------------------------------------------------------------------
 
 
 def test_the_decoder_without_unshuffling_is_the_papers():
@@ -129,9 +120,6 @@ def test_simmim_puts_its_mask_token_where_a_patch_was():
     assert tokens is None
 
 
-# ---- attention that guides -----------------------------------------------------------------------
-
-
 def test_attention_maps_are_the_formulas():
     """cls: the CLS row of the last block. rollout: the product over blocks of (A + I) / 2."""
     vit, view = small_mae().encoder, some_view()
@@ -157,9 +145,6 @@ def test_the_pooler_is_attention_with_one_query_a_head():
     assert torch.equal(pooler(torch.cat([torch.randn(3, 1, 64), tokens[:, 1:]], 1)), pooler(tokens))
     attention, _ = pooler.keys_and_values(tokens)
     torch.testing.assert_close(attention.sum(2), torch.ones(3, 4))
-
-
-# ---- pixels and files ----------------------------------------------------------------------------
 
 
 def test_pixels_survive_the_round_trip_with_and_without_statistics():

@@ -57,9 +57,6 @@ def report_of(folder, name="probe.json"):
     return json.loads((folder / name).read_text())
 
 
-# ---- one run -------------------------------------------------------------------------------------
-
-
 def test_one_command_writes_what_its_docstring_says(runs):
     """Numbers of all features, each beside its controls; two pictures."""
     base, done = runs
@@ -143,9 +140,6 @@ def test_results_of_other_data_or_splits_have_a_folder_of_their_own(runs, small,
     assert "is there already" in refused(again)
     of_file = features.results_folder("x/dino.pth", small, "val")  # it has no data of its own
     assert of_file == Path("x/dino/packed-val")
-
-
-# ---- several runs --------------------------------------------------------------------------------
 
 
 def test_runs_are_compared_in_pairs(runs, tmp_path):

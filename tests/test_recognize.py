@@ -273,19 +273,6 @@ def test_a_missing_gallery_is_built_of_the_training_pictures(base, monkeypatch):
     assert recognize.open_gallery("runs/a-lora")["labels"].bincount().tolist() == [3, 3, 3]
 
 
-def test_characters_that_are_left_out_stand_for_unknown_ones(base, monkeypatch):
-    calibrate, unknown = recognize.calibrate, []
-
-    def noted(*words):
-        unknown.append(words[3])
-        return calibrate(*words)  # the fourth: logits, embeddings and labels of unknown ones
-
-    monkeypatch.setattr(recognize, "calibrate", noted)
-    words = f"--data datasets/packed --method linear --hold-out 1 --epochs 2 {CPU} --out runs/new"
-    run_line(f"finetune_lora.py runs/a {words}", base, check=0)
-    assert len(recognize.open_gallery("runs/new")["names"]) == 2 and len(unknown[0][0]) > 0
-
-
 @pytest.mark.slow
 def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(base):
     before, numbers = read_safetensors(base / GALLERY)
@@ -316,7 +303,7 @@ def test_what_is_promised_is_the_mean_share_over_characters():
     assert "too few" in recognize.promised(recognize.promise([first], 0.0))
 
 
-# ---- names ---------------------------------------------------------------------------------------
+# ---- names, enrolment, verification --------------------------------------------------------------
 
 
 def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(base, monkeypatch):
@@ -363,9 +350,6 @@ def test_a_run_of_half_the_size_says_the_same(base):
         assert whole["similarity"] == pytest.approx(half["similarity"], abs=5e-3)
 
 
-# ---- enrolment -----------------------------------------------------------------------------------
-
-
 def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_forgotten(base):
     before = recognize.load_gallery("runs/a-lora")
     draw_folder(base / "new", 1, 8, seed=5)
@@ -391,9 +375,6 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
         after = recognize.load_gallery("runs/a-lora")
         assert after["names"][-1] == last
     assert after["keys"] == before["keys"] and torch.equal(after["unit"], before["unit"])
-
-
-# ---- verification --------------------------------------------------------------------------------
 
 
 def verified(base, words, folder):

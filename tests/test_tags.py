@@ -72,7 +72,7 @@ def test_the_curriculum_rises_to_all_at_the_half_and_stays():
     assert share == sorted(share)
 
 
-def test_many_hot_and_reach():
+def test_tags_are_many_hot_and_as_many_as_pictures_have():
     expected = torch.zeros(5, V)
     expected[[0, 0, 1, 3, 3, 4, 4], [1, 2, 3, 0, 9, 5, 6]] = 1
     assert (tags.many_hot(IDS, V) == expected.numpy()).all()
@@ -153,7 +153,7 @@ def test_the_two_losses_are_those_of_the_docstring(arm):
     assert tag_loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-# ---- the stage -----------------------------------------------------------------------------------
+# ---- the stage, and how tags are judged ----------------------------------------------------------
 
 
 def results_of(run):
@@ -236,9 +236,6 @@ def test_pictures_get_a_name_and_tags(base):
     some = torch.tensor([0.3, 0.5, 0.9])
     assert list(tags.named(some, header).items()) == [("c", 0.9), ("a", 0.3)]
     assert [*tags.named(some, header, 0.4)] == ["c", "b"]
-
-
-# ---- how tags are judged -------------------------------------------------------------------------
 
 
 def assert_best_f1(truth, scores, threshold):
