@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import demo
 import model as M
 import pretrain
 import tags
@@ -130,3 +131,13 @@ def test_a_step_on_tags_has_an_mps_kernel_for_everything(log, arm):
         optimizer.step()
         tags.answers(net, view), tags.answers(net, view, ids)
     check(log)
+
+
+def test_the_page_has_an_mps_kernel_for_everything(log, at, monkeypatch):
+    monkeypatch.setattr(demo, "psnr", lambda a, b, where: torch.zeros(1))  # on the CPU
+    picture = demo.drawing("akika", 0)
+    with log, torch.inference_mode():
+        for strategy in ("attn_high", "parts", "detail"):
+            assert "<img" in demo.mask_page("runs/a", picture, strategy, 0.75, 1.0, 0)
+        assert "<h2>" in demo.tags_page("runs/a-tags", picture)
+    assert not log.missing and torch.float64 not in log.dtypes

@@ -309,15 +309,15 @@ def test_a_run_that_diverges_is_a_row_once(home, small):
 # ---- the plans -----------------------------------------------------------------------------------
 
 
-def commands_of(plan):
-    """Every command of a plan."""
-    made = [*plan["arms"].values(), *plan.get("made", {}).values(), [plan.get("judge", "")]]
-    return list(filter(None, chain(*made)))
+@functools.cache
+def flags_of(stage):
+    """The flags in the --help of a stage."""
+    return set(run.re.findall(r"--[a-z][\w-]*", call(stage, "--help", cwd=".", check=0).stdout))
 
 
 @pytest.mark.parametrize("name", plans.PLANS)
 def test_every_plan_is_whole(name, home, small, monkeypatch):
-    """It says what it would run; what it compares are its arms; its braces are made or set."""
+    """It says what it would run. What it names is there: arms, flags of stages, words in braces."""
     plan, open_split = plans.PLANS[name], run.data.open_split
     planes = dict.fromkeys(plan.get("planes", ()))
 
@@ -329,27 +329,18 @@ def test_every_plan_is_whole(name, home, small, monkeypatch):
     assert {line.strip().rpartition(", seed ")[0] for line in lines[1:]} == plan["arms"].keys()
     assert not (home / "runs").exists()
     known = {*plan.get("made", {}), *plan["set"], "data", "seed", "epochs", "arm"}
-    for text in [*plan["arms"], *commands_of(plan)]:
+    made = [*plan["arms"].values(), *plan.get("made", {}).values(), [plan.get("judge", "")]]
+    commands = list(filter(None, chain(*made)))
+    for text in [*plan["arms"], *commands]:
         assert set(run.re.findall(r"\{([a-z]\w*)\}", text)) <= known, text
+    for text in commands:
+        words = text.replace("{recipe}", plan["set"].get("recipe", "")).split()
+        stage = words[1] if words[0] == "-m" else words[0]
+        stage = "recognize.py" if "--verify" in words else stage
+        assert {word for word in words if word.startswith("--")} <= flags_of(stage), text
     parts = [hypothesis["parts"] for hypothesis in plan.get("hypotheses", [])]
     for test in chain(plan.get("differences", []), *parts):
         assert {test["arm"], test["against"]} <= plan["arms"].keys()
         columns = {test["what"], test.get("against_what", test["what"])}
         assert columns <= {*plan["columns"], "variance", "log_epochs"}
     assert plan.get("trials", {}).keys() <= {*plan["arms"], *plan.get("made", {})}
-
-
-@functools.cache
-def flags_of(stage):
-    """The flags in the --help of a stage."""
-    return set(run.re.findall(r"--[a-z][\w-]*", call(stage, "--help", cwd=".", check=0).stdout))
-
-
-@pytest.mark.parametrize("name", plans.PLANS)
-def test_every_flag_of_a_plan_is_its_stages(name):
-    plan = plans.PLANS[name]
-    for text in commands_of(plan):
-        words = text.replace("{recipe}", plan["set"].get("recipe", "")).split()
-        stage = words[1] if words[0] == "-m" else words[0]
-        stage = "recognize.py" if "--verify" in words else stage
-        assert {word for word in words if word.startswith("--")} <= flags_of(stage), text
