@@ -21,15 +21,11 @@ def by_hand(h, groups, T, dcl):
     return total / len(h)
 
 
-def some_views(n=10):
-    h = torch.randn(n, 6, generator=torch.Generator().manual_seed(0))
-    return F.normalize(h, dim=1)
-
-
 @pytest.mark.parametrize("dcl", [False, True])
 def test_the_loss_is_the_formula(dcl):
     """Images 0 and 3 are near-duplicates: four views that are nobody's negatives among themselves."""
-    h, groups = some_views(), torch.tensor([0, 1, 2, 0, 4]).repeat_interleave(2)
+    h = F.normalize(torch.randn(10, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    groups = torch.tensor([0, 1, 2, 0, 4]).repeat_interleave(2)
     loss, _ = agreement_loss(h, groups, 0.3, dcl)
     assert loss.item() == pytest.approx(by_hand(h, groups.tolist(), 0.3, dcl), rel=1e-5)
     apart = by_hand(h, torch.arange(5).repeat_interleave(2).tolist(), 0.3, dcl)

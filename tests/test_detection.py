@@ -29,9 +29,6 @@ def view_of(seed, side=64):
     return torch.randint(256, (1, side, side, 3), dtype=torch.uint8, generator=seeded(seed))
 
 
-# ---- what is learned -----------------------------------------------------------------------------
-
-
 def test_a_box_is_taught_at_its_centre_on_the_level_of_its_size_and_weighs_one():
     heat, boxes, weight = detect.targets(BOXES, 64, 8)
     assert heat.shape == weight.shape == (2, 16**2 + 8**2 + 4**2)
@@ -93,9 +90,6 @@ def test_crops_carry_their_boxes_along(cut, monkeypatch):
         assert cut is detect.mosaic or not len(own) or outside.max() < 60
 
 
-# ---- what is answered ----------------------------------------------------------------------------
-
-
 def test_a_crop_stands_at_its_place_on_the_page():
     """Without blocks a token is its patch and its position: of a crop the page's, where it was cut."""
     net, page = tiny(), view_of(0)
@@ -154,9 +148,6 @@ def test_what_is_cut_out_is_the_face_and_room_around_it():
     assert room.shape == (20, 20, 3) and (room[5:15, 5:15] == 255).all()
     assert room.mean() == pytest.approx(255 / 4)
     assert detect.cut_out(picture, (0, 0, 10, 40), 1, 16).shape == (16, 16, 3)
-
-
-# ---- runs ----------------------------------------------------------------------------------------
 
 
 def test_a_run_writes_what_it_says(base):

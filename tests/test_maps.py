@@ -41,13 +41,6 @@ def made(base, words, folder="datasets/packed"):
     return run_line(f"maps.py --data {folder} --device cpu {words}", base, check=0).stdout
 
 
-def file_of(name):
-    return f"maps/packed/{name}.safetensors"
-
-
-# ---- the algorithms ------------------------------------------------------------------------------
-
-
 def drawn(n=12, side=64):
     """Disks on a gradient: images u8 (n, side, side, 3) and the true figure, bool (n, side, side)."""
     g = seeded(0)
@@ -112,9 +105,6 @@ def test_clusters_are_found_again_and_numbered_by_size_and_parts_are_the_figures
     assert parts.dtype == torch.uint8 and torch.equal(parts > 0, figure) and parts.max() <= 5
 
 
-# ---- the files -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "grid", "dtype"),
     [("saliency", 32, np.uint8), ("attn", 4, np.float16), ("parts", 4, np.uint8)],
@@ -123,7 +113,7 @@ def test_files_hold_what_the_docstring_says(at, name, grid, dtype):
     train = data.open_split("datasets/packed", "train")
     n, found = len(train["images"]), data.open_map("maps/packed", name, train)
     assert found.shape == (n, grid, grid) and found.dtype == dtype
-    with safe_open(file_of(name), "pt") as f:  # as anybody else reads it
+    with safe_open(f"maps/packed/{name}.safetensors", "pt") as f:  # as anybody else reads it
         about = json.loads(f.metadata()["animask"])
     expected = {"map": name, "grid": grid, "images": n, "split": "train"}
     expected |= {"by": "" if name == "saliency" else "runs/a"}
@@ -183,7 +173,7 @@ def test_an_estimate_of_exact_masks_says_so(at):
 )
 def test_maps_that_do_not_fit_are_refused(at, path, kind, split, word):
     if path == "few.safetensors":  # one picture less than the data
-        maps = data.open_tensors(file_of("saliency"))
+        maps = data.open_tensors("maps/packed/saliency.safetensors")
         few = maps["saliency"][1:]
         data.write_maps(at / path, kind, [few], few.shape, "U8", maps["header"])
     with pytest.raises(UserError, match=re.escape(word)):
@@ -201,9 +191,6 @@ def test_a_sheet_shows_every_strategy_whose_scores_are_known(at, monkeypatch):
     made(at, f"{ATTN} --split val --out b")  # it has no true masks
     assert not shown.keys() & {"fg_heavy", "parts"} and "attn_low" in shown
     assert maps.hidden_by("block", {}, 5, 6, 0.75).sum((1, 2)).tolist() == [27] * 5
-
-
-# ---- experiments.map_quality: how true they are --------------------------------------------------
 
 
 def test_measures_of_maps_are_what_their_names_say():

@@ -42,9 +42,6 @@ def train_in(out, packed, *words, check=0):
     return call("pretrain.py", *words, cwd=out.parent, check=check)
 
 
-# ---- a run from end to end -----------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
     """An attn_high run with the nano that a user has, and what it printed."""
@@ -63,9 +60,6 @@ def test_a_run_writes_what_its_docstring_says(finished):
     assert held[-1]["val_mse"] < held[0]["val_mse"] and held[-1]["step"] == 20
     assert held[0]["knn_thumbnail"] > 0 and "attention (pooler) of self" in done.stdout
     assert done.stdout.splitlines()[-1] == f"next: python probe.py {out}"
-
-
-# ---- kill and resume -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,9 +109,6 @@ def test_a_killed_process_resumes_to_the_same_bits(small, finished, tmp_path):
 
 def last_step(out):
     return max([row["step"] for row in read_log(out / "log.jsonl")], default=0)
-
-
-# ---- what every mask shares ----------------------------------------------------------------------
 
 
 def recipe(monkeypatch, small, *words):
@@ -179,9 +170,6 @@ def test_a_ratio_rises_or_is_drawn_for_each_step():
     assert drawn[0] == drawn[1]  # of two processes
     assert [pretrain.ratio_at("0.5:0.9", t, ()) for t in (0, 0.5, 1)] == [0.5, 0.7, 0.9]
     assert pretrain.ratio_at("0.75", 0.3, ()) == 0.75
-
-
-# ---- other ways to run it ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", ["fg_heavy", "bg_heavy", "learned:shuffle=1", "random:throw=0.2"])

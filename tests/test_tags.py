@@ -125,8 +125,9 @@ def test_probabilities_of_tags_are_sums_over_places_that_pictures_reach():
     torch.testing.assert_close(tags.answers(net, view)[1], p[:, 0] + p[:, 1] / 2 + p[:, 2] / 4)
 
 
-def losses_of(arm):
-    """Of two pictures: what the network says, the targets of its tags, and the two losses."""
+@pytest.mark.parametrize("arm", ["mfdn", "l2l"])
+def test_the_two_losses_are_those_of_the_docstring(arm):
+    """Of hidden places a mean; of yes and no the sum over all tags by the number that are there."""
     net, words = net_of(arm), tags.to_words(IDS[:2], V, L)
     patches, places = net.encoder.all_patches(VIEW[:2])
     targets = words[words < V]
@@ -135,14 +136,8 @@ def losses_of(arm):
     hidden = words < V if arm == "mfdn" else None
     batch = {"patches": patches, "ids": places, "words": words, "hidden": hidden}
     batch = SimpleNamespace(targets=targets, **batch)
-    said = net(patches, places, words, hidden)
-    return *said, targets, *tags.losses(net, batch, torch.tensor([0, 2]))
-
-
-@pytest.mark.parametrize("arm", ["mfdn", "l2l"])
-def test_the_two_losses_are_those_of_the_docstring(arm):
-    """Of hidden places a mean; of yes and no the sum over all tags by the number that are there."""
-    characters, found, targets, character_loss, tag_loss = losses_of(arm)
+    characters, found = net(patches, places, words, hidden)
+    character_loss, tag_loss = tags.losses(net, batch, torch.tensor([0, 2]))
     log_p = characters.log_softmax(1)
     assert character_loss.item() == pytest.approx(-(log_p[0, 0] + log_p[1, 2]).item() / 2)
     if arm == "mfdn":
