@@ -157,6 +157,8 @@ def test_a_run_writes_what_it_says(base):
     net, header = detect.load(base / "runs/a-det")
     names = [name for name, _ in net.named_parameters()]
     assert header["page"] == 80 and not [x for x in names if x.endswith((".A", ".B"))]
+    run_line("export.py runs/a-det --to half --out half", base, check=0)
+    assert detect.load(base / "half")[1] == header
 
 
 def test_the_last_quarter_of_the_epochs_learns_from_nearly_whole_pages(base, monkeypatch):
