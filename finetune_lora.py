@@ -217,7 +217,10 @@ def pooled_views(task, images, t, generator):
     """images u8 (B, ., ., 3) at t of the run, in [0, 1] -> (B, D) before the neck, (B, D, L) for ifa."""
     view = augmented(images, task.S, task.colourless, generator)
     first, last = task.keep
-    patches, ids = drop_patches(view, task.net.encoder, first + (last - first) * t, generator)
+    share = first + (last - first) * t
+    if first != last:  # in steps of 1/16: oneDNN keeps memory for every new shape
+        share = round(16 * share) / 16
+    patches, ids = drop_patches(view, task.net.encoder, share, generator)
     with task.autocast():
         return task.net.pooled(patches, ids)
 

@@ -538,7 +538,7 @@ PLANS["colourless"] = OF_RECOGNITION | {
     "arms": {
         f"{share}": [
             "finetune_lora.py weights/toon --data {data} --split {split} --seed {seed} "
-            f"--method lora --epochs 10 --colourless {share}"
+            f"--method lora --keep 0.25 --epochs 8 --colourless {share}"
         ]
         for share in (0, 0.03, 0.05, 0.1)
     },
