@@ -4,18 +4,20 @@ Machines are noisy. So what is compared takes turns in one run, and a comparison
 the ratios within the turns.
 """
 
+import csv
 import itertools
 import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.tables import rows_there
 from common.command import Parser, at_least, claim
-from common.io import UserError, lock_beside, save_csv
+from common.io import UserError, lock_beside, reading, save_csv
 from common.train import commit, machine
 from kernels import triton
 
@@ -30,9 +32,7 @@ def parser_of(doc):
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--turns", type=at_least(1), default=5, help="that are compared (default: 5)")
-    add(
-        "--small", action="store_true", help="tries the path on tiny inputs: the speed is no result"
-    )
+    add("--small", action="store_true", help="tiny inputs, to try the path: no result")
     add("--out", type=Path, default=OUT, metavar="DIR", help=f"folder of the CSV ({OUT})")
     return parser
 
@@ -86,22 +86,11 @@ def compared(times, base):
 
 def alone(function, *args, **options):
     """The result of a call in a process of its own, which then ends and frees all memory."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=send_result, args=(theirs, function, args, options))
-    process.start()
-    theirs.close()  # so that the pipe ends with the process
-    try:
-        return ours.recv()
-    except EOFError:
-        process.join()
-        raise UserError(f"a process ended with status {process.exitcode}, see above") from None
-    finally:
-        process.join()  # its memory is free before the next one begins
-
-
-def send_result(pipe, function, args, options):
-    pipe.send(function(*args, **options))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args, **options).result()
+        except BrokenProcessPool:
+            raise UserError("a process was killed; its memory may have been full") from None
 
 
 # ---- the roofline --------------------------------------------------------------------------------
@@ -142,9 +131,7 @@ class Table:
     def __init__(self, path, keys, device, **versions):
         claim([], lock_beside(path))
         self.path, self.keys = path, (*keys, "machine", "commit")
-        self.rows = rows_there(path, ("machine", "commit"))
-        if path.exists() and not self.rows:
-            raise UserError(f"{path} is there already, and no such table; give another --out")
+        self.rows = read_table(path) if path.exists() else []
         self.where = {"machine": machine(device), **versions, "commit": commit()}
 
     def find(self, **keys):
@@ -160,3 +147,13 @@ class Table:
         self.rows.append({k: str(value) for k, value in (row | self.where).items()})
         columns = dict.fromkeys(itertools.chain.from_iterable(self.rows))
         save_csv([{k: r.get(k, "") for k in columns} for r in self.rows], self.path)
+
+
+def read_table(path):
+    """-> the rows of a Table's file, dicts of text; what is no such table is refused."""
+    with reading(path, "table of measurements", "give another --out"):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not all(row.get("commit") for row in rows or [{}]):
+            raise ValueError("a row without a commit")
+    return rows
