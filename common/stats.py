@@ -14,22 +14,29 @@ def mean_std(values):
     return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
 
 
-def plus_minus(found):
+def plus_minus(found, digits=1):
     """{"mean", "std"} -> "84.2 ± 0.3"; "-" for None."""
     if found is None:
         return "-"
-    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
+    std = "" if found["std"] is None else f" ± {found['std']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{std}"
+
+
+def varies(values):
+    """Can an interval be said? Not from under three seeds, nor from seeds that all tie."""
+    spread = 1e-9 * max(1.0, np.abs(values).max(initial=0))
+    return len(values) >= LEAST_SEEDS and np.std(values, ddof=1) > spread
 
 
 def t_interval(differences):
     """Paired differences, one of each seed -> {"mean", "low", "high", "p"} by Student's t.
 
-    None of fewer than three seeds, and of seeds that all tie: that is no evidence.
+    None where nothing `varies`: that is no evidence.
     """
     from scipy.stats import ttest_1samp
 
     d = np.asarray(differences, np.float64)
-    if len(d) < LEAST_SEEDS or d.std() <= 1e-9 * max(1.0, np.abs(d).max()):
+    if not varies(d):
         return None
     found = ttest_1samp(d, 0)
     low, high = found.confidence_interval(0.95)

@@ -119,10 +119,8 @@ def true_set(folder, split):
     """-> images, foreground in [0, 1], parts of a packed set that knows its own truth."""
     packed = data.open_split(folder, split)
     if missing := [name for name in ("fg", "parts") if name not in packed]:
-        raise UserError(
-            f"{folder} has no true {' and '.join(missing)} to measure against; the demo set has: "
-            "python data.py toon --out datasets/toon"
-        )
+        fix = "python data.py toon --out datasets/toon draws a set that has"
+        raise UserError(f"{folder} has no true {' and '.join(missing)} to measure against; {fix}")
     images, fg, parts = (torch.from_numpy(np.array(packed[k])) for k in ("images", "fg", "parts"))
     return images, fg / 255, parts
 

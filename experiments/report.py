@@ -17,7 +17,7 @@ import numpy as np
 from common import metrics
 from common.command import Parser, cli
 from common.io import UserError, read_json, reading, save_csv, save_text
-from common.stats import from_bits
+from common.stats import from_bits, mean_std, plus_minus
 from common.train import read_log
 from experiments import stats
 
@@ -193,10 +193,7 @@ def markdown(head, rows):
 
 def cell(values, digits=2):
     """Numbers of several seeds -> "84.20 ± 0.31"; "-" where there is none."""
-    if not values:
-        return "-"
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{std}"
+    return plus_minus(mean_std(values) if values else None, digits)
 
 
 def interval(test):
@@ -292,9 +289,8 @@ def draw_dots(path, study):
 
     columns = list(study.plan["columns"].items())[:2]
     size = (4.8 * len(columns), 1.4 + 0.28 * len(study.rows))
-    with plots.panels(
-        path, title_of(study), 1, len(columns), size, sharey=True, squeeze=False
-    ) as axes:
+    one_row = {"sharey": True, "squeeze": False}
+    with plots.panels(path, title_of(study), 1, len(columns), size, **one_row) as axes:
         for axis, (column, heading) in zip(axes[0], columns, strict=True):
             for i, seeds in enumerate(study.rows.values()):
                 values = values_of(seeds, column)
@@ -323,9 +319,8 @@ def draw_lines(path, study, lines):
 
     heading = next(iter(study.plan["columns"].values()))
     size = (5.2 * len(lines), 4.2)
-    with plots.panels(
-        path, title_of(study), 1, len(lines), size, sharey=True, squeeze=False
-    ) as axes:
+    one_row = {"sharey": True, "squeeze": False}
+    with plots.panels(path, title_of(study), 1, len(lines), size, **one_row) as axes:
         for axis, (unit, names) in zip(axes[0], lines.items(), strict=True):
             for colour, (name, points) in zip(plots.COLOURS, names.items(), strict=False):
                 xs = sorted(points)

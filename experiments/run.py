@@ -102,9 +102,8 @@ def execute(words, args, log, lock):
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
     held = () if lock is None else (lock,)
     with open(log, "ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, *script], stdout=file, stderr=file, env=env, pass_fds=held
-        )
+        pipes = {"stdout": file, "stderr": file}
+        process = subprocess.Popen([sys.executable, *script], env=env, pass_fds=held, **pipes)
         RUNNING.add(process)
         status = process.wait()
         RUNNING.discard(process)
@@ -260,9 +259,7 @@ def check(args, arms):
     plan = args.plan
     train, held = (data.open_split(args.data, name) for name in ("train", args.set["split"]))
     if plan.get("right") and not (data.has_labels(train) and data.has_labels(held)):
-        raise UserError(
-            f"{args.data}: this plan needs two classes or more, and labels on all images"
-        )
+        raise UserError(f"{args.data}: this plan needs two classes, and labels on all images")
     for name, fix in plan.get("planes", {}).items():
         if name not in train:
             raise UserError(f"{args.data} has no {name}, which {args.name} needs; {fix} makes some")
@@ -274,9 +271,7 @@ def check(args, arms):
     text = shlex.join([*arms, *args.set.values(), *(c for arm in arms for c in plan["arms"][arm])])
     for word, library in plan.get("needs", {}).items():
         if word in text and importlib.util.find_spec(library) is None:
-            raise UserError(
-                f"{word} needs {library}, which is not installed: pip install {library}"
-            )
+            raise UserError(f"{word} needs {library}: pip install {library}")
     torch.set_num_threads(args.threads)  # a row names the machine so
     args.device = pick_device("cuda" if "--device cuda" in text else "auto")
     for arm in arms if "template" in plan else ():
@@ -326,10 +321,8 @@ def save_plan(args, arms, seeds, folder):
         old = read_json(path) if path.exists() else {"arms": {}, "seeds": [], "commands": {}} | now
         same = all(old["commands"].get(arm, words) == words for arm, words in commands.items())
         if not same or {name: old[name] for name in now} != now:
-            raise UserError(
-                f"{folder} has rows by other settings, data or commands ({old['set']}); "
-                "give those again, or another --out"
-            )
+            other = f"other settings, data or commands ({old['set']})"
+            raise UserError(f"{folder} has rows by {other}; give those again, or another --out")
         plan = {name: args.plan[name] for name in KEPT if name in args.plan} | now
         plan |= {"plan": args.name, "data": args.data.name, "split": args.set["split"]}
         plan["columns"] = {name: column[0] for name, column in args.plan["columns"].items()}

@@ -12,17 +12,11 @@ import numpy as np
 from scipy.stats import f, t
 
 from common import metrics
-from common.stats import LEAST_SEEDS, bootstrap
+from common.stats import LEAST_SEEDS, bootstrap, varies
 
 TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
 LEVEL = 0.05
 FIELDS = ("effect", "low", "high", "p", "p_against", "p_equal", "bootstrap")
-
-
-def varies(values):
-    """Can an interval be said? Not from under three seeds, nor from seeds that all tie."""
-    spread = 1e-9 * max(1.0, np.abs(values).max(initial=0))
-    return len(values) >= LEAST_SEEDS and np.std(values, ddof=1) > spread
 
 
 def empty(values):

@@ -240,10 +240,8 @@ def load_mae(run, device):
     """The whole network with its statistics head, and how its targets are normalised."""
     path = Path(run) / "state.pt"
     if not path.exists():
-        raise UserError(
-            f"{run} has no state.pt: pictures need the head that predicts each patch's statistics, "
-            "which model.safetensors leaves out"
-        )
+        why = "model.safetensors leaves out the head that predicts each patch's statistics"
+        raise UserError(f"{run} has no state.pt, which pictures need: {why}")
     state = load_state(path)
     if "decoder.decoder_pos_embed" not in state["model"]:
         raise UserError(f"{run} is no MAE (SimMIM has no decoder): nothing to reconstruct by ratio")

@@ -38,15 +38,12 @@ CENTRE, LARGE = 0.9, 2  # how much of the centre stays in a step; crops that the
 
 
 class Head(nn.Module):
-    """DINO's: tokens (B, D) -> (B, K), the cosines to prototypes, which are the rows of a matrix of
-    unit length.
-    """
+    """DINO's: tokens (B, D) -> (B, K), the cosines to prototypes, the rows of a matrix."""
 
     def __init__(self, dim):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, BOTTLENECK)
-        )
+        first, last = nn.Linear(dim, HIDDEN), nn.Linear(HIDDEN, BOTTLENECK)
+        self.layers = nn.Sequential(first, nn.GELU(), last)
         self.prototypes = nn.Parameter(torch.randn(PROTOTYPES, BOTTLENECK))
 
     def forward(self, x):
@@ -73,11 +70,9 @@ def crops(flags, images, generator, side, shrink=1.0):
 
 def simclr(flags, net, rows, images, generator, t):
     """NT-Xent of 2B views."""
-    views = torch.stack(
-        [crops(flags, images, generator, flags.image_size) for _ in range(2)], 1
-    ).flatten(0, 1)
+    views = [crops(flags, images, generator, flags.image_size) for _ in range(2)]
     with flags.autocast():
-        summary = cls_of(net["student"], views)
+        summary = cls_of(net["student"], torch.stack(views, 1).flatten(0, 1))
     return net["agreement"](summary, rows.repeat_interleave(2))
 
 
@@ -89,10 +84,9 @@ def dino(flags, net, rows, images, generator, t):
     follow(net, 1 - (1 - flags.momentum) * (1 - t))
     with flags.autocast():
         with torch.no_grad():
-            taught = torch.stack(
-                [net["teacher_head"](cls_of(net["teacher"], view)) for view in large]
-            )
-        said = torch.stack([net["head"](cls_of(net["student"], view)) for view in views])
+            taught = [net["teacher_head"](cls_of(net["teacher"], view)) for view in large]
+        said = [net["head"](cls_of(net["student"], view)) for view in views]
+    said, taught = torch.stack(said), torch.stack(taught)
     loss = dino_loss(said.float(), taught.float(), net["head"].centre)
     net["head"].centre.lerp_(taught.float().mean((0, 1)), 1 - CENTRE)
     return loss
@@ -123,9 +117,8 @@ def build(flags, train_set):
     size = {k: SIZES[flags.model][k] for k in ("dim", "depth", "heads")}
     net = nn.ModuleDict({"student": ViT(flags.image_size, flags.patch_size, **size)})
     if flags.method == "simclr":
-        net["agreement"] = Agreement(
-            size["dim"], train_set, {"temperature": flags.temperature, "dcl": 0}
-        )
+        settings = {"temperature": flags.temperature, "dcl": 0}
+        net["agreement"] = Agreement(size["dim"], train_set, settings)
         return net
     net["head"] = Head(size["dim"])
     net["head"].register_buffer("centre", torch.zeros(PROTOTYPES))
