@@ -137,7 +137,7 @@ def load_mae(run):
     if beside(run, "stats_head").exists():
         load_beside(net.decoder.stats_head, run, "stats_head")
     net.encoder.pooler = load_teacher(run)[0].pooler
-    return net.eval(), about_model(run)
+    return net.eval(), {"norm_pix": True, "floor": FLOOR} | about_model(run)
 
 
 # ---- pictures and HTML ---------------------------------------------------------------------------
@@ -259,24 +259,27 @@ def psnr(a, b, where):
     return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
 
 
-def filled_in(net, header, view, ids_keep, ids_mask):
-    """View with predicted patches where it was hidden, u8 (1, S, S, 3), and their PSNR in dB."""
-    floor = header.get("floor", FLOOR)
-    pred, stats = predict(net, view, ids_keep, ids_mask, MACHINE.autocast, floor)
-    pixels = to_pixels(pred, stats if header.get("norm_pix", True) else None)
-    pasted = put_patches(view, ids_mask, pixels)
+def filled_in(mae, view, ids_keep, ids_mask, autocast):
+    """mae of `load_mae` -> view u8 (B, S, S, 3) with predicted patches, and where they are (B, S, S).
+
+    norm_pix is undone by predicted statistics alone: the true ones would tell the answer.
+    """
+    net, header = mae
+    pred, stats = predict(net, view, ids_keep, ids_mask, autocast, header["floor"])
+    pixels = to_pixels(pred, stats if header["norm_pix"] else None)
     where = put_patches(torch.zeros_like(view), ids_mask, torch.ones_like(pixels))[..., 0] > 0
-    return pasted, psnr(pasted, view, where).item()
+    return put_patches(view, ids_mask, pixels), where
 
 
 def mask_page(run, picture, words, ratio, t, seed):
     """Maps of the picture, what the strategy hides, and what the network predicts there."""
-    net, header = loaded(load_mae, run)
+    mae = net, _ = loaded(load_mae, run)
     view = torch.from_numpy(square_of(picture, net.config["image_size"])).to(MACHINE.device)
     need, g = masking.NEEDS.get((words or "").partition(":")[0]), net.encoder.side
     scores = maps_of(net, picture, view, need)
     ids_keep, ids_mask = draw_mask(words, scores, g * g, ratio, t, seed)
-    pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
+    pasted, where = filled_in(mae, view, ids_keep, ids_mask, MACHINE.autocast)
+    decibel = psnr(pasted, view, where).item()
     seen = hide(view, ids_mask, net.config["patch_size"])[0]
     items = [("picture", view[0].cpu())]
     for need, name in (("attn", "attention"), ("fg", "foreground"), ("parts", "parts")):

@@ -4,7 +4,7 @@
     python -m experiments.stress runs/NAME --midterm        # hidden pixels alone, by ratio
     python -m experiments.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
 
-Reads:  runs/NAME (model.safetensors, state.pt), datasets/NAME
+Reads:  runs/NAME (model.safetensors, stats_head.safetensors), datasets/NAME
 Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run's, or of another
         split than val, in runs/NAME/DATANAME-SPLIT/
 """
@@ -23,16 +23,14 @@ from PIL import Image
 import data
 import mask as masking
 from common import features, metrics, stats
-from common.checkpoints import about_model, load_encoder, load_exactly
+from common.checkpoints import load_encoder
 from common.command import Parser, at_least, claim, cli, command, progress, refuse_idle
-from common.evaluate import masked_mse, predict
+from common.evaluate import masked_mse
 from common.io import UserError, save_json
-from common.train import commit, load_state, machine, seeded
-from demo import psnr
+from common.train import commit, machine, seeded
+from demo import filled_in, load_mae, psnr
 from finetune_lora import GRAY, cutout
 from ingest.decode import open_picture
-from kernels.loss import FLOOR
-from model import MAE, put_patches, to_pixels
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 RESOLUTIONS = (64, 96, 128, 192, 224, 320, 448)
@@ -236,29 +234,6 @@ def stress_some(task):
 # ---- reconstruction ------------------------------------------------------------------------------
 
 
-def load_mae(run, device):
-    """The whole network with its statistics head, and how its targets are normalised."""
-    path = Path(run) / "state.pt"
-    if not path.exists():
-        why = "model.safetensors leaves out the head that predicts each patch's statistics"
-        raise UserError(f"{run} has no state.pt, which pictures need: {why}")
-    state = load_state(path)
-    if "decoder.decoder_pos_embed" not in state["model"]:
-        raise UserError(f"{run} is no MAE (SimMIM has no decoder): nothing to reconstruct by ratio")
-    weights = {k: w for k, w in state["model"].items() if not k.startswith("encoder.pooler")}
-    model, flags = MAE(**about_model(run)["config"]), state["config"]
-    load_exactly(model, weights, path)
-    norm = {"norm_pix": not flags.get("no_norm_pix", False)}
-    return model.to(device).eval(), norm | {"floor": flags.get("norm_floor", FLOOR)}
-
-
-def hidden_pixels(ids_mask, side, S):
-    """ids_mask (B, M) -> (B, S, S) bool."""
-    grid = torch.zeros(len(ids_mask), side**2, dtype=torch.bool, device=ids_mask.device)
-    grid = grid.scatter_(1, ids_mask, True).unflatten(1, (side, side))
-    return grid.repeat_interleave(S // side, 1).repeat_interleave(S // side, 2)
-
-
 def flat_guess(view, where):
     """The control: hidden pixels get the mean colour of the visible ones of the same picture."""
     seen = ~where[..., None]
@@ -285,21 +260,6 @@ def ssim_map(a, b):
     return (top / ((mean_a**2 + mean_b**2 + c1) * (var + c2))).mean(3)
 
 
-@torch.no_grad()
-def reconstruct(mae, view, ratio, noise, autocast):
-    """-> (view with its hidden patches predicted, u8 (B, S, S, 3); where they are (B, S, S)).
-
-    mae: of `load_mae`. norm_pix is undone with predicted statistics only: the true ones would leak
-    the answer.
-    """
-    model, norm = mae
-    ids_keep, ids_mask = masking.sample(noise, masking.kept(model.encoder.side**2, ratio))
-    pred, patch_stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
-    pixels = to_pixels(pred, patch_stats if norm["norm_pix"] else None)
-    where = hidden_pixels(ids_mask, model.encoder.side, view.shape[1])
-    return put_patches(view, ids_mask, pixels), where
-
-
 def pixel_scores(view, pasted, where, foreground):
     """(B,) each: PSNR and SSIM on hidden pixels, all, figure, ground; PSNR of the flat guess."""
     similarity, regions = ssim_map(pasted, view), {"": where}
@@ -312,6 +272,7 @@ def pixel_scores(view, pasted, where, foreground):
     return scores
 
 
+@torch.no_grad()
 def reconstruction(mae, task):
     """[{"ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB, [0, 1]. Random masks."""
     split, model, total = task.split, mae[0], {ratio: {} for ratio in RATIOS}
@@ -324,8 +285,8 @@ def reconstruction(mae, task):
             fg = torch.from_numpy(split["fg"][rows.numpy()])
             foreground = data.view_maps(fg, *data.full_boxes(len(rows)), S) > 127.5
         for ratio, scores in total.items():
-            made = reconstruct(mae, view, ratio, noise.to(task.device), task.autocast)
-            pasted, where = (x.cpu() for x in made)
+            ids = masking.sample(noise.to(task.device), masking.kept(N, ratio))
+            pasted, where = (x.cpu() for x in filled_in(mae, view, *ids, task.autocast))
             for name, x in pixel_scores(view.cpu(), pasted, where, foreground).items():
                 scores.setdefault(name, []).append(x)
     rows = []
@@ -413,7 +374,7 @@ def main():
         claim([task.out / name])
     if args.only and not task.labelled:
         raise UserError(f"--only {args.only} needs two classes, and labels on all of {task.folder}")
-    mae = None if args.only else load_mae(task.run, task.device)
+    mae = None if args.only else load_mae(task.run)
     report = {"command": command(), "machine": machine(task.device), "commit": commit()}
     report |= {"run": task.run.name, "data": str(task.folder), "split": args.split}
     report["images"] = len(task.rows)
@@ -423,7 +384,9 @@ def main():
         lines = [f"Top-1 under {k}: {x:.1f} %" for k, x in report.get("top1", {}).items()]
         print(*(lines or lines_of_probe(report)), sep="\n")
     if mae:
-        report["masked_mse"] = masked_mse(mae[0], task.split, mae[1], task.autocast)
+        net, header = mae
+        norm = {key: header[key] for key in ("norm_pix", "floor")}
+        report["masked_mse"] = masked_mse(net.to(task.device), task.split, norm, task.autocast)
         report["reconstruction"] = reconstruction(mae, task)
         print(*lines_of_pixels(report["reconstruction"]), sep="\n")
         print(f"masked error under the fixed random mask {report['masked_mse']:.4f}")
