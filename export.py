@@ -33,7 +33,7 @@ import data
 import tags
 from common import checkpoints
 from common.classifier import read_head
-from common.command import Parser, at_least, cli
+from common.command import Parser, at_least, cli, refuse_overwrite
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
 from common.io import (
     UserError,
@@ -405,9 +405,7 @@ def export(source, to, out=None, image_size=None):
     out = Path(out or checkpoints.model_file(source).parent / name)
     card = out / "README.md" if to in ("hf", "wd", "half") else out.with_suffix(".md")
     with locked(lock_beside(out)):
-        for path in (out, card):
-            if path.exists() or path.is_symlink():
-                raise UserError(f"{path} is there already; choose another --out")
+        refuse_overwrite([out, card])
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             path = Path(folder) / out.name

@@ -99,7 +99,7 @@ def measure(test, study):
     """{"what", "arm", "against", "claim"} -> the same with the fields of its test in stats.py.
 
     what: a column, "epochs", "log_epochs" or "variance". against_what: the baseline's column, where
-    it is another one. limit: a threshold in the place of the pilots'.
+    it is another one.
     """
     what, claim = test["what"], test.get("claim", 0.0)
     arm, base = study.rows.get(test["arm"], {}), study.rows.get(test["against"], {})
@@ -109,7 +109,7 @@ def measure(test, study):
         sides = [[r["metrics"]["top1"] for r in side] for side in zip(*pairs, strict=True)]
         return row | stats.variance(*(sides or [[], []]))
     if "epochs" in what:
-        limit = test.get("limit", study.thresholds.get(test["against"]))
+        limit = study.thresholds.get(test["against"])
         if limit is None:
             return row | stats.empty([]) | {"notes": ["no pilot, so no threshold"]}
         curves = [(ours["curve"], theirs["curve"]) for ours, theirs in pairs]

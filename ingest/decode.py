@@ -157,10 +157,8 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
             box = [scale * x for x in box] if box else foreground_box(img)
         area = square(img, box if crop == "figure" else None, margin)
         img = img.resize((size, size), Image.Resampling.BICUBIC, area, reducing_gap=2.0)
-    alpha = img.getchannel("A") if img.mode == "RGBA" else Image.new("L", img.size, 255)
-    if img.mode == "RGBA":
-        img = Image.composite(img.convert("RGB"), Image.new("RGB", img.size, PAPER), alpha)
-    return {"images": np.asarray(img)} | ({"fg": np.asarray(alpha)} if fg else {})
+    found = {"images": np.asarray(on_paper(img))}
+    return found | ({"fg": np.asarray(img.convert("RGBA"))[..., 3]} if fg else {})
 
 
 def on_paper(img):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,7 +148,8 @@ def test_h3_on_the_demo_set_depends_on_its_threshold(judged):
     base = study.rows["random"].values()
     limit = np.mean([metrics.threshold_of(row["curve"]["linear"]) for row in base])
     test = study.hypotheses[0]["parts"][0]
-    other = report.measure(test | {"limit": float(limit)}, study)
+    other = SimpleNamespace(**vars(study) | {"thresholds": {test["against"]: float(limit)}})
+    other = report.measure(test, other)
     text = (RESULTS / "STUDY.md").read_text()
     assert f"saves {test['effect']:.0f} % of the epochs" in text
     assert f"{other['effect']:.1f} % ({other['low']:.0f} to {other['high']:+.0f})" in text
