@@ -41,6 +41,7 @@ import data
 import mask as masking
 from common import checkpoints, classifier, fields, train
 from common.command import Flags, Parser, at_least, between, cli, command, parse_keys
+from common.evaluate import topk
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
@@ -563,10 +564,8 @@ def accuracies(task, images):
     row = {}
     for way in ["with"] * (task.arm in READS_TAGS) + ["without"] * (task.arm != "bce"):
         logits, _ = whole_answers(task, images, images.rows, with_tags=way == "with")
-        order = logits.argsort(dim=1, descending=True, stable=True)
-        rank = (order == images.labels[images.rows][:, None]).int().argmax(1)  # 0 is the best
         for k in (1, 5):
-            row[f"{way}_top{k}"] = round(100 * (rank < k).double().mean().item(), 3)
+            row[f"{way}_top{k}"] = round(100 * topk(logits, images.labels[images.rows], k), 3)
     return row
 
 

@@ -348,8 +348,6 @@ def parse_args():
     args = parser.parse_args()
     if args.midterm:
         refuse_idle(args.given & {"only", "pool"}, "with --midterm, which measures pixels alone")
-    if Path(args.run).is_file():
-        raise UserError(f"{args.run} is a file; give the folder of a run, runs/NAME")
     if unknown := set((args.only or "cutout").split(",")) - set(SWEEPS):
         raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(SWEEPS)}")
     return args

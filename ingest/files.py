@@ -17,7 +17,6 @@ from pathlib import Path
 from common.io import UserError, reading, regular
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
 # folders of macOS, Synology, QNAP and Windows, with thumbnails or what was deleted
 TOOLS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}

@@ -18,7 +18,6 @@ import contextlib
 import csv
 import json
 import re
-import shlex
 import zipfile
 from collections import namedtuple
 from functools import partial
@@ -49,7 +48,8 @@ def find(path, layout=None):
         pictures, fetch = reader(Path(path))
         found, *notes = by_path(pictures, layout)
     if not found:
-        raise UserError(nothing_in(path))
+        looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
+        raise UserError(f"no image found in {path}; looked for {looked}; give an archive itself")
     if reader is open_folder and layout is None:
         found = [tags.with_caption(r, path) for r in found]
     records = {}
@@ -84,16 +84,6 @@ def refuse_odd(path, names):
         if ODD.search(name) or len(name) > MOST_NAME:
             odd = f"has control characters or more than {MOST_NAME} characters; rename it"
             raise UserError(f"{path} holds the name {name[:80]!r}, which {odd}")
-
-
-def nothing_in(path):
-    """The error for a source without pictures; they may lie in an archive there."""
-    for file in sorted(Path(path).glob("*")):
-        if file.name.lower().endswith(files.ARCHIVES):
-            command = f"python data.py {shlex.quote(str(file))}"
-            return f"no image found in {path}, but {file.name} lies there: {command}"
-    looked = " ".join(sorted(files.SUFFIXES))
-    return f"no image found in {path}; looked for {looked} in it and its subfolders"
 
 
 # ---- what folders tell ---------------------------------------------------------------------------

@@ -102,7 +102,7 @@ REFUSED = (  # the command, and a telling word of its message
     ("data.py empty --out new", "no image found"),
     ("data.py text.txt --out new", "is no folder"),
     ("data.py nothing.zip --out new", "no image found"),
-    ("data.py archives --out new", "python data.py archives/my_faces.zip"),
+    ("data.py archives --out new", "give an archive itself"),
     ("data.py broken --out new", "more than 5 %"),
     ("data.py unreadable --out new", "none of 2 images for"),
     ("data.py bytes.csv --out new", "not a table in UTF-8"),
