@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.command import progress
 from common.fields import check_arrays, check_range
 from common.io import UserError, open_tensors
 
@@ -341,7 +342,7 @@ def evenly_spaced(n, most):
     return torch.linspace(0, n - 1, min(n, most)).long()
 
 
-def whole_views(images, rows, side, device):
-    """Yield (index, view u8 (B, s, s, 3)) of the whole images `rows` (i64), in order."""
-    for index in rows.split(CHUNK):
+def whole_views(images, rows, side, device, name=""):
+    """Yield (index, view u8 (B, s, s, 3)) of the whole images `rows` (i64), in order; name: of a bar."""
+    for index in progress(rows.split(CHUNK), name, leave=False, disable=not name):
         yield index, view_images(take(images, index, device), *full_boxes(len(index)), side)

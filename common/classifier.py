@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common.command import progress
 from common.features import is_left_out
 from common.fields import CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
 from common.io import read_safetensors
@@ -167,9 +166,7 @@ def pooled_of(net, split, rows, autocast, name="", mirrored=False):
     """
     pooled, encoder = [], net.encoder
     S = encoder.side * encoder.patch_size
-    views = data.whole_views(split["images"], rows, S, encoder.cls_token.device)
-    total = -(-len(rows) // data.CHUNK)
-    for _, view in progress(views, name, total, leave=False, disable=not name):
+    for _, view in data.whole_views(split["images"], rows, S, encoder.cls_token.device, name):
         sides = (view, view.flip(2)) if mirrored else (view,)
         with autocast():
             both = [net.pooled(*encoder.all_patches(x)).cpu() for x in sides]

@@ -14,7 +14,7 @@ import torch
 
 import data
 from common.checkpoints import flags_of
-from common.command import at_least, between, progress
+from common.command import at_least, between
 from common.evaluate import extremes, thumbnails
 from common.fields import check_finite
 from common.io import UserError
@@ -192,9 +192,8 @@ def extract(extractor, size, task):
     found = {}
     for name, split in task.splits.items():
         images, chunks = split["images"], []
-        views = data.whole_views(images, torch.arange(len(images)), size, task.device)
-        count = -(-len(images) // data.CHUNK)
-        for _, view in progress(views, f"features {name}", count, leave=False):
+        rows, bar = torch.arange(len(images)), f"features {name}"
+        for _, view in data.whole_views(images, rows, size, task.device, bar):
             with task.autocast():
                 pools = extractor(view)
             chunks.append({pool: x.half().cpu() for pool, x in pools.items()})

@@ -277,8 +277,7 @@ def reconstruction(mae, task):
     """[{"ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB, [0, 1]. Random masks."""
     split, model, total = task.split, mae[0], {ratio: {} for ratio in RATIOS}
     S, N = model.config["image_size"], model.encoder.side**2
-    views = data.whole_views(split["images"], task.rows, S, task.device)
-    for rows, view in progress(views, "pixels", leave=False):
+    for rows, view in data.whole_views(split["images"], task.rows, S, task.device, "pixels"):
         noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()])
         foreground = None
         if "fg" in split:
