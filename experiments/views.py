@@ -32,9 +32,12 @@ from kernels.gather import masked_patch_gather
 from model import SIZES, ViT
 
 PROTOTYPES, BOTTLENECK, HIDDEN = 1024, 128, 512
+MIN_CROP, JITTER = 0.4, 0.3  # smallest area of a crop; colours are multiplied by 1 +- this
+TEMPERATURE = 0.1  # of simclr
 SHARP, SHARPER = 0.1, 0.04  # temperatures of student and teacher
 WEIGHT_DECAY, CLIP = 0.05, 3.0  # CLIP: largest norm of the gradient
-CENTRE, LARGE = 0.9, 2  # how much of the centre stays in a step; crops that the teacher sees
+CENTRE, MOMENTUM = 0.9, 0.99  # how much of centre and teacher stays in a step; it rises to 1
+LARGE, SMALL = 2, 4  # crops of an image; the teacher sees the large ones
 
 
 class Head(nn.Module):
@@ -58,19 +61,19 @@ def cls_of(encoder, view):
     return encoder(patches, ids, resize_positions(encoder.pos_embed, side))[:, 0].float()
 
 
-def crops(flags, images, generator, side, shrink=1.0):
+def crops(images, generator, side, shrink=1.0):
     """images u8 (B, ., ., 3) -> views u8 (B, side, side, 3); shrink: of the sides of a crop."""
-    boxes, flip = data.draw_boxes(len(images), generator, flags.min_crop)
+    boxes, flip = data.draw_boxes(len(images), generator, MIN_CROP)
     room = boxes[:, 2:] * (1 - shrink)
     corner = boxes[:, :2] + torch.rand(len(images), 2, generator=generator) * room
     boxes = torch.cat([corner, boxes[:, 2:] - room], 1)
     draws = torch.rand(len(images), 3, generator=generator)
-    return data.jitter_colour(data.view_images(images, boxes, flip, side), draws, flags.jitter)
+    return data.jitter_colour(data.view_images(images, boxes, flip, side), draws, JITTER)
 
 
 def simclr(flags, net, rows, images, generator, t):
     """NT-Xent of 2B views."""
-    views = [crops(flags, images, generator, flags.image_size) for _ in range(2)]
+    views = [crops(images, generator, flags.image_size) for _ in range(2)]
     with flags.autocast():
         summary = cls_of(net["student"], torch.stack(views, 1).flatten(0, 1))
     return net["agreement"](summary, rows.repeat_interleave(2))
@@ -79,9 +82,9 @@ def simclr(flags, net, rows, images, generator, t):
 def dino(flags, net, rows, images, generator, t):
     """Cross-entropy of the student's answers with the teacher's, of pairs of different crops."""
     small = flags.image_size // 2 // flags.patch_size * flags.patch_size
-    large = [crops(flags, images, generator, flags.image_size) for _ in range(LARGE)]
-    views = large + [crops(flags, images, generator, small, 0.5) for _ in range(flags.small)]
-    follow(net, 1 - (1 - flags.momentum) * (1 - t))
+    large = [crops(images, generator, flags.image_size) for _ in range(LARGE)]
+    views = large + [crops(images, generator, small, 0.5) for _ in range(SMALL)]
+    follow(net, 1 - (1 - MOMENTUM) * (1 - t))
     with flags.autocast():
         with torch.no_grad():
             taught = [net["teacher_head"](cls_of(net["teacher"], view)) for view in large]
@@ -117,7 +120,7 @@ def build(flags, train_set):
     size = {k: SIZES[flags.model][k] for k in ("dim", "depth", "heads")}
     net = nn.ModuleDict({"student": ViT(flags.image_size, flags.patch_size, **size)})
     if flags.method == "simclr":
-        settings = {"temperature": flags.temperature, "dcl": 0}
+        settings = {"temperature": TEMPERATURE, "dcl": 0}
         net["agreement"] = Agreement(size["dim"], train_set, settings)
         return net
     net["head"] = Head(size["dim"])
@@ -140,11 +143,6 @@ def read_flags():
     add("--epochs", type=at_least(1), default=20)
     add("--batch-size", type=at_least(2), default=64, metavar="B")
     add("--lr", type=between(1e-9, 1), default=1e-3, help="peak learning rate")
-    add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
-    add("--jitter", type=between(0, 1), default=0.3, metavar="J", help="colours times 1 +- J")
-    add("--temperature", type=between(0.01, 1), default=0.1, metavar="T", help="of simclr")
-    add("--small", type=at_least(0), default=4, metavar="N", help="small crops, of dino")
-    add("--momentum", type=between(0, 1), default=0.99, help="of dino's teacher, rising to 1")
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"])

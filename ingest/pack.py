@@ -201,7 +201,8 @@ def near_duplicates(records, fetch, dedupe, out):
     place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     shape = (len(records), duplicates.SIDE, duplicates.SIDE)
-    with tempfile.TemporaryFile(dir=existing_folder(out)) as file:
+    above = next(folder for folder in Path(out).resolve().parents if folder.is_dir())
+    with tempfile.TemporaryFile(dir=above) as file:
         thumbs = np.memmap(file, np.uint8, "w+", shape=shape)
         for record, row in progress(rows, "looking for copies", len(records), unit="img"):
             if not isinstance(row, Exception):  # what can't be read stays blank
@@ -306,11 +307,6 @@ def class_names(records):
 
 
 # ---- files: all of them, or none -----------------------------------------------------------------
-
-
-def existing_folder(out):
-    """The innermost folder above `out` that exists."""
-    return next(p for p in Path(out).resolve().parents if p.is_dir())
 
 
 @contextlib.contextmanager
