@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks as bench
 import kernels
@@ -93,8 +94,6 @@ def step_flops(model, K):
     A multiplication and an addition are 2 operations. The model is on the device "meta": only
     shapes are computed.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     with torch.device("meta"):
         ids = torch.arange(model.encoder.side**2)[None]
         patches = torch.empty(1, K, 3 * model.encoder.patch_size**2)

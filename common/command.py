@@ -11,6 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from common.fields import shown
@@ -238,8 +239,6 @@ def refuse_file(folder):
 
 def save_pngs(out, key, pictures):
     """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)}; NAME: folder and name of the picture key."""
-    from PIL import Image
-
     words = Path(key).with_suffix("").parts[-2:]
     name = "-".join(part for part in words if part.strip("./"))
     for ending, pixels in pictures.items():

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 try:
     import fcntl
@@ -97,8 +98,6 @@ def read_torch(path, remedy):
 
 def read_safetensors(path, remedy="remove it and make it again"):
     """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
-    from safetensors import safe_open
-
     with reading(path, "file of tensors", remedy), safe_open(path, "pt") as f:
         header = parse_table((f.metadata() or {}).get("animask", "{}"))
         return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 import data
 import maps
@@ -46,8 +47,6 @@ def iou(predicted, truth):
 
 def auc_of(score, truth):
     """Area under the ROC curve of score (n,), truth (n,) bool. NaN where truth has one kind."""
-    from sklearn.metrics import roc_auc_score
-
     if truth.all() or not truth.any():
         return float("nan")
     return float(roc_auc_score(truth.numpy(), score.numpy()))
@@ -104,8 +103,6 @@ def inputs_of_parts(truth, encoder, size):
 
 def measure_parts(truth, encoder, size, K=6):
     """Rows of the adjusted Rand index. truth: images, foreground, parts u8 (n, S, S)."""
-    from sklearn.metrics import adjusted_rand_score
-
     true, rows = main_part(truth[2], encoder.side), []
     on = true > 0
     for kind, points in inputs_of_parts(truth, encoder, size).items():

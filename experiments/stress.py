@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 import data
 import mask as masking
@@ -246,7 +247,6 @@ def ssim_map(a, b):
 
     Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 0.01, K2 0.03, mirrored borders.
     """
-    from scipy.ndimage import gaussian_filter
 
     def blurred(p):
         return torch.from_numpy(gaussian_filter(p.numpy(), (0, 1.5, 1.5, 0), truncate=3.5))

@@ -50,7 +50,7 @@ from common.command import (
     refuse_overwrite,
 )
 from common.io import UserError, lock_beside, locked, open_tensors
-from ingest import duplicates, layouts, sources, tags, toon
+from ingest import boxes, duplicates, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
 from ingest.rows import write_rows
 from ingest.splits import assign_splits, hold_out_test, large_enough, long_tailed, without_copies
@@ -117,8 +117,6 @@ def open_images(flags, size):
 
 def open_boxes(flags, size):
     """Pictures with boxes: all of each picture, filled up to a square."""
-    from ingest import boxes
-
     records, fetch, notes, shares = boxes.find(flags.path)
     most = max(1, *(len(r.box) for r in records))
 
@@ -151,8 +149,6 @@ def open_toon(flags, size):
 
 def open_hybrid(flags, size):
     """Frames that are drawn, photographed or both; each photograph is in one split alone."""
-    from ingest import hybrid
-
     photos = {split: hybrid.open_photos(split) for split in hybrid.COUNTS}
     draw = partial(hybrid.draw, photos=photos, colours=hybrid.palettes(flags.seed))
     items = hybrid.plan(flags.seed)
@@ -164,8 +160,6 @@ def open_hybrid(flags, size):
 
 def open_scenes(flags, size):
     """Pages with drawn figures, and boxes of their faces."""
-    from ingest import scenes
-
     items = scenes.plan(flags.seed)
     records = [sources.Record(i["key"], i, split=i["split"]) for i in items]
     planes = {"boxes": (scenes.MOST, 4), "heads": (scenes.MOST, 4)}
