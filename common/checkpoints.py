@@ -1,7 +1,7 @@
 """Networks in files: what a run saves, and any public checkpoint as an encoder or as a start.
 
-What fits only in part is refused. common/formats.py knows the names of MAE, DINO, timm and Hugging
-Face.
+What fits only in part is refused. common/formats.py, which knows the names of MAE, DINO, timm and
+Hugging Face, is imported only where a checkpoint is read.
 """
 
 import math
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.fields import ENCODER, SIDE, TEXT, check_fields, check_finite
-from common.formats import encoder_of, is_decoder, read_checkpoint
 from common.io import UserError, open_tensors, read_safetensors, save_safetensors
 from model import Pooler, ViT
 
@@ -128,6 +127,8 @@ def load_encoder(path, image_size=None):
 
     image_size: resize the positions to views of so many pixels; None keeps the trained size.
     """
+    from common.formats import encoder_of, read_checkpoint
+
     weights, facts = at_size(*read_checkpoint(path), image_size, path)
     with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
         encoder = blank_encoder(facts, facts["norm_eps"])
@@ -153,6 +154,8 @@ def init_from(model, path):
     The encoder has to fit. So has the decoder, where both have one; else the model's stays as it
     is. Positions are resized to the model's grid.
     """
+    from common.formats import encoder_of, is_decoder, read_checkpoint
+
     weights, facts = read_checkpoint(path)
     config, size = model.config, model.config["image_size"]
     config = {"decoder_heads": config.get("decoder_dim", 0) // 32} | config
