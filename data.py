@@ -300,8 +300,7 @@ def jitter_colour(images, draws, level, colourless=0.0):
     The hue stays: it tells characters apart.
     """
     factors = 1 - level + 2 * level * draws[:, :3]
-    if colourless:
-        factors[draws[:, 3] < colourless, 2] = 0.0
+    factors[draws[:, -1] < colourless, 2] = 0.0
     factors = send(factors, images.device)
     light, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
     x = images.float()

@@ -495,7 +495,8 @@ def write_results(flags, task, net, run):
     answers, truth = judge(task, net, *task.report)
     row = coco(answers, truth, side) | {"threshold": threshold}
     split, rows = task.report
-    gray = coco(*judge(task, net, controls.in_gray(split), rows), side)
+    gray_pages = split | {"images": controls.Gray(split["images"])}
+    gray = coco(*judge(task, net, gray_pages, rows), side)
     row |= {f"gray_{name}": gray[name] for name in ("ap", "ap50", "ap75")}
     row |= {"pages": len(truth), "faces": sum(map(len, truth))}
     recipe = {name: flags.values[name] for name in RECIPE}

@@ -321,13 +321,6 @@ def predict(task, images, most=None):
     return logits, images.labels[images.rows]
 
 
-def predict_in_gray(task, images):
-    """The logits of the same pictures without colour."""
-    split = controls.in_gray(images.split)
-    gray = SimpleNamespace(**vars(images) | {"name": f"{images.name} in gray", "split": split})
-    return predict(task, gray)[0]
-
-
 def finetune(flags, task):
     """Train for --epochs -> (run, the latest epoch within a standard error of the best on dev)."""
     net, device, C = task.net, task.device, len(task.classes)
@@ -416,9 +409,8 @@ def results(flags, task, run, best_epoch):
     row |= {k: 100 * found[k] for k in ("top1", "top5", "macro_f1")}
     row["by_size"] = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
     row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
-    row["thumbnails_top1"] = controls.thumbnail_top1(task.train, task.dev, task.report)
-    row["colourless_top1"] = 100 * evaluate.topk(predict_in_gray(task, task.report), truth, 1)
-    row["histograms_top1"] = controls.histogram_top1(task.train, task.dev, task.report)
+    row["colourless_top1"] = 100 * evaluate.topk(*predict(task, controls.in_gray(task.report)), 1)
+    row |= controls.of_colours(task.train, task.dev, task.report)
     row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
     row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}
     row["gradient_and_optimizer_mb"] = round(12 * task.count / 2**20, 2)
@@ -491,8 +483,7 @@ def write_results(flags, task, run, best_epoch):
     print(
         f"{flags.split:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}), macro-F1 "
         f"{row['macro_f1']:.2f} %; without colour Top-1 {row['colourless_top1']:.1f} %\n"
-        f"controls 8x8 thumbnails {row['thumbnails_top1']:.1f} %, "
-        f"histograms of colours {row['histograms_top1']:.1f} %\n"
+        f"controls thumbnails {row['thumbnails_top1']:.1f} %, colours {row['histograms_top1']:.1f} %\n"
         f"wrote    {out}/ after {row['seconds']:.0f} s, epoch {best_epoch} kept\n"
         f"next: python recognize.py {shlex.quote(str(out))} PICTURE"
     )

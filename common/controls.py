@@ -1,6 +1,7 @@
 """Controls of a recogniser: what colours alone tell, without a network; what it tells without colour."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,11 +29,14 @@ def features_of(extract, images, rows):
     return torch.cat([extract(chunk) for chunk in chunks])
 
 
-def thumbnail_top1(train, dev, report):
-    """A control: Top-1 in percent of a ridge regression on thumbnails, its penalty chosen on dev.
+def of_colours(train, dev, report):
+    """Three sets of `open_rows` -> both controls, as they stand in metrics.json."""
+    sets = train, dev, report
+    return {"thumbnails_top1": thumbnail_top1(*sets), "histograms_top1": histogram_top1(*sets)}
 
-    Three sets of `open_rows`; so below.
-    """
+
+def thumbnail_top1(train, dev, report):
+    """A control: Top-1 in percent of a ridge regression on thumbnails, its penalty chosen on dev."""
     sets = train, dev, report
     small = [features_of(functools.partial(thumbnails, side=8), x, x.rows) for x in sets]
     labels = [images.labels[images.rows] for images in sets]
@@ -71,6 +75,7 @@ class Gray:
         return np.repeat(gray[..., None], 3, axis=-1)
 
 
-def in_gray(split):
-    """A packed split -> the same without colour."""
-    return split | {"images": Gray(split["images"])}
+def in_gray(images):
+    """A set of `open_rows` -> the same without colour."""
+    split = images.split | {"images": Gray(images.split["images"])}
+    return SimpleNamespace(**vars(images) | {"name": f"{images.name} in gray", "split": split})

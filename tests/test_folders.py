@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import refused, run_line
 from made import CPU, files_of, home
 from PIL import Image
+from sklearn.metrics import f1_score
 
 import export
 import recognize
@@ -114,10 +115,15 @@ def test_faces_that_look_alike_are_one_group():
     assert recognize.alike(unit) == [1] * 5 + [0] * 7 + [2]
     assert recognize.alike(unit[:1]) == [0]
     row = recognize.grouping(unit, torch.arange(3).repeat_interleave(sizes))
-    assert row == {"pair_f1": 100, "adjusted_rand": 100}
-    merged = recognize.grouping(unit, torch.tensor([0] * 5 + [1] * 3 + [2] * 5))
+    assert set(row.values()) == {100}
+    truth = torch.tensor([0] * 5 + [1] * 3 + [2] * 5)
+    merged = recognize.grouping(unit, truth)
     pairs_f1 = 200 * 19 / (31 + 23)  # 19 pairs are in both, of 10 + 21 and of 10 + 3 + 10
     assert merged["pair_f1"] == pytest.approx(pairs_f1, abs=1e-3)
+    one, two = torch.triu_indices(13, 13, 1)
+    cosines = (recognize.centred(unit)[one] * recognize.centred(unit)[two]).sum(1)
+    best = max(f1_score(truth[one] == truth[two], cosines >= least) for least in cosines)
+    assert merged["ccip_f1"] == pytest.approx(100 * best, abs=1e-3)
     names = recognize.names_of([0, 0, 0, 1, 1], ["a", "a", None, "b", None])
     assert names == {0: "a", 1: "group-002"}
 
