@@ -106,6 +106,7 @@ def test_detection_rate_is_what_its_words_say():
         ([0.05, 0.95, 0.95, 0.95], [0, 1, 1, 0], [0.95, 0.35], 0.4375),
         ([0.9, 0.9, np.nan], [1, 1, 0], [0.9] * 8, 0.5),  # 2/3 are right, and 1 is wrong
         ([1.0, 1, 1], [1, 1, 1], [0.0] * 5, 0),
+        ([0.95, 0.05], [0, 1], [], 0.95),  # too sure and not sure enough do not cancel
     ],
 )
 def test_calibration_error_is_the_mean_gap_of_its_bins_where_half_are_unknown(
