@@ -52,7 +52,6 @@ PAGE = 7 / 4  # side of a whole page by --view: the detector reads pages at 224 
 LATE = 0.25  # share of the epochs, the last ones, whose crops have 6/7 of the page's side
 MOSAIC = 0.3  # share of the steps whose crops show four pages
 COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
-COLOURLESS = 0.1  # share of crops without colour: most comic pages have none
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
 LOWEST = 0.1  # the lowest threshold of a detector
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
@@ -394,8 +393,7 @@ def crops(images, boxes, generator, side, least, most=1.0):
     corner = torch.rand(len(images), 2, generator=generator) * (1 - share)  # top, left
     flip = torch.rand(len(images), generator=generator) < 0.5
     view = data.view_images(images, torch.cat([corner, share, share], 1), flip, side)
-    draws = torch.rand(len(images), 4, generator=generator)
-    view = data.jitter_colour(view, draws, COLOUR, COLOURLESS)
+    view = data.jitter_colour(view, torch.rand(len(images), 3, generator=generator), COLOUR)
     origin = corner.flip(1).repeat(1, 2)[:, None]
     moved = (boxes - origin) / share[:, None]
     mirrored = torch.stack([1 - moved[..., 2], moved[..., 1], 1 - moved[..., 0], moved[..., 3]], 2)

@@ -75,7 +75,6 @@ def test_the_loss_falls_where_answers_come_nearer():
 def test_crops_carry_their_boxes_along(cut, monkeypatch):
     """A page whose face is the only red: the boxes of its crops hold what is red there."""
     monkeypatch.setattr(detect, "COLOUR", 0.0)
-    monkeypatch.setattr(detect, "COLOURLESS", 0.0)
     pages = torch.zeros(16, 64, 64, 3, dtype=torch.uint8)
     pages[:, 20:36, 30:50, 0] = 255
     boxes = torch.full((16, 2, 4), -1.0)
