@@ -126,6 +126,7 @@ OF_TUNE = SCORES | {"by_size", "top1_interval", "colourless_top1"}
 OF_TUNE |= {"thumbnails_top1", "histograms_top1"}
 OF_TAGS = {"half", "end", "map", "micro_f1", "macro_f1", "error", "error_top", "ap"}
 OF_BOXES = {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "precision"}
+OF_BOXES |= {"gray_ap", "gray_ap50", "gray_ap75"}
 OF_BOXES |= {"ar", "ar_small", "ar_medium", "ar_large"}
 OF_UNKNOWN = {"verification", "open_set", "calibration_error"}
 TAGS = f"tags.py encoder --data packed --out run --epochs 4 --batch-size 8 {FAST}"
