@@ -346,6 +346,7 @@ PLANS["shape"] |= {"question": "Which pictures, patches, batches and depths tran
 # plan), so that every machine makes the same runs. A recogniser's include its evaluation on dev.
 SECONDS = {"mae": 19, "agree": 42, "lora": 18, "full": 15.5, "vit": 15.5, "resnet10": 23}
 MINUTES = (3, 6, 12, 24)
+WIDE_BLR = rates("--blr", "1e-3", "2e-3", "4e-3", "8e-3", "16e-3", "32e-3")
 IMAGES = 7269  # of train
 CHARACTERS = 20
 SHARED_BY = 10  # so many recognisers share an encoder, in the part with few labels
@@ -413,7 +414,7 @@ PLANS["minutes"] = OF_RECOGNITION | {
     "arms": BOUGHT_BY,
     "against": {arm: f"resnet10, {arm.partition(', ')[2]}" for arm in BOUGHT_BY},
     "tuned_as": TUNED_AS,
-    "trials": {"mae6": BLR, "agree6": BLR}
+    "trials": {"mae6": WIDE_BLR, "agree6": WIDE_BLR}
     | {arm: next(WIDE[name] for name in WIDE if name in arm) for arm in BOUGHT_BY},
     "trial_share": 1.0,
     "set": {"split": "test"},
