@@ -33,7 +33,7 @@ from torch import nn
 import data
 from common import controls, fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
-from common.command import Flags, Parser, at_least, between, cli, command, progress, save_pngs
+from common.command import Flags, Parser, at_least, between, cli, command, save_pngs
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
@@ -335,8 +335,7 @@ def judge(task, net, split, rows):
     """Answers for whole pages, and their true boxes, both in the order of rows."""
     answers = []
     net.eval()
-    views = data.whole_views(split["images"], rows, task.page, task.device)
-    for _, view in progress(views, "judging", -(-len(rows) // data.CHUNK)):
+    for _, view in data.whole_views(split["images"], rows, task.page, task.device, "judging"):
         with task.autocast():
             answers += detect(net, view)
     return answers, [true[true[:, 0] >= 0] for true in boxes_of(split, task.boxes, rows)]

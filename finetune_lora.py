@@ -195,7 +195,7 @@ def cutout(view, share, generator):
 
 
 def augmented(images, S, colourless, generator):
-    """images u8 (B, ., ., 3) -> views u8 (B, S, S, 3): crop, flip, colour or none, cutout."""
+    """images u8 (B, ., ., 3) -> views u8 (B, S, S, 3): crop, flip, colour, cutout; a share in gray."""
     view = data.view_images(images, *data.draw_boxes(len(images), generator, MIN_CROP), S)
     draws = torch.rand(4, len(view), generator=generator)
     view = data.jitter_colour(view, draws.T, COLOUR, colourless)
@@ -483,7 +483,7 @@ def write_results(flags, task, run, best_epoch):
     print(
         f"{flags.split:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}), macro-F1 "
         f"{row['macro_f1']:.2f} %; without colour Top-1 {row['colourless_top1']:.1f} %\n"
-        f"controls thumbnails {row['thumbnails_top1']:.1f} %, colours {row['histograms_top1']:.1f} %\n"
+        f"controls thumbnails {row['thumbnails_top1']:.1f} %, histograms {row['histograms_top1']:.1f} %\n"
         f"wrote    {out}/ after {row['seconds']:.0f} s, epoch {best_epoch} kept\n"
         f"next: python recognize.py {shlex.quote(str(out))} PICTURE"
     )

@@ -76,7 +76,7 @@ HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (res
 ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less and 20 need more
 CENTRED = 0.5  # share of the mean of all faces that is taken away before grouping
 GROUPED = 10_000  # faces at most: memory holds all pairs
-RADII = np.arange(0.05, 1, 0.05)  # of DBSCAN, as CCIP is judged: cosine distances
+RADII = np.arange(0.05, 1, 0.05)  # cosine distances that `as_ccip` tries as eps of DBSCAN
 PAIRS_OF = 4000  # images that --verify takes at most; it compares all pairs
 SURE = 0.8  # confidence of the names of which --verify says how many are right
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
@@ -905,7 +905,8 @@ def as_ccip(unit, labels):
     from sklearn.cluster import DBSCAN
     from sklearn.metrics import adjusted_rand_score, precision_recall_curve
 
-    cosines = centred(unit) @ centred(unit).T
+    unit = centred(unit)
+    cosines = unit @ unit.T
     one, two = torch.triu_indices(len(unit), len(unit), 1)
     precision, recall, _ = precision_recall_curve(labels[one] == labels[two], cosines[one, two])
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
@@ -983,7 +984,7 @@ LINES = (  # of --verify, from the numbers of recognize.json; a line whose numbe
     "ROC-AUC against known ones {auroc_unknown:.1f} %",
     "faces of unknown characters in groups: pair F1 {pair_f1:.1f} %, "
     "adjusted Rand index {adjusted_rand:.1f} %",
-    "the same as CCIP is judged, with the best threshold for these faces: pair F1 {ccip_f1:.1f} %, "
+    "by CCIP's measures, at the best threshold for these faces: pair F1 {ccip_f1:.1f} %, "
     "adjusted Rand index {ccip_adjusted_rand:.1f} %",
     "calibration error of the confidence: {calibration_error:.1f} points",
     "no unknown characters in this set; --data OTHER, or finetune_lora.py --hold-out 4, has some",

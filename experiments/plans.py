@@ -531,18 +531,13 @@ PLANS["adapt"] = OF_RECOGNITION | {
     },
 }
 
+IN_GRAY = f"finetune_lora.py weights/toon {ON_TEST} 8 {FINE_TUNED['lora']} --colourless"
 PLANS["colourless"] = OF_RECOGNITION | {
     "question": "How many views without colour teach what is gray, and cost nothing where colour is?",
     "seeds": range(3),
     "made": {},
     "trials": {},
-    "arms": {
-        f"{share}": [
-            "finetune_lora.py weights/toon --data {data} --split {split} --seed {seed} "
-            f"--method lora --keep 0.25 --epochs 8 --colourless {share}"
-        ]
-        for share in (0, 0.03, 0.05, 0.1)
-    },
+    "arms": {f"{share}": [f"{IN_GRAY} {share}"] for share in (0, 0.03, 0.05, 0.1)},
     "against": "0",
     "set": {"split": "dev"},
     "right": {"top1": (0, "metrics-dev.json", "right")},

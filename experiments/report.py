@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common import metrics, plots
+from common import metrics
 from common.command import Parser, cli
 from common.io import UserError, read_json, reading, save_csv, save_text
 from common.stats import from_bits, mean_std, plus_minus
@@ -285,6 +285,8 @@ def title_of(study):
 
 def draw_dots(path, study):
     """A dot for each seed, one panel for each of the first two columns."""
+    from common import plots  # matplotlib takes half a second to load
+
     columns = list(study.plan["columns"].items())[:2]
     size = (4.8 * len(columns), 1.4 + 0.28 * len(study.rows))
     one_row = {"sharey": True, "squeeze": False}
@@ -313,6 +315,8 @@ def lines_of(study):
 
 def draw_lines(path, study, lines):
     """A panel for each unit: a line through the means of each name, and a dot for each seed."""
+    from common import plots
+
     heading = next(iter(study.plan["columns"].values()))
     size = (5.2 * len(lines), 4.2)
     one_row = {"sharey": True, "squeeze": False}
