@@ -429,6 +429,7 @@ PLANS["minutes"] = OF_RECOGNITION | {
 
 # ---- who is unknown? Four characters that no part of a recogniser has seen ------------------------
 
+DRAW = "-m experiments.subset {data} --draw {seed} --characters"
 KNOWN = "--data {known} --seed {seed} --split {split} --keep 0.25 --epochs 8"
 KNOWN_BY = {"own": "{own}", "toon": "weights/toon"}  # encoders
 STRANGERS = "recognize.py {0} --verify --data {data} --split {split}"
@@ -442,7 +443,7 @@ PLANS["strangers"] = OF_RECOGNITION | {
     "question": "How many unknown characters are called unknown, if no part of it has seen them?",
     "seeds": range(5),  # each draws other known characters
     "made": {
-        "known": ["-m experiments.subset {data} --characters 16 --draw {seed}"],
+        "known": [f"{DRAW} 16"],
         "own": [PLAIN_MAE.replace("{data}", "{known}") + " --epochs 4"],
     },
     "arms": {
@@ -467,9 +468,7 @@ PLANS["strangers"] = OF_RECOGNITION | {
 PLANS["seven"] = PLANS["strangers"] | {
     "question": "Seven characters of 80 pictures: what is promised of unknown ones, and what happens?",
     "made": {
-        "pictures": [
-            "-m experiments.subset {data} --characters 7 --pictures 80 --draw {seed} --folders"
-        ],
+        "pictures": [f"{DRAW} 7 --pictures 80 --folders"],
         "seven": ["data.py {pictures}"],
     },
     "arms": {
@@ -492,19 +491,25 @@ PLANS["seven"] = PLANS["strangers"] | {
         "sure": ("right of names at 80 % and more", 2, "recognize.json", "right_when_sure", 1),
     },
 }
-ROADS = {"own": "{own}", "own from weights/toon": "{further}", "weights/toon": "weights/toon"}
+
+# Collections of 7 and of 20 characters: which encoder should LoRA begin from?
+COLLECTIONS = product((7, 20), (20, 50, 150))  # characters, pictures of each
+THINNED = {f"{n}x{k}": [f"{DRAW} {n} --pictures {k}"] for n, k in COLLECTIONS}
+LARGEST = list(THINNED)[-1]
+OWN = f"pretrain.py --data {{{LARGEST}}}"
+ROADS = {f"weights/toon, {size}": ("weights/toon", size) for size in THINNED}
+ROADS |= {f"own, {LARGEST}": ("{own}", LARGEST)}
+ROADS |= {f"own from weights/toon, {LARGEST}": ("{further}", LARGEST)}
 PLANS["roads"] = PLANS["seven"] | {
-    "question": "Seven characters of 80 pictures: which encoder should LoRA begin from?",
-    "made": PLANS["seven"]["made"]
-    | {
-        "own": ["pretrain.py --data {seven}"],
-        "further": ["pretrain.py --data {seven} --init weights/toon --model nano:decoder_depth=2"],
-    },
+    "question": "Collections of 7 and 20 characters: which encoder should LoRA begin from?",
+    "seeds": range(3),
+    "made": THINNED
+    | {"own": [OWN], "further": [f"{OWN} --init weights/toon --model nano:decoder_depth=2"]},
     "arms": {
-        road: [f"finetune_lora.py {encoder} --data {{seven}} --split test --method lora"]
-        for road, encoder in ROADS.items()
+        road: [f"finetune_lora.py {encoder} --data {{{size}}} --split test --method lora"]
+        for road, (encoder, size) in ROADS.items()
     },
-    "against": "weights/toon",
+    "against": dict.fromkeys(list(ROADS)[-2:], f"weights/toon, {LARGEST}"),
     "compare": ("top1",),
     "columns": {
         name: PLANS["seven"]["columns"][name] for name in ("top1", "thumbnails", "histograms")
