@@ -484,7 +484,7 @@ def build(gr, run):
 def main():
     args = parse_args()
     keep_freed_memory(heaps=1)  # otherwise each thread of the server keeps its own
-    Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6  # Pillow refuses more before decoding
+    Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6 // 2  # Pillow refuses twice as many
     run, MACHINE.device = choose_run(args.run), pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}

@@ -598,8 +598,8 @@ def test_the_figure_crop_follows_box_alpha_or_colours(by, centre):
 
 
 def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, monkeypatch):
-    """Sixteen of 88 megapixels side by side would take 16 GB. Large ones come alone, small ones together."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    """Sixteen of 170 megapixels side by side would take 32 GB. Large ones come alone, small ones together."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 / 2)
     busy, counts, upright = [], [], decode.upright
 
     def slow(img):
@@ -616,6 +616,12 @@ def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, m
     found = list(pictures.pictures([tmp_path], 16, "centre", 0, problems))
     assert len(found) == 16 and not problems and max(counts) <= 64 * 64
     assert decode.FREE._value == decode.SHARES  # all of it is free again
+
+
+def test_a_scan_of_120_megapixels_is_read():
+    """A larger one is a bomb: tests/test_data.py."""
+    scan = saved(Image.new("L", (12_000, 10_000), 200), "JPEG")
+    assert (decode.decode(scan, 16, False)["images"] == 200).all()
 
 
 PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
