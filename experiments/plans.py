@@ -494,7 +494,7 @@ PLANS["seven"] = PLANS["strangers"] | {
 
 # Collections of 7 and of 20 characters: which encoder should LoRA begin from?
 COLLECTIONS = product((7, 20), (20, 50, 150))  # characters, pictures of each
-THINNED = {f"{n}x{k}": [f"{DRAW} {n} --pictures {k}"] for n, k in COLLECTIONS}
+THINNED = {f"set{n}x{k}": [f"{DRAW} {n} --pictures {k}"] for n, k in COLLECTIONS}
 LARGEST = list(THINNED)[-1]
 OWN = f"pretrain.py --data {{{LARGEST}}}"
 ROADS = {f"weights/toon, {size}": ("weights/toon", size) for size in THINNED}
