@@ -23,8 +23,7 @@ from common.io import UserError
 # Of Pillow's 40 formats. EPS is not among them: Pillow gives it to Ghostscript to be run.
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 FORMATS += ["AVIF"] * (find_spec("PIL.AvifImagePlugin") is not None)  # from Pillow 11.3
-# Pillow warns from 89 megapixels on. It refuses twice as many: 178, which is A3 at 900 dpi.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it raises from 178 megapixels on
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 

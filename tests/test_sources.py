@@ -618,12 +618,6 @@ def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, m
     assert decode.FREE._value == decode.SHARES  # all of it is free again
 
 
-def test_a_scan_of_120_megapixels_is_read():
-    """A larger one is a bomb: tests/test_data.py."""
-    scan = saved(Image.new("L", (12_000, 10_000), 200), "JPEG")
-    assert (decode.decode(scan, 16, False)["images"] == 200).all()
-
-
 PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
 PROGRAM += b"(made) (w) file closefile showpage\n"
 
