@@ -606,6 +606,27 @@ PLANS["detection"] = OF_STAGE | {
     "planes": {"boxes": "python data.py scenes --out datasets/scenes"},
 }
 
+COMPOSE = "-m experiments.pages {data} --draw {seed} --pages"
+PACK_PAGES = "data.py {0}/boxes.csv --detect --split 1,0,0 --dev 0.1 --dedupe off"
+FIND = "detect.py weights/{start} --split test --data {{pages{pages}}} --epochs {epochs}"
+VIEWS = 3200  # of pages: with few pages, more epochs
+FOUND = {"toon-det, as it is": [FIND.format(start="toon-det", pages=20, epochs=1) + " --lr 0"]}
+for start, pages in product(("toon-det", "toon"), (20, 60, 200)):
+    learn = FIND.format(start=start, pages=pages, epochs=VIEWS // pages)
+    FOUND[f"{start}, {pages} pages"] = [learn]
+PLANS["pages"] = PLANS["detection"] | {
+    "question": "How many pages with boxes does a detector of real drawings need?",
+    "made": {f"pages{n}": [f"{COMPOSE} {n}", PACK_PAGES] for n in (20, 60, 200)},
+    "arms": FOUND,
+    "against": {f"toon, {n} pages": f"toon-det, {n} pages" for n in (20, 60, 200)},
+    "set": {"split": "test"},
+    "columns": {
+        name: (heading, 0, METRICS_TEST, name, 1)
+        for name, heading in (("ap", "AP"), ("ap50", "AP50"))
+    },
+    "planes": {"fg": "python data.py PATH, with pictures that have alpha"},
+}
+
 STAGE_1 = f"segment.py {{encoder}} {ON}"
 SEGMENT = f"segment.py {{encoder}} {ON} --patches {{0}} "
 PLANS["hybrid"] = OF_STAGE | {
