@@ -145,6 +145,10 @@ PLANS["attend"] = masks(
     ["random", GUIDED, SHUFFLED],
     "Does hiding what a teacher attends to teach more than hiding at random?",
     seeds=range(3000, 3024),
+    differences=differences(
+        (f"{GUIDED}.top1", f"{SHUFFLED}.top1", "exploratory: Top-1 against the shuffled control"),
+        (f"{GUIDED}.knn", f"{SHUFFLED}.knn", "exploratory: kNN against the shuffled control"),
+    ),
     **ATTEND,
 )
 HALF, THROWN = f"{GUIDED} --ratio 0.5", f"{GUIDED}:beta=1,throw=0.4 --ratio 0.85"

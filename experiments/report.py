@@ -365,23 +365,26 @@ MARKS = "<!-- experiments.report writes from here -->", "<!-- to here -->"
 
 def section(study, top):
     """A study in STUDY.md -> lines: what was asked and made, and each arm with its difference."""
-    plan, seeds = study.plan, study.plan["seeds"]
+    plan, made = study.plan, sum(map(len, study.rows.values()))
+    planned = len(plan["arms"]) * len(plan["seeds"])
     kind = "" if plan["phase"] == "reported" else f", {plan['phase']}"
-    made = f"{sum(map(len, study.rows.values()))} runs, seeds {min(seeds)} to {max(seeds)}"
+    runs = f"{made} runs" if made == planned else f"{made} of {planned} planned runs"
     link = f"[table]({study.folder.relative_to(top)}/table.md)"
-    text = [f"## {study.folder.name}{kind}", "", f"{plan['question']} {made} ({link}).", ""]
+    text = [f"## {study.folder.name}{kind}", "", f"{plan['question']} {runs} ({link}).", ""]
     if len(study.rows) > 10:
-        best = max(study.rows, key=lambda arm: np.mean(values_of(study.rows[arm], "top1")))
-        return [*text, f"The best of {len(study.rows)} arms is `{best}`.", ""]
-    tests = {test["arm"]: test for test in differences(study) if test["what"] == "top1"}
+        return text
+    column = plan.get("shown", "top1")
+    compared = [test for test in differences(study) if test["what"] == column]
+    tests = {test["arm"]: test for test in compared if "text" not in test}
     rows = []
     for arm, runs in study.rows.items():
         found, verdict = "", ""
         if arm in tests:
             test, verdict = tests[arm], tests[arm]["verdict"]
             found = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
-        rows.append([f"`{arm}`", cell(values_of(runs, "top1"), 1), found, verdict])
-    return [*text, *markdown(["mask", "Top-1, %", "difference", "verdict"], rows), ""]
+        rows.append([f"`{arm}`", cell(values_of(runs, column), 1), found, verdict])
+    head = ["mask", plan["columns"][column], "difference", "verdict"]
+    return [*text, *markdown(head, rows), ""]
 
 
 def write_study(studies, path):
