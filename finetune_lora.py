@@ -29,6 +29,7 @@ from common import classifier, controls, evaluate, metrics, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
 from common.features import name_of, open_rows, some_characters, split_suffix, untrained_like
+from common.fields import check_fields
 from common.io import UserError, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
@@ -240,12 +241,14 @@ def open_task(flags, device, autocast):
     task = SimpleNamespace(device=device, autocast=autocast, out=Path(flags.out), features={})
     task.method, keys = parse_keys(flags.method, METHODS, "--method")
     task.head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
+    if task.method == "lora" and (flags.from_scratch or keys["alpha"] < 0):
+        raise UserError("--method lora needs a trained encoder and alpha=0 or more; choose full")
     if task.method != "linear":  # whose features are of whole pictures
         task.keep, task.colourless = flags.keep, flags.colourless
 
     encoder, task.S = load_encoder(flags.encoder, flags.image_size)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
-    flags.values["data"] = str(data.open_or_pack(folder))
+    flags.values["data"] = str(data.open_or_pack(folder, task.S))
     sets, task.classes = open_rows(flags.data, flags.split, flags.hold_out)
     task.train, task.dev, task.report = sets
     task.sizes = torch.bincount(task.train.labels[task.train.rows])  # pictures of each class
@@ -262,6 +265,7 @@ def open_task(flags, device, autocast):
         add_lora(encoder, keys["r"], keys["alpha"])
     pool = "mean" if task.head == "ifa" else flags.pool
     task.net = classifier.Classifier(encoder, len(task.classes), task.head, pool, **head_keys)
+    check_fields(task.net.config, classifier.CONFIG, f"--head {flags.head}", "give other numbers")
     task.net.to(device)
 
     task.trained = Part()  # with the neck's statistics
@@ -279,9 +283,7 @@ def epoch_rows(rows, labels, balanced, seed, epoch):
     if not balanced:
         return rows[data.epoch_order(len(rows), seed, epoch)]
     odds = 1 / torch.bincount(labels[rows]).double()[labels[rows]]
-    return rows[
-        torch.multinomial(odds, len(rows), replacement=True, generator=train.seeded(seed, epoch))
-    ]
+    return rows[torch.multinomial(odds, len(rows), True, generator=train.seeded(seed, epoch))]
 
 
 def unfreeze(net, trained, epoch, every):
@@ -398,7 +400,7 @@ def finetune(flags, task):
 
 
 def results(flags, task, run, best_epoch):
-    """-> the row of metrics.json, in percent, measured on pictures that were used for no choice."""
+    """-> the row of metrics.json, in percent, measured on the pictures of --split."""
     logits, truth = predict(task, task.report)
     right = logits.argmax(1) == truth
     found = metrics.classification(logits, truth, task.sizes)

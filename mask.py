@@ -57,13 +57,8 @@ def standard_score(x):
 
 
 def guided(score, beta, noise):
-    """Priority from a score (B, N): beta 0 is random masking, beta infinite hides the top scores."""
-    if beta == 0 or math.isnan(beta):  # infinity times a ramp of 0 is not a number
-        return noise
-    z = standard_score(score)
-    if math.isinf(beta):
-        return math.copysign(1, beta) * z + 1e-6 * noise
-    return beta * z + noise
+    """Priority from a score (B, N): beta 0 is random masking, a huge beta hides the top scores."""
+    return beta * standard_score(score) + noise
 
 
 def ramp(t, start, length):
@@ -159,7 +154,7 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
 
     The share of the mask that is whole parts is t^power, or `whole`, if that is 0 to 1.
     """
-    easy = 1 - (t**power if whole < 0 else min(whole, 1.0))
+    easy = 1 - (t ** max(power, 0) if whole < 0 else min(whole, 1.0))
     largest = patches["parts"].argmax(2)  # (B, N)
     member = F.one_hot(largest, patches["parts"].shape[2])  # (B, N, P)
     area = member.sum(1)  # (B, P), patches of each part
@@ -235,12 +230,12 @@ def log_attention(patches):
 
 def show_some(priority, M, share, noise):
     """Shows round(share * M) of the M patches with the highest priority, those with low noise."""
-    count = min(round(share * M), priority.shape[1] - M)
-    if count == 0:
-        return priority
-    top = priority.argsort(dim=1, descending=True, stable=True)[:, :M]
+    count = max(0, min(round(share * M), priority.shape[1] - M))
+    order = priority.argsort(dim=1, descending=True, stable=True)
+    top = order[:, :M]
     shown = top.gather(1, noise.gather(1, top).argsort(dim=1, stable=True)[:, :count])
-    return priority.scatter(1, shown, float("-inf"))
+    # behind the patches that replace them
+    return -order.argsort(1).float().scatter(1, shown, M + count - 0.5)
 
 
 def rows_and_columns(noise):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.io import UserError
+from kernels import LARGEST
 from kernels.gather import MEAN, STD, masked_patch_gather
 
 SIZES = {
@@ -27,6 +28,7 @@ SIZES = {
     "small": dict(dim=384, depth=12, heads=6, image_size=128, patch_size=16, decoder_dim=256),
     "base": dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, decoder_dim=256),
 }
+MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens
 
 
 # ---- the transformer -----------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = MLP(dim, MLP_RATIO * dim)
 
     def forward(self, x, start=0, bias=None):
         """x (B, N, D) -> (B, N - start, D): tokens before `start` are read, and not updated."""
@@ -246,8 +248,8 @@ class ViT(nn.Module):
 
 def check_sizes(image_size, patch_size, dim, heads):
     """A UserError where patches do not divide the view, or heads do not divide the width."""
-    if image_size < 1 or patch_size < 1 or image_size % patch_size:
-        fix = "choose a patch size that divides it, such as 8 or 16"
+    if image_size < 1 or not 0 < patch_size <= LARGEST or image_size % patch_size:
+        fix = f"choose one up to {LARGEST} that divides it, such as 8 or 16"
         raise UserError(f"image size {image_size} is no multiple of patch size {patch_size}; {fix}")
     if dim % heads or dim % 4:
         fix = f"choose a multiple of {math.lcm(heads, 4)}"

@@ -137,9 +137,11 @@ def parse_model(flags, device):
     defaults = DEFAULTS[device.type]
     flags.fill(model=defaults["model"], blr=defaults["blr"])
     more = {"decoder_depth": defaults["decoder_depth"], "simmim": 0}
-    sizes = {name: size | more for name, size in SIZES.items()}
+    sizes = {name: more | size for name, size in SIZES.items()}
     _, size = parse_keys(flags.model, sizes, "--model")
     simmim = size.pop("simmim") != 0
+    if low := [name for name, value in size.items() if value < 1]:
+        raise UserError(f"--model {flags.model}: {low[0]} must be at least 1")
     flags.fill(**RECIPES["simmim" if simmim else "mae"])
     contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
     if simmim and contrast != "none":
@@ -187,8 +189,8 @@ def compiled(model, flags, device):
     Two CUDA graphs start 1,400 kernels. One by one, a host starts them slower than a GPU runs them.
     """
     can = device.type == "cuda" and kernels.why_not_triton(device) is None  # torch.compile needs it
-    flags.fill(compile=can and not re.search("[:-]", flags.ratio))  # one ratio, one graph
-    if not flags.compile:
+    default = can and not re.search("[:-]", flags.ratio)  # one ratio, one graph
+    if not (default if flags.compile is None else flags.compile):
         return make_views, share_gradients(model)
     return torch.compile(make_views), share_gradients(torch.compile(model, mode="reduce-overhead"))
 
@@ -197,14 +199,14 @@ def make_mask(flags, encoder, train_set, autocast, views):
     """--mask: the strategy, the guide whose scores it reads, and the share that is thrown."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, need in masking.NEEDS.items():
-        if need == "attn" and flags.values["teacher"] != "self":
-            keys[name] |= {"start": 0.0, "ramp_for": 0.0}  # a trained teacher guides from the start
+        if need == "attn" and flags.values["teacher"] != "self":  # a trained one guides at once
+            keys[name] |= dict.fromkeys(keys[name].keys() & {"start", "ramp_for"}, 0.0)
     name, params = parse_keys(flags.mask, keys, "--mask")
     throw = params.pop("throw")
     try:
-        for word in re.split("[:-]", flags.ratio):
+        for word in re.split("[:-]", flags.ratio, maxsplit=1):
             masking.kept(encoder.side**2, float(word), throw)
-    except ValueError as problem:
+    except (ValueError, OverflowError) as problem:
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
     guide = guidance.Guide(name, params, encoder, flags.out, autocast, views)
     if guide.need == "attn" and flags.teacher != "maps":
@@ -220,14 +222,13 @@ def make_mask(flags, encoder, train_set, autocast, views):
 def make_teacher(encoder, flags, start):
     """The average of the run's own encoder, or the encoder of --teacher."""
     name = flags.teacher
-    saved = flags.values if name == "self" else flags_of(name)
-    trained = guidance.default_source(saved, name)
+    trained = guidance.default_source(flags.values if name == "self" else flags_of(name), name)
     source = flags.attention or trained
     if trained == "outlier" and source != "outlier":
         print(f"warning  nothing trains the attention ({source}) of this teacher; --contrast does")
     if name == "self":
         return guidance.average_of(encoder, source, flags.epochs, start)
-    return guidance.Teacher(load_teacher(name)[0], source, {0})
+    return guidance.Teacher(load_teacher(name)[0].to(encoder.cls_token.device), source, {0})
 
 
 # ---- in the loop ---------------------------------------------------------------------------------
@@ -360,9 +361,9 @@ def main():
 
             # 2. which patches are hidden
             K = masking.kept(N, ratio_at(flags.ratio, t, stream))
-            patches = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}
-            priority = strategy(patches, noise, t, N - K)  # (V*b, N)
             thrown = round(throw * N)  # patches that are neither seen nor predicted
+            patches = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}
+            priority = strategy(patches, noise, t, N - K - thrown)  # (V*b, N)
             ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (V*b, K), (V*b, M)
 
             # 3. forward

@@ -641,9 +641,10 @@ def centred(unit):
 
 def names_of(groups, names):
     """Group and name (None: unknown) of each face -> {group: its name}: what half of its faces are called."""
-    found = {}
-    for number in sorted(set(groups)):
-        inside = [name for name, g in zip(names, groups, strict=True) if g == number]
+    names_in, found = {}, {}
+    for number, name in zip(groups, names, strict=True):
+        names_in.setdefault(number, []).append(name)
+    for number, inside in sorted(names_in.items()):
         [(name, count)] = Counter(inside).most_common(1)
         known = name is not None and 2 * count > len(inside)
         found[number] = name if known else f"group-{number + 1:03}"
@@ -987,6 +988,7 @@ LINES = (  # of --verify, from the numbers of recognize.json; a line whose numbe
     "by CCIP's measures, at the best threshold for these faces: pair F1 {ccip_f1:.1f} %, "
     "adjusted Rand index {ccip_adjusted_rand:.1f} %",
     "calibration error of the confidence: {calibration_error:.1f} points",
+    "right, of names with a confidence of 80 % or more: {right_when_sure:.1f} %",
     "no unknown characters in this set; --data OTHER, or finetune_lora.py --hold-out 4, has some",
 )
 
@@ -996,7 +998,7 @@ def table(row):
     found = row | row.get("verification", {}) | row.get("open_set", {}) | row.get("groups", {})
     lines = []
     for line in LINES[:-1] if found.get("strangers") else LINES:
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError, TypeError):  # missing, or None
             lines.append(line.format_map(found))
     return lines
 

@@ -166,7 +166,7 @@ class Flags:
         """The flags of a run that is resumed. Given ones are refused, but for those that are `free`."""
         given = self.given - {"resume", *free}
         refuse_idle(given, "beside --resume, which takes the flags of the run")
-        kept = {name: self.values[name] for name in ("resume", *free) if name in self.values}
+        kept = {name: self.values[name] for name in self.given}
         self.values = {**self.values, **saved, **kept}
         self.given |= saved.keys() - kept.keys()  # as if they stood on the command line again
         self.read |= saved.keys()

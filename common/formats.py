@@ -17,6 +17,7 @@ import torch
 from common import fields
 from common.io import UserError, read_json, read_safetensors, read_torch, regular
 from kernels.gather import MEAN, STD
+from model import MLP_RATIO
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
 WRAPPERS = ("teacher", "model", "state_dict")  # keys of training checkpoints that hold weights
@@ -210,7 +211,7 @@ def weights_and_facts(loaded, header, path):
     fields.check_encoder(weights, facts, path, REMEDY)
     width, depth = shape["decoder_dim"], shape["decoder_depth"]
     blocks = {f"decoder_blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
-    fields.check_arrays(weights, blocks, path, REMEDY, D=width, F=4 * width)
+    fields.check_arrays(weights, blocks, path, REMEDY, D=width, F=MLP_RATIO * width)
     return weights, facts
 
 

@@ -61,6 +61,8 @@ def take_up(flags, *free):
         raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
     if flags.resume:
         saved = load_state(Path(flags.resume) / "state.pt")["config"]
+        if ("encoder" in saved) != ("encoder" in flags.values):
+            raise UserError(f"{flags.resume} is a run of another stage; give one of this command")
         flags.take_saved(saved, ("device", "log", *flags.given & {*free}))
         flags.values["out"] = flags.resume
 

@@ -379,7 +379,7 @@ def section(study, top):
     rows = []
     for arm, runs in study.rows.items():
         found, verdict = "", ""
-        if arm in tests:
+        if arm in tests and tests[arm]["low"] is not None:
             test, verdict = tests[arm], tests[arm]["verdict"]
             found = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
         rows.append([f"`{arm}`", cell(values_of(runs, column), 1), found, verdict])

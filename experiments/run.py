@@ -40,6 +40,7 @@ from experiments import report
 from experiments.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("*.py", "common/*.py", "kernels/*.py")
 PILOT_SEED = 1000  # and the next ones: never reported
 TRIAL_SEED = 500
 IN_PLACE = {"probe": "probe*.json", "recognize": "recognize.json", "stress": "stress-*.json"}
@@ -220,7 +221,7 @@ def row_of(arm, seed, args):
     """Make the runs of an arm with a seed -> its row."""
     plan = args.plan
     row = {"arm": arm, "seed": seed, "phase": "run", "data": args.data.name, "commit": commit()}
-    row |= {"machine": machine(args.device), "metrics": {}, "right": {}}
+    row |= {"code": args.code, "machine": machine(args.device), "metrics": {}, "right": {}}
     if seed in range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0)):
         row["phase"] = "pilot"
     try:
@@ -273,7 +274,8 @@ def check(args, arms):
         if word in text and importlib.util.find_spec(library) is None:
             raise UserError(f"{word} needs {library}: pip install {library}")
     torch.set_num_threads(args.threads)  # a row names the machine so
-    args.device = pick_device("cuda" if "--device cuda" in text else "auto")
+    asked = re.search(r"--device (\w+)", text)
+    args.device = pick_device(asked[1] if asked else "auto")
     for arm in arms if "template" in plan else ():
         parse_keys(arm.split(" ")[0], masking.PARAMS, "--arms")
         if "--maps truth" in arm and "fg" not in train:
@@ -335,6 +337,12 @@ def save_plan(args, arms, seeds, folder):
             save_json(found, folder / "images.json", None)
 
 
+def digest_of_code():
+    """A hash of what trains and measures: after an edit, rows that are there are of other code."""
+    files = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
+
+
 def run_all(jobs, args, folder):
     """Make these runs, some side by side; each row is written when it is there -> failures."""
     failed = []
@@ -394,6 +402,10 @@ def main():
     done = {(row["arm"], row["seed"]) for row in rows}
     left = [job for job in jobs if job not in done]
     print(f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
+    args.code = digest_of_code()
+    if older := sum(row.get("code", args.code) != args.code for row in rows):
+        again = shlex.join(["rm", "-r", str(folder), str(args.work)])
+        print(f"warning  {older} rows were made by other code; {again} makes all of them again")
     if args.dry:
         print(*(f"  {arm}, seed {seed}" for arm, seed in left), sep="\n")
         return

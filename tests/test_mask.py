@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import mask as masking
 
-INF = float("inf")
+HUGE = 1e6
 SOFT = ("attn_high", "attn_low", "detail", "learned")  # guided by beta alone
 SIZES = [(4, 0.3), (4, 0.75), (49, 0.3), (49, 0.75), (144, 0.5), (144, 0.9)]
 
@@ -88,7 +88,7 @@ def test_without_strength_or_before_its_start_a_guide_is_random_bit_for_bit(name
     turn = 0.5 if name in ("detail", "learned") else 0.05  # its sign turns, or it has not begun
     assert torch.equal(strategy(patches, noise, 1.0, 27, beta=0.0), noise)
     assert torch.equal(strategy(patches, noise, turn, 27), noise)
-    assert torch.equal(strategy(patches, noise, turn, 27, beta=INF), noise)
+    assert torch.equal(strategy(patches, noise, turn, 27, beta=HUGE), noise)
     flat = {masking.NEEDS[name]: torch.full((4, 36), 0.3)}
     assert torch.equal(strategy(flat, noise, 1.0, 27), noise)
 
@@ -101,7 +101,7 @@ def test_beta_infinite_is_top_k(name):
     for t in (0.2, 1.0):
         lowest = name == "attn_low" or (name in ("detail", "learned") and t < 0.5)
         first = score.topk(48, 1, largest=not lowest).indices
-        found = hidden(name, patches, noise_of(6, 64), 48, t, beta=INF)
+        found = hidden(name, patches, noise_of(6, 64), 48, t, beta=HUGE)
         assert torch.equal(found, torch.zeros_like(score).scatter(1, first, 1.0).bool())
 
 
@@ -131,10 +131,13 @@ def test_a_hint_shows_a_share_of_what_would_be_hidden_first():
 
 def test_what_the_teacher_attends_to_least_is_thrown():
     patches, noise = patches_of(8, 100), noise_of(8, 100)
-    keep, hide = masking.sample(masking.attn_high(patches, noise, 1.0, 45, beta=INF), 15, 40)
+    keep, hide = masking.sample(masking.attn_high(patches, noise, 1.0, 45, beta=HUGE), 15, 40)
     order = patches["attn"].argsort(1)
     assert torch.equal(keep.sort(1).values, order[:, 40:55].sort(1).values)
     assert torch.equal(hide.sort(1).values, order[:, 55:].sort(1).values)
+    hinted = masking.attn_hint(patches, noise, 1.0, 45, beta=HUGE, hint=0.2)
+    keep, _ = masking.sample(hinted, 15, 40)
+    assert ((keep[..., None] == order[:, None, 55:]).any(2).sum(1) == 9).all()  # hints are seen
 
 
 # ---- quotas of figure, ground and parts ----------------------------------------------------------

@@ -147,7 +147,10 @@ def test_a_mask_of_ones_own_against_random_is_one_command_and_one_table(home, sm
 def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small):
     study(small, MINE)
     before = len(calls(home))
-    assert "6 runs, 6 done" in study(small, MINE).stdout
+    path = folder_of(home) / "rows.jsonl"
+    path.write_text(path.read_text().replace('"code": "', '"code": "older'))
+    assert "6 runs, 6 done" in (said := study(small, MINE).stdout)
+    assert "6 rows were made by other code" in said
     study(small, "mine --arms green --seeds 4")
     assert len(calls(home)) == before + 5  # a seed of random, four of green
     other = study(small, "mine --set 'recipe=--epochs 2' --arms block", check=2)
