@@ -33,7 +33,7 @@ from torch import nn
 import data
 from common import controls, fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
-from common.command import Flags, Parser, at_least, between, cli, command, save_pngs
+from common.command import Flags, Parser, at_least, between, cli, command
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
@@ -516,7 +516,7 @@ def write_results(flags, task, net, run):
 
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
-    from ingest.pictures import tell_problems, whole_pictures
+    from ingest.pictures import save_pngs, tell_problems, whole_pictures
 
     net, header = load(flags.encoder)
     net.to(device)
@@ -524,7 +524,7 @@ def use(flags, device, autocast):
     threshold, largest, out = flags.threshold, flags.largest, flags.out
     crop = flags.crop or largest
     if crop and not out:
-        raise UserError("--crop writes pictures; --out DIR says where")
+        raise UserError("--crop and --largest write pictures; --out DIR says where")
     flags.refuse_unread()
     problems = []
     for key, picture in whole_pictures(flags.pictures, problems):
@@ -538,14 +538,13 @@ def use(flags, device, autocast):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
-            folder = folder_of(out, key) if crop else out
-            save_pngs(folder, Path(key).name if crop else key, shown_of(picture, boxes, crop))
+            save_pngs(out, key, shown_of(picture, boxes, crop), folder_of(key) if crop else None)
     tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
-def folder_of(out, key):
-    """The folder of a picture, below OUT: data.py takes it for the character."""
-    return Path(out).joinpath(*(part for part in Path(key).parent.parts if part.strip("./")))
+def folder_of(key):
+    """The folder of a picture, for below OUT: data.py takes it for the character."""
+    return "/".join(part for part in Path(key).parent.parts if part.strip("./"))
 
 
 def shown_of(picture, boxes, crop):

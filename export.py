@@ -1,6 +1,6 @@
 """Write an encoder or a run for other tools: timm, transformers, ONNX and more.
 
-    python export.py ENCODER --to mae|timm|hf|merged|onnx|half [--out FILE] [--image-size PX]
+    python export.py ENCODER --to mae|timm|hf|merged|onnx|half|wd [--out FILE] [--image-size PX]
 
 Reads:  ENCODER: runs/NAME, or a checkpoint that common/formats.py lists
 Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the folder
@@ -404,6 +404,8 @@ def export(source, to, out=None, image_size=None):
     write, name, library = FORMATS[to]
     out = Path(out or checkpoints.model_file(source).parent / name)
     card = out / "README.md" if to in ("hf", "wd", "half") else out.with_suffix(".md")
+    if card == out:
+        raise UserError(f"--out {out} would be the card, too; choose another name")
     with locked(lock_beside(out)):
         refuse_overwrite([out, card])
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -106,12 +106,7 @@ def parse_args():
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
-    add(
-        "--folds",
-        type=between(2, 10, int),
-        metavar="N",
-        help="train N times more, each without a part",
-    )
+    add("--folds", type=between(2, 10, int), metavar="N", help="train N times, each without a part")
     add("--verify", action="store_true", help="measure verification and unknown faces")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
     add("--split", default="val", choices=["val", "dev", "test", "train"], help="of --verify")
@@ -121,7 +116,7 @@ def parse_args():
     args.task = next((name for name in FLAGS if name in args.given), "name")
     if args.task in ("name", "sort", "group", "enrol"):
         if not args.images:
-            raise UserError(f"give pictures, folders, archives or -, to {args.task}")
+            raise UserError(f"give pictures or folders to {args.task}")
     elif args.images:
         raise UserError(f"--{args.task} takes no pictures, such as {args.images[0]}")
     refuse_idle(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
@@ -342,11 +337,17 @@ def build_gallery(run, device, dtype):
     header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
     header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.unknown)
     save_gallery(path, faces.embeddings, faces.labels, header)
-    print(
-        f"wrote {path}: {len(faces.keys)} faces of {len(faces.classes)} characters", file=sys.stderr
-    )
+    count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
+    print(f"wrote {path}: {count}", file=sys.stderr)
     if faces.unknown is None:
         print(f"note: {UNMEASURED.format(run=shlex.quote(str(run)))}", file=sys.stderr)
+
+
+def open_network(run, device, dtype):
+    """-> the classifier of a run on its device, the header of its head, and autocast."""
+    net, header = load_classifier(run)
+    device = pick_device(device)
+    return net.to(device), header, autocast_of(device, pick_dtype(dtype, device)[0])
 
 
 def faces_learned(run, device, dtype):
@@ -357,14 +358,11 @@ def faces_learned(run, device, dtype):
     held_out                               logits (m, C), embeddings (m, D), labels (m,) of dev
     unknown                                the same of characters that --hold-out left out, or None
     """
-    net, header = load_classifier(run)
+    net, header, autocast = open_network(run, device, dtype)
     folder, held = header["data"], header.get("split", "val")
     (train, dev, _), classes = open_rows(folder, held, header.get("hold_out", 0))
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
-    device = pick_device(device)
-    autocast = autocast_of(device, pick_dtype(dtype, device)[0])
-    net.to(device)
 
     def outputs(images, rows):
         pooled = pooled_of(net, images.split, rows, autocast, "gallery", mirrored=True)
@@ -417,9 +415,7 @@ def calibrate_by_folds(run, count, parts, device, dtype):
     for part in range(1, parts + 1):
         faces = faces_learned(train_fold(run, f"{part}/{parts}"), device, dtype)
         if faces.unknown is None:
-            raise UserError(
-                f"dev has no picture of part {part} of {parts}: pack the set without --dev"
-            )
+            raise UserError(f"dev has no picture of part {part} of {parts}: pack it without --dev")
         folds.append(fold_of(faces))
     own = faces_learned(run, device, dtype)
     numbers = calibrate(own.embeddings, own.labels, own.held_out, None, folds)
@@ -490,9 +486,8 @@ def promised(found):
 def predictions(args, net, header, autocast, problems):
     """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, or with --detect of faces."""
     size = header["packed_size"]
-    items = pictures(args.images, size, header["crop"], header["margin"], problems)
-    if args.detect:
-        items = faces(args, size, problems)
+    cut = size, header["crop"], header["margin"]
+    items = faces(args, size, problems) if args.detect else pictures(args.images, *cut, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         yield list(keys), *embed(net, np.stack(images), autocast)
@@ -588,11 +583,15 @@ def sort(args, net, header, gallery, autocast):
     claim([], lock=out / ".lock")
     rows = open_sorted(table)
     done = {row["picture"] for row in rows}
+    refuse_other_owner(rows, wanted)
     args.images, problems = [file for file in wanted if file not in done], []
     print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
     found = all_answers(args, net, header, gallery, autocast, problems) if args.images else ()
     copy_all(found, args, wanted, folders_of(gallery["names"]), rows, table)
-    rows += [dict.fromkeys(COLUMNS, "") | {"picture": key} for key, _ in problems]
+    listed = {row["picture"] for row in rows}
+    rows += [
+        dict.fromkeys(COLUMNS, "") | {"picture": file} for file in wanted if file not in listed
+    ]
     save_csv(rows, table, COLUMNS)
     tell_problems(problems, header["data"])
 
@@ -609,6 +608,8 @@ def group(args, net, header, gallery, autocast):
     for some in predictions(args, net, header, autocast, problems):
         rows += answers(*some, gallery)
         units.append(compared(some[2], gallery))
+    if not rows:
+        raise UserError("no face was found, so there is nothing to group")
     groups = alike(torch.cat(units))
     names = names_of(groups, [row["name"] for row in rows])
     for row, number in zip(rows, groups, strict=True):
@@ -677,18 +678,27 @@ def files_to_sort(paths, out):
         for key, file in picture_files(path).items():
             name = key if Path(path).is_dir() else file.name
             if taken.setdefault(name, file) != file:
-                raise UserError(
-                    f"{taken[name]} and {file} have one name; sort one folder at a time"
-                )
+                raise UserError(f"{taken[name]} and {file} have one name; sort one folder a time")
             wanted[str(file)] = name
+    if not wanted:
+        raise UserError(f"no picture was found in {', '.join(paths)}")
     return wanted
+
+
+def refuse_other_owner(rows, wanted):
+    """A copy that is there, of a picture of another folder, is not overwritten."""
+    owners = {Path(*Path(row["copy"]).parts[1:]): row["picture"] for row in rows if row["copy"]}
+    for file, name in wanted.items():
+        owner = owners.get(Path(name), file)
+        if owner != file:
+            raise UserError(f"a copy of {owner} is named {name}, as {file}; choose another --sort")
 
 
 def open_sorted(table):
     """-> the rows of sorted.csv. A folder with other things in it is not ours."""
     if table.exists():
         with reading(table, "table of --sort", "choose another --sort"):
-            _, *rows = csv.reader(io.StringIO(table.read_text("utf-8")))
+            _, *rows = csv.reader(io.StringIO(table.read_text("utf-8", "surrogateescape")))
             return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
     if any(path.name != ".lock" for path in table.parent.iterdir()):
         raise UserError(f"{table.parent} has files, and no {SORTED}; choose a new folder")
@@ -717,7 +727,8 @@ def copies_of(file, faces, name, folders, out):
         copy = Path(folders.get(who, UNKNOWN), name)
         (out / copy).parent.mkdir(parents=True, exist_ok=True)
         with atomic(out / copy) as temporary:
-            shutil.copy2(file, temporary)
+            shutil.copyfile(file, temporary)
+        shutil.copystat(file, out / copy)  # it may forbid to write
         numbers = face["similarity"], face["confidence"]
         rows.append(dict(zip(COLUMNS, (file, who, *numbers, copy), strict=True)))
     return rows
@@ -997,7 +1008,7 @@ def table(row):
     """recognize.json -> the lines that are printed."""
     found = row | row.get("verification", {}) | row.get("open_set", {}) | row.get("groups", {})
     lines = []
-    for line in LINES[:-1] if found.get("strangers") else LINES:
+    for line in LINES if found.get("strangers") == 0 else LINES[:-1]:
         with contextlib.suppress(KeyError, TypeError):  # missing, or None
             lines.append(line.format_map(found))
     return lines
@@ -1013,12 +1024,11 @@ def main():
         return list_known(gallery)
     if args.task == "forget":
         return print(take_out(args.run, args.forget))
-    net, header = load_classifier(args.run)
-    device = pick_device(args.device)
-    autocast = autocast_of(device, pick_dtype(args.dtype, device)[0])
-    net.to(device)
+    net, header, autocast = open_network(args.run, args.device, args.dtype)
     if args.threshold is not None:  # of learned characters; that of enrolled ones moves with it
-        gallery["enrolled_threshold"] += args.threshold - gallery["threshold"]
+        moved = args.threshold - gallery["threshold"]
+        gallery["enrolled_threshold"] += moved
+        gallery["platt"][1] += gallery["platt"][0] * moved  # the confidence stays
         gallery["threshold"] = args.threshold
     if args.task == "enrol":
         return enrol(args, net, header, autocast)

@@ -36,7 +36,7 @@ import data
 import mask as masking
 from common import fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly
-from common.command import Flags, Parser, at_least, cli, command, parse_keys, progress, save_pngs
+from common.command import Flags, Parser, at_least, cli, command, parse_keys, progress
 from common.features import hold_out, name_of, open_splits, split_suffix
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
@@ -609,7 +609,7 @@ def mask_of(net, picture, side, autocast, mixed=False):
 
 def use(flags, device, autocast):
     """Print the share of each picture that is drawn; --out: write its mask and an overlay."""
-    from ingest.pictures import tell_problems, whole_pictures
+    from ingest.pictures import save_pngs, tell_problems, whole_pictures
 
     net, header = load(flags.encoder)
     net.to(device)

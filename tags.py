@@ -44,7 +44,14 @@ from common.command import Flags, Parser, at_least, between, cli, command, parse
 from common.evaluate import topk
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
-from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
+from common.io import (
+    UserError,
+    read_safetensors,
+    reading,
+    save_json,
+    save_safetensors,
+    save_text,
+)
 from ingest.pictures import picture_files, pictures, tell_problems
 from ingest.tags import is_emoticon
 from kernels.gather import masked_patch_gather
@@ -806,7 +813,10 @@ def caption_files(path, append):
 
 def add_caption(file, words):
     """Write words behind a caption that lacks them; what is there stays -> was there anything to write?"""
-    old = file.read_text("utf-8-sig").strip().rstrip(",") if file.exists() else ""
+    old = ""
+    if file.exists():
+        with reading(file, "caption in UTF-8", "save it as UTF-8"):
+            old = file.read_text("utf-8-sig").strip().rstrip(",")
     seen = {plain(word) for word in words_of(old.replace("\n", ","))}
     new = [word for word in dict.fromkeys(words) if plain(word) not in seen]
     if new:

@@ -11,11 +11,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from common.fields import shown
-from common.io import UserError, atomic, lock_beside, locked, one_line
+from common.io import UserError, lock_beside, locked, one_line
 
 NO_MEMORY = (
     "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
@@ -28,6 +27,7 @@ def cli(main):
     """Run a stage's main; a mistake becomes one line on stderr (one a process) and exit status 2."""
     with contextlib.suppress(AttributeError):  # a file's name may be no text at all
         sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         main()
         sys.stdout.flush()
@@ -235,17 +235,6 @@ def refuse_file(folder):
     for path in (Path(folder), *Path(folder).parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, and {folder} has to be a folder; give another")
-
-
-def save_pngs(out, key, pictures):
-    """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)}; NAME: folder and name of the picture key."""
-    words = Path(key).with_suffix("").parts[-2:]
-    name = "-".join(part for part in words if part.strip("./"))
-    for ending, pixels in pictures.items():
-        path = Path(out) / f"{name}{ending}.png"
-        claim([path], path.parent / ".lock")
-        with atomic(path) as temporary:
-            Image.fromarray(pixels).save(temporary, "PNG")
 
 
 # ---- while it works ------------------------------------------------------------------------------

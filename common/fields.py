@@ -10,7 +10,6 @@ import reprlib
 import unicodedata
 
 from common.io import UserError
-from model import MLP_RATIO
 
 LETTERS = 100  # of a name
 LARGEST = 1e6  # absolute value of a weight: a network of larger ones overflows
@@ -112,7 +111,8 @@ def check_encoder(weights, shape, path, remedy, prefix=""):
     table["patch_embed.proj.weight"] = "float D P"
     table |= {f"blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
     table = {prefix + name: says for name, says in table.items()}
-    sizes = {"D": dim, "F": MLP_RATIO * dim, "N": 1 + (size // p) ** 2, "P": 3 * p * p}
+    hidden = len(weights.get(f"{prefix}blocks.0.mlp.fc1.weight", ()))
+    sizes = {"D": dim, "F": hidden, "N": 1 + (size // p) ** 2, "P": 3 * p * p}
     check_arrays(weights, table, path, remedy, **sizes)
 
 

@@ -6,6 +6,7 @@ Imports torch only inside functions: the packing half of data.py starts without 
 import argparse
 import contextlib
 import csv
+import glob
 import json
 import os
 import re
@@ -125,7 +126,9 @@ def open_tensors(path, remedy="remove it and make it again"):
 
 def remove_leftovers(path):
     """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
-    for old in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
+    for old in (
+        path.parent.glob(f".{glob.escape(path.name[:40])}.*.tmp") if os.name == "posix" else ()
+    ):
         try:
             os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
         except (ProcessLookupError, ValueError):
@@ -138,7 +141,7 @@ def remove_leftovers(path):
 def atomic(path):
     """with atomic(path) as temporary: write there, and it replaces path whole, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # at most 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -174,7 +177,8 @@ def save_text(text, path):
 
 def save_csv(rows, path, columns=None):
     """Write rows, dicts with the same keys, atomically. columns: the keys, if there may be no row."""
-    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names of files
+    with atomic(path) as temporary, open(temporary, "w", **text) as file:
         writer = csv.DictWriter(file, columns or rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -339,7 +339,7 @@ def save_plan(args, arms, seeds, folder):
 
 def digest_of_code():
     """A hash of what trains and measures: after an edit, rows that are there are of other code."""
-    files = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
+    files = sum((sorted(ROOT.glob(pattern)) for pattern in CODE), [])
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
 
 

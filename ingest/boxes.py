@@ -77,7 +77,8 @@ def from_yolo(root):
         return nfc("/".join(x for x in parts if x not in ("images", "labels")))
 
     names = list(walk(root))
-    files = {place(p.relative_to(root)): p for p in sorted((root / "labels").rglob("*.txt"))}
+    labels = [p for p in sorted((root / "labels").rglob("*")) if p.suffix.lower() == ".txt"]
+    files = {place(p.relative_to(root)): p for p in labels}
     for name in names:
         yield name, None, None
         for kind, box in yolo_boxes(files.get(place(name))):

@@ -4,12 +4,16 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
+from common.command import claim
 from common.fields import shown
-from common.io import UserError
+from common.io import UserError, atomic
 from ingest import files, sources
 from ingest.decode import decode, decode_records, reason, whole
 
 DEMO_SETS = ("toon", "scenes", "hybrid")  # drawn by this project's own program
+OWNERS = {}  # {(folder, name) of files that this command writes: the picture that they are of}
 
 
 def pictures(paths, size, crop, margin, problems):
@@ -95,3 +99,19 @@ def demo_note(trained_on):
     if Path(trained_on or "").name in DEMO_SETS:
         return "trained on the demo set alone: of other pictures, answers are guesses"
     return None
+
+
+def save_pngs(out, key, pictures, folder=None):
+    """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)}; NAME: folder and name of the picture key.
+
+    With a folder below OUT the name is enough. Where another picture has it, NAME is the whole key.
+    """
+    words = [part for part in Path(key).parts if part.strip("./")]
+    name = "-".join(words[-1:] if folder is not None else words[-2:]).removesuffix(Path(key).suffix)
+    if OWNERS.setdefault((folder, name), key) != key:
+        name = "-".join(words)  # x.jpg beside x.png
+    for ending, pixels in pictures.items():
+        path = Path(out, folder or "", f"{name}{ending}.png")
+        claim([path], Path(out) / ".lock")
+        with atomic(path) as temporary:
+            Image.fromarray(pixels).save(temporary, "PNG")

@@ -40,7 +40,8 @@ def find(path, layout=None):
 
     layout: a pattern for sources that only folders tell of; (): all pictures, no labels.
     """
-    reader, name = reader_of(path)
+    all_below = layout == () and Path(path).is_dir()
+    reader, name = (open_folder, None) if all_below else reader_of(path)
     if name:
         found, fetch, *notes = reader(Path(path))
         notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
@@ -50,7 +51,7 @@ def find(path, layout=None):
     if not found:
         looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
         raise UserError(f"no image found in {path}; looked for {looked}; give an archive itself")
-    if reader is open_folder and layout is None:
+    if reader is open_folder and layout != ():
         found = [tags.with_caption(r, path) for r in found]
     records = {}
     for r in found:

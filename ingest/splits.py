@@ -21,7 +21,7 @@ from ingest.layouts import ORDER
 def name_of_group(record, pattern):
     """The first group of the REGEX in the file's stem, else what the source says, else the key."""
     match = pattern and re.search(pattern, Path(record.key).stem)
-    return match[min(1, match.re.groups)] if match else record.group or record.key
+    return (match and match[min(1, match.re.groups)]) or record.group or record.key
 
 
 def join_groups(records, pattern, pairs):
@@ -116,13 +116,18 @@ def assign_splits(given, rows, shares, dev, seed):
         two = {"train": 1 - shares["val"], "val": shares["val"]}
         dealt = iter(deal(train_of(rows, splits), two, seed))
         splits = [next(dealt) if s == "train" else s for s in splits]
-    if dev and "dev" not in splits:
+    if dev and "train" in splits and "dev" not in splits:
         from data import hold_apart  # and torch with it: few packings ask for a dev
 
         labels, groups = zip(*[map(str, row) for row in train_of(rows, splits)], strict=True)
         apart = iter(hold_apart(groups, labels, dev, seed))
         splits = ["dev" if s == "train" and next(apart) else s for s in splits]
     return splits
+
+
+def bytes_of(name):
+    """The bytes of a file's name, which may be no text at all."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def train_of(rows, splits):
@@ -133,7 +138,7 @@ def hold_out_test(splits, groups, share):
     """A source that gives no test: this share of its val becomes one, whole groups by their hash."""
     if "test" in splits:
         return splits
-    digests = [hashlib.sha256(str(group).encode()).digest() for group in groups]
+    digests = [hashlib.sha256(bytes_of(str(group))).digest() for group in groups]
     low = [int.from_bytes(digest[:4], "big") < share * 2**32 for digest in digests]
     return ["test" if s == "val" and x else s for s, x in zip(splits, low, strict=True)]
 
@@ -163,7 +168,7 @@ def long_tailed(records, tail, least=5):
     same on every machine. Other splits stay whole: they ask for each character as often as before.
     """
     of = defaultdict(list)
-    for r in sorted(records, key=lambda r: hashlib.blake2b(r.key.encode()).digest()):
+    for r in sorted(records, key=lambda r: hashlib.blake2b(bytes_of(r.key)).digest()):
         if r.split == "train" and r.label is not None:
             of[r.label].append(r.key)
     ranked = sorted(of, key=lambda label: (-len(of[label]), label))

@@ -208,6 +208,15 @@ def test_it_is_used_on_pictures_of_any_size(base, monkeypatch):
     assert Image.open(base / "shown/wide.png").size == (200, 100)  # a page without a face is fine
 
 
+def test_pictures_of_one_name_have_two_outlines(base, monkeypatch):
+    for name in ("x.png", "x.jpg", "b/c/x.png", "d/c/x.png"):
+        (base / "pages" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(base / "pages" / name)
+    finding(monkeypatch)
+    run_line(f"detect.py runs/a-det pages {CPU} --out outlined", base, check=0)
+    assert len([*(base / "outlined").glob("*.png")]) == 4
+
+
 def test_the_largest_face_of_each_picture_keeps_its_folder(base, monkeypatch):
     finding(monkeypatch, [0.1, 0.3, 0.3, 0.5], [0.4, 0.3, 0.9, 0.7])
     use = f"detect.py runs/a-det images {CPU} --out cut"

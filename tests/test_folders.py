@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -105,6 +107,27 @@ def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(base):
     gone.unlink()
     assert "40 of them done" in run_line(line, base, check=0).stdout
     assert table(base) == rows and not gone.exists()
+
+
+def test_no_copy_is_replaced_by_another_folder_s_picture(base):
+    """Pictures may be read-only, and their names no text."""
+    first = b"\xff-" + b"long" * 60 + b".png"
+    for folder in ("a", "b"):
+        (base / folder).mkdir()
+        shutil.copy(base / FOLDER / "illust0_0.png", base / folder / "1.png")
+        os.chmod(base / folder / "1.png", 0o444)
+    shutil.copy(base / FOLDER / "illust1_0.png", os.fsencode(base / "a") + b"/" + first)
+    run_line(f"{SORT} a --sort out", base, check=0)
+    assert "2 of them done" in run_line(f"{SORT} a --sort out", base, check=0).stdout
+    assert "choose another --sort" in refused(run_line(f"{SORT} b --sort out", base))
+
+
+def test_a_threshold_moves_no_confidence(base):
+    rows = []
+    for words in ("", "--threshold 1", "--threshold -1"):
+        said = run_line(f"{SORT} {FOLDER} --json {words}", base, check=0).stdout
+        rows.append([json.loads(line)["confidence"] for line in said.splitlines()])
+    assert rows[0] == pytest.approx(rows[1], abs=1e-3) == rows[2]
 
 
 def test_faces_that_look_alike_are_one_group():

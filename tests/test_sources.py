@@ -342,6 +342,10 @@ def test_published_data_sets_and_tables_keep_their_names_splits_and_tags(tmp_pat
 def test_a_layout_of_pictures_only_reads_no_captions(tmp_path):
     records = sources.find(lay(tmp_path, KOHYA | CAPTIONS), layout=())[0]
     assert len(records) == 3 and not any(r.tags for r in records)
+    of_class = sources.find(tmp_path, layout=("-", "class"))[0]
+    assert any(r.tags for r in of_class)
+    listed = lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS, "more.png": b""})
+    assert "more.png" in [r.key for r in sources.find(listed, layout=())[0]]
 
 
 def test_tables_give_groups_and_boxes_and_so_do_posts(tmp_path):

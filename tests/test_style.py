@@ -113,13 +113,13 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2500, 2500),
-    "applications": (4515, 3900),
+    "applications": (4536, 3900),
     "kernels": (518, 520),
-    "common": (3157, 2400),
-    "ingest": (3815, 2700),
+    "common": (3150, 2400),
+    "ingest": (3842, 2700),
     "experiments": (2825, 1900),
     "benchmarks": (962, 900),
-    "tests": (11574, 8500),
+    "tests": (11612, 8500),
 }
 
 
