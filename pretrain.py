@@ -396,8 +396,8 @@ def main():
                 numbers |= parts["agreement"].statistics() if agreement else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
-                log_evaluation(run, model, guide, (train_set, held_set), norm)
                 draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(patches), p)
+                log_evaluation(run, model, guide, (train_set, held_set), norm)
             run.save_if_due()
     finish(run, model, guide, held_set, norm)
 

@@ -860,9 +860,9 @@ def read_flags():
 def fill_defaults(flags):
     """Values of flags that were not given, and depend on others. A resumed run has them."""
     flags.fill(lr=3e-2 if flags.arm == "bce" else 5e-4)
-    checkpoints.load_encoder(flags.encoder)  # its faults show before a data set is drawn
+    _, size = checkpoints.load_encoder(flags.encoder)  # its faults show before a data set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
-    flags.values["data"] = str(data.open_or_pack(folder))
+    flags.values["data"] = str(data.open_or_pack(folder, size))
     leave_out = flags.given - {"arm", "seed"}
     name = flags.name(f"{name_of(flags.encoder)}-tags", leave_out=leave_out)
     flags.values["out"] = flags.out or f"runs/{name}"

@@ -184,7 +184,7 @@ def lr_at(step, total, warmup, peak):
 
 
 def seeded(*numbers):
-    """A CPU generator for (seed, epoch, step, purpose). Neighbouring numbers: independent draws."""
+    """A CPU generator for (seed, epoch, step, purpose). Zeros at the end change nothing."""
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1
     return torch.Generator().manual_seed(int(seed))
 

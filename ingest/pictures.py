@@ -75,7 +75,11 @@ def picture_files(path):
     """-> {key: the file} of the pictures at a path, a picture or a folder; keys as above."""
     folder = Path(path)
     if folder.is_dir():
-        return {sources.nfc(name): folder / name for name in files.walk(folder)}
+        found = {}
+        for name in files.walk(folder):
+            key = sources.nfc(name)
+            found[name if key in found else key] = folder / name
+        return found
     if str(path) == "-" or not is_picture(folder):
         raise UserError(f"{path} is no picture and no folder; unpack it, files go beside pictures")
     return {str(path): folder}
