@@ -56,6 +56,7 @@ PLANES = {  # arrays of a split; a name that ends in ? may be missing
     "heads?": "float32 n K 4",
     "style?": "uint8 n Q",
 }
+SPLITS = ("train", "val", "test", "dev")  # some sets have no train
 MAP_DTYPE = {"attn": "float16", "saliency": "uint8", "parts": "uint8", "drawn": "uint8"}
 
 
@@ -67,11 +68,9 @@ def open_split(folder, name):
     path = Path(folder) / f"{name}.safetensors"
     fix = f"python data.py IMAGES --out {shlex.quote(str(folder))} makes it"
     there = sorted(file.stem for file in Path(folder).glob("*.safetensors"))
-    problem = f"{path} does not exist; {fix}"
-    if there:
-        problem = f"{folder} has no split {name}, only {', '.join(there)}; choose one of them"
     if name not in there:
-        raise UserError(problem)
+        known = f"{folder} has no split {name}, only {', '.join(there)}; choose one of them"
+        raise UserError(known if there else f"{path} does not exist; {fix}")
     split = open_tensors(path)
     check_split(split, path, fix)
     split["labels"] = torch.from_numpy(np.array(split["labels"]))
@@ -92,7 +91,7 @@ def check_split(split, path, fix):
 def open_or_pack(path, image_size=128):
     """The packed folder that --data names. The demo set is drawn, and images are packed, first."""
     path = Path(path)
-    if any(path.glob("*.safetensors")):  # some sets have no train
+    if any((path / f"{name}.safetensors").exists() for name in SPLITS):
         return path
     from ingest.pack import default_out, pack  # imported here: it loads archives and decoders
 
@@ -101,9 +100,10 @@ def open_or_pack(path, image_size=128):
         pack(path.name, path)
         return path
     out = default_out(path)
-    if not (out / "train.safetensors").exists():
+    files = list(out.glob("*.safetensors"))
+    if not files:
         pack(path, out, size=max(128, image_size))
-    elif Path(open_split(out, "train")["header"]["source"]).resolve() != path.resolve():
+    elif Path(open_tensors(files[0])["header"]["source"]).resolve() != path.resolve():
         fix = f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {fix}")
     return out

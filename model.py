@@ -250,7 +250,7 @@ def check_sizes(image_size, patch_size, dim, heads):
     """A UserError where patches do not divide the view, or heads do not divide the width."""
     if image_size < 1 or not 0 < patch_size <= LARGEST or image_size % patch_size:
         fix = f"choose one up to {LARGEST} that divides it, such as 8 or 16"
-        raise UserError(f"image size {image_size} is no multiple of patch size {patch_size}; {fix}")
+        raise UserError(f"patch size {patch_size} does not fit image size {image_size}; {fix}")
     if dim % heads or dim % 4:
         fix = f"choose a multiple of {math.lcm(heads, 4)}"
         raise UserError(f"width {dim} with {heads} heads; {fix}")

@@ -26,6 +26,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -582,16 +583,15 @@ def sort(args, net, header, gallery, autocast):
     wanted = files_to_sort(args.images, out)
     claim([], lock=out / ".lock")
     rows = open_sorted(table)
-    done = {row["picture"] for row in rows}
+    done = {os.path.abspath(row["picture"]) for row in rows}
     refuse_other_owner(rows, wanted)
-    args.images, problems = [file for file in wanted if file not in done], []
+    args.images, problems = [file for file in wanted if os.path.abspath(file) not in done], []
     print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
     found = all_answers(args, net, header, gallery, autocast, problems) if args.images else ()
     copy_all(found, args, wanted, folders_of(gallery["names"]), rows, table)
-    listed = {row["picture"] for row in rows}
-    rows += [
-        dict.fromkeys(COLUMNS, "") | {"picture": file} for file in wanted if file not in listed
-    ]
+    listed = {os.path.abspath(row["picture"]) for row in rows}
+    others = [file for file in wanted if os.path.abspath(file) not in listed]
+    rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in others]
     save_csv(rows, table, COLUMNS)
     tell_problems(problems, header["data"])
 
@@ -690,7 +690,7 @@ def refuse_other_owner(rows, wanted):
     owners = {Path(*Path(row["copy"]).parts[1:]): row["picture"] for row in rows if row["copy"]}
     for file, name in wanted.items():
         owner = owners.get(Path(name), file)
-        if owner != file:
+        if os.path.abspath(owner) != os.path.abspath(file):
             raise UserError(f"a copy of {owner} is named {name}, as {file}; choose another --sort")
 
 

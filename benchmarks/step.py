@@ -199,7 +199,8 @@ def make_step(case, folder, device):
     net, loss_of = make_network(case, folder)
     net.train().to(device)
     optimizer = train.make_optimizer(net, 1e-4, 0.05)
-    net = torch.compile(net) if case.compile else net
+    mode = "reduce-overhead" if device.type == "cuda" else None  # as pretrain.py
+    net = torch.compile(net, mode=mode) if case.compile else net
     view, noise = fixed_views(case, device)
     autocast = train.autocast_of(device, bench.DTYPES[case.dtype])
 

@@ -111,7 +111,8 @@ def check_encoder(weights, shape, path, remedy, prefix=""):
     table["patch_embed.proj.weight"] = "float D P"
     table |= {f"blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
     table = {prefix + name: says for name, says in table.items()}
-    hidden = len(weights.get(f"{prefix}blocks.0.mlp.fc1.weight", ()))
+    first = weights.get(f"{prefix}blocks.0.mlp.fc1.weight")
+    hidden = (*getattr(first, "shape", ()), 0)[0]  # the MLPs may be of another width
     sizes = {"D": dim, "F": hidden, "N": 1 + (size // p) ** 2, "P": 3 * p * p}
     check_arrays(weights, table, path, remedy, **sizes)
 

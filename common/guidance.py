@@ -181,7 +181,9 @@ def ema_momentum(step, total):
 
 def initial_share(step, total):
     """The share of the teacher that is still the weights with which the run began."""
-    return math.prod(ema_momentum(before, total) for before in range(step))
+    new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
+    steps = torch.arange(step, dtype=torch.float64)
+    return (1 - new * ((math.pi * steps / total).cos() + 1) / 2).prod().item()
 
 
 def default_source(flags, teacher):

@@ -38,11 +38,14 @@ def out_of_fold(x, labels, groups, classes):
 
 
 def ranked(probabilities, labels):
-    """-> rows whose label is not the likeliest class, the least probable first, and that class (n,)."""
+    """-> rows whose label is not the likeliest class, the least probable first, and that class (n,).
+
+    A class that no fit saw has probability 0, and is left out.
+    """
     better = probabilities.argmax(1)
     given = probabilities.gather(1, labels[:, None])[:, 0]
     rows = given.argsort(stable=True)
-    return rows[(better != labels)[rows]], better
+    return rows[((better != labels) & (given > 0))[rows]], better
 
 
 def open_train(flags):

@@ -84,8 +84,8 @@ def main():
     args = parse_args()
     refuse_overwrite([args.out])
     train = data.open_split(args.data, "train")
-    if "fg" not in train:
-        raise UserError(f"{args.data} has no foreground; pack pictures with alpha")
+    if "fg" not in train or not data.has_labels(train):
+        raise UserError(f"{args.data} needs foreground and two people; pack pictures with alpha")
     pixels = np.concatenate([train["images"], train["fg"][..., None]], 3)
     order = np.random.default_rng(args.draw).permutation(len(train["header"]["classes"]))
     people = {"test": order[: round(TEST_PEOPLE * len(order))]}

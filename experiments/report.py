@@ -30,8 +30,9 @@ UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
 NOTES = (
     "Mean ± std over seeds. Differences are paired by seed, with a 95 % t interval over seeds and "
     "illustrations (over seeds alone where no image's answer is kept), and p after Holm over the "
-    "table. Equivalent: the difference is within ±{margin:g} points (two one-sided tests, "
-    "after Holm). Under three seeds there is no interval."
+    "arms of a column. Further differences are a family of their own. Equivalent: the difference "
+    "is within ±{margin:g} points (two one-sided tests, after Holm). Under three seeds there is no "
+    "interval."
 )
 
 # ---- rows ----------------------------------------------------------------------------------------

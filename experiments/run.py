@@ -40,7 +40,7 @@ from experiments import report
 from experiments.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("*.py", "common/*.py", "kernels/*.py")
+CODE = ("*.py", "common/*.py", "kernels/*.py", "ingest/*.py", "experiments/*.py")
 PILOT_SEED = 1000  # and the next ones: never reported
 TRIAL_SEED = 500
 IN_PLACE = {"probe": "probe*.json", "recognize": "recognize.json", "stress": "stress-*.json"}
@@ -60,7 +60,7 @@ def folder_of(words, args):
     """Where the results of a command are -> its folder, its name, what it writes in another's."""
     script = words[1] if words[0] == "-m" else words[0]
     stem = script.removesuffix(".py").rpartition(".")[2]
-    text = shlex.join([*words, args.digest])
+    text = shlex.join([*words, args.digest, args.code])
     name = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     target = Path(words[2] if words[0] == "-m" and len(words) > 2 else words[1])
     in_place = stem in IN_PLACE and args.work in target.parents
@@ -340,6 +340,7 @@ def save_plan(args, arms, seeds, folder):
 def digest_of_code():
     """A hash of what trains and measures: after an edit, rows that are there are of other code."""
     files = sum((sorted(ROOT.glob(pattern)) for pattern in CODE), [])
+    files = [path for path in files if path.stem not in ("plans", "run", "report", "stats")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
 
 
@@ -404,8 +405,8 @@ def main():
     print(f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
     args.code = digest_of_code()
     if older := sum(row.get("code", args.code) != args.code for row in rows):
-        again = shlex.join(["rm", "-r", str(folder), str(args.work)])
-        print(f"warning  {older} rows were made by other code; {again} makes all of them again")
+        again = shlex.join(["rm", "-r", str(folder)])
+        print(f"warning  {older} rows were made by other code; {again}, and they are made again")
     if args.dry:
         print(*(f"  {arm}, seed {seed}" for arm, seed in left), sep="\n")
         return

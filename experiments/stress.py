@@ -11,7 +11,6 @@ Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run
 
 import io
 import math
-import time
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from finetune_lora import GRAY, cutout
 from ingest.decode import open_picture
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
-RESOLUTIONS = (64, 96, 128, 192, 224, 320, 448)
 GOOD, MODERATE = 18, 10  # dB, of the mid-term report
 
 # ---- corruptions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3) -------------
@@ -138,21 +136,19 @@ def fit_probe(task):
 
 
 @torch.no_grad()
-def right_of(task, spoil=None, rows=None, encoder=None, size=None):
+def right_of(task, spoil=None):
     """(n,) bool: which images, corrupted or as they are, the clean probe classifies correctly.
 
     spoil: (images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of them.
     """
-    encoder, size, found = encoder or task.encoder, size or task.size, []
-    rows = task.rows if rows is None else rows
-    memory = min(1, (task.size / size) ** 4)  # attention's grows with the fourth power of the side
-    for some in rows.split(max(1, math.floor(data.CHUNK * memory))):
+    found = []
+    for some in task.rows.split(data.CHUNK):
         images = data.take(task.split["images"], some, task.device)
         images = spoil(images, some) if spoil else images
-        view = data.view_images(images, *data.full_boxes(len(some)), size)
+        view = data.view_images(images, *data.full_boxes(len(some)), task.size)
         with task.autocast():
-            found.append(features.pooled(encoder, view)[task.args.pool].half().cpu())
-    return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][rows]
+            found.append(features.pooled(task.encoder, view)[task.args.pool].half().cpu())
+    return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][task.rows]
 
 
 def percent(right):
@@ -194,29 +190,12 @@ def without_parts(task):
     return found
 
 
-def by_resolution(task, clean):
-    """Views of 64 to 448 px, positions resized: Top-1, and at the trained size on the same images.
-
-    Attention's time grows with the fourth power of the side: fewer images, at least 48.
-    """
-    found = []
-    for side in (s for s in RESOLUTIONS if s % task.encoder.patch_size == 0):
-        encoder = load_encoder(task.run, side)[0].to(task.device).requires_grad_(False)
-        some = data.evenly_spaced(len(clean), max(48, int(len(clean) * (task.size / side) ** 2)))
-        start = time.perf_counter()
-        right = right_of(task, None, task.rows[some], encoder, side)
-        speed = len(some) / (time.perf_counter() - start)
-        row = {"side": side, "top1": percent(right), "top1_trained_size": percent(clean[some])}
-        found.append(row | {"images": len(some), "images_per_s": round(speed, 1)})
-    return found
-
-
 def stress_probe(task):
     """Everything about the probe."""
     clean, most_frequent = right_of(task), torch.bincount(task.train["labels"]).argmax()
     row = {"clean": percent(clean), "pool": task.args.pool}
     row["chance"] = percent(task.split["labels"][task.rows] == most_frequent)
-    row |= {"robustness": robustness(task), "resolution": by_resolution(task, clean)}
+    row["robustness"] = robustness(task)
     return row | ({"parts": without_parts(task)} if "parts" in task.split else {})
 
 
@@ -326,9 +305,6 @@ def lines_of_probe(report):
     for name, x in report.get("parts", {}).items():
         shares = f"{x['hidden']:5.1f}, the same shape elsewhere {x['control']:5.1f}"
         lines.append(f"without {name:12} {shares} ({100 * x['area']:.1f} % of the picture)")
-    for x in report["resolution"]:
-        same = f"trained size {x['top1_trained_size']:5.1f} on the same {x['images']} images"
-        lines.append(f"{x['side']:4} px {x['top1']:5.1f}, {same}, {x['images_per_s']:.0f} images/s")
     return lines
 
 
@@ -339,7 +315,12 @@ def parse_args():
     add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is measured")
     add("--images", type=at_least(8), default=512, metavar="N", help="at most, evenly spread")
-    add("--pool", default="mean", choices=features.POOLS, help="of the tokens for the probe")
+    add(
+        "--pool",
+        default=features.HEADLINE,
+        choices=features.POOLS,
+        help="of the tokens for the probe",
+    )
     add("--only", metavar="NAMES", help=f"Top-1 under these alone: {', '.join(SWEEPS)}")
     add("--midterm", action="store_true", help="print PSNR and SSIM by ratio, random masks")
     add("--device", default="auto", help="auto, cpu, cuda, mps")

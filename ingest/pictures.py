@@ -76,7 +76,7 @@ def picture_files(path):
     folder = Path(path)
     if folder.is_dir():
         found = {}
-        for name in files.walk(folder):
+        for name in sorted(files.walk(folder), key=lambda name: sources.nfc(name) != name):
             key = sources.nfc(name)
             found[name if key in found else key] = folder / name
         return found

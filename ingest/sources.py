@@ -40,8 +40,9 @@ def find(path, layout=None):
 
     layout: a pattern for sources that only folders tell of; (): all pictures, no labels.
     """
-    all_below = layout == () and Path(path).is_dir()
-    reader, name = (open_folder, None) if all_below else reader_of(path)
+    reader, name = reader_of(path)
+    if layout == () and Path(path).is_dir() and reader is not from_parquet:
+        reader, name = open_folder, None
     if name:
         found, fetch, *notes = reader(Path(path))
         notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))

@@ -117,8 +117,10 @@ def test_no_copy_is_replaced_by_another_folder_s_picture(base):
         shutil.copy(base / FOLDER / "illust0_0.png", base / folder / "1.png")
         os.chmod(base / folder / "1.png", 0o444)
     shutil.copy(base / FOLDER / "illust1_0.png", os.fsencode(base / "a") + b"/" + first)
+    for name in ("\u00e9.png", "e\u0301.png"):  # one name in two spellings
+        shutil.copy(base / FOLDER / "illust2_0.png", base / "a" / name)
     run_line(f"{SORT} a --sort out", base, check=0)
-    assert "2 of them done" in run_line(f"{SORT} a --sort out", base, check=0).stdout
+    assert "4 of them done" in run_line(f"{SORT} a --sort out", base, check=0).stdout
     assert "choose another --sort" in refused(run_line(f"{SORT} b --sort out", base))
 
 

@@ -79,7 +79,7 @@ def written(folder):
         if path.suffix in (".safetensors", ".pt", ".json", ".jsonl"):
             found |= leaves(contents(path), str(path.relative_to(folder)))
     for name in found:
-        if "/right" in name:
+        if name.endswith("/right") or "/right/" in name:
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(found[name]), np.uint8))
             found[name] = torch.from_numpy(bits[::KEPT])
     return found
@@ -128,11 +128,12 @@ OF_TAGS = {"half", "end", "map", "micro_f1", "macro_f1", "error", "error_top", "
 OF_BOXES = {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "precision"}
 OF_BOXES |= {"gray_ap", "gray_ap50", "gray_ap75"}
 OF_BOXES |= {"ar", "ar_small", "ar_medium", "ar_large"}
-OF_UNKNOWN = {"verification", "open_set", "calibration_error"}
+OF_UNKNOWN = {"verification", "open_set", "calibration_error", "right_when_sure", "right"}
 TAGS = f"tags.py encoder --data packed --out run --epochs 4 --batch-size 8 {FAST}"
 SEGMENT = f"segment.py encoder --data frames --out run --epochs 2 --pixel-steps 4 {FAST}"
 DETECT = f"detect.py encoder --data scenes --out run --epochs 12 --batch-size 8 --view 48 {FAST}"
-HEAD = f"{TUNE} --data packed --method linear && recognize.py run --verify {FAST}"
+OF_TWO = f"{TUNE} --data packed --method linear --hold-out 1"
+HEAD = f"{OF_TWO} && recognize.py run --verify {FAST}"
 SLOW = ("detect",)
 CASES = {  # the commands, their folder of results, keys of what they report
     "pretrain": (f"{PRETRAIN} --epochs 3 --eval-every 1 --batch-size 16", "run", OF_LOG),

@@ -34,7 +34,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{PRE} --model nano:image_size=30", "30"),
     (f"{PRE} --model nano:heads=5", "heads"),
     (f"{PRE} --model nano:decoder_depth=0", "at least 1"),
-    (f"{PRE} --model nano:image_size=216,patch_size=108", "up to 104"),
+    (f"{PRE} --model nano:image_size=216,patch_size=108", "patch size 108"),
     (f"{PRE} --ratio 0.5:0.7:0.9", "0.7:0.9"),
     (f"{TUNE} --method lora --from-scratch", "choose full"),
     (f"{TUNE} --head cosface:scale=0", "scale"),

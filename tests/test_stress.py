@@ -66,7 +66,6 @@ def base(tmp_path_factory):
         patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | size)
         words = "--data toon --out run --model nano:image_size=32 --batch-size 16 --epochs 1"
         run_line(f"pretrain.py {words} --device cpu", base, check=0)
-        patch.setattr(stress, "RESOLUTIONS", (32, 64))
         patch.setattr(stress, "RATIOS", (0.5, 0.75))
         yield base
 
@@ -83,8 +82,6 @@ def report_of(base, words, file):
 def test_one_command_writes_what_its_docstring_says(base):
     text, report = report_of(base, "", "stress.json")
     assert set(report["robustness"]) == set(stress.SWEEPS) and "eyes" in report["parts"]
-    same = report["resolution"][0]  # the size that it was trained at
-    assert same["side"] == 32 and same["top1"] == same["top1_trained_size"] == report["clean"]
     assert [r["ratio"] for r in report["reconstruction"]] == [0.5, 0.75]
     assert all(r["psnr"] > 0 and -1 <= r["ssim"] <= 1 for r in report["reconstruction"])
     assert "masked error under the fixed random mask" in text and "without eyes" in text

@@ -85,7 +85,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 13), (assigns_many, 45)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 13), (assigns_many, 44)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -115,10 +115,10 @@ ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2500, 2500),
     "applications": (4536, 3900),
     "kernels": (518, 520),
-    "common": (3150, 2400),
-    "ingest": (3846, 2700),
-    "experiments": (2825, 1900),
-    "benchmarks": (962, 900),
+    "common": (3156, 2400),
+    "ingest": (3847, 2700),
+    "experiments": (2783, 1900),
+    "benchmarks": (963, 900),
     "tests": (11612, 8500),
 }
 
