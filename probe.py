@@ -318,6 +318,7 @@ def draw_neighbours(path, found, task, rows):
 
 def probe(run, task, threshold):
     """Extract, measure, draw and write one run -> what a comparison needs of it."""
+    print(f"run      {run}")
     encoder, size = load_encoder(run)
     encoder.to(task.device).requires_grad_(False)
     found = features.of_encoder(encoder, size, task)
@@ -493,11 +494,10 @@ def main():
     task = open_task(flags)
     images = len(task.labels[task.held])
     print(f"data     {task.folder}: {task.held}, {images:,} images, {len(task.names)} classes")
+    if task.labelled:
+        by_config([{"config": flags_of(r), "run": r, "path": r} for r in map(str, flags.runs)])
     threshold = threshold_of(flags.runs)
-    reports = []
-    for run in flags.runs:
-        print(f"run      {run}")
-        reports.append(probe(run, task, threshold))
+    reports = [probe(run, task, threshold) for run in flags.runs]
     if len(reports) > 1 and task.labelled:
         compare(reports, task, threshold)
     run, folder = (shlex.quote(str(path)) for path in (flags.runs[0], task.folder))
