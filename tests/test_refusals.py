@@ -36,6 +36,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{PRE} --model nano:decoder_depth=0", "at least 1"),
     (f"{PRE} --model nano:image_size=216,patch_size=108", "patch size 108"),
     (f"{PRE} --ratio 0.5:0.7:0.9", "0.7:0.9"),
+    (PROBE.replace("runs/a", "runs/a runs/a"), "same flags and the same seed"),
     (f"{TUNE} --method lora --from-scratch", "choose full"),
     (f"{TUNE} --head cosface:scale=0", "scale"),
     ("finetune_lora.py --resume runs/a", "another stage"),
