@@ -15,6 +15,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -182,8 +183,8 @@ def ema_momentum(step, total):
 def initial_share(step, total):
     """The share of the teacher that is still the weights with which the run began."""
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
-    steps = torch.arange(step, dtype=torch.float64)
-    return (1 - new * ((math.pi * steps / total).cos() + 1) / 2).prod().item()
+    stays = 1 - new * (np.cos(np.pi * np.arange(step) / total) + 1) / 2
+    return float(stays.prod())
 
 
 def default_source(flags, teacher):
