@@ -543,7 +543,7 @@ def use(flags, device, autocast):
 
 
 def folder_of(key):
-    """The folder of a picture, for below OUT: data.py takes it for the character."""
+    """The folder of a picture, below OUT: data.py takes it for the character."""
     return "/".join(part for part in Path(key).parent.parts if part.strip("./"))
 
 

@@ -29,7 +29,6 @@ from common import classifier, controls, evaluate, metrics, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
 from common.features import name_of, open_rows, some_characters, split_suffix, untrained_like
-from common.fields import check_fields
 from common.io import UserError, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
@@ -265,7 +264,6 @@ def open_task(flags, device, autocast):
         add_lora(encoder, keys["r"], keys["alpha"])
     pool = "mean" if task.head == "ifa" else flags.pool
     task.net = classifier.Classifier(encoder, len(task.classes), task.head, pool, **head_keys)
-    check_fields(task.net.config, classifier.CONFIG, f"--head {flags.head}", "give other numbers")
     task.net.to(device)
 
     task.trained = Part()  # with the neck's statistics
@@ -283,7 +281,8 @@ def epoch_rows(rows, labels, balanced, seed, epoch):
     if not balanced:
         return rows[data.epoch_order(len(rows), seed, epoch)]
     odds = 1 / torch.bincount(labels[rows]).double()[labels[rows]]
-    return rows[torch.multinomial(odds, len(rows), True, generator=train.seeded(seed, epoch))]
+    generator = train.seeded(seed, epoch)
+    return rows[torch.multinomial(odds, len(rows), replacement=True, generator=generator)]
 
 
 def unfreeze(net, trained, epoch, every):

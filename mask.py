@@ -229,7 +229,7 @@ def log_attention(patches):
 
 
 def show_some(priority, M, share, noise):
-    """Shows round(share * M) of the M patches of the highest priority, as far as as many are seen."""
+    """Shows round(share * M) of the M patches with the highest priority, those with low noise."""
     count = max(0, min(round(share * M), priority.shape[1] - M))
     order = priority.argsort(dim=1, descending=True, stable=True)
     top = order[:, :M]

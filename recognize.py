@@ -107,7 +107,7 @@ def parse_args():
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
-    add("--folds", type=between(2, 10, int), metavar="N", help="train N times, each without a part")
+    add("--folds", type=between(2, 10, int), metavar="N", help="train N more times without a part")
     add("--verify", action="store_true", help="measure verification and unknown faces")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
     add("--split", default="val", choices=["val", "dev", "test", "train"], help="of --verify")
@@ -117,7 +117,10 @@ def parse_args():
     args.task = next((name for name in FLAGS if name in args.given), "name")
     if args.task in ("name", "sort", "group", "enrol"):
         if not args.images:
-            raise UserError(f"give pictures or folders to {args.task}")
+            kinds = "pictures or folders"
+            if args.task in ("name", "enrol"):
+                kinds = "pictures, folders, archives or -,"
+            raise UserError(f"give {kinds} to {args.task}")
     elif args.images:
         raise UserError(f"--{args.task} takes no pictures, such as {args.images[0]}")
     refuse_idle(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
@@ -583,15 +586,13 @@ def sort(args, net, header, gallery, autocast):
     wanted = files_to_sort(args.images, out)
     claim([], lock=out / ".lock")
     rows = open_sorted(table)
-    done = {os.path.abspath(row["picture"]) for row in rows}
     refuse_other_owner(rows, wanted)
-    args.images, problems = [file for file in wanted if os.path.abspath(file) not in done], []
+    args.images, problems = not_listed(wanted, rows), []
     print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
     found = all_answers(args, net, header, gallery, autocast, problems) if args.images else ()
     copy_all(found, args, wanted, folders_of(gallery["names"]), rows, table)
-    listed = {os.path.abspath(row["picture"]) for row in rows}
-    others = [file for file in wanted if os.path.abspath(file) not in listed]
-    rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in others]
+    without_copy = not_listed(wanted, rows)  # not to be read, or without a face
+    rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in without_copy]
     save_csv(rows, table, COLUMNS)
     tell_problems(problems, header["data"])
 
@@ -678,11 +679,18 @@ def files_to_sort(paths, out):
         for key, file in picture_files(path).items():
             name = key if Path(path).is_dir() else file.name
             if taken.setdefault(name, file) != file:
-                raise UserError(f"{taken[name]} and {file} have one name; sort one folder a time")
+                fix = "sort one folder at a time"
+                raise UserError(f"{taken[name]} and {file} have one name; {fix}")
             wanted[str(file)] = name
     if not wanted:
         raise UserError(f"no picture was found in {', '.join(paths)}")
     return wanted
+
+
+def not_listed(wanted, rows):
+    """The files of `wanted` that no row of sorted.csv names, by whatever path."""
+    listed = {os.path.abspath(row["picture"]) for row in rows}
+    return [file for file in wanted if os.path.abspath(file) not in listed]
 
 
 def refuse_other_owner(rows, wanted):

@@ -95,6 +95,7 @@ class Classifier(nn.Module):
         dim = encoder.cls_token.shape[2]
         margin = HEADS[head].get("margin") if margin is None else margin
         self.config = {"head": head, "pool": pool, "margin": margin, "scale": scale, "dim": dim}
+        check_fields(self.config, CONFIG, f"--head {head}", "give other numbers")
         self.encoder = encoder
         is_ifa, depth = head == "ifa", len(encoder.blocks)
         self.neck = Fusion(dim, depth) if is_ifa else nn.BatchNorm1d(dim, 1e-6, affine=False)

@@ -109,11 +109,9 @@ def check_encoder(weights, shape, path, remedy, prefix=""):
         raise UserError(f"{path} has {size} px, patches of {p}, D {dim}, {heads} heads; {remedy}")
     table = {"cls_token": "float 1 1 D", "pos_embed": "float 1 N D"}
     table["patch_embed.proj.weight"] = "float D P"
-    table |= {f"blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
+    table |= {f"blocks.{i}.attn.proj.weight": "float D D" for i in range(depth)}
     table = {prefix + name: says for name, says in table.items()}
-    first = weights.get(f"{prefix}blocks.0.mlp.fc1.weight")
-    hidden = (*getattr(first, "shape", ()), 0)[0]  # the MLPs may be of another width
-    sizes = {"D": dim, "F": hidden, "N": 1 + (size // p) ** 2, "P": 3 * p * p}
+    sizes = {"D": dim, "N": 1 + (size // p) ** 2, "P": 3 * p * p}
     check_arrays(weights, table, path, remedy, **sizes)
 
 

@@ -175,16 +175,17 @@ def average_of(encoder, source, epochs, start):
 
 
 def ema_momentum(step, total):
-    """The share of the teacher that stays; it rises to 1 by half a cosine (arXiv:2203.12719)."""
+    """The share of the teacher that stays; it rises to 1 by half a cosine (arXiv:2203.12719).
+
+    step: a number, or an array of them.
+    """
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
-    return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
+    return 1 - new * (np.cos(np.pi * step / total) + 1) / 2
 
 
 def initial_share(step, total):
     """The share of the teacher that is still the weights with which the run began."""
-    new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
-    stays = 1 - new * (np.cos(np.pi * np.arange(step) / total) + 1) / 2
-    return float(stays.prod())
+    return float(ema_momentum(np.arange(step), total).prod())
 
 
 def default_source(flags, teacher):

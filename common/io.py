@@ -124,11 +124,15 @@ def open_tensors(path, remedy="remove it and make it again"):
 # ---- files that are written ----------------------------------------------------------------------
 
 
+def start_of(path):
+    """How the names of its temporary files begin: short, since a name has at most 255 bytes."""
+    return f".{path.name[:40]}"
+
+
 def remove_leftovers(path):
     """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
-    for old in (
-        path.parent.glob(f".{glob.escape(path.name[:40])}.*.tmp") if os.name == "posix" else ()
-    ):
+    pattern = f"{glob.escape(start_of(path))}.*.tmp"
+    for old in path.parent.glob(pattern) if os.name == "posix" else ():
         try:
             os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
         except (ProcessLookupError, ValueError):
@@ -141,7 +145,7 @@ def remove_leftovers(path):
 def atomic(path):
     """with atomic(path) as temporary: write there, and it replaces path whole, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # at most 255 bytes
+    temporary = path.with_name(f"{start_of(path)}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)

@@ -184,7 +184,10 @@ def lr_at(step, total, warmup, peak):
 
 
 def seeded(*numbers):
-    """A CPU generator for (seed, epoch, step, purpose). Zeros at the end change nothing."""
+    """A CPU generator for (seed, epoch, step, purpose). Neighbouring numbers: independent draws.
+
+    Zeros at the end change nothing: seeded(1, 0) draws as seeded(1).
+    """
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1
     return torch.Generator().manual_seed(int(seed))
 

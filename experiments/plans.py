@@ -197,6 +197,7 @@ PLANS["first"] = masks(
     seeds=range(100, 105),
     set={"recipe": TEACHER, "pool": "extremes"},
 )
+
 # ---- recognition: equal minutes, equal trials on dev ---------------------------------------------
 
 VIT = "--data {data} --seed {seed} --model nano --batch-size 64 --epochs {epochs}"

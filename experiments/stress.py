@@ -315,12 +315,7 @@ def parse_args():
     add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is measured")
     add("--images", type=at_least(8), default=512, metavar="N", help="at most, evenly spread")
-    add(
-        "--pool",
-        default=features.HEADLINE,
-        choices=features.POOLS,
-        help="of the tokens for the probe",
-    )
+    add("--pool", default=features.HEADLINE, choices=features.POOLS, help="of the patch tokens")
     add("--only", metavar="NAMES", help=f"Top-1 under these alone: {', '.join(SWEEPS)}")
     add("--midterm", action="store_true", help="print PSNR and SSIM by ratio, random masks")
     add("--device", default="auto", help="auto, cpu, cuda, mps")

@@ -113,11 +113,11 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2500, 2500),
-    "applications": (4536, 3900),
+    "applications": (4544, 3900),
     "kernels": (518, 520),
-    "common": (3157, 2400),
+    "common": (3164, 2400),
     "ingest": (3847, 2700),
-    "experiments": (2783, 1900),
+    "experiments": (2779, 1900),
     "benchmarks": (963, 900),
     "tests": (11613, 8500),
 }
