@@ -589,7 +589,7 @@ PLANS["detection"] = OF_STAGE | {
 COMPOSE = "-m experiments.pages {data} --draw {seed} --pages"
 PACK_PAGES = "data.py {0}/boxes.csv --detect --split 1,0,0 --dev 0.1 --dedupe off"
 FIND = "detect.py weights/{start} --split test --data {{pages{pages}}} --epochs {epochs}"
-VIEWS = 3200  # of pages: with few pages, more epochs
+VIEWS = 3200  # of pages, before dev and half-filled batches leave: with few pages, more epochs
 FOUND = {"toon-det, as it is": [FIND.format(start="toon-det", pages=20, epochs=1) + " --lr 0"]}
 for start, pages in product(("toon-det", "toon"), (20, 60, 200)):
     learn = FIND.format(start=start, pages=pages, epochs=VIEWS // pages)
