@@ -45,8 +45,8 @@ def test_the_kernels_in_the_interpreter(mark, least):
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = (75, 80, 90, 120)  # T4; A100; H100 and H200; GeForce RTX 50
-SHAPES = [(224, 16), (128, 16), (96, 8), (224, 14), (128, 32)]  # S, p
-DTYPES = ("bf16", "fp32", "fp16")  # all of them for the first shape
+SHAPES = [(224, 16, "bf16"), (224, 16, "fp32"), (224, 16, "fp16")]  # S, p, dtype
+SHAPES += [(128, 16, "bf16"), (96, 8, "bf16"), (224, 14, "bf16"), (128, 32, "bf16")]
 KERNELS = {"gather": gather.gather_kernel, "detail": loss.detail_kernel, "loss": loss.loss_kernel}
 TYPES = {"view": "*u8", "ids": "*i64", "count": "i32", "K": "i32", "M": "i32", "floor": "fp32"}
 TYPES |= dict.fromkeys(("detail", "weight", "factor", "error"), "*fp32")
@@ -77,50 +77,26 @@ def needs(binary):
     return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "loads": sizes}
 
 
-def needs_of_all(target, S, p):
-    """{(kernel, target, S, p, dtype): needs} of each kernel and dtype at this shape."""
-    found = {}
-    for dtype in DTYPES if (S, p) == SHAPES[0] else DTYPES[:1]:
-        types = TYPES | dict.fromkeys(("out", "pred", "gradient"), f"*{dtype}")
-        for name, kernel in KERNELS.items():
-            if name == "detail" and dtype != DTYPES[0]:
-                continue  # it has no dtype
-            constants = {"S": S, "p": p, "NORM_PIX": True, "GRADIENT": True}
-            constants |= kernels.tile(p * p * 3)
-            binary = compiled(kernel, types, constants, target)
-            found[name, target, S, p, dtype] = needs(binary)
-    return found
-
-
-@pytest.fixture(scope="module")
-def resources(tmp_path_factory):
-    """{(kernel, target, S, p, dtype): what the compiled kernel needs}."""
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        for target in TARGETS:
-            for S, p in SHAPES:
-                found |= needs_of_all(target, S, p)
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_no_kernel_spills(resources):
-    """65,536 registers serve 1024 threads: with 64 each, half of what a multiprocessor holds."""
-    assert {name[0] for name in resources} == {"gather", "detail", "loss"}
-    for name, needed in resources.items():
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("S, p, dtype", SHAPES)
+def test_no_kernel_spills_and_bytes_are_loaded_sixteen_at_a_time(
+    S, p, dtype, target, tmp_path, monkeypatch
+):
+    """65,536 registers serve 1024 threads: with 64 each, half of what a multiprocessor holds.
+
+    Rows of 16 px are 48 bytes, of 8 px 24 bytes, of 14 px 42 bytes.
+    """
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = TYPES | dict.fromkeys(("out", "pred", "gradient"), f"*{dtype}")
+    for name, kernel in KERNELS.items():
+        constants = {"S": S, "p": p, "NORM_PIX": True, "GRADIENT": True}
+        needed = needs(compiled(kernel, types, constants | kernels.tile(p * p * 3), target))
         assert needed["spills"] == 0 and needed["registers"] <= 64, name
-
-
-@pytest.mark.slow
-def test_bytes_are_loaded_sixteen_at_a_time(resources):
-    """Rows of 16 px are 48 bytes, of 8 px 24 bytes, of 14 px 42 bytes."""
-    for name, needed in resources.items():
-        kernel, _, S, p, dtype = name
         wide, narrowest = needed["loads"].count(16), needed["loads"][0]
-        if S % 16 == 0 and p % 16 == 0:  # the loss also loads 16 predictions, 2 or 4 bytes each
-            predictions = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype] if kernel == "loss" else 0
+        if p % 16 == 0:  # the loss also loads 16 predictions, 2 or 4 bytes each
+            predictions = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype] if name == "loss" else 0
             assert wide == 1 + predictions and narrowest >= 4, name
         if p == 8:
             assert 8 in needed["loads"] and narrowest >= 4, name
