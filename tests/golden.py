@@ -265,20 +265,23 @@ def arrays_of(path):
         return {}
     text = path.read_text()
     rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else []
-    return {key: np.float64(x) for key, x in numbers(rows or [json.loads(text)]).items()}
+    found = leaves(rows or [json.loads(text)])
+    return {".".join(keys): np.float64(x) for keys, x in found.items() if is_number(x)}
 
 
-def numbers(value, at=""):
-    """All numbers of a JSON value, {path: number}, but times."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return {}
-    if isinstance(value, int | float):
-        return {at.removeprefix("."): value}
+def leaves(value, *at):
+    """{keys on the way to it: value} of all that stands in dicts and lists, but times."""
+    if not isinstance(value, dict | list | tuple):
+        return {at: value}
     found = {}
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         if not re.search(TIMES, str(key)):
-            found |= numbers(part, f"{at}.{key}")
+            found |= leaves(part, *at, str(key))
     return found
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def digests(found):

@@ -5,6 +5,8 @@ This file runs three times: here with the PyTorch references; under Triton's int
 judge is written from the formulas, patch by patch, and shares no line with the files under test.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -90,16 +92,9 @@ def assert_as_good(x, plain, truth, what):
     assert (mine.abs() <= one_rounding + max(before, alone)).all(), what
 
 
-def gather(*args, **more):
-    return G.masked_patch_gather(*args, **more, impl=IMPL)
-
-
-def detail(*args):
-    return L.patch_detail(*args, impl=IMPL)
-
-
-def loss(*args, **more):
-    return L.reconstruction_loss(*args, **more, impl=IMPL)
+gather = partial(G.masked_patch_gather, impl=IMPL)
+detail = partial(L.patch_detail, impl=IMPL)
+loss = partial(L.reconstruction_loss, impl=IMPL)
 
 
 # ---- numbers -------------------------------------------------------------------------------------
