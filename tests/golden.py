@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden.json"
@@ -170,9 +169,8 @@ def write_pictures(work):
         Image.fromarray(np.concatenate([images[i], fg[i, ..., None]], 2)).save(work / name)
         light = "bright" if images[i].mean() > 127 else "dark"
         lines.append(f"{name},class{label},colour{label} {light} size{i % 3}")
-        rows, columns = np.nonzero(fg[i])
-        left, top = int(columns.min()), int(rows.min())
-        width, height = int(columns.max()) + 1 - left, int(rows.max()) + 1 - top
+        left, top, right, bottom = Image.fromarray(fg[i]).getbbox()
+        width, height = right - left, bottom - top
         records.append({"id": i, "file_name": name, "width": 40, "height": 40})
         box = {"id": i, "image_id": i, "category_id": 1, "bbox": [left, top, width, height]}
         boxes.append(box | {"area": width * height, "iscrowd": 0})
@@ -247,8 +245,7 @@ def outcome(work, name):
 
 def arrays_of(path):
     if path.suffix == ".safetensors":
-        with safe_open(path, "np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return load_file(path)
     if path.suffix == ".pt":
         found, state = {}, torch.load(path, weights_only=True)
         for part in PARTS:
