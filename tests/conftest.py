@@ -24,9 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes, an
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 from common import train  # noqa: E402
-from common.checkpoints import save_model  # noqa: E402
 from common.command import cli  # noqa: E402
-from model import MAE  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -37,17 +35,8 @@ def pytest_collection_modifyitems(items):
 # ---- running a stage -----------------------------------------------------------------------------
 
 
-def stage(*words, cwd, check=None, **more):
-    """Run `python STAGE ...` in the folder cwd -> the finished process, its text captured."""
-    command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **more)
-    if check is not None:
-        assert done.returncode == check, done.stdout + done.stderr
-    return done
-
-
 def call(script, *words, cwd, check=None):
-    """The same in this process, without the seconds of a start -> returncode, stdout, stderr.
+    """Run a stage in the folder cwd -> returncode, stdout, stderr; without the seconds of a start.
 
     script: a stage, or a module as after `python -m`, such as experiments.run.
     """
@@ -164,18 +153,6 @@ def small(tmp_path_factory):
     draw_folder(base / "images", each=40)
     run_line("data.py images --out packed --size 32", base, check=0)
     return base / "packed"
-
-
-def save_random(folder, depth=2):
-    """An untrained nano of 32 px and 16 patches, in the file that pretrain.py would write."""
-    torch.manual_seed(0)
-    save_model(MAE(32, 8, 32, depth, 2, 32, 1), folder / "model.safetensors", {"step": 0})
-    return folder
-
-
-@pytest.fixture(scope="package")
-def run(tmp_path_factory):
-    return save_random(tmp_path_factory.mktemp("runs") / "nano")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, draw_folder, equal, refused, run_line, stage, stopped
+from conftest import ROOT, draw_folder, equal, refused, run_line, stopped
 from made import CPU, NANO, files_of, home
 from PIL import Image
 
@@ -227,7 +227,7 @@ def test_a_kill_of_each_stage_loses_nothing(base, line):
     check_whole(base)
     begun = (base / "new/run/state.pt").exists()
     again = f"{line.split()[0]} --resume new/run" if begun else line
-    done = stage(*shlex.split(again), cwd=base)
+    done = run_line(again, base)
     assert not done.returncode or "is there already" in refused(done)
     assert done.returncode or not [*base.rglob("*.tmp")]
     check_whole(base)

@@ -8,7 +8,7 @@ import time
 import golden
 import pytest
 import torch
-from conftest import ROOT, call, draw_folder, equal, stage, state_of, stopped
+from conftest import ROOT, call, draw_folder, equal, state_of, stopped
 from safetensors.torch import load_file
 
 import data
@@ -105,7 +105,8 @@ def test_a_killed_process_resumes_to_the_same_bits(small, finished, tmp_path):
         process.kill()
         assert process.wait() in (0, -signal.SIGKILL)
         words = ["--resume", out]
-    stage("pretrain.py", *words, cwd=tmp_path, check=0)
+    command = [sys.executable, ROOT / "pretrain.py", *words]
+    subprocess.run([*map(str, command)], cwd=tmp_path, check=True)
     assert equal(state_of(whole)["model"], state_of(out)["model"])
     logs = [read_log(folder / "log.jsonl") for folder in (out, whole)]
     one, two = ([row["step"] for row in log if "val_mse" in row] for log in logs)
