@@ -100,7 +100,6 @@ REFUSED = (  # the command, and a telling word of its message
     ("experiments.subset datasets/packed --out new --characters 9", "has 3"),
     ("data.py nowhere --out new", "nowhere does not exist"),
     ("data.py empty --out new", "no image found"),
-    ("data.py text.txt --out new", "is no folder"),
     ("data.py archives --out new", "give an archive itself"),
     ("data.py broken --out new", "more than 5 %"),
     ("data.py unreadable --out new", "none of 2 images for"),
