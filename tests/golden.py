@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden.json"
 
 # ---- the cases -----------------------------------------------------------------------------------
-# A flag that comes twice has its last value.
+# A flag that comes twice has its last value. A case may use what an earlier one left.
 
 CPU = "--device cpu --dtype fp32"
 PRETRAIN = f"pretrain.py --data packed --batch-size 16 --epochs 3 {CPU} --contrast none"
@@ -51,8 +51,6 @@ PRETRAINED = {  # case: flags of pretrain.py
     "cls": "--contrast cls:weight=.03,temperature=1,dcl=1",
     "raw_pixels": "--no-norm-pix --flat-weight 1",
     "schedule": "--mask fg_heavy:shuffle=1 --ratio .5:.8 --min-crop 0.6",
-}
-TEACHING = {  # the same, on runs/random
     "teacher": "--mask attn_high --teacher runs/random --attention cls",
     "adapted": "--mask attn_low --init runs/random",
 }
@@ -66,23 +64,18 @@ TUNED = {  # case: flags of finetune_lora.py
     "ifa": "--method full --head ifa --logit-adjust 1",
     "scratch": "--method full --from-scratch --keep 1 --hold-out 1",
 }
-FIRST = {name: [f"{PRETRAIN} {flags} --out runs/{name}"] for name, flags in PRETRAINED.items()}
-FIRST |= {
+CASES = {name: [f"{PRETRAIN} {flags} --out runs/{name}"] for name, flags in PRETRAINED.items()}
+CASES |= {name: [f"{TUNE} {flags} --out runs/{name}"] for name, flags in TUNED.items()}
+CASES |= {
     "coarse": [f"{MAPS} --map saliency --out maps/coarse"],
     "pack": ["data.py images --out datasets/pack --size 32 --dev 0.1 --group-by ^[^_]+"],
     "pack_figure": [
         "data.py images --out datasets/pack_figure --size 24 --crop figure --dedupe drop"
     ],
-}
-SECOND = {name: [f"{PRETRAIN} {flags} --out runs/{name}"] for name, flags in TEACHING.items()}
-SECOND |= {name: [f"{TUNE} {flags} --out runs/{name}"] for name, flags in TUNED.items()}
-SECOND |= {
     "probe": [f"probe.py runs/random runs/simmim --data packed {CPU}"],
     "headline": [f"probe.py runs/block --data packed --headline {CPU}"],
     "part_maps": [f"{MAPS} --map parts --run runs/random --parts 3 --out maps/part_maps"],
     "attn_maps": [f"{MAPS} --map attn --run runs/random --out maps/attn_maps"],
-}
-THIRD = {
     "recognize": [f"recognize.py runs/lora --verify --data packed {CPU}"],
     "strangers": [f"recognize.py runs/scratch --verify --data packed {CPU}"],
     "segment": [f"{SEGMENT} --out runs/segment --epochs 2 --pixel-steps 40 {CPU}"],
@@ -93,11 +86,10 @@ THIRD = {
     ],
 }
 for name, arm in (("tags", ""), ("vilt", " --arm vilt")):
-    THIRD[name] = [
+    CASES[name] = [
         PACK.format(f"list.csv --out datasets/{name}"),
         f"tags.py {SHORT} --data datasets/{name} --out runs/{name}{arm}",
     ]
-CASES = FIRST | SECOND | THIRD
 
 
 # ---- the data: pictures that a formula gives, the same on every machine --------------------------
@@ -188,22 +180,18 @@ def write_data(work):
 # ---- running -------------------------------------------------------------------------------------
 
 
-def run(root, work, lines):
-    """One thread, and no core of this machine's kind: nothing but the code decides the bits."""
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for line in lines:
-        script, *words = line.split()
-        command = [sys.executable, root / script, *words]
-        how = {"cwd": work, "env": os.environ | one, "stdout": subprocess.DEVNULL}
-        subprocess.run(command, check=True, **how)
-
-
 def run_all(root, work):
-    """Every case with the code in root -> {case: {name: array}}."""
+    """Every case with the code in root -> {case: {name: array}}.
+
+    One thread, and no core of this machine's kind: nothing but the code decides the bits.
+    """
     write_data(work)
-    with ThreadPoolExecutor(int(os.environ.get("JOBS", 2))) as pool:
-        for cases in (FIRST, SECOND, THIRD):
-            list(pool.map(lambda lines: run(root, work, lines), cases.values()))
+    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    how = {"cwd": work, "env": os.environ | one, "stdout": subprocess.DEVNULL}
+    for lines in CASES.values():
+        for line in lines:
+            script, *words = line.split()
+            subprocess.run([sys.executable, root / script, *words], check=True, **how)
     return {name: outcome(work, name) for name in CASES}
 
 
@@ -321,12 +309,12 @@ def at_commit(commit, folder):
 
 def compare(old, new):
     """Run both -> the number of cases that differ. Each case is printed as a line."""
-    with tempfile.TemporaryDirectory() as base:
-        results = []
-        for name, commit in (("old", old), ("new", new)):
-            root, work = at_commit(commit, Path(base) / f"{name}-code"), Path(base) / name
+    with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(2) as pool:
+        works = [Path(base) / name for name in ("old", "new")]
+        roots = [at_commit(old, Path(base) / "old-code"), at_commit(new, Path(base) / "new-code")]
+        for work in works:
             work.mkdir()
-            results.append(run_all(root, work))
+        results = list(pool.map(run_all, roots, works))
     subprocess.run(["git", "-C", ROOT, "worktree", "prune"], check=True)
     wrong = 0
     for case in results[0]:

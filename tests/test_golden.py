@@ -11,7 +11,6 @@ from conftest import run_line
 EXPECTED = json.loads(golden.GOLDEN.read_text())
 FAST = ("random", "block", "attn_high", "learned", "parts", "pooler", "simmim", "attn_maps")
 FAST += ("linear", "lora_arcface", "full_curricular", "headline")
-STANDS_ON = {"headline": "block", "probe": "simmim", "recognize": "lora", "strangers": "scratch"}
 SCORES = "map|eer|roc_auc|auroc|knn|linear|threshold|temperature"
 COUNTED = re.compile(rf"top[15]|macro_f1|\.({SCORES})")  # of 48 pictures
 # Convolutions round otherwise on each kind of CPU, and steps of segment.py enlarge that.
@@ -43,11 +42,9 @@ def make(tmp_path_factory):
 
     @functools.cache
     def make(case):
-        if case not in golden.FIRST:
-            make("random")
-        if case in STANDS_ON:
-            make(STANDS_ON[case])
         for line in golden.CASES[case]:
+            for other in golden.CASES.keys() & set(re.findall(r"runs/(\w+)", line)) - {case}:
+                make(other)
             run_line(line, cwd=work, check=0)
         return work
 
