@@ -24,7 +24,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -47,6 +49,7 @@ IN_PLACE = {"probe": "probe*.json", "recognize": "recognize.json", "stress": "st
 IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
 KEPT = ("question", "compare", "differences", "hypotheses", "margin")  # of a plan, in PLAN.json
 RUNNING = set()  # processes of ours
+TRIALS = defaultdict(threading.Lock)  # of two runs that ask for one trial, one makes it
 
 
 class Diverged(UserError):
@@ -68,14 +71,14 @@ def folder_of(words, args):
 
 
 def make(text, args):
-    """Run a command, or go on with it, unless it is done -> its folder."""
+    """Run a command, or go on with it, unless it is done -> the file in its folder that says so."""
     words = shlex.split(text)
     out, name, files = folder_of(words, args)
     done = out / f"{name}.done.json"
     with locked(lock_beside(args.work / f"{name}.run"), wait=True) as lock:  # data.py has one, too
         reason = read_json(done).get("failed") if done.exists() else None
         if done.exists() and reason is None:
-            return out
+            return done
         if reason and not args.retry:
             raise Diverged(reason)
         if out.name != name:  # it writes into the folder of another command
@@ -93,7 +96,7 @@ def make(text, args):
             save_json(row | {"failed": str(problem)}, done)
             raise
         save_json(row | {"seconds": round(time.perf_counter() - start, 1)}, done)
-    return out
+    return done
 
 
 def execute(words, args, log, lock):
@@ -118,14 +121,15 @@ def execute(words, args, log, lock):
 
 
 def chain(templates, args, seed, flags="", share=1.0):
-    """Make commands one after the other, flags behind the first -> their folders."""
-    folders = []
+    """Make commands one after the other, flags behind the first -> what `make` returns of each."""
+    made = []
     encoder = templates in args.plan.get("made", {}).values()
     budget = "encoder_minutes" if encoder else "minutes", share
     for i, template in enumerate(templates):
         text = template if i else f"{template} {flags}".strip()
-        folders.append(make(filled(text, args, folders, seed, budget), args))
-    return folders
+        folders = [done.parent for done in made]
+        made.append(make(filled(text, args, folders, seed, budget), args))
+    return made
 
 
 def filled(text, args, folders, seed, budget):
@@ -134,7 +138,7 @@ def filled(text, args, folders, seed, budget):
     for name in re.findall(r"\{([a-z]\w*)\}", text):
         if name in args.plan.get("made", {}):
             flags = best_flags(name, args)
-            words[name] = chain(args.plan["made"][name], args, seed, flags)[-1]
+            words[name] = chain(args.plan["made"][name], args, seed, flags)[-1].parent
     if "{epochs}" in text:
         words["epochs"] = epochs_in(text.format(*folders, **words | {"epochs": 1}), args, *budget)
     return text.format(*folders, **words)
@@ -142,7 +146,7 @@ def filled(text, args, folders, seed, budget):
 
 def epochs_in(command, args, minutes, share):
     """How many epochs of a command fill the plan's minutes of one core: one epoch is timed."""
-    log = read_log(make(command, args) / "log.jsonl")
+    log = read_log(make(command, args).parent / "log.jsonl")
     speed = median(row["images_per_s"] for row in log if "images_per_s" in row)
     seconds = 60 * share * float(args.set[minutes]) / args.threads
     return max(1, round(seconds * speed / args.images))
@@ -161,12 +165,14 @@ def best_flags(name, args):
 def score_of(name, flags, args):
     """The score of a trial on dev, from trials.jsonl where it is there; -1: it diverged."""
     path = args.folder / "trials.jsonl"
-    for row in read_log(path):
-        if (row["name"], row["flags"]) == (name, flags) and not (args.retry and row["score"] < 0):
-            return row["score"]
-    score = score_on_dev(name, flags, args)
-    add_row(path, {"name": name, "flags": flags, "seed": TRIAL_SEED, "score": score})
-    return score
+    with TRIALS[name, flags]:
+        for row in read_log(path):
+            same = (row["name"], row["flags"]) == (name, flags)
+            if same and not (args.retry and row["score"] < 0):
+                return row["score"]
+        score = score_on_dev(name, flags, args)
+        add_row(path, {"name": name, "flags": flags, "seed": TRIAL_SEED, "score": score})
+        return score
 
 
 def score_on_dev(name, flags, args):
@@ -175,11 +181,11 @@ def score_on_dev(name, flags, args):
     file, key = plan["dev"]
     with contextlib.suppress(Diverged):
         if name in plan.get("made", {}):
-            folders = chain(plan["made"][name], args, TRIAL_SEED, flags, share)
-            judge = plan["judge"].replace("{0}", str(folders[-1]))
-            out = chain([judge], args, TRIAL_SEED)[0]
+            made = chain(plan["made"][name], args, TRIAL_SEED, flags, share)
+            judge = plan["judge"].replace("{0}", str(made[-1].parent))
+            out = chain([judge], args, TRIAL_SEED)[0].parent
         else:
-            out = chain(plan["arms"][name][:1], args, TRIAL_SEED, flags, share)[0]
+            out = chain(plan["arms"][name][:1], args, TRIAL_SEED, flags, share)[0].parent
         if file.endswith(".jsonl"):
             return max(row[key] for row in read_log(out / file) if key in row)
         return value_at(out / file, key)
@@ -226,9 +232,10 @@ def row_of(arm, seed, args):
         row["phase"] = "pilot"
     try:
         row["flags"] = best_flags(arm, args)
-        folders = chain(plan["arms"][arm], args, seed, row["flags"])
+        made = chain(plan["arms"][arm], args, seed, row["flags"])
     except Diverged as problem:
         return row | {"failed": str(problem)}
+    folders = [done.parent for done in made]
     for name, (_, *source) in plan["columns"].items():
         if source:
             step, file, keys, factor = source
@@ -238,9 +245,9 @@ def row_of(arm, seed, args):
         row["right"][name] = found_in(folders[step], file, keys, args)
     if "curve" in plan:
         row["curve"] = curve_of(read_log(folders[plan["curve"]] / "log.jsonl"))
-    made = [read_json(path) for f in dict.fromkeys(folders) for path in f.glob("*.done.json")]
-    row["commands"] = [done["command"] for done in made]
-    return row | {"seconds": round(sum(done["seconds"] for done in made), 1)}
+    found = [read_json(done) for done in dict.fromkeys(made)]
+    row["commands"] = [done["command"] for done in found]
+    return row | {"seconds": round(sum(done["seconds"] for done in found), 1)}
 
 
 def add_row(path, row):
