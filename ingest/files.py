@@ -27,20 +27,11 @@ def nfc(text):
     return unicodedata.normalize("NFC", text)
 
 
-def has_suffix(name):
-    """Is it a picture by its suffix, wherever it lies?"""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def is_hidden(name):
-    """Is a part of the name hidden or a tool's, such as .thumbnails in .thumbnails/x.png?"""
-    parts = set(name.split("/")) - {".", ".."}
-    return any(part in TOOLS or part.startswith(".") for part in parts)
-
-
 def is_image(name):
-    """By its suffix; __MACOSX/._x.png and .thumbnails/x.png are not one."""
-    return has_suffix(name) and not is_hidden(name)
+    """By its suffix; a tool's or hidden one, as __MACOSX/._x.png and .thumbnails/x.png, is none."""
+    parts = set(name.split("/")) - {".", ".."}
+    hidden = any(part in TOOLS or part.startswith(".") for part in parts)
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not hidden
 
 
 def refuse_large(size):
@@ -51,18 +42,15 @@ def refuse_large(size):
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def walk(folder, prefix="", above=(), wanted=is_image):
-    """Names of the images below a folder, sorted. Links that lead back are not followed.
-
-    wanted: `has_suffix` finds those of tools and hidden ones, too.
-    """
+def walk(folder, prefix="", above=()):
+    """Names of the images below a folder, sorted. Links that lead back are not followed."""
     here = os.path.realpath(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name) if here not in above else ():
         if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
             continue
         if entry.is_dir():
-            yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, here), wanted)
-        elif wanted(prefix + entry.name) and entry.is_file():
+            yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
+        elif is_image(prefix + entry.name) and entry.is_file():
             yield prefix + entry.name
 
 
@@ -85,8 +73,7 @@ def files_below(root):
 
 
 def open_folder(root):
-    """All pictures below a folder, hidden ones, too."""
-    return [(name, name) for name in walk(root, wanted=has_suffix)], files_below(root)
+    return [(name, name) for name in walk(root)], files_below(root)
 
 
 def open_list(_):
@@ -95,7 +82,7 @@ def open_list(_):
     if paths and all(map(os.path.isabs, paths)):
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    return [(p, name) for p, name in named if has_suffix(name)], fetch_files
+    return [(p, name) for p, name in named if is_image(name)], fetch_files
 
 
 # ---- archives ------------------------------------------------------------------------------------
@@ -113,13 +100,13 @@ def open_zip(path):
         archive = zipfile.ZipFile(path)
     for name in archive.namelist():
         refuse_escape(path, name)
-    images = [info for info in archive.infolist() if has_suffix(info.filename)]
-    images.sort(key=lambda info: info.filename)
+    members = sorted(archive.infolist(), key=lambda info: info.filename)
+    images = [(info, zip_name(info)) for info in members if is_image(zip_name(info))]
 
     def fetch(records):
         return ((r, partial(read_member, archive, r.place)) for r in records)
 
-    return [(info, zip_name(info)) for info in images], fetch
+    return images, fetch
 
 
 def zip_name(info):
@@ -197,7 +184,7 @@ def tar_images(path, wanted=()):
                 refuse_escape(path, member.name)
                 if member.offset_data + member.size > most:
                     raise tarfile.ReadError(f"{member.name[:80]!r} says {member.size} bytes")
-                if member.isfile() and has_suffix(member.name):
+                if member.isfile() and is_image(member.name):
                     # one too large can't be read, and is named
                     size = member.size if member.size <= MOST_BYTES else 0
                     asked = member.name in wanted

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from common.io import UserError, parse_table, reading, regular
 from ingest import files, layouts, tags
-from ingest.files import files_below, is_hidden, is_image, nfc, open_folder, open_list, walk
+from ingest.files import files_below, is_image, nfc, open_folder, open_list, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MANY = 0.05  # of the pictures: where more are set aside, the folders may have been read wrongly
@@ -94,16 +94,10 @@ def refuse_odd(path, names):
 def by_path(found, layout=None):
     """[(place, name)] -> records whose folders say split and class, and a line: read as what."""
     named = [(place, nfc(name.removeprefix("./"))) for place, name in found]
-    aside = [key for _, key in named if is_hidden(key)]
-    named = [(place, key) for place, key in named if not is_hidden(key)]
     rows, what = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
-    records = []
-    for (place, key), row in zip(named, rows, strict=True):
-        if row is None:
-            aside.append(key)
-        else:
-            split, label = row
-            records.append(Record(key, place, label, split))
+    pairs = [*zip(named, rows, strict=True)]
+    records = [Record(key, place, row[1], row[0]) for (place, key), row in pairs if row]
+    aside = [key for (_, key), row in pairs if row is None]
     if named and not records:
         problem = f"--layout {what} fits none of the {len(rows)} pictures, such as {named[0][1]}"
         raise UserError(f"{problem}; a split is named train, val, dev or test, or much like it")
