@@ -27,25 +27,11 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it raises fro
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 
-# Pixels that are decoded at the same time: as many as one picture may have, in 16 shares. At 12
-# bytes a pixel they are two gigabytes. WebP takes 20 bytes, and AVIF 15.
-SHARES = 16
-FREE, TURN = threading.Semaphore(SHARES), threading.Lock()
+# A decoded picture takes 12 bytes a pixel (WebP 20, AVIF 15): the largest that Pillow opens are two
+# gigabytes. So those of more pixels than this are decoded one after the other.
+LARGE, ONE_LARGE = 2**24, threading.Lock()
 # The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
 Image.core.set_block_size(2**26)
-
-
-@contextlib.contextmanager
-def room_for(pixels):
-    """Wait until a picture of so many pixels may be decoded beside those of other threads."""
-    shares = max(1, math.ceil(SHARES * pixels / (2 * Image.MAX_IMAGE_PIXELS)))
-    with TURN:  # one after the other: two half-served pictures would wait for each other
-        for _ in range(shares):
-            FREE.acquire()
-    try:
-        yield
-    finally:
-        FREE.release(shares)
 
 
 def open_picture(file):
@@ -56,14 +42,18 @@ def open_picture(file):
     return Image.open(file, formats=FORMATS)
 
 
+def turn_of(img):
+    return ONE_LARGE if img.width * img.height > LARGE else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def open_image(data, least):
     """Bytes -> an upright RGB or RGBA image of 8 bits, the first frame, and its scale.
 
     A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; its short side stays at
-    `least` or more. What is made of the image within the `with` shares the memory for decoding.
+    `least` or more. While the `with` lasts, no other thread opens a large picture, if this is one.
     """
-    with open_picture(io.BytesIO(data)) as file, room_for(file.width * file.height):
+    with open_picture(io.BytesIO(data)) as file, turn_of(file):
         full = file.width
         file.draft("RGB", (least, least))  # only JPEGs know what that is
         scale = file.width / full
@@ -74,9 +64,9 @@ def open_image(data, least):
 
 def upright(img):
     """-> a copy, RGB or RGBA of 8 bits, turned as its EXIF says."""
+    ImageOps.exif_transpose(img, in_place=True)
     if img.mode.startswith(("I", "F")):
         img = eight_bits(img)
-    ImageOps.exif_transpose(img, in_place=True)
     img = img.convert("RGBA" if has_alpha(img) else "RGB")
     return img.convert("RGB") if opaque(img) else img
 
@@ -85,13 +75,7 @@ def eight_bits(img):
     """16-bit grays, 32-bit integers and floats -> L. Pillow would clip them at 255."""
     pixels = np.array(img, np.float32)
     top = 65535 if pixels.max() > 255 else 1 if img.mode == "F" and pixels.max() <= 1 else 255
-    pixels /= top
-    np.clip(pixels, 0, 1, out=pixels)
-    pixels *= 255
-    pixels += 0.5
-    gray = Image.fromarray(np.uint8(pixels))
-    gray.info |= {"exif": img.info["exif"]} if "exif" in img.info else {}
-    return gray
+    return Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1) + 0.5))
 
 
 def has_alpha(img):

@@ -598,15 +598,15 @@ def test_the_figure_crop_follows_box_alpha_or_colours(by, centre):
 
 
 def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, monkeypatch):
-    """Sixteen of 170 megapixels side by side would take 32 GB. Large ones come alone, small ones together."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 / 2)
+    """Sixteen of 170 megapixels side by side would take 32 GB: of large ones, one is decoded at a time."""
+    monkeypatch.setattr(decode, "LARGE", 32 * 32)
     busy, counts, upright = [], [], decode.upright
 
     def slow(img):
-        busy.append(img.width * img.height)
-        counts.append(sum(busy))
+        busy.append(img.width)
+        counts.append(sum(width > 32 for width in busy))
         file = upright(img)
-        busy.remove(img.width * img.height)
+        busy.remove(img.width)
         return file
 
     monkeypatch.setattr(decode, "upright", slow)
@@ -614,8 +614,8 @@ def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, m
     lay(tmp_path, {f"{i}.png": png(i, size) for i, size in enumerate(sizes)})
     problems = []
     found = list(pictures.pictures([tmp_path], 16, "centre", 0, problems))
-    assert len(found) == 16 and not problems and max(counts) <= 64 * 64
-    assert decode.FREE._value == decode.SHARES  # all of it is free again
+    assert len(found) == 16 and not problems and max(counts) == 1
+    assert not decode.ONE_LARGE.locked()
 
 
 PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
