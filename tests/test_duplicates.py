@@ -73,15 +73,10 @@ def test_a_transparent_picture_and_its_flattened_copy_are_one():
     assert found == [(0, 4), (1, 5), (2, 6), (3, 7)]
 
 
-def test_groups_are_the_connected_components_of_scipy():
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    for seed in range(5):
-        i, j = np.random.default_rng(seed).integers(0, 40, (2, 25))
-        roots = np.array(duplicates.join(40, list(zip(i.tolist(), j.tolist(), strict=True))))
-        _, names = connected_components(coo_array((np.ones(25), (i, j)), (40, 40)))
-        assert np.array_equal(roots, [np.nonzero(names == name)[0][0] for name in names])
+def test_a_group_has_the_number_of_its_first_picture():
+    pairs = [(5, 4), (1, 3), (4, 1), (0, 0), (2, 6)]
+    assert duplicates.join(8, pairs) == [0, 1, 2, 1, 1, 1, 2, 7]
+    assert duplicates.join(2, []) == [0, 1] and duplicates.join(0, []) == []
 
 
 # ---- what packing makes of them ------------------------------------------------------------------
