@@ -20,7 +20,6 @@ data.py reads them.
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -66,6 +65,7 @@ DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32", "heads": "F32"}  # ot
 WRITTEN = ("test", "val", "dev", "train")
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 ROOM = 2**28  # bytes of decoded pictures at a time
+REASONS = 2**18  # bytes of a header for a hundred skipped files
 
 # What a source gives. dims: {plane: shape of one row}; fetch: for thumbnails, None where all is
 # drawn; stream(records) yields (record, {plane: row} or exception); more: of the header.
@@ -333,34 +333,20 @@ def write_split(path, rows, dims, records, labels, about):
             pixels.update(np.ascontiguousarray(row["images"]).data)
             yield {p: row[p][None] for p in dims} | {"labels": np.array([labels[record.label]])}
 
-    def header(records, **more):
-        grouped = any(r.group != r.key for r in records)
-        groups = [r.group for r in records] if grouped else None  # None: the keys
-        more |= {"keys": [r.key for r in records], "groups": groups}
-        return about | more | {"skipped": len(skipped), "skipped_first": skipped[:100]}
+    def header():
+        some = kept or records  # before the first row: of all, so that there is room for it
+        keys, groups = [r.key for r in some], [r.group for r in some]
+        own = {"keys": keys, "groups": None if groups == keys else groups}
+        own |= {"pixels": pixels.hexdigest(), "skipped": len(skipped)}
+        return about | own | {"skipped_first": skipped[:100]}
 
     planes = {p: (DTYPE.get(p, "U8"), shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
-    reasons = 2**18  # bytes for a hundred skipped files
-    room = len(json.dumps(json.dumps(header(records)))) + reasons
-
-    def end():
-        return header(kept, pixels=pixels.hexdigest())
-
-    write_rows(path, planes, len(records), readable(), end, room)
+    write_rows(path, planes, len(records), readable(), header, REASONS)
     return skipped
 
 
-def check_skipped(out, skipped, n):
-    """Stop where more than MAX_BROKEN of n images can't be read."""
-    if len(skipped) > MAX_BROKEN * n:
-        first = "; ".join(f"{key} ({why})" for key, why in skipped[:3])
-        lost = f"{len(skipped)} of {n} images for {out} can't be read"
-        fix = "remove them, or take another copy"
-        raise UserError(f"{lost}, more than {100 * MAX_BROKEN:g} %; {fix}; the first: {first}")
-
-
 def write_all(out, records, dims, stream, about):
-    """One file per split, all or none; a split of which nothing can be read is none."""
+    """One file per split, all or none; stops where too many pictures, or a whole split, are broken."""
     classes = about["classes"]
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
     lost, told = [], []
@@ -374,10 +360,11 @@ def write_all(out, records, dims, stream, about):
             header = about | {"split": split}
             skipped = write_split(folder / path.name, rows, dims, own, labels, header)
             lost += skipped
-            check_skipped(out, lost, len(records))
             first = "; ".join(f"{key} ({why})" for key, why in skipped[:3])
-            if len(skipped) == len(own):
-                raise UserError(f"none of {len(own)} images for {path} can be read: {first}")
+            if len(lost) > MAX_BROKEN * len(records) or len(skipped) == len(own):
+                broken = f"{len(lost)} of {len(records)} images can't be read"
+                broken += f", and {len(skipped)} of {len(own)} for {path}"
+                raise UserError(f"{broken}; remove them, or take another copy; the first: {first}")
             n, size = len(own) - len(skipped), about["size"]
             why = f"; skipped {len(skipped)}: {first}" if skipped else ""
             told.append(f"{path}: {n} images of {size} px, {len(classes)} classes{why}")

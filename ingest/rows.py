@@ -11,15 +11,15 @@ import numpy as np
 from common.io import DTYPES, atomic
 
 
-def write_rows(path, planes, n, rows, header, room=None):
+def write_rows(path, planes, n, rows, header, spare=0):
     """Stream rows of several tensors into a safetensors file, atomically, in constant memory.
 
     planes {name: (dtype's name, shape of one row)}, in the order of the file. rows yields {name:
     array (b, ...)}, n rows in all, or fewer. The first plane, the large one, goes where it stays;
-    the others wait in files without a name. header: called after the last row -> dict. room: bytes
-    for the head, if it may still grow.
+    the others wait in files without a name. A header, header() -> dict, is asked for before the
+    first row and after the last. spare: bytes by which it may grow.
     """
-    room = room or -(-len(file_head(planes, n, header())) // 8) * 8
+    room = -(-(len(file_head(planes, n, header())) + spare) // 8) * 8
     count = 0
     with atomic(path) as temporary, open(temporary, "wb") as f, contextlib.ExitStack() as opened:
         f.seek(8 + room)
