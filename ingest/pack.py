@@ -64,7 +64,6 @@ AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # fla
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32", "heads": "F32"}  # others are U8
 WRITTEN = ("test", "val", "dev", "train")
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
-ROOM = 2**28  # bytes of decoded pictures at a time
 REASONS = 2**18  # bytes of a header for a hundred skipped files
 
 # What a source gives. dims: {plane: shape of one row}; fetch: for thumbnails, None where all is
@@ -90,12 +89,6 @@ def render(records, draw, size, dims):
 # ---- sources -------------------------------------------------------------------------------------
 
 
-def decoded(fetch, work, size):
-    """-> stream(records) of decoded rows, few large ones at a time."""
-    ahead = min(16, max(1, ROOM // (4 * size**2)))
-    return lambda records: decode_records(records, fetch, work, ahead)
-
-
 def open_images(flags, size):
     """Pictures, cut as --crop says; their alpha is the foreground where most have some."""
     by_folders = sources.reader_of(flags.path)[1] is None
@@ -112,7 +105,7 @@ def open_images(flags, size):
     def work(record, data):
         return decode(data, size, fg, record.box, crop, margin)
 
-    return Source(records, notes, dims, fetch, decoded(fetch, work, size))
+    return Source(records, notes, dims, fetch, partial(decode_records, fetch=fetch, work=work))
 
 
 def open_boxes(flags, size):
@@ -124,25 +117,21 @@ def open_boxes(flags, size):
         return boxes.decode(data, size, record.box, most, shares)
 
     dims = {"images": (size, size, 3), "boxes": (most, 4)}
-    return Source(records, notes, dims, fetch, decoded(fetch, work, size))
+    return Source(records, notes, dims, fetch, partial(decode_records, fetch=fetch, work=work))
 
 
 def drawn(records, draw, size, planes, **more):
     """A source that is drawn instead of decoded; it has no copies to look for."""
     dims = {"images": (size, size, 3)} | planes
-
-    def stream(some):
-        return render(some, draw, size, dims)
-
+    stream = partial(render, draw=draw, size=size, dims=dims)
     return Source(records, [], dims, None, stream, more)
 
 
 def open_toon(flags, size):
     items = toon.plan(n=flags.drawings or toon.COUNT, seed=flags.seed, tail=flags.tail)
-    records = []
-    for item in items:
-        label, words = item["key"].split("/")[0], toon.describe(item)["tags"]
-        records.append(sources.Record(item["key"], item, label, tags=words))
+    records = [
+        sources.Record(i["key"], i, i["who"]["name"], tags=toon.describe(i)["tags"]) for i in items
+    ]
     planes = {"fg": (size, size), "parts": (size, size), "style": (len(toon.STRATA),)}
     return drawn(records, toon.draw, size, planes, style=toon.STRATA, parts=toon.PARTS)
 
