@@ -6,9 +6,6 @@ from matplotlib.colors import to_rgb
 import data
 from common import plots
 
-# by part id
-PART_COLOURS = ("#FFFFFF", "#0072B2", "#E69F00", "#000000", "#D55E00", "#009E73", "#CC79A7")
-
 
 def dataset_sheet(path, title, split, classes=6, each=10):
     """Draw pictures of the largest, the smallest and some classes between them, of an open split."""
@@ -31,5 +28,6 @@ def laid_over(split, plane, i):
     if plane == "fg":
         share = split["fg"][i][..., None] / 255
         return np.uint8(picture * share + 188 * (1 - share))
-    tint = np.array([to_rgb(c) for c in PART_COLOURS])[split["parts"][i] % len(PART_COLOURS)] * 255
+    colours = 255 * np.array([to_rgb(colour) for colour in ("white", *plots.COLOURS)])
+    tint = colours[split["parts"][i] % len(colours)]
     return np.uint8(0.35 * picture.mean(2, keepdims=True) + 0.65 * tint)
