@@ -14,7 +14,7 @@ the hashes and their tables, some 250 bytes a picture (results/TRIED.md), and th
 n log n.
 """
 
-from collections import Counter
+from collections import defaultdict
 from itertools import product
 
 import numpy as np
@@ -195,15 +195,14 @@ def pairs(thumbs):
 
 def report(records, pairs, most=3):
     """Lines for the user: how many groups, and the largest of them by name."""
-    roots = join(len(records), pairs)
-    largest = sorted(Counter(roots).items(), key=lambda x: (-x[1], x[0]))
-    groups = [(root, n) for root, n in largest if n > 1]
+    groups = defaultdict(list)
+    for root, record in zip(join(len(records), pairs), records, strict=True):
+        groups[root].append(record)
+    groups = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)
     if not groups:
         return []
-    labels = zip(roots, records, strict=True)
-    mixed = list(dict.fromkeys(root for root, r in labels if r.label != records[root].label))
-    named = ", ".join(records[root].key for root in mixed[:most])
-    several = f"; {len(mixed)} hold several classes ({named})" if mixed else ""
-    count = f"{len(groups)} groups of {sum(n for _, n in groups)} images{several}"
-    first = ", ".join(f"{n} x {records[root].key}" for root, n in groups[:most])
-    return [f"near-duplicates: {count}; {first}"]
+    mixed = [group[0].key for group in groups if len({r.label for r in group}) > 1]
+    several = f"; {len(mixed)} hold several classes ({', '.join(mixed[:most])})" if mixed else ""
+    first = ", ".join(f"{len(group)} x {group[0].key}" for group in groups[:most])
+    count = f"{len(groups)} groups of {sum(map(len, groups))} images"
+    return [f"near-duplicates: {count}{several}; {first}"]
