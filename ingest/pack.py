@@ -62,7 +62,6 @@ LARGE = 256  # of packed pages
 DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32", "heads": "F32"}  # others are U8
-WRITTEN = ("test", "val", "dev", "train")
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 REASONS = 2**18  # bytes of a header for a hundred skipped files
 
@@ -340,7 +339,7 @@ def write_all(out, records, dims, stream, about):
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
     lost, told = [], []
     with written_aside(out) as folder:
-        for split in WRITTEN:
+        for split in reversed(layouts.ORDER):
             own = [r for r in records if r.split == split]
             if not own:
                 continue
@@ -370,15 +369,12 @@ def default_out(path):
 
 
 def parse_shares(text):
-    try:
+    with contextlib.suppress(ValueError):
         shares = [float(x) for x in text.split(",")]
-    except ValueError:
-        shares = []
-    are_shares = len(shares) == 3 and all(0 <= x <= 1 for x in shares)
-    if not (are_shares and abs(sum(shares) - 1) <= 1e-6):
-        wanted = "three shares for train,val,test that sum to 1, such as 0.7,0.1,0.2"
-        raise UserError(f"--split {text} must be {wanted}")
-    return shares
+        if len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6:
+            return shares
+    wanted = "three shares for train,val,test that sum to 1, such as 0.7,0.1,0.2"
+    raise UserError(f"--split {text} must be {wanted}")
 
 
 def parse_crop(text):
