@@ -17,7 +17,6 @@ from common.fields import is_name
 from ingest.files import nfc
 from ingest.layouts import NUMBERED
 
-MOST_LETTERS = 2**16  # of a caption
 MOST = 256  # tags of a picture; of more the rarest are left out
 NONE = -1  # fills a list up
 LEAST = 2  # pictures of train that have a tag: nothing is learned from one
@@ -41,8 +40,7 @@ def with_caption(record, root):
     path = Path(root, record.place).with_suffix(".txt")
     if not (NUMBERED.fullmatch(path.parent.name) and path.is_file()):
         return record
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        return record._replace(tags=words_of(f.read(MOST_LETTERS)))
+    return record._replace(tags=words_of(path.read_text("utf-8-sig", "replace")))
 
 
 def is_emoticon(tag):

@@ -312,11 +312,6 @@ SOURCES = {  # name: files, {key: split/label and tags}, what the notes after th
     "tsv": (IMAGES | {"list.tsv": TSV}, LISTED, []),
     "tags in a csv": (IMAGES | {"list.csv": TAGS}, TAGS_SAY, []),
     "captions of kohya": (KOHYA | CAPTIONS, dict(KOHYA_SAYS), []),
-    "a long caption": (
-        {"img/1_a/1.png": None, "img/1_a/1.txt": "y" * 2**16 + ", z"},
-        {"img/1_a/1.png": f"-/a {'y' * 2**16}"},
-        [],
-    ),
     "a name twice": (
         IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"},
         {"a/1.png": "-/x", "b 3.png": "-/y"},
