@@ -135,10 +135,9 @@ def read(dirs, pattern):
     for d in dirs:
         said = dict(zip(pattern, d, strict=False))
         split = split_of(said.get("split", ""))
-        if len(d) >= len(pattern) and (split or not splits):
-            rows.append((split, said.get("class")))
-        else:
-            rows.append((split, None) if split and split not in deep else None)
+        whole = len(d) >= len(pattern) or (split and split not in deep)
+        fits = whole and (split or not splits)
+        rows.append((split, said.get("class")) if fits else None)
     return rows
 
 

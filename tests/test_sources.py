@@ -64,7 +64,6 @@ def many(*folders, each=4):
 SPLITS = many("train/a", "train/b", "test/a", "test/b")
 SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
 OWN = many("train/train_images/a", "train/train_images/b", "test/test_set/a", "test/test_set/b")
-SPELLED = many("Training/a", "Training/b", "test-set/a", "test-set/b")
 FLAT = [f"{i}.png" for i in range(8)]
 LINE = many("train/s/a", "train/s/b", "train/t/c")
 INSIDE = many("a/train", "a/test", "b/train", "b/raw")
@@ -75,17 +74,14 @@ HALVES = many("train/a", "train/b")
 LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("a", "b"), "class", "-/a -/b", 0),
     (many("a/x"), "-/class", "-/x", 0),
-    (many("x/y/a", "x/y/b"), "-/-/class", "-/a -/b", 0),
     (SPLITS, "split/class", ALL, 0),
     (many("train/a", "test/a"), "split/class", "train/a test/a", 0),
     ([f"set/{n}" for n in SPLITS], "-/split/class", ALL, 0),
-    (SPELLED, "split/class", ALL, 0),
     (many("train/genshin/a", "train/genshin/b"), "split/-/class", "train/a train/b", 0),
     (OWN, "split/-/class", ALL, 0),
     (many("a/train", "b/train", "a/test", "b/test"), "class/split", ALL, 0),
     (["x.png", *SPLITS], "split/class", ALL, 1),
     (["x.png", *many("s/a", "s/b")], "-/class", "-/a -/b", 1),
-    (["train/x.png", *SPLITS], "split/class", ALL, 1),
     (["train/x.png", *many(*ALL.split(), each=6)], "split/class", ALL, 1),
     (many("Val", "Dev", "Rin"), "class", "-/Val -/Dev -/Rin", 0),
     (many("a/a_faces", "b/b_faces"), "class", "-/a -/b", 0),
@@ -98,7 +94,6 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("s/train/a", "s/train/b", "s/test"), "-/split/class", "train/a train/b test/-", 0),
     # numbers before names: AnimeFace Character, kohya's scripts, and what only looks like them
     (["thumb/x.png", *many("thumb/000_a", "thumb/001_b")], NUMBERED, "-/a -/b", 1),
-    (many("img/10_a", "img/5_a", "reg/1_b"), NUMBERED, "-/a -/b", 0),
     (many("img/10_a", "reg/1_b"), NUMBERED, "-/a -/b", 0),
     (many("img/10_a"), NUMBERED, "-/a", 0),
     (many("10_a", "b"), "class", "-/10_a -/b", 0),
