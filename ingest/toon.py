@@ -854,13 +854,6 @@ def unseen(person, count, seed=0):
     return [{"seed": (seed + 1, i), "who": person} for i in range(count)]
 
 
-def refuse_sheet(path):
-    """What a sheet is written to has the name of a picture, and is not there yet."""
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--out {path} must be the name of a picture, such as sheet.png")
-    claim([path])
-
-
 def write_sheet(path, pictures, rows, columns, size):
     """Pictures u8 (size, size[, 3]), as many as come, line by line -> a picture file."""
     sheet = Image.new("RGB", (columns * size, rows * size))
@@ -883,7 +876,9 @@ def main():
     count, people = args.columns * args.rows, {person["name"]: person for person in cast()}
     if args.who and args.who not in people:
         raise UserError(f"--who {args.who} is unknown; there are: {', '.join(people)}")
-    refuse_sheet(args.out)
+    if Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {args.out} must be the name of a picture, such as sheet.png")
+    claim([args.out])
     items = plan(count, min(48, count), args.seed)
     if args.who:
         items = unseen(people[args.who], count, args.seed)
