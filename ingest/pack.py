@@ -402,8 +402,8 @@ def show(flags):
         raise UserError(f"--show {folder}: there is no packed set; python data.py PATH packs one")
     path = folder / "sheet.png"
     claim([path], fix="move it away")
+    from common import plots
     from data import open_split
-    from ingest.sheet import dataset_sheet
 
     splits = {n: open_split(folder, n) for n in names}
     shown = splits.get("train") or splits[names[0]]
@@ -411,8 +411,25 @@ def show(flags):
     header = shown["header"]
     title = f"{folder}: {sizes}, {len(header['classes'])} classes, {header['size']} px"
     print("\n".join([title, *header.get("notes", [])]))
-    dataset_sheet(path, title, shown)
+    plots.image_grid(path, title, sheet_rows(shown))
     return f"{path} written; next: {to_learn(folder)}"
+
+
+def sheet_rows(split, classes=6, each=10):
+    """Pictures of large, small and other classes; and some with their foreground and parts."""
+    from data import evenly_spaced
+
+    images, labels = split["images"], split["labels"].numpy()
+    ids, counts = np.unique(labels[labels >= 0], return_counts=True)
+    by_size = ids[np.argsort(-counts, kind="stable")]
+    rows = []
+    for label in by_size[evenly_spaced(len(by_size), classes).numpy()]:
+        own = np.nonzero(labels == label)[0][:each]
+        rows.append((split["header"]["classes"][label][:18], images[own]))
+    some = evenly_spaced(len(images), each).numpy()
+    for plane, name in (("images", "pictures"), ("fg", "foreground"), ("parts", "parts")):
+        rows += [(name, split[plane][some])] if plane in split else []
+    return rows
 
 
 def to_learn(out):
