@@ -20,18 +20,20 @@ def write_rows(path, planes, n, rows, header, spare=0):
     first row and after the last. spare: bytes by which it may grow.
     """
     room = -(-(len(file_head(planes, n, header())) + spare) // 8) * 8
+    first, *others = planes
     count = 0
     with atomic(path) as temporary, open(temporary, "wb") as f, contextlib.ExitStack() as opened:
         f.seek(8 + room)
-        files = dict.fromkeys(planes, f)
-        for name in [*planes][1:]:
+        files = {first: f}
+        for name in others:
             files[name] = opened.enter_context(tempfile.TemporaryFile(dir=temporary.parent))
         for chunk in rows:
             for name, file in files.items():
                 file.write(np.ascontiguousarray(chunk[name]).data)
             count += len(chunk[name])
-        for name in [*planes][1:]:
-            move(files[name], f)
+        for name in others:
+            files[name].seek(0)
+            shutil.copyfileobj(files[name], f, 2**24)
         head = file_head(planes, count, header())
         assert len(head) <= room
         f.seek(0)
@@ -46,9 +48,3 @@ def file_head(planes, n, header):
         entries[name] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [start, end]}
         start = end
     return json.dumps(entries).encode()
-
-
-def move(source, target):
-    """Append what a file holds to another."""
-    source.seek(0)
-    shutil.copyfileobj(source, target, 2**24)

@@ -267,7 +267,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, images, monkeypatc
     def full(f, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(rows, "move", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     line = refused(run_line("data.py images --out out --size 16", tmp_path))
     assert "No space left on device" in line
     assert [p.name for p in tmp_path.iterdir()] == ["images"]
