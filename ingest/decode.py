@@ -67,7 +67,7 @@ def upright(img):
     ImageOps.exif_transpose(img, in_place=True)
     if img.mode.startswith(("I", "F")):
         img = eight_bits(img)
-    img = img.convert("RGBA" if has_alpha(img) else "RGB")
+    img = img.convert("RGBA" if img.has_transparency_data else "RGB")
     return img.convert("RGB") if opaque(img) else img
 
 
@@ -76,10 +76,6 @@ def eight_bits(img):
     pixels = np.array(img, np.float32)
     top = 65535 if pixels.max() > 255 else 1 if img.mode == "F" and pixels.max() <= 1 else 255
     return Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1) + 0.5))
-
-
-def has_alpha(img):
-    return img.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in img.info
 
 
 def opaque(img):
@@ -196,5 +192,5 @@ def count_alpha(records, fetch):
     for _, load in fetch(some):
         with contextlib.suppress(Exception):  # a broken one is named later
             img = open_picture(io.BytesIO(load()))
-            found += has_alpha(img) and not opaque(img.convert("RGBA"))
+            found += img.has_transparency_data and not opaque(img.convert("RGBA"))
     return found, len(some)
