@@ -283,22 +283,6 @@ def test_what_is_no_set_of_boxes_is_named(tmp_path, row):
     assert not (tmp_path / "packed").exists()
 
 
-NAMED = FACE % ("face", 1, 1, 2, 2) + FACE % ("body", 1, 1, 2, 2)
-CLASSES = {  # a file, two boxes of one picture, their classes
-    "t.csv": ("a.png,1,1,2,2,face\na.png,1,1,2,2,body", "face, body"),
-    "labels/a.txt": ("7 .5 .5 .1 .1\n0 .5 .5 .1 .1 .9", "7, 0"),
-    "Annotations/a.xml": (FILENAME % ("a.png", NAMED), "face, body"),
-}
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_several_classes_are_taken_as_one_and_named(tmp_path, name):
-    text, classes = CLASSES[name]
-    write_pictures(tmp_path, {"a.png": (9, 9)})
-    records, _, notes, _ = boxes.find(write_texts(tmp_path, {name: text}))
-    assert len(records[0].box) == 2 and notes[1:] == [f"2 classes are taken as one: {classes}"]
-
-
 def test_two_annotations_of_one_picture_are_refused(tmp_path):
     twice = dict.fromkeys(("Annotations/a.xml", "Annotations/b.xml"), FILENAME % ("a.png", ""))
     write_texts(tmp_path, twice)
