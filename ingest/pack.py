@@ -44,11 +44,9 @@ from common.command import (
     claim,
     parse_keys,
     progress,
-    refuse_file,
     refuse_idle,
-    refuse_overwrite,
 )
-from common.io import UserError, lock_beside, locked, open_tensors
+from common.io import UserError, open_tensors
 from ingest import boxes, duplicates, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
 from ingest.rows import write_rows
@@ -242,23 +240,15 @@ def deal(source, how, shares):
 def pack(path, out, **flags):
     """Pack PATH into the folder `out`, as the command does: pack("toon", "datasets/toon", seed=1)."""
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    pack_as_told(parse_flags([str(path), "--out", str(out), *words]))
-
-
-def pack_as_told(flags):
-    """The same by parsed flags, while no other process writes the folder."""
-    out = flags.out
-    refuse_file(out)
-    with locked(lock_beside(out)):
-        with contextlib.suppress(OSError):
-            os.rmdir(out)  # an empty folder is not in the way
-        refuse_overwrite([out])
-        write_set(flags)
+    write_set(parse_flags([str(path), "--out", str(out), *words]))
 
 
 def write_set(flags):
     """Pack a source into OUT/{train,val,test[,dev]}.safetensors and print what was done."""
     path = flags.path
+    with contextlib.suppress(OSError):
+        os.rmdir(flags.out)  # an empty folder is not in the way
+    claim([flags.out])
     large = path == "scenes" or flags.values["detect"]
     size = flags.size or (LARGE if large else SIDE)
     source = open_source(flags, size)
@@ -494,7 +484,7 @@ def main():
     if flags.path == "-" and not flags.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
     flags.fill(out=str(default_out(flags.path)))
-    pack_as_told(flags)
+    write_set(flags)
     out = flags.out
     look = f"python data.py --show {shlex.quote(out)}"
     print(f"{out} is packed; next: {look}, or {to_learn(out)}")
