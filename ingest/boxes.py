@@ -119,30 +119,25 @@ def find(path):
     path = Path(path)
     reader, layout = choose(path, READERS, KNOWN)
     rows = list(reader(path))
-    boxes = {name: [] for name, _, _ in rows}
-    refuse_odd(path, boxes)
-    for name, _, box in rows:
-        boxes[name] += [box] if box and usable(box) else []
+    names = list(dict.fromkeys(name for name, _, _ in rows))
+    refuse_odd(path, names)
     root = path if path.is_dir() else path.parent
-    places = find_places(boxes, list(walk(root)))
-    check_places(path, boxes, places)
-    records = []
-    for name, place in places.items():
-        split = next(filter(None, map(layouts.split_of, Path(place).parts[:-1])), None)
-        records.append(Record(nfc(place), place, split=split, box=boxes[name]))
-    notes = about_boxes(layout, rows, [name for name in boxes if name not in places])
-    return records, partial(fetch_files, root=root), notes, layout == "YOLO"
-
-
-def check_places(path, boxes, places):
-    """A UserError where no picture is there, two names are of one, or no picture has a box."""
+    places = find_places(names, list(walk(root)))
     if not places:
-        named = f"none of the {len(boxes)} pictures that {path} names lies beside it"
-        raise UserError(f"{named}; the first: {next(iter(boxes), None)!r}")
-    if twice := [place for place, n in Counter(places.values()).items() if n > 1]:
-        raise UserError(f"{path} names {twice[0]} twice, in two ways; name each picture once")
-    if not any(boxes[name] for name in places):
+        named = f"none of the {len(names)} pictures that {path} names lies beside it"
+        raise UserError(f"{named}; the first: {names[:1]}")
+    boxes = {place: [] for place in places.values()}
+    for name, _, box in rows:
+        if name in places and box and usable(box):
+            boxes[places[name]].append(box)
+    if not any(boxes.values()):
         raise UserError(f"{path} has no box of a picture that is there")
+    records = []
+    for place, own in boxes.items():
+        split = next(filter(None, map(layouts.split_of, Path(place).parts[:-1])), None)
+        records.append(Record(nfc(place), place, split=split, box=own))
+    notes = about_boxes(layout, rows, [name for name in names if name not in places])
+    return records, partial(fetch_files, root=root), notes, layout == "YOLO"
 
 
 def about_boxes(layout, rows, lost):
