@@ -194,7 +194,7 @@ def near_duplicates(records, fetch, dedupe, out):
 def flags_of_deal(flags, source):
     """{flag: value}, for who goes where. Those without an effect on these pictures stay unread."""
     brings = {r.split for r in source.records}
-    deals = None in brings or "val" not in brings
+    deals = "val" not in brings
     has_effect = {
         "split": deals,
         "seed": deals or "dev" in flags.given,
@@ -226,7 +226,7 @@ def deal(source, how, shares):
         records, thinned = long_tailed(records, how["tail"])
         notes += thinned
     asked = named | {"dev": how["dev"]}
-    dealt = ("val", "dev") if source.records[0].split else asked
+    dealt = ("val", "dev") if any(r.split for r in source.records) else asked
     lost = [name for name in asked if asked[name] and name in dealt and name not in splits]
     if lost:
         few = f"{len(records)} are too few"
