@@ -181,8 +181,7 @@ def near_duplicates(records, fetch, dedupe, out):
     place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     shape = (len(records), duplicates.SIDE, duplicates.SIDE)
-    above = next(folder for folder in Path(out).resolve().parents if folder.is_dir())
-    with tempfile.TemporaryFile(dir=above) as file:
+    with tempfile.TemporaryFile(dir=Path(out).resolve().parent) as file:
         thumbs = np.memmap(file, np.uint8, "w+", shape=shape)
         for record, row in progress(rows, "looking for copies", len(records), unit="img"):
             if not isinstance(row, Exception):  # what can't be read stays blank
