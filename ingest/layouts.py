@@ -159,7 +159,7 @@ def told(what, rows, aside=()):
     if learned and others and not learned & others:
         parts.append(f"no class of train ({first(learned)}) is in another split ({first(others)})")
     if aside:
-        parts.append(f"{len(aside)} pictures set aside ({first(aside, 2)})")
+        parts += [f"{len(aside)} pictures set aside ({first(aside, 2)})", "--layout reads others"]
     return f"read as {what}: {'; '.join(parts)}"
 
 

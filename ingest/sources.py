@@ -28,7 +28,6 @@ from ingest import files, layouts, tags
 from ingest.files import files_below, is_image, nfc, open_folder, open_list, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
-MANY = 0.05  # of the pictures: where more are set aside, the folders may have been read wrongly
 MOST_NAME = 1000  # characters of a picture's name
 ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, escapes and what breaks a line
 UNKNOWN = (None, None, None, (), None)
@@ -101,10 +100,7 @@ def by_path(found, layout=None):
     if named and not records:
         problem = f"--layout {what} fits none of the {len(rows)} pictures, such as {named[0][1]}"
         raise UserError(f"{problem}; a split is named train, val, dev or test, or much like it")
-    note = layouts.told(what, [row for row in rows if row], aside)
-    if rows.count(None) > MANY * len(rows):
-        note += "; --layout reads folders in another way"
-    return records, note
+    return records, layouts.told(what, [row for row in rows if row], aside)
 
 
 # ---- tables --------------------------------------------------------------------------------------
