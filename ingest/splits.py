@@ -8,7 +8,6 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from itertools import chain
 from pathlib import Path
 
 from common.io import UserError
@@ -40,14 +39,13 @@ def copies_to_drop(records, pairs, within):
 
     Those of other splits than the first: what train holds is no test. within: all but one.
     """
-    order, groups, drop = (*ORDER, None), defaultdict(list), set()
+    ranks = [(*ORDER, None).index(r.split) for r in records]
     roots = duplicates.join(len(records), pairs)
-    for i in set(chain.from_iterable(pairs)):
-        groups[roots[i]].append((order.index(records[i].split), i))
-    for group in groups.values():
-        first = min(group)
-        drop |= {i for rank, i in group if rank != first[0] or (within and i != first[1])}
-    return drop
+    first = {}
+    for i in sorted(range(len(records)), key=ranks.__getitem__):
+        first.setdefault(roots[i], i)
+    kept = [first[root] for root in roots]
+    return {i for i, k in enumerate(kept) if ranks[i] != ranks[k] or (within and i != k)}
 
 
 def without_copies(records, pattern, pairs, dedupe):
