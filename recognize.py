@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,13 +116,10 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_intermixed_args()  # pictures may stand before and after flags
     args.task = next((name for name in FLAGS if name in args.given), "name")
-    if args.task in ("name", "sort", "group", "enrol"):
-        if not args.images:
-            kinds = "pictures or folders"
-            if args.task in ("name", "enrol"):
-                kinds = "pictures, folders, archives or -,"
-            raise UserError(f"give {kinds} to {args.task}")
-    elif args.images:
+    takes_pictures = args.task in ("name", "sort", "group", "enrol")
+    if takes_pictures and not args.images:
+        raise UserError(f"give pictures, or a folder of them, to {args.task}")
+    if args.images and not takes_pictures:
         raise UserError(f"--{args.task} takes no pictures, such as {args.images[0]}")
     refuse_idle(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
     return args
@@ -150,10 +148,11 @@ def whitening(embeddings, labels):
     return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
 
 
-def make_gallery(embeddings, labels, learned):
+def make_gallery(embeddings, labels, learned, lift=None):
     """Faces (n, D), labels (n,) of which the first `learned` are the head's -> a dict.
 
     faces: the unit vectors of each learned character that has any. means (C, D): mean directions.
+    lift: as `lift_of` returns it; None leaves the head out of similarities.
     """
     is_learned = labels < learned
     mean, matrix = whitening(embeddings[is_learned], labels[is_learned])
@@ -162,7 +161,7 @@ def make_gallery(embeddings, labels, learned):
     faces = [unit[labels == c] for c in labels.unique() if c < learned]
     sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1])
     means = F.normalize(sums.index_add_(0, labels, F.normalize(unit)))
-    gallery |= {"embeddings": embeddings, "lift": None}
+    gallery |= {"embeddings": embeddings, "lift": lift}
     return gallery | {"unit": unit, "faces": faces, "means": means}
 
 
@@ -225,8 +224,7 @@ def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
     The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
-    gallery = make_gallery(embeddings, labels, int(labels.max()) + 1)
-    gallery["lift"] = lift_of(logits)
+    gallery = make_gallery(embeddings, labels, int(labels.max()) + 1, lift_of(logits))
     known_score = scores_of(held_out, gallery)
     if folds:
         known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
@@ -269,8 +267,8 @@ def as_unknown(gallery, held_out):
     found = torch.empty(len(known))
     for fold in range(FOLDS):
         stay, asked = labels % FOLDS != fold, known_labels % FOLDS == fold
-        less = make_gallery(embeddings[stay], labels[stay], int(labels.max()) + 1)
-        less["lift"] = gallery["lift"]
+        count = int(labels.max()) + 1
+        less = make_gallery(embeddings[stay], labels[stay], count, gallery["lift"])
         heads = logits[asked][:, torch.arange(logits.shape[1]) % FOLDS != fold]
         found[asked] = similarity_of(heads, compared(known[asked], less), less)
     return found
@@ -354,6 +352,11 @@ def open_network(run, device, dtype):
     return net.to(device), header, autocast_of(device, pick_dtype(dtype, device)[0])
 
 
+def outputs_of(net, split, rows, autocast, name=""):
+    """Whole images -> logits (n, C), embeddings (n, D), each of the mean of picture and mirror image."""
+    return predict(net, pooled_of(net, split, rows, autocast, name, mirrored=True))
+
+
 def faces_learned(run, device, dtype):
     """The pictures that a run was trained on -> a namespace.
 
@@ -367,20 +370,17 @@ def faces_learned(run, device, dtype):
     (train, dev, _), classes = open_rows(folder, held, header.get("hold_out", 0))
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
-
-    def outputs(images, rows):
-        pooled = pooled_of(net, images.split, rows, autocast, "gallery", mirrored=True)
-        return predict(net, pooled)  # logits, embeddings
-
+    outputs = partial(outputs_of, net, autocast=autocast, name="gallery")
     rows = torch.cat([train.rows[some] for some in evenly_of_each(train.labels[train.rows], FACES)])
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
-    found.embeddings = outputs(train, rows)[1]
-    found.held_out = *outputs(dev, dev.rows), dev.labels[dev.rows]
+    _, found.embeddings = outputs(train.split, rows)
+    found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
     left_out = (dev.labels < 0).nonzero()[:, 0]
     found.unknown = None
     if len(left_out):
-        found.unknown = *outputs(dev, left_out), torch.as_tensor(dev.split["labels"])[left_out]
+        labels = torch.as_tensor(dev.split["labels"])[left_out]
+        found.unknown = *outputs(dev.split, left_out), labels
     return found
 
 
@@ -451,8 +451,8 @@ def train_fold(run, part):
 
 def fold_of(faces):
     """`faces_learned` of a fold -> similarities of known (m,) and unknown (k,) faces, labels of these."""
-    gallery = make_gallery(faces.embeddings, faces.labels, len(faces.classes))
-    gallery["lift"] = lift_of(faces.held_out[0])
+    lift = lift_of(faces.held_out[0])
+    gallery = make_gallery(faces.embeddings, faces.labels, len(faces.classes), lift)
     known, unknown = scores_of(faces.held_out, gallery), scores_of(faces.unknown, gallery)
     return {"known": known, "unknown": unknown, "labels": faces.unknown[2]}
 
@@ -516,8 +516,7 @@ def faces(args, size, problems):
 
 def embed(net, images, autocast):
     """NumPy squares u8 (B, ., ., 3) -> logits (B, C), embeddings (B, D)."""
-    rows = torch.arange(len(images))
-    return predict(net, pooled_of(net, {"images": images}, rows, autocast, mirrored=True))
+    return outputs_of(net, {"images": images}, torch.arange(len(images)), autocast)
 
 
 def answers(keys, logits, embeddings, gallery, nearest=NEAREST):
@@ -816,8 +815,7 @@ def faces_of(net, gallery, folder, name, autocast):
     """
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
-    pooled = pooled_of(net, split, rows, autocast, f"faces of {folder}", mirrored=True)
-    logits, embeddings = predict(net, pooled)
+    logits, embeddings = outputs_of(net, split, rows, autocast, f"faces of {folder}")
     ids = {who: i for i, who in enumerate(gallery["names"])}
     known = [ids.get(who, -1) for who in split["header"]["classes"]]
     labels, groups = split["labels"][rows], data.groups_of(split)[rows]
