@@ -580,44 +580,41 @@ DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  #
 
 
 def sort(args, net, header, gallery, autocast):
-    """Copy each picture into the folder of who is in it. What sorted.csv lists is done."""
-    out, table = args.sort, args.sort / SORTED
-    wanted = files_to_sort(args.images, out)
+    """--sort: copy each picture into the folder of who is in it. What sorted.csv lists is done.
+
+    --group: into a folder of faces that look alike, named where the gallery knows most of them.
+    """
+    out = args.sort or args.group
     claim([], lock=out / ".lock")
-    rows = open_sorted(table)
-    refuse_other_owner(rows, wanted)
+    rows = open_sorted(out / SORTED)
+    if args.group and rows:
+        raise UserError(f"{out} has groups already; choose a new folder for --group")
+    wanted = files_to_sort(args.images, out, rows)
     args.images, problems = not_listed(wanted, rows), []
     print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
-    found = all_answers(args, net, header, gallery, autocast, problems) if args.images else ()
-    copy_all(found, args, wanted, folders_of(gallery["names"]), rows, table)
-    without_copy = not_listed(wanted, rows)  # not to be read, or without a face
-    rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in without_copy]
-    save_csv(rows, table, COLUMNS)
+    found, names = (), gallery["names"]
+    if args.group:
+        found = grouped(predictions(args, net, header, autocast, problems), gallery)
+        names = dict.fromkeys(row["name"] for row in found)
+    elif args.images:
+        found = all_answers(args, net, header, gallery, autocast, problems)
+    copy_all(found, args, wanted, folders_of(names), rows, out / SORTED)
     tell_problems(problems, header["data"])
 
 
-def group(args, net, header, gallery, autocast):
-    """Copy faces that look alike into one folder, and name it where the gallery knows most of them."""
-    table = args.group / SORTED
-    wanted = files_to_sort(args.images, args.group)
-    claim([], lock=args.group / ".lock")
-    if open_sorted(table):
-        raise UserError(f"{args.group} has groups already; choose a new folder for --group")
-    args.images, problems = list(wanted), []
+def grouped(found, gallery):
+    """What `predictions` yields -> the rows of `answers`, named by the group of the face."""
     rows, units = [], []
-    for some in predictions(args, net, header, autocast, problems):
-        rows += answers(*some, gallery)
-        units.append(compared(some[2], gallery))
+    for keys, logits, embeddings in found:
+        rows += answers(keys, logits, embeddings, gallery)
+        units.append(compared(embeddings, gallery))
     if not rows:
         raise UserError("no face was found, so there is nothing to group")
     groups = alike(torch.cat(units))
     names = names_of(groups, [row["name"] for row in rows])
-    for row, number in zip(rows, groups, strict=True):
-        row["name"] = names[number]
-    folders = folders_of(dict.fromkeys(names.values()))
-    copy_all(rows, args, wanted, folders, [], table)
-    tell_problems(problems, header["data"])
-    print(f"groups   {len(folders)}, {len(folders.keys() & set(gallery['names']))} of them named")
+    known = set(names.values()) & set(gallery["names"])
+    print(f"groups   {len(set(names.values()))}, {len(known)} of them named")
+    return [row | {"name": names[number]} for row, number in zip(rows, groups, strict=True)]
 
 
 def alike(unit):
@@ -663,23 +660,30 @@ def copy_all(found, args, wanted, folders, rows, table):
             rows += copies_of(file, faces, wanted[file], folders, table.parent)
             if count % SAVED_AFTER == 0:
                 save_csv(rows, table, COLUMNS)
+        without_copy = not_listed(wanted, rows)  # not to be read, or without a face
+        rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in without_copy]
     finally:  # Ctrl-C, too
         save_csv(rows, table, COLUMNS)
     copies = sum(row["copy"] != "" for row in rows)
     print(f"wrote    {table.parent}/: {copies} copies, listed in {table}")
 
 
-def files_to_sort(paths, out):
-    """-> {file: its name below OUT/WHO}; the folders in a given folder stay."""
-    wanted, taken = {}, {}
+def files_to_sort(paths, out, rows):
+    """-> {file: its name below OUT/WHO}; the folders in a given folder stay.
+
+    No picture takes the name of another one, nor that of a copy that a row of sorted.csv lists.
+    """
+    wanted = {}
+    taken = {Path(*Path(row["copy"]).parts[1:]): row["picture"] for row in rows if row["copy"]}
     for path in paths:
         if out.resolve().is_relative_to(Path(path).resolve()):
             raise UserError(f"{out} lies in {path}, which is copied; choose another folder")
         for key, file in picture_files(path).items():
-            name = key if Path(path).is_dir() else file.name
-            if taken.setdefault(name, file) != file:
-                fix = "sort one folder at a time"
-                raise UserError(f"{taken[name]} and {file} have one name; {fix}")
+            name = Path(key if Path(path).is_dir() else file.name)
+            other = taken.setdefault(name, file)
+            if os.path.abspath(other) != os.path.abspath(file):
+                fix = "sort one folder at a time, or choose another --sort"
+                raise UserError(f"{other} and {file} have one name; {fix}")
             wanted[str(file)] = name
     if not wanted:
         raise UserError(f"no picture was found in {', '.join(paths)}")
@@ -690,15 +694,6 @@ def not_listed(wanted, rows):
     """The files of `wanted` that no row of sorted.csv names, by whatever path."""
     listed = {os.path.abspath(row["picture"]) for row in rows}
     return [file for file in wanted if os.path.abspath(file) not in listed]
-
-
-def refuse_other_owner(rows, wanted):
-    """A copy that is there, of a picture of another folder, is not overwritten."""
-    owners = {Path(*Path(row["copy"]).parts[1:]): row["picture"] for row in rows if row["copy"]}
-    for file, name in wanted.items():
-        owner = owners.get(Path(name), file)
-        if os.path.abspath(owner) != os.path.abspath(file):
-            raise UserError(f"a copy of {owner} is named {name}, as {file}; choose another --sort")
 
 
 def open_sorted(table):
@@ -1035,7 +1030,7 @@ def main():
         gallery["threshold"] = args.threshold
     if args.task == "enrol":
         return enrol(args, net, header, autocast)
-    work = {"verify": verify, "sort": sort, "group": group, "name": recognise}[args.task]
+    work = {"verify": verify, "sort": sort, "group": sort, "name": recognise}[args.task]
     work(args, net, header, gallery, autocast)
 
 
