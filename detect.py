@@ -55,7 +55,7 @@ COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
 LOWEST = 0.1  # the lowest threshold of a detector
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
-RECIPE = ("data", "boxes", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
+RECIPE = ("data", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
 REMEDY = "python detect.py ENCODER makes it"
 FIELDS = {
     "detector": {"encoder": fields.ENCODER, "norm_eps": fields.EPSILON},
@@ -338,7 +338,7 @@ def judge(task, net, split, rows):
     for _, view in data.whole_views(split["images"], rows, task.page, task.device, "judging"):
         with task.autocast():
             answers += detect(net, view)
-    return answers, [true[true[:, 0] >= 0] for true in boxes_of(split, task.boxes, rows)]
+    return answers, [true[true[:, 0] >= 0] for true in boxes_of(split, rows)]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -347,16 +347,16 @@ def judge(task, net, split, rows):
 def open_task(flags, device, autocast):
     """What a run works with: splits, rows, sides of the views in pixels, the encoder."""
     held, splits = flags.split, open_splits(flags.data, flags.split)
-    task = SimpleNamespace(device=device, autocast=autocast, boxes=flags.boxes, seed=flags.seed)
+    task = SimpleNamespace(device=device, autocast=autocast, seed=flags.seed)
     task.train = splits["train"]
     task.rows, rows, chosen = hold_out(splits)
     task.dev = splits[chosen], rows
     task.report = splits[held], torch.arange(len(splits[held]["images"]))
     parts = {"train": (task.train, task.rows), "dev": task.dev, held: task.report}
     for name, (split, rows) in parts.items():
-        if task.boxes not in split or (boxes_of(split, task.boxes, rows) < 0).all():
+        if "boxes" not in split or (boxes_of(split, rows) < 0).all():
             fix = "python data.py scenes draws pages with some, python data.py PATH --detect packs others"
-            raise UserError(f"{flags.data} has no {task.boxes} on pages of {name}; {fix}")
+            raise UserError(f"{flags.data} has no boxes on pages of {name}; {fix}")
     two = 2 * load_start(flags.encoder)[0].patch_size  # a cell of the coarsest map
     task.view = flags.view
     if task.view % two:
@@ -378,9 +378,9 @@ def load_start(path, page=None):
     return net.encoder, heads
 
 
-def boxes_of(split, name, rows):
+def boxes_of(split, rows):
     """Boxes of some pages, (n, K, 4) fp32 in shares of the page; -1 fills up."""
-    return torch.from_numpy(np.array(split[name][rows.numpy()]))
+    return torch.from_numpy(np.array(split["boxes"][rows.numpy()]))
 
 
 def crops(images, boxes, generator, side, least, most=1.0):
@@ -429,7 +429,7 @@ def build(task, method):
 
 def step_loss(task, net, rows, pages, late, generator):
     """The loss of a batch of crops, at a random place of a whole page's grid of patches."""
-    boxes = boxes_of(task.train, task.boxes, rows)
+    boxes = boxes_of(task.train, rows)
     cut = mosaic if torch.rand(1, generator=generator) < MOSAIC else crops
     side, least = (task.late, 0.7) if late else (task.view, 0.5)
     view, boxes = cut(pages, boxes, generator, side, least)
@@ -567,7 +567,6 @@ def parse_flags():
     add("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive")
     add = parser.add_argument_group("training").add_argument
     add("--data", default="datasets/scenes", metavar="DIR", help="packed set with boxes")
-    add("--boxes", default="boxes", choices=["boxes", "heads"], help="faces, or heads with hair")
     add("--method", default="full", choices=RATES, help="what learns; scratch: from random weights")
     add("--view", type=between(16, 2048, int), default=128, metavar="PX", help="side of crops")
     add("--epochs", type=at_least(1), default=16, help="passes over the pages")
