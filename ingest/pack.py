@@ -59,7 +59,7 @@ SIDE = 128  # of packed pictures
 LARGE = 256  # of packed pages
 DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
-DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32", "heads": "F32"}  # others are U8
+DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 REASONS = 2**18  # bytes of a header for a hundred skipped files
 
@@ -148,8 +148,7 @@ def open_scenes(flags, size):
     """Pages with drawn figures, and boxes of their faces."""
     items = scenes.plan(flags.seed)
     records = [sources.Record(i["key"], i, split=i["split"]) for i in items]
-    planes = {"boxes": (scenes.MOST, 4), "heads": (scenes.MOST, 4)}
-    return drawn(records, scenes.draw, size, planes)
+    return drawn(records, scenes.draw, size, {"boxes": (scenes.MOST, 4)})
 
 
 DRAWN = {"toon": open_toon, "hybrid": open_hybrid, "scenes": open_scenes}

@@ -4,9 +4,8 @@
 
 A page has one to four panels, each with a backdrop; figures of ingest/toon.py stand on it, large
 and small, in front of each other, cut by the border; speech bubbles hide some. A tenth of the pages
-shows nobody. The boxes are the painter's: `boxes` of a face's outline, from the forehead to the
-chin, `heads` with hair and what is worn on it down to the chin. Characters are in one split each:
-who is on a page of val was never seen in train.
+shows nobody. The boxes are the painter's, of a face's outline, from the forehead to the chin.
+Characters are in one split each: who is on a page of val was never seen in train.
 """
 
 from itertools import islice
@@ -24,7 +23,6 @@ EMPTY = 0.1  # of the pages: nobody is there
 FACE = (16, 160)  # width of a face in pixels of a page of 256
 VISIBLE = 0.4  # of what the panel shows of a face (this much, too), for a box
 IN_FACE = [toon.PARTS.index(part) for part in ("face", "eyes", "mouth")]
-ON_HEAD = [toon.PARTS.index(part) for part in ("hair", "accessory")]
 
 
 def plan(seed=0):
@@ -68,17 +66,8 @@ def corners(where):
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
-def head_of(parts, face):
-    """Part ids (s, s), box of the face -> box around it and its hair, above the chin."""
-    left, _, right, chin = face
-    y, x = np.mgrid[: len(parts), : len(parts)]
-    near = (y < chin) & (x > left - (right - left) / 2) & (x < right + (right - left) / 2)
-    hair = corners(near & np.isin(parts, (*IN_FACE, *ON_HEAD)))
-    return np.concatenate([np.minimum(face[:2], hair[:2]), np.maximum(face[2:], hair[2:])])
-
-
 def place(page, owner, number, item, panel, rng):
-    """Draw a figure into a panel -> boxes of face and head, mask of the face; None: too little is seen.
+    """Draw a figure into a panel -> box and mask of its face; None: too little is seen.
 
     owner i16 (S, S): which figure each pixel shows; it becomes `number` where this one is.
     """
@@ -104,9 +93,8 @@ def place(page, owner, number, item, panel, rng):
     owner[here][share[..., 0] > 0.5] = number
     mask, edge = np.zeros((size, size), bool), ((left, top), (right, bottom))
     mask[here] = face[there]
-    boxes = figure["face"], head_of(figure["parts"], figure["face"])
-    boxes = [(box.reshape(2, 2) + (x, y)).clip(*edge).ravel() for box in boxes]
-    return (*boxes, mask) if mask.sum() > VISIBLE * face.sum() else None
+    box = (figure["face"].reshape(2, 2) + (x, y)).clip(*edge).ravel()
+    return (box, mask) if mask.sum() > VISIBLE * face.sum() else None
 
 
 def bubble(page, owner, rng):
@@ -129,7 +117,7 @@ def bubble(page, owner, rng):
 
 
 def draw(item, size=256):
-    """An item of a plan -> {image u8 (S, S, 3), boxes and heads f32 (MOST, 4), names of who is in them}.
+    """An item of a plan -> {image u8 (S, S, 3), boxes f32 (MOST, 4), names of who is in them}.
 
     Boxes are x1, y1, x2, y2 in shares of the page; -1 fills up.
     """
@@ -147,15 +135,13 @@ def draw(item, size=256):
         found.append((place(page, owner, number, drawing, panel, rng), who["name"]))
     for _ in range(rng.integers(3)):
         bubble(page, owner, rng)
-    boxes, heads, names = [], [], []
-    for number, (figure, name) in enumerate(found):
-        if figure and (figure[2] & (owner == number)).sum() > VISIBLE * figure[2].sum():
-            boxes.append(figure[0] / size)
-            heads.append(figure[1] / size)
+    boxes, names = [], []
+    for number, (face, name) in enumerate(found):
+        if face and (face[1] & (owner == number)).sum() > VISIBLE * face[1].sum():
+            boxes.append(face[0] / size)
             names.append(name)
     image = np.uint8(page.round().clip(0, 255))
-    boxes, heads = (padded(np.reshape(some, (-1, 4)), MOST) for some in (boxes, heads))
-    return {"image": image, "boxes": boxes, "heads": heads, "names": names}
+    return {"image": image, "boxes": padded(np.reshape(boxes, (-1, 4)), MOST), "names": names}
 
 
 def outlined(page, boxes, colour=(230, 60, 20)):

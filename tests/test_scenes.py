@@ -24,20 +24,19 @@ def pages():
 def test_a_page_is_drawn_the_same_twice_and_characters_stay_in_their_split(pages):
     items, drawn = pages
     again = scenes.draw(items[3], 96)
-    assert all(np.array_equal(again[k], drawn[3][k]) for k in ("image", "boxes", "heads"))
+    assert all(np.array_equal(again[k], drawn[3][k]) for k in ("image", "boxes"))
     who = {split: set() for split in scenes.COUNTS}
     for item in scenes.plan():
         who[item["split"]] |= {person["name"] for person in item["people"]}
     assert sum(map(len, who.values())) == len(set.union(*who.values())) == len(toon.cast())
 
 
-def test_boxes_are_of_faces_inside_the_page_and_of_heads_around_them(pages):
+def test_boxes_are_of_faces_inside_the_page(pages):
     sizes, counts = [], []
     for page in pages[1]:
-        face, head = (page[k][page[k][:, 0] >= 0] for k in ("boxes", "heads"))
-        assert len(face) == len(head) == len(page["names"])
+        face = page["boxes"][page["boxes"][:, 0] >= 0]
+        assert len(face) == len(page["names"])
         assert (face >= 0).all() and (face <= 1).all() and (face[:, 2:] > face[:, :2]).all()
-        assert (head[:, :2] <= face[:, :2]).all() and (head[:, 2:] >= face[:, 2:]).all()
         sizes += (face[:, 2:] - face[:, :2]).prod(1).tolist()
         counts.append(len(face))
     assert 0 in counts and max(counts) >= 4 and min(sizes) < 0.02 and max(sizes) > 0.1
@@ -81,7 +80,7 @@ def test_a_packed_set_of_pages_has_boxes(monkeypatch, tmp_path):
     assert "detect.py weights/toon --data pages" in said
     split = data.open_split(tmp_path / "pages", "train")
     assert split["images"].shape == (4, 64, 64, 3) and (split["labels"] == -1).all()
-    assert split["boxes"].shape == split["heads"].shape == (4, 6, 4)
+    assert split["boxes"].shape == (4, 6, 4)
 
 
 # ---- what others publish -------------------------------------------------------------------------
