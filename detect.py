@@ -538,13 +538,8 @@ def use(flags, device, autocast):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
-            save_pngs(out, key, shown_of(picture, boxes, crop), folder_of(key) if crop else None)
+            save_pngs(out, key, shown_of(picture, boxes, crop), in_folders=crop)
     tell_problems(problems, (header.get("run") or {}).get("data"))
-
-
-def folder_of(key):
-    """The folder of a picture, below OUT: data.py takes it for the character."""
-    return "/".join(part for part in Path(key).parent.parts if part.strip("./"))
 
 
 def shown_of(picture, boxes, crop):

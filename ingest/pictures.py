@@ -105,17 +105,19 @@ def demo_note(trained_on):
     return None
 
 
-def save_pngs(out, key, pictures, folder=None):
+def save_pngs(out, key, pictures, in_folders=False):
     """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)}; NAME: folder and name of the picture key.
 
-    With a folder below OUT the name is enough. Where another picture has it, NAME is the whole key.
+    in_folders: below OUT are the folders of the key, and NAME is its name; data.py takes such a
+    folder for the character. Where another picture has it, NAME is the whole key.
     """
-    words = [part for part in Path(key).parts if part.strip("./")]
-    name = "-".join(words[-1:] if folder is not None else words[-2:]).removesuffix(Path(key).suffix)
+    out, words = Path(out), [part for part in Path(key).parts if part.strip("./")]
+    folder = Path(*words[:-1]) if in_folders else Path()
+    name = "-".join(words[-1:] if in_folders else words[-2:]).removesuffix(Path(key).suffix)
     if OWNERS.setdefault((folder, name), key) != key:
         name = "-".join(words)  # x.jpg beside x.png
     for ending, pixels in pictures.items():
-        path = Path(out, folder or "", f"{name}{ending}.png")
-        claim([path], Path(out) / ".lock")
+        path = out / folder / f"{name}{ending}.png"
+        claim([path], out / ".lock")
         with atomic(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")
