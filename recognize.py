@@ -179,13 +179,14 @@ def best_similarity(unit, gallery):
     return torch.stack(scores, 1).amax(1)
 
 
-def similarity_of(logits, unit, gallery):
-    """logits (n, C), unit (n, D) -> (n,): `best_similarity`, higher where the head is surer than usual.
+def similarity_of(logits, embeddings, gallery):
+    """(n, C), (n, D) -> (n,): `best_similarity`, higher where the head is surer than usual.
 
     LIFT for each standard deviation of the best logit of known faces. Either alone knows less.
     """
     usual, per_logit = gallery["lift"] or (0.0, 0.0)
-    return best_similarity(unit, gallery) + per_logit * (logits.amax(1) - usual)
+    similarity = best_similarity(compared(embeddings, gallery), gallery)
+    return similarity + per_logit * (logits.amax(1) - usual)
 
 
 def decide(logits, embeddings, gallery):
@@ -196,7 +197,7 @@ def decide(logits, embeddings, gallery):
     half of all pictures show unknown characters; nan of an enrolled one.
     """
     unit, learned = compared(embeddings, gallery), gallery["learned"]
-    who, similarity = logits.argmax(1), similarity_of(logits, unit, gallery)
+    who, similarity = logits.argmax(1), similarity_of(logits, embeddings, gallery)
     margin, (a, b) = similarity - gallery["threshold"], gallery["platt"]
     sure = (logits / gallery["temperature"]).softmax(1).amax(1) * (a * margin + b).sigmoid()
     to_mean = unit @ gallery["means"].T  # (n, characters)
@@ -225,12 +226,14 @@ def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1, lift_of(logits))
-    known_score = scores_of(held_out, gallery)
+    known_score = similarity_of(logits, known, gallery)
     if folds:
         known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
         unknown_score = torch.cat([fold["unknown"] for fold in folds])
+    elif unknown:
+        unknown_score = similarity_of(*unknown[:2], gallery)
     else:
-        unknown_score = scores_of(unknown, gallery) if unknown else as_unknown(gallery, held_out)
+        unknown_score = as_unknown(gallery, held_out)
     threshold = threshold_of(known_score, unknown_score)
     return {
         "threshold": threshold,
@@ -246,12 +249,6 @@ def lift_of(logits):
     strength = logits.amax(1)
     usual, spread = strength.mean().item(), strength.std(correction=0).item()
     return [usual, LIFT / max(spread, 0.1 * abs(usual), 1e-6)]
-
-
-def scores_of(faces, gallery):
-    """faces: logits (n, C), embeddings (n, D) and labels -> their similarities (n,)."""
-    logits, embeddings, _ = faces
-    return similarity_of(logits, compared(embeddings, gallery), gallery)
 
 
 def threshold_of(known, unknown):
@@ -270,7 +267,7 @@ def as_unknown(gallery, held_out):
         count = int(labels.max()) + 1
         less = make_gallery(embeddings[stay], labels[stay], count, gallery["lift"])
         heads = logits[asked][:, torch.arange(logits.shape[1]) % FOLDS != fold]
-        found[asked] = similarity_of(heads, compared(known[asked], less), less)
+        found[asked] = similarity_of(heads, known[asked], less)
     return found
 
 
@@ -411,17 +408,18 @@ def load_gallery(run):
 # ---- folds: each part of the characters is unknown once --------------------------------------------
 
 
-def calibrate_by_folds(run, count, parts, device, dtype):
+def calibrate_by_folds(args, count):
     """Train again without each part of the `count` characters; these then say what unknown ones are."""
-    path, folds = Path(run) / GALLERY, []
+    run, parts, folds = args.run, args.folds, []
+    path = Path(run) / GALLERY
     if count - -(-count // parts) < 2:
         raise UserError(f"{count} characters are too few for --folds {parts}: a training needs two")
     for part in range(1, parts + 1):
-        faces = faces_learned(train_fold(run, f"{part}/{parts}"), device, dtype)
+        faces = faces_learned(train_fold(run, f"{part}/{parts}"), args.device, args.dtype)
         if faces.unknown is None:
             raise UserError(f"dev has no picture of part {part} of {parts}: pack it without --dev")
         folds.append(fold_of(faces))
-    own = faces_learned(run, device, dtype)
+    own = faces_learned(run, args.device, args.dtype)
     numbers = calibrate(own.embeddings, own.labels, own.held_out, None, folds)
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
@@ -453,7 +451,8 @@ def fold_of(faces):
     """`faces_learned` of a fold -> similarities of known (m,) and unknown (k,) faces, labels of these."""
     lift = lift_of(faces.held_out[0])
     gallery = make_gallery(faces.embeddings, faces.labels, len(faces.classes), lift)
-    known, unknown = scores_of(faces.held_out, gallery), scores_of(faces.unknown, gallery)
+    known = similarity_of(*faces.held_out[:2], gallery)
+    unknown = similarity_of(*faces.unknown[:2], gallery)
     return {"known": known, "unknown": unknown, "labels": faces.unknown[2]}
 
 
@@ -802,11 +801,10 @@ def faces_of(net, gallery, folder, name, autocast):
     """Pictures of a packed split -> a namespace: the truth, and what `decide` returns.
 
     unit     (n, D), as `compared`
-    labels   (n,), the set's
+    labels   (n,), the set's, -1 of pictures without one; groups (n,)
     true     (n,), numbers of characters in the gallery, -1 of an unknown one
     right    (n,), is the name true?
     margin   (n,), and sure, as `decide`
-    pairs    as `metrics.pair_cosines`
     """
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
@@ -816,11 +814,8 @@ def faces_of(net, gallery, folder, name, autocast):
     labels, groups = split["labels"][rows], data.groups_of(split)[rows]
     true = torch.tensor([*known, -1])[labels]  # the last: without a label
     who, _, margin, sure = decide(logits, embeddings, gallery)
-    unit, pairs = compared(embeddings, gallery), (torch.empty(0), torch.empty(0))
-    if data.has_labels(split):
-        pairs = metrics.pair_cosines(unit, labels, groups)
-    found = {"pairs": pairs, "unit": unit, "labels": labels, "true": true, "right": who == true}
-    return SimpleNamespace(**found, margin=margin, sure=sure)
+    found = {"unit": compared(embeddings, gallery), "labels": labels, "groups": groups}
+    return SimpleNamespace(**found, true=true, right=who == true, margin=margin, sure=sure)
 
 
 def verification(same, other):
@@ -936,15 +931,16 @@ def measure(asked, own, learned):
 
     asked: of the set that is measured. own: where known characters are. learned: by the head.
     """
-    row = {}
-    if all(map(len, asked.pairs)):
-        row["verification"] = verification(*asked.pairs)
-    is_unknown = asked.true < 0
+    row, is_unknown, labelled = {}, asked.true < 0, asked.labels >= 0
+    faces = asked.unit[labelled], asked.labels[labelled], asked.groups[labelled]
+    pairs = metrics.pair_cosines(*faces)
+    if all(map(len, pairs)):
+        row["verification"] = verification(*pairs)
     unknown, unsure = asked.margin[is_unknown], asked.sure[is_unknown]
     known, enrolled = own.true >= 0, own.true >= learned
-    grouped = is_unknown & (asked.labels >= 0)
-    if len(asked.labels[grouped].unique()) > 1:
-        row["groups"] = grouping(asked.unit[grouped], asked.labels[grouped])
+    to_group = is_unknown & labelled
+    if len(asked.labels[to_group].unique()) > 1:
+        row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group])
     if known.any():
         row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
     of_head = known & ~enrolled
@@ -1016,8 +1012,7 @@ def main():
     args = parse_args()
     gallery = open_gallery(args.run, args.device, args.dtype)
     if args.task == "folds":
-        words = args.run, gallery["learned"], args.folds
-        return calibrate_by_folds(*words, args.device, args.dtype)
+        return calibrate_by_folds(args, gallery["learned"])
     if args.task == "list":
         return list_known(gallery)
     if args.task == "forget":
