@@ -864,31 +864,26 @@ def detection_rate(known, right, unknown, far):
     return ((known > threshold) & right).double().mean().item()
 
 
-def right_when_sure(known, right, unknown):
-    """Of names with a confidence of SURE or more, the share in percent that is right; None without any.
+def reliability(known, is_right, unknown, bins=10):
+    """How true are confidences? In percent, where half of all pictures are unknown.
 
-    As in `calibration_error`, half of all pictures are unknown.
-    """
-    known_sure, unknown_sure = known >= SURE, unknown >= SURE
-    good = (known_sure & right).double().mean()
-    named = known_sure.double().mean() + unknown_sure.double().mean()
-    return round(100 * (good / named).item(), 3) if named else None
-
-
-def calibration_error(known, right, unknown, bins=10):
-    """Expected calibration error of confidences in percent, where half of all pictures are unknown.
-
-    known (n,), unknown (m,); right (n,): is the name true? Enrolled names have none (nan). The error is
-    the mean gap of confidence and accuracy in equal bins (Guo et al. 2017, arXiv:1706.04599).
+    known (n,), unknown (m,); is_right (n,), of the names of known ones. Those of enrolled ones have
+    no confidence (nan).
+    calibration_error: mean gap of confidence and accuracy in equal bins (Guo et al. 2017,
+    arXiv:1706.04599). right_when_sure: of names with a confidence of SURE or more; None without any.
     """
     sure = torch.cat([known, unknown])
-    right = torch.cat([right, torch.zeros(len(unknown), dtype=torch.bool)])
+    right = F.pad(is_right.double(), (0, len(unknown)))
     weights = torch.cat([torch.ones(len(x)).double() / len(x) for x in (known, unknown)])
-    weights = weights.masked_fill(sure.isnan(), 0)
-    sure = sure.nan_to_num()
+    there = ~sure.isnan()
+    sure, right, weights = (x[there] for x in (sure, right, weights))
     place = (sure * bins).long().clamp(0, bins - 1)
-    gaps = torch.bincount(place, weights * (sure.double() - right.double()))
-    return round(100 * (gaps.abs().sum() / weights.sum()).item(), 3)
+    gaps = torch.bincount(place, weights * (sure.double() - right))
+    error = gaps.abs().sum() / weights.sum()
+    good = ((known >= SURE) & is_right).double().mean()
+    named = (known >= SURE).double().mean() + (unknown >= SURE).double().mean()
+    share = round(100 * (good / named).item(), 3) if named else None
+    return {"calibration_error": round(100 * error.item(), 3), "right_when_sure": share}
 
 
 def grouping(unit, labels):
@@ -936,7 +931,7 @@ def measure(asked, own, learned):
     pairs = metrics.pair_cosines(*faces)
     if all(map(len, pairs)):
         row["verification"] = verification(*pairs)
-    unknown, unsure = asked.margin[is_unknown], asked.sure[is_unknown]
+    unknown = asked.margin[is_unknown]
     known, enrolled = own.true >= 0, own.true >= learned
     to_group = is_unknown & labelled
     if len(asked.labels[to_group].unique()) > 1:
@@ -945,9 +940,7 @@ def measure(asked, own, learned):
         row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
     of_head = known & ~enrolled
     if of_head.any() and len(unknown):
-        answers_of_known = own.sure[of_head], own.right[of_head]
-        row["calibration_error"] = calibration_error(*answers_of_known, unsure)
-        row["right_when_sure"] = right_when_sure(*answers_of_known, unsure)
+        row |= reliability(own.sure[of_head], own.right[of_head], asked.sure[is_unknown])
     return row
 
 

@@ -112,17 +112,17 @@ def test_detection_rate_is_what_its_words_say():
 def test_calibration_error_is_the_mean_gap_of_its_bins_where_half_are_unknown(
     known, right, unknown, error
 ):
-    found = recognize.calibration_error(
+    row = recognize.reliability(
         torch.tensor(known), torch.tensor(right).bool(), torch.tensor(unknown)
     )
-    assert found == pytest.approx(100 * error, abs=1e-3)
+    assert row["calibration_error"] == pytest.approx(100 * error, abs=1e-3)
 
 
 def test_names_that_are_sure_are_right_as_often_where_half_are_unknown():
     known, right = torch.tensor([0.9, 0.8, 0.95, 0.2]), torch.tensor([1, 1, 0, 1]).bool()
-    found = recognize.right_when_sure(known, right, torch.tensor([0.85, 0.1]))
-    assert found == pytest.approx(100 * (2 / 4) / (3 / 4 + 1 / 2))
-    assert recognize.right_when_sure(known / 2, right, torch.zeros(2)) is None
+    row = recognize.reliability(known, right, torch.tensor([0.85, 0.1]))
+    assert row["right_when_sure"] == pytest.approx(100 * (2 / 4) / (3 / 4 + 1 / 2))
+    assert recognize.reliability(known / 2, right, torch.zeros(2))["right_when_sure"] is None
 
 
 # ---- similarity and thresholds -------------------------------------------------------------------
