@@ -36,7 +36,7 @@ import data
 import mask as masking
 from common import fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly
-from common.command import Flags, Parser, at_least, cli, command, parse_keys, progress
+from common.command import Flags, Parser, at_least, cli, command, parse_keys
 from common.features import hold_out, name_of, open_splits, split_suffix
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
@@ -48,7 +48,6 @@ WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of
 PIXEL_LR = 2e-3  # peak learning rate of stage 3
 FEW = 50  # frames of a kind in train: under it a note
 KEEP = 0.5  # share of the patches that stage 1 sees in training: fewer take less time
-CUT = 1.0  # share of the frames that show a part of another one
 MIN_CROP, COLOUR = 0.5, 0.3  # smallest area of a crop; brightness, contrast, saturation: 1 +- this
 EPS = 1e-3  # of the guided filter: contrasts under 1/30 of the range are no edges
 LARGEST = 2048  # longer side of a picture whose mask is found at full size, in pixels
@@ -108,9 +107,9 @@ def load_patches(path):
     return net.eval()
 
 
-def cut_masks(B, S, share, generator):
-    """(B, S, S) bool: a half plane, a window or blobs in `share` of the frames, else nothing."""
-    u = torch.rand(8, B, 1, 1, generator=generator)
+def cut_masks(B, S, generator):
+    """(B, S, S) bool: a half plane, a window or blobs in each frame."""
+    u = torch.rand(8, B, 1, 1, generator=generator)  # the last is drawn since published runs had it
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, S)] * 2, indexing="ij")
     cy, cx, height, width = u[1:5]
     angle = 2 * math.pi * u[0]
@@ -122,12 +121,12 @@ def cut_masks(B, S, share, generator):
     noise = torch.randn(B, 1, 4, 4, generator=generator)
     blobs = F.interpolate(noise, size=(S, S), mode="bicubic")[:, 0] > cy - 0.5
     which = (3 * u[6, :, 0, 0]).long()
-    return torch.stack([half_plane, window, blobs])[which, torch.arange(B)] & (u[7] < share)
+    return torch.stack([half_plane, window, blobs])[which, torch.arange(B)]
 
 
-def cut_together(view, drawn, share, generator):
-    """Frames (B, S, S, 3) and masks (B, S, S); `share` of them show a part of another frame."""
-    cut = data.send(cut_masks(len(view), view.shape[1], share, generator), view.device)
+def cut_together(view, drawn, generator):
+    """Frames (B, S, S, 3) and masks (B, S, S); each shows a part of another frame."""
+    cut = data.send(cut_masks(len(view), view.shape[1], generator), view.device)
     return torch.where(cut[..., None], view.flip(0), view), torch.where(cut, drawn.flip(0), drawn)
 
 
@@ -137,7 +136,7 @@ def crops(task, images, masks, generator):
     colour = torch.rand(len(images), 3, generator=generator)
     view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, COLOUR)
     drawn = data.view_maps(masks, boxes, flip, task.S).to(view.device)
-    return cut_together(view, drawn, CUT, generator)
+    return cut_together(view, drawn, generator)
 
 
 def patch_loss(task, net, rows, images, generator):
@@ -242,8 +241,7 @@ def proxy_masks(net, view, autocast):
 def proxies_of(task, net):
     """Masks u8 (n, S, S) of train: proxies of mixed frames, 0 elsewhere."""
     masks = np.zeros((len(task.train.kind), task.S, task.S), np.uint8)
-    batches = views(task, task.train, task.train.mixed)
-    for rows, view in progress(batches, "proxies", -(-len(task.train.mixed) // data.CHUNK)):
+    for rows, view in views(task, task.train, task.train.mixed, "proxies"):
         probability = two_means(proxy_masks(net, view, task.autocast))
         masks[rows.numpy()] = (255 * probability).round().byte().cpu().numpy()
     return masks
@@ -462,9 +460,9 @@ def frames_of(split, rows):
     return SimpleNamespace(split=split, kind=kind, plain=plain, mixed=mixed)
 
 
-def views(task, frames, rows):
-    """Yield (rows, u8 (B, S, S, 3)) of whole frames."""
-    return data.whole_views(frames.split["images"], rows, task.S, task.device)
+def views(task, frames, rows, name=""):
+    """Yield (rows, u8 (B, S, S, 3)) of whole frames; name: of a bar."""
+    return data.whole_views(frames.split["images"], rows, task.S, task.device, name)
 
 
 def fit(task, run, part):
