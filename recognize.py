@@ -410,8 +410,8 @@ def load_gallery(run):
 
 def calibrate_by_folds(args, count):
     """Train again without each part of the `count` characters; these then say what unknown ones are."""
-    run, parts, folds = args.run, args.folds, []
-    path = Path(run) / GALLERY
+    run, parts = args.run, args.folds
+    path, folds = Path(run) / GALLERY, []
     if count - -(-count // parts) < 2:
         raise UserError(f"{count} characters are too few for --folds {parts}: a training needs two")
     for part in range(1, parts + 1):
@@ -926,11 +926,12 @@ def measure(asked, own, learned):
 
     asked: of the set that is measured. own: where known characters are. learned: by the head.
     """
-    row, is_unknown, labelled = {}, asked.true < 0, asked.labels >= 0
+    row, labelled = {}, asked.labels >= 0
     faces = asked.unit[labelled], asked.labels[labelled], asked.groups[labelled]
     pairs = metrics.pair_cosines(*faces)
     if all(map(len, pairs)):
         row["verification"] = verification(*pairs)
+    is_unknown = asked.true < 0
     unknown = asked.margin[is_unknown]
     known, enrolled = own.true >= 0, own.true >= learned
     to_group = is_unknown & labelled
