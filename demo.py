@@ -347,7 +347,7 @@ def pages_page(run, picture):
     with MACHINE.autocast():
         boxes, scores = detect.faces_of(net, pixels, about["page"], about["threshold"])
     size = header.get("packed_size")
-    cut = [detect.cut_out(pixels, box, detect.MARGIN, size) for box in boxes.tolist()]
+    cut = [detect.cut_out(pixels, box, size) for box in boxes.tolist()]
     names = [f"score {score:.2f}" for score in scores.tolist()]
     command = f"detect.py {run} PICTURE --out found"
     if who:

@@ -274,10 +274,10 @@ def faces_of(net, picture, side, threshold):
     return boxes[order], scores[order]
 
 
-def cut_out(picture, box, margin, size=None):
-    """The square around a box, u8 (s, s, 3); outside of the picture its border is repeated."""
+def cut_out(picture, box, size=None):
+    """The square around a box, and room, u8 (s, s, 3); outside of the picture its border is repeated."""
     x1, y1, x2, y2 = box
-    half = max(1.0, max(x2 - x1, y2 - y1) * (0.5 + margin))
+    half = max(1.0, max(x2 - x1, y2 - y1) * (0.5 + MARGIN))
     steps = np.arange(round(2 * half))
     rows = (steps + round((y1 + y2) / 2 - half)).clip(0, picture.shape[0] - 1)
     columns = (steps + round((x1 + x2) / 2 - half)).clip(0, picture.shape[1] - 1)
@@ -547,7 +547,7 @@ def shown_of(picture, boxes, crop):
     from ingest.scenes import outlined
 
     if crop:
-        return {f"_{i}": cut_out(picture, b, MARGIN) for i, b in enumerate(boxes.tolist())}
+        return {f"_{i}": cut_out(picture, b) for i, b in enumerate(boxes.tolist())}
     size = [picture.shape[1], picture.shape[0]] * 2
     return {"": outlined(picture, boxes.numpy() / size)}
 

@@ -510,7 +510,7 @@ def faces(args, size, problems):
                 print(json.dumps({"picture": key, "faces": []}, ensure_ascii=False), flush=True)
         for box in boxes.tolist():
             where = ",".join(str(round(x)) for x in box)
-            yield f"{key}[{where}]", detect.cut_out(picture, box, detect.MARGIN, size)
+            yield f"{key}[{where}]", detect.cut_out(picture, box, size)
 
 
 def embed(net, images, autocast):

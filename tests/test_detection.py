@@ -143,10 +143,10 @@ def test_answers_are_judged_as_coco_does():
 def test_what_is_cut_out_is_the_face_and_room_around_it():
     picture = np.zeros((40, 60, 3), np.uint8)
     picture[10:20, 30:40] = 255
-    room = detect.cut_out(picture, (30, 10, 40, 20), 0.5)
-    assert room.shape == (20, 20, 3) and (room[5:15, 5:15] == 255).all()
-    assert room.mean() == pytest.approx(255 / 4)
-    assert detect.cut_out(picture, (0, 0, 10, 40), 1, 16).shape == (16, 16, 3)
+    room = detect.cut_out(picture, (30, 10, 40, 20))  # a fifth of its side
+    assert room.shape == (14, 14, 3) and (room[2:12, 2:12] == 255).all()
+    assert room.mean() == pytest.approx(255 * (10 / 14) ** 2)
+    assert detect.cut_out(picture, (0, 0, 10, 40), 16).shape == (16, 16, 3)
 
 
 def test_a_run_writes_what_it_says(base):

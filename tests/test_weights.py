@@ -87,7 +87,7 @@ def test_its_detector_finds_whom_its_recogniser_names():
         for box in boxes:
             here = (detect.iou(box, true) >= 0.5).nonzero()[:, 0].tolist()
             found |= set(here)
-            cut = detect.cut_out(page["image"], box.tolist(), detect.MARGIN, header["packed_size"])
+            cut = detect.cut_out(page["image"], box.tolist(), header["packed_size"])
             embedded = recognize.embed(known, cut[None], nullcontext)
             row = recognize.answers([""], *embedded, gallery, 0)[0]
             if here and row["known"]:
