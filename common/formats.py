@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from common import fields
-from common.io import UserError, read_json, read_safetensors, read_torch, regular
+from common.io import UserError, read_json, read_safetensors, read_torch, reading, regular
 from kernels.gather import MEAN, STD
 from model import MLP_RATIO
 
@@ -189,11 +189,8 @@ def shape_of(weights):
     }
 
 
-def weights_and_facts(loaded, header, path):
-    """What read_checkpoint returns, of what a file holds. Other errors than UserError may be raised."""
-    weights = our_names(loaded, path)
-    if "cls_token" not in weights:
-        raise UserError(f"{path} has no cls_token: it is no ViT; {REMEDY}")
+def facts_of(weights, header, path):
+    """-> what shapes tell, and what they do not, of weights under our names."""
     shape = shape_of(weights)
     told = facts_beside(path.parent, header)
     table = FACTS | {"dim?": fields.one_of(shape["dim"])}
@@ -203,16 +200,7 @@ def weights_and_facts(loaded, header, path):
     if not facts["heads"]:  # they change no shape: wrong ones would be seen in the features alone
         fix = 'a config.json in its folder has to say {"num_attention_heads": N}'
         raise UserError(f"{path} is {shape['dim']} wide, and nothing tells its heads; {fix}")
-    if "mean" in facts and "std" in facts:
-        weights = fold_pixels(weights, facts["mean"], facts["std"])
-    kernel = weights["patch_embed.proj.weight"]  # (D, 3, p, p)
-    matrix = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()  # (D, p*p*3), as a patch
-    weights = weights | {"patch_embed.proj.weight": matrix}
-    fields.check_encoder(weights, facts, path, REMEDY)
-    width, depth = shape["decoder_dim"], shape["decoder_depth"]
-    blocks = {f"decoder_blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
-    fields.check_arrays(weights, blocks, path, REMEDY, D=width, F=MLP_RATIO * width)
-    return weights, facts
+    return facts
 
 
 def read_checkpoint(path):
@@ -223,8 +211,18 @@ def read_checkpoint(path):
     """
     path = encoder_file(Path(path))
     loaded, header = read_tensors(path)
-    try:
-        return weights_and_facts(loaded, header, path)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as problem:
-        reason = f"{type(problem).__name__} {' '.join(str(problem).split())[:100]}"
-        raise UserError(f"{path} is no ViT that fits together ({reason}); {REMEDY}") from None
+    with reading(path, "ViT", REMEDY):
+        weights = our_names(loaded, path)
+        if "cls_token" not in weights:
+            raise UserError(f"{path} has no cls_token: it is no ViT; {REMEDY}")
+        facts = facts_of(weights, header, path)
+        if "mean" in facts and "std" in facts:
+            weights = fold_pixels(weights, facts["mean"], facts["std"])
+        kernel = weights["patch_embed.proj.weight"]  # (D, 3, p, p)
+        matrix = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()  # (D, p*p*3), as a patch
+        weights = weights | {"patch_embed.proj.weight": matrix}
+        fields.check_encoder(weights, facts, path, REMEDY)
+        width, depth = facts["decoder_dim"], facts["decoder_depth"]
+        blocks = {f"decoder_blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
+        fields.check_arrays(weights, blocks, path, REMEDY, D=width, F=MLP_RATIO * width)
+    return weights, facts

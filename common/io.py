@@ -52,6 +52,8 @@ def reading(path, what, remedy):
     regular(path)
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
     except Exception as problem:  # half a dozen kinds for a truncated or foreign file

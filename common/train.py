@@ -24,7 +24,7 @@ import torch
 
 from common.command import at_least, claim, launched, progress, refuse_overwrite
 from common.fields import check_fields, number, whole
-from common.io import UserError, atomic, parse_table, read_torch, save_text
+from common.io import UserError, atomic, parse_table, read_torch, reading, save_text
 
 LOG_EVERY = 10  # steps
 SAVE_EVERY = 120  # seconds: the most that a killed run loses
@@ -282,12 +282,10 @@ class Run:
     def load(self):
         """Put what state.pt holds in its place."""
         state = load_state(self.path)
-        try:
+        with reading(self.path, "state of such a run", ANEW):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step, self.start = state["step"], self.start - state["seconds"]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-            raise UserError(f"{self.path} does not fit ({problem!r:.200}); {ANEW}") from None
 
     def begin(self):
         """A new run refuses files of another, and can be resumed from its first moment."""
