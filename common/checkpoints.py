@@ -81,14 +81,11 @@ def load_beside(part, path, name):
 # ---- loading -------------------------------------------------------------------------------------
 
 
-def load_exactly(module, weights, path, assign=False):
-    """Load weights into module: all of them and no others. Torch names what does not fit.
-
-    assign: the module takes the tensors as its own, and they need no second place in memory.
-    """
+def load_exactly(module, weights, path):
+    """Load weights into module: all of them and no others. Torch names what does not fit."""
     check_finite(weights, path)
     try:
-        module.load_state_dict(weights, assign=assign)
+        module.load_state_dict(weights)
     except RuntimeError as problem:
         reasons = " ".join(str(problem).split("\n\t")[1:])
         raise UserError(f"{path} does not fit this model: {reasons[:300]}") from None
@@ -132,7 +129,7 @@ def load_encoder(path, image_size=None):
     weights, facts = at_size(*read_checkpoint(path), image_size, path)
     with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
         encoder = blank_encoder(facts, facts["norm_eps"])
-    load_exactly(encoder, encoder_of(weights), path, assign=True)
+    load_exactly(encoder, encoder_of(weights), path)
     return encoder.eval(), facts["image_size"]
 
 
