@@ -306,9 +306,8 @@ def finish(run, model, guide, held_set, norm):
 def main():
     flags = parse_flags()
     rank, world, device = start_processes(train.pick_device(flags.device))
-    dtype, reason = train.pick_dtype(flags.dtype, device)
-    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"  # a resumed run keeps it
-    autocast = train.autocast_of(device, dtype)
+    flags.values["dtype"], reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
+    dtype, autocast = train.DTYPES[flags.dtype], train.autocast_of(device, flags.dtype)
     network, size, settings = parse_model(flags, device)
     V = 2 if settings else 1
     S, p = size["image_size"], size["patch_size"]

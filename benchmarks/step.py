@@ -202,7 +202,7 @@ def make_step(case, folder, device):
     mode = "reduce-overhead" if device.type == "cuda" else None  # as pretrain.py
     net = torch.compile(net, mode=mode) if case.compile else net
     view, noise = fixed_views(case, device)
-    autocast = train.autocast_of(device, bench.DTYPES[case.dtype])
+    autocast = train.autocast_of(device, case.dtype)
 
     def step(i):
         loss = loss_of(case, net, view, noise[i % len(noise)], autocast)

@@ -61,13 +61,12 @@ def open_task(args, run):
     if not folder:
         raise UserError(f"{run} does not say what it was trained on; give --data datasets/NAME")
     device = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
     splits = open_splits(folder, args.split)
     task = SimpleNamespace(args=args, folder=folder, splits=splits, device=device)
     task.train, task.split = splits["train"], splits[args.split]
     task.labelled = data.has_labels(task.train) and data.has_labels(task.split)
-    task.autocast = autocast_of(device, dtype)
-    task.dtype = "fp32" if dtype == torch.float32 else "bf16"
+    task.dtype, _ = pick_dtype(args.dtype, device)
+    task.autocast = autocast_of(device, task.dtype)
     return task
 
 

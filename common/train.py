@@ -27,6 +27,7 @@ from common.fields import check_fields, number, whole
 from common.io import UserError, atomic, parse_table, read_torch, reading, save_text
 
 LOG_EVERY = 10  # steps
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: the most that a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
@@ -73,10 +74,9 @@ def take_up(flags, *free):
 def open_machine(flags):
     """--device and --dtype -> the device, autocast, and lines that say what is used, and why."""
     device = pick_device(flags.device)
-    dtype, reason = pick_dtype(flags.dtype, device)
-    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
+    flags.values["dtype"], reason = pick_dtype(flags.dtype, device)
     lines = f"machine  {machine(device)}\n         {flags.dtype}: {reason}"
-    return device, autocast_of(device, dtype), lines
+    return device, autocast_of(device, flags.dtype), lines
 
 
 def pick_device(name):
@@ -115,23 +115,24 @@ def bf16_gain():
 
 
 def pick_dtype(name, device):
-    """ "auto", "bf16", "fp32" -> (dtype of matrix products, the reason). Weights stay fp32."""
+    """ "auto", "bf16", "fp32" -> (a key of DTYPES, the reason). Weights stay fp32."""
     if name != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "as --dtype says"
+        return name, "as --dtype says"
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         fast = bf16_gain() > 1.3
-    dtype = torch.bfloat16 if fast else torch.float32
-    return dtype, f"bf16 is {'faster' if fast else 'not faster'} on this {device.type}"
+    reason = f"bf16 is {'faster' if fast else 'not faster'} on this {device.type}"
+    return "bf16" if fast else "fp32", reason
 
 
 def autocast_of(device, dtype):
-    """-> autocast(), a context in which matrix products run in dtype; fp32 changes nothing.
+    """-> autocast(), a context in which matrix products run in "bf16"; "fp32" changes nothing.
 
     With bf16 on CUDA, products that stay in fp32 are rounded to TF32, which is less than bf16 does.
     """
-    torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
-    return functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    is_bf16 = dtype == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = is_bf16
+    return functools.partial(torch.autocast, device.type, DTYPES[dtype], enabled=is_bf16)
 
 
 def machine(device):

@@ -203,7 +203,7 @@ def top1_of(out, packed):
     """What the files of a run alone say of the pictures of val, in percent."""
     net, _ = finetune_lora.load_classifier(out)
     held = data.open_split(packed, "val")
-    autocast = train.autocast_of(torch.device("cpu"), torch.float32)
+    autocast = train.autocast_of(torch.device("cpu"), "fp32")
     pooled = classifier.pooled_of(net, held, torch.arange(len(held["images"])), autocast)
     return 100 * (net(pooled).argmax(1) == held["labels"]).float().mean().item()
 

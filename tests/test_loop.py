@@ -78,11 +78,11 @@ def test_biases_norms_and_tokens_are_not_decayed(stage):
     assert len(decay) == len(list(net.parameters()))
 
 
-@pytest.mark.parametrize("gain, dtype", [(1.1, torch.float32), (3.0, torch.bfloat16)])
+@pytest.mark.parametrize("gain, dtype", [(1.1, "fp32"), (3.0, "bf16")])
 def test_a_cpu_gets_bf16_where_bf16_is_fast(monkeypatch, gain, dtype):
     monkeypatch.setattr(train, "bf16_gain", lambda: gain)
     assert train.pick_dtype("auto", CPU)[0] == dtype
-    assert train.pick_dtype("bf16", CPU)[0] == torch.bfloat16
+    assert train.pick_dtype("bf16", CPU)[0] == "bf16"
 
 
 def steps(flags, until):

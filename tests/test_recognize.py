@@ -266,7 +266,7 @@ def test_a_missing_gallery_is_built_of_the_training_pictures(base, monkeypatch):
     net, _ = finetune_lora.load_classifier("runs/a-lora")
     train = data.open_split("datasets/packed", "train")
     rows = torch.tensor([train["header"]["keys"].index(key) for key in header["keys"]])
-    autocast = autocast_of(torch.device("cpu"), torch.float32)
+    autocast = autocast_of(torch.device("cpu"), "fp32")
     expected = net.neck(pooled_of(net, train, rows, autocast, mirrored=True))
     torch.testing.assert_close(tensors["embeddings"], expected, atol=1e-4, rtol=1e-4)
     (base / GALLERY).unlink()

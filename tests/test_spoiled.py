@@ -33,7 +33,7 @@ from model import MAE
 
 SEED, DEEP = 0, "@deep"
 CPU, VIEW = torch.device("cpu"), some_view(1)
-SHAPE, AUTOCAST = (32, 8, 32, 2, 2), train.autocast_of(CPU, torch.float32)
+SHAPE, AUTOCAST = (32, 8, 32, 2, 2), train.autocast_of(CPU, "fp32")
 VALUES = {
     "null": None,
     "text": "$_$\x1b[2J\n\0",
