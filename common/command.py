@@ -215,7 +215,6 @@ def claim(paths, lock=None, fix="choose another --out"):
     lock: the lock file, `.lock` in a folder that is the command's own; default: beside the first path.
     """
     lock = Path(lock or lock_beside(paths[0])).absolute()
-    refuse_file(lock.parent)
     if lock not in HELD:
         LOCKS.enter_context(locked(lock))
         LOCKS.callback(HELD.discard, lock)
@@ -228,13 +227,6 @@ def refuse_overwrite(paths, fix="choose another --out"):
     there = [str(path) for path in paths if os.path.lexists(path)]
     if there:
         raise UserError(f"{there[0]} is there already; rm -r {shlex.join(there)}, or {fix}")
-
-
-def refuse_file(folder):
-    """A folder that results go to is no file, and lies under none: said before hours of work."""
-    for path in (Path(folder), *Path(folder).parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file, and {folder} has to be a folder; give another")
 
 
 # ---- while it works ------------------------------------------------------------------------------

@@ -199,7 +199,11 @@ def locked(path, wait=False):
         return
     path = Path(path)
     created = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as problem:
+        name = problem.filename
+        raise UserError(f"{name} is a file, or lies under one; give another folder") from None
     file = open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield file

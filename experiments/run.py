@@ -35,7 +35,7 @@ import torch
 
 import data
 import mask as masking
-from common.command import Parser, at_least, cli, parse_keys, refuse_file
+from common.command import Parser, at_least, cli, parse_keys
 from common.io import UserError, lock_beside, locked, read_json, save_json
 from common.train import commit, machine, pick_device, read_log
 from experiments import report
@@ -400,8 +400,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    for folder in (args.out, args.work):
-        refuse_file(folder)
     args.plan, arms, seeds, jobs = chosen(args)
     args.data = Path(data.open_or_pack(args.data))
     check(args, arms)
