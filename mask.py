@@ -304,18 +304,3 @@ def sample(priority, K, T=0):
     """
     order = priority.argsort(dim=1, stable=True)
     return order[:, T : T + K].contiguous(), order[:, T + K :].contiguous()
-
-
-# ---- statistics of masks -------------------------------------------------------------------------
-
-
-def diversity(ids_mask, N):
-    """How differently the images of a batch are masked, from ids_mask (B, M).
-
-    Mean pairwise Hamming distance over 2 r (1 - r), its expectation for independent masks of ratio
-    r: 1 for random masks, 0 where all masks are the same.
-    """
-    B, M = ids_mask.shape
-    count = torch.bincount(ids_mask.flatten(), minlength=N)
-    often = count / B  # the share of the images in which a patch is hidden
-    return (often * (1 - often)).mean() * B / max(B - 1, 1) / (M / N * (1 - M / N))

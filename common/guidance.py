@@ -112,7 +112,7 @@ class Guide:
 
     def statistics(self, patches, ids_mask, step, total):
         """What the log says of a batch's masks, and of the teacher."""
-        numbers = {"mask_diversity": masking.diversity(ids_mask, self.side**2).item()}
+        numbers = {}
         if self.teacher and self.teacher.learns:
             numbers["teacher_initial"] = initial_share(step, total)
         if self.need == "fg":

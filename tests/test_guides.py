@@ -219,7 +219,7 @@ def test_the_log_says_how_the_masks_of_a_batch_are():
     assert empty == {"fg_hidden": 0.0, "bg_hidden": 0.5}
     ids = torch.arange(12).expand(6, -1)
     numbers = guide_of("fg_heavy").statistics({"fg": torch.ones(6, 16)}, ids, 3, 10)
-    assert numbers == {"mask_diversity": 0, "fg_hidden": 0.75, "bg_hidden": 0}
+    assert numbers == {"fg_hidden": 0.75, "bg_hidden": 0}
     guide = guide_of("attn_high")
     guide.teacher = guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", 4, 0.1)
     numbers = guide.statistics({}, ids, 3, 10)

@@ -248,15 +248,3 @@ def test_a_grid_keeps_one_of_four_and_squares_hide_all_four():
         found = hidden("squares", {}, noise, 72, unit=unit)
         cells = found.unflatten(1, (12 // unit, unit, 12 // unit, unit)).sum((2, 4))
         assert set(cells.flatten().tolist()) == {0, unit**2}
-
-
-def test_diversity_names_a_collapse():
-    same = masking.sample(noise_of(1, 64).expand(32, -1), 16)[1]
-    other = masking.sample(noise_of(512, 64), 16)[1]
-    assert masking.diversity(same, 64) == pytest.approx(0, abs=1e-6)
-    assert masking.diversity(other, 64) == pytest.approx(1, abs=0.02)
-    few = other[:3]  # mean pairwise Hamming distance, as the docstring says
-    bits = torch.zeros(3, 64).scatter(1, few, 1.0)
-    pairs = [(bits[i] != bits[j]).float().mean() for i, j in ((0, 1), (0, 2), (1, 2))]
-    expected = torch.stack(pairs).mean() / (2 * 0.75 * 0.25)
-    torch.testing.assert_close(masking.diversity(few, 64), expected)

@@ -183,9 +183,9 @@ def test_a_network_learns_under_a_mask(figures, tmp_path, mask):
     """The golden values are of runs under every strategy."""
     train_in(tmp_path / "out", figures, "--mask", mask, "--ratio", "0.5-0.7")
     rows = read_log(tmp_path / "out" / "log.jsonl")
-    last = [r for r in rows if "loss" in r][-1]
-    assert rows[-1]["val_mse"] < rows[0]["val_mse"] and last["mask_diversity"] > 0
+    assert rows[-1]["val_mse"] < rows[0]["val_mse"]
     if mask in ("fg_heavy", "bg_heavy"):
+        last = [r for r in rows if "loss" in r][-1]
         assert (last["fg_hidden"] > last["bg_hidden"]) == (mask == "fg_heavy")
 
 
