@@ -411,7 +411,9 @@ def results(flags, task, run, best_epoch):
     row["by_size"] = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
     row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
     row["colourless_top1"] = 100 * evaluate.topk(*predict(task, controls.in_gray(task.report)), 1)
-    row |= controls.of_colours(task.train, task.dev, task.report)
+    sets = task.train, task.dev, task.report
+    row["thumbnails_top1"] = controls.thumbnail_top1(*sets)
+    row["histograms_top1"] = controls.histogram_top1(*sets)
     row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
     row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}
     row["gradient_and_optimizer_mb"] = round(12 * task.count / 2**20, 2)

@@ -28,14 +28,8 @@ def features_of(extract, images, rows):
     return torch.cat([extract(chunk) for chunk in chunks])
 
 
-def of_colours(train, dev, report):
-    """Three sets of `open_rows` -> both controls, as they stand in metrics.json."""
-    sets = train, dev, report
-    return {"thumbnails_top1": thumbnail_top1(*sets), "histograms_top1": histogram_top1(*sets)}
-
-
 def thumbnail_top1(train, dev, report):
-    """A control: Top-1 in percent of a ridge regression on thumbnails, its penalty chosen on dev."""
+    """Sets of `open_rows` -> Top-1 in percent of a ridge regression on thumbnails, chosen on dev."""
     sets = train, dev, report
     small = [features_of(functools.partial(thumbnails, side=8), x, x.rows) for x in sets]
     labels = [images.labels[images.rows] for images in sets]
