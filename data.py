@@ -319,8 +319,6 @@ def swap_backgrounds(view, fg, draws, share, views):
     arXiv:2103.12719). The `views` views of an image are neighbours in the batch. If the batch has
     at least three images, these views get backgrounds of different images.
     """
-    if share == 0:
-        return view
     x, bg = view.float(), 1 - fg
     colour = (bg * x).sum((1, 2), keepdim=True) / bg.sum((1, 2), keepdim=True).clamp(min=1e-3)
     background = (bg * x + fg * colour).round().to(torch.uint8)  # the figure is painted over

@@ -268,7 +268,7 @@ def rows_of_map(args, images, device):
     encoder.to(device)
     if args.map == "parts":
         return encoder.side, "U8", part_rows(images, encoder, size, args.parts)
-    guidance.check_source(args.attention, encoder, "--attention")
+    guidance.check_source(args.attention, encoder)
     return encoder.side, "F16", guidance.attention_rows(images, encoder, args.attention, EXACT)
 
 

@@ -146,7 +146,7 @@ class Teacher:
     """
 
     def __init__(self, encoder, source, epochs, learns=False):
-        check_source(source, encoder, "--attention")
+        check_source(source, encoder)
         self.encoder = encoder.requires_grad_(False)
         self.source, self.epochs, self.learns = source, epochs, learns
 
@@ -199,10 +199,10 @@ def default_source(flags, teacher):
     return "cls" if is_public else "outlier"
 
 
-def check_source(source, encoder, flag):
-    """The pooler's attention needs a pooler."""
+def check_source(source, encoder):
+    """The attention of a pooler needs a pooler."""
     if source == "pooler" and encoder.pooler is None:
-        raise UserError(f"{flag} pooler: no pooler was trained (--contrast pooler); choose outlier")
+        raise UserError("--attention pooler: --contrast pooler trains one; choose outlier")
 
 
 # ---- attention -----------------------------------------------------------------------------------

@@ -500,7 +500,6 @@ def test_swapped_views_get_the_background_of_another_image():
     image = [x // 40 for x in right]  # that the background is from
     assert all(image[i] != i // 2 for i in (0, 1, 4, 6, 7))
     assert image[0] != image[1] and image[6] != image[7]  # two views, two backgrounds
-    assert data.swap_backgrounds(view, fg, draws, share=0.0, views=2) is view
 
 
 def test_boxes_lie_inside_and_show_at_least_the_least():
