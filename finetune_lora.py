@@ -385,7 +385,7 @@ def finetune(flags, task):
                 dev, truth = predict(task, task.dev, NECK_FEW)
                 top1 = 100 * evaluate.topk(dev, truth, 1)
                 f1 = 100 * metrics.macro_f1(dev.argmax(1), truth)
-                run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1, seconds=run.seconds())
+                run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1)
                 best["macro_f1"] = highest = max(f1, best["macro_f1"])
                 if f1 >= highest - math.sqrt(highest * (100 - highest) / len(truth)):
                     weights = {name: w.cpu().clone() for name, w in task.trained.items()}

@@ -287,7 +287,7 @@ def log_evaluation(run, model, guide, splits, norm):
         if guide.teacher:
             encoder, source = guide.teacher.encoder, guide.teacher.source
         row["attention_on"] = attention_by_part(encoder, splits[1], source, guide.autocast)
-    run.log(**row, seconds=run.seconds())
+    run.log(**row)
 
 
 def finish(run, model, guide, held_set, norm):

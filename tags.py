@@ -540,7 +540,7 @@ def fit(task, run, optimizer, seed):
 def evaluate(run, task, epoch):
     """Log the accuracies on dev; those of the reported split at half of the run are kept."""
     row = accuracies(task, task.dev)
-    run.log(epoch=epoch, **{f"dev_{k}": x for k, x in row.items()}, seconds=run.seconds())
+    run.log(epoch=epoch, **{f"dev_{k}": x for k, x in row.items()})
     run.bar.write(f"epoch {epoch:<4} dev {in_words(row)}")
     if epoch == run.total // run.per_epoch // 2:
         # state.pt keeps it with the flags

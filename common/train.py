@@ -311,10 +311,10 @@ class Run:
         self.saved = time.perf_counter()
 
     def log(self, **row):
-        """A line of log.jsonl; its numbers go to TensorBoard or wandb, too, where asked."""
+        """A line of log.jsonl, with step and time; numbers go to TensorBoard or wandb, where asked."""
         if not self.writes:
             return
-        row = {"step": self.step, **row}
+        row = {"step": self.step, **row, "seconds": self.seconds()}
         with open(self.log_path, "a") as file:
             file.write(json.dumps(row) + "\n")
         for send in self.trackers:
@@ -351,7 +351,6 @@ class Run:
             "grad_norm": norms.mean().item(),
             "images_per_s": round(len(losses) * self.batch_size / seconds, 1),
             "memory_mb": round(peak_memory_mb(self.device)),
-            "seconds": self.seconds(),
         }
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         self.log(**(row | more))

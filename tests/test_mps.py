@@ -104,8 +104,8 @@ def test_what_mps_lacks_is_seen():
 def test_a_step_of_pretraining_has_an_mps_kernel_for_everything(log, mask, tmp_path, monkeypatch):
     """Two steps of pretrain.py as a user runs it, without the evaluations, which the CPU computes."""
     monkeypatch.setitem(M.SIZES, "nano", M.SIZES["nano"] | {"dim": 64, "depth": 2, "heads": 2})
-    for name in ("log_evaluation", "draw_masks", "finish"):
-        monkeypatch.setattr(pretrain, name, lambda *_: None)
+    for name in ("evaluate", "draw_masks", "finish"):
+        monkeypatch.setattr(pretrain, name, lambda *_, **__: {})
     write_packed(tmp_path / "packed", 32, (("train", 16), ("val", 4)))
     words = ["--data", "packed", "--out", "run", "--mask", mask, "--ratio", "0.6-0.8"]
     words += ["--model", "nano:image_size=32", "--epochs", 1, "--batch-size", 8]
