@@ -27,14 +27,6 @@ SETTINGS = {
 }
 
 
-def contrast_of(flags):
-    """ "pooler", "cls" or "none": the second loss of a run. Older runs saved a weight and a word."""
-    saved = flags.get("contrast", "none")
-    if isinstance(saved, str):
-        return saved.partition(":")[0]
-    return flags.get("contrast_by", "pooler") if saved > 0 else "none"
-
-
 class Agreement(nn.Module):
     """The projector and the loss; images of one group are not each other's negatives."""
 

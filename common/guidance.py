@@ -22,7 +22,6 @@ from torch import nn
 
 import data
 import mask as masking
-from common.agreement import contrast_of
 from common.checkpoints import beside
 from common.command import progress
 from common.io import UserError
@@ -190,10 +189,11 @@ def initial_share(step, total):
 
 def default_source(flags, teacher):
     """How to read the attention of a teacher ("self", a run or a file): by what its run trained."""
-    contrast = contrast_of(flags)
-    if contrast == "cls":
+    contrast = str(flags.get("contrast"))  # runs of early versions saved a number
+    if contrast.startswith("cls"):
         return "rollout"
-    if contrast == "pooler" and (teacher == "self" or beside(teacher, "pooler").exists()):
+    has_pooler = teacher != "self" and beside(teacher, "pooler").exists()
+    if has_pooler or (teacher == "self" and contrast.startswith("pooler")):
         return "pooler"
     is_public = not flags and Path(teacher).is_file()  # DINO trained its CLS token
     return "cls" if is_public else "outlier"

@@ -74,7 +74,7 @@ def test_the_first_map_is_made_by_a_teacher_that_learned(total):
         ({"contrast": "pooler"}, "run", ["run/pooler.safetensors"], "pooler"),
         ({"contrast": "pooler"}, "run", [], "outlier"),
         ({"contrast": "cls"}, "run", [], "rollout"),
-        ({"contrast": 1, "contrast_by": "cls"}, "run", [], "rollout"),
+        ({"contrast": 1.0}, "run", ["run/pooler.safetensors"], "pooler"),
         ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
     ],
 )
