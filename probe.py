@@ -180,13 +180,20 @@ def chance(task):
     }
 
 
+def thumbs(view):
+    """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
+    return {f"thumb{side}": evaluate.thumbnails(view, side) for side in (4, 8, 16)}
+
+
 def control_rows(encoder, size, task):
     """Rows of the random-init encoder and of thumbnails: measured once for all runs of one shape."""
     shape = tuple(shape_of(encoder).values())
     if shape not in task.controls:
-        found = features.of_controls(encoder, size, task)
-        names = [f"untrained {task.pool}", *(f"thumb{side}" for side in features.SIDES)]
-        task.controls[shape] = {name: measure(found[name], task)[0] for name in names}
+        untrained = features.untrained_like(encoder).to(task.device)
+        pools = features.of_encoder(untrained, size, task)
+        colours = features.extract(thumbs, task.train["images"].shape[1], task)  # as packed
+        found = {f"untrained {task.pool}": pools[task.pool]} | colours
+        task.controls[shape] = {name: measure(x, task)[0] for name, x in found.items()}
     return task.controls[shape]
 
 

@@ -15,14 +15,13 @@ import torch
 import data
 from common.checkpoints import flags_of
 from common.command import at_least, between
-from common.evaluate import extremes, thumbnails
+from common.evaluate import extremes
 from common.fields import check_finite
 from common.io import UserError
 from common.train import autocast_of, pick_device, pick_dtype
 from model import ViT, shape_of
 
 POOLS, HEADLINE = ("mean", "cls", "extremes"), "extremes"
-SIDES = (4, 8, 16)  # of the thumbnails
 
 
 def home_of(run):
@@ -177,11 +176,6 @@ def pooled(encoder, view):
     return {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:])}
 
 
-def thumbs(view):
-    """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
-    return {f"thumb{side}": thumbnails(view, side) for side in SIDES}
-
-
 @torch.no_grad()
 def extract(extractor, size, task):
     """Features of whole images of all splits -> {pool: {split: (n, D) fp16}}.
@@ -206,10 +200,3 @@ def extract(extractor, size, task):
 def of_encoder(encoder, size, task):
     """-> {pool: {split: (n, D)}} of an encoder's tokens."""
     return extract(partial(pooled, encoder), size, task)
-
-
-def of_controls(encoder, size, task):
-    """The same of a random-init encoder and of thumbnails: "untrained mean", ..., "thumb16"."""
-    untrained = of_encoder(untrained_like(encoder).to(task.device), size, task)
-    colours = extract(thumbs, task.train["images"].shape[1], task)  # of the packed images
-    return {f"untrained {pool}": x for pool, x in untrained.items()} | colours

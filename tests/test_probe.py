@@ -100,10 +100,10 @@ def test_features_are_those_of_the_encoder(small):
     expected["extremes"] = torch.cat([patches.max(1).values, patches.min(1).values], 1)
     for pool, x in expected.items():
         torch.testing.assert_close(found[pool]["val"][:5], x.half())
-    task.train = split
-    controls = features.of_controls(encoder, 32, task)
-    assert torch.equal(controls["thumb4"]["val"][:5], evaluate.thumbnails(view, 4).half())
-    assert not torch.equal(controls["untrained mean"]["val"], found["mean"]["val"])
+    colours = features.extract(probe.thumbs, 32, task)
+    assert torch.equal(colours["thumb4"]["val"][:5], evaluate.thumbnails(view, 4).half())
+    untrained = features.of_encoder(features.untrained_like(encoder), 32, task)
+    assert not torch.equal(untrained["mean"]["val"], found["mean"]["val"])
 
 
 def test_a_class_that_train_lacks_and_classes_that_differ_are_named(runs, small, tmp_path):
