@@ -161,9 +161,7 @@ def equal_error_rate(positive, negative):
 
     false, true, _ = roc_curve(*truth_and_scores(positive, negative), drop_intermediate=False)
     gap = false - (1 - true)  # rises from -1 to 1
-    k = int((gap >= 0).nonzero()[0][0])
-    share = -gap[k - 1] / (gap[k] - gap[k - 1])
-    return float(false[k - 1] + share * (false[k] - false[k - 1]))
+    return float(np.interp(0, gap, false))
 
 
 # ---- classifiers on frozen features --------------------------------------------------------------
