@@ -470,8 +470,6 @@ def fit(flags, device, autocast):
     flags.fill(lr=RATES[flags.method])
     flags.values["batch_size"] = min(flags.batch_size, len(task.rows))
     epochs, lr = flags.epochs, flags.lr
-    flags.read |= {"resume", "log", "out"}  # Run reads them
-    flags.refuse_unread()
     net = build(task, flags.method)
     optimizer = train.make_optimizer(net, lr, WEIGHT_DECAY, BETAS)
     per_epoch = len(task.rows) // flags.batch_size

@@ -335,8 +335,6 @@ def finetune(flags, task):
     optimizer = classifier.make_optimizer(net, *rates)
     share = task.sizes / len(train_rows)
     adjust = (flags.logit_adjust * share.log()).to(device)  # Menon et al. 2020, arXiv:2007.07314
-    flags.read |= {"log", "resume"}  # Run reads them
-    flags.refuse_unread()
     best = Part(epoch=0, macro_f1=-1.0, weights={})
     parts = {"model": task.trained, "optimizer": optimizer, "best": best}
     run = train.Run(flags, parts, total, per_epoch, device)

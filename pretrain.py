@@ -93,7 +93,6 @@ def parse_flags():
     flags = Flags(parser)
     train.take_up(flags)
     flags.fill(out=f"runs/{flags.name(Path(flags.data).name)}")
-    flags.read |= {"out", "log"}  # Run reads them
     return flags
 
 
@@ -340,7 +339,6 @@ def main():
         f"run      {flags.out}: {flags.mask}, ratio {flags.ratio}, seed {flags.seed}, {flags.epochs} "
         f"epochs, an evaluation every {flags.eval_every}"
     )
-    flags.refuse_unread()
     parts |= {"optimizer": optimizer, "guide": guide}
     run = train.Run(flags, parts, total, per_epoch, device)
     if run.writes and run.step == 0:

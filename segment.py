@@ -556,8 +556,6 @@ def run_stages(flags, device, autocast):
     task = open_task(flags, device, autocast)
     one = patch_stage(flags, task)
     three = pixel_stage(flags, task, one)
-    flags.read |= {"out", "resume", "log"}  # Run reads them
-    flags.refuse_unread()
     parts = {"model": three.net, "optimizer": three.optimizer}
     if one.steps:
         parts |= {"patches": one.net, "patches_optimizer": one.optimizer}

@@ -491,8 +491,6 @@ def open_run(flags, task):
     total = per_epoch * flags.epochs
     head_lr = flags.lr if task.arm == "bce" else HEAD_LR
     optimizer = classifier.make_optimizer(task.net, flags.lr, head_lr, WEIGHT_DECAY, LAYER_DECAY)
-    flags.read |= {"log", "resume"}  # Run reads them
-    flags.refuse_unread()
     parts = {"model": task.net, "optimizer": optimizer}
     run = train.Run(flags, parts, total, per_epoch, task.device)
     print(f"data     {count:,} images, {len(task.classes)} characters, {len(task.words)} tags")

@@ -259,6 +259,7 @@ class Run:
 
     parts: {name: an object with state_dict and load_state_dict}, all of them saved in state.pt.
     With flags.resume they go on from there. With torchrun only the first process writes.
+    A run is the last that reads flags: it refuses those that were given, and that nobody read.
     """
 
     def __init__(self, flags, parts, total, per_epoch, device):
@@ -269,15 +270,17 @@ class Run:
         self.step, self.total, self.per_epoch = 0, total, per_epoch
         self.losses, self.norms = [], []  # since the last row of the log
         self.start = self.saved = self.since = time.perf_counter()
+        resume, trackers = flags.resume, flags.log
+        flags.refuse_unread()
         self.stop, self.trackers = catch_signals(), []
         self.writes = not launched() or os.environ["RANK"] == "0"
         if self.writes:
             claim([], self.out / ".lock")
-        if flags.resume:
+        if resume:
             self.load()
         if self.writes:
-            self.cut_log() if flags.resume else self.begin()
-            self.trackers = [open_tracker(name, self.out, self.config) for name in flags.log]
+            self.cut_log() if resume else self.begin()
+            self.trackers = [open_tracker(name, self.out, self.config) for name in trackers]
         self.bar = progress(total=total, initial=self.step, unit="step", disable=not self.writes)
 
     def load(self):

@@ -73,7 +73,7 @@ def steps(folder, resume=None):
     for w in model.parameters():
         w.grad = torch.ones_like(w)
     optimizer.step()
-    more = {"values": {"epochs": 1}, "log": (), "batch_size": 1}
+    more = {"values": {"epochs": 1}, "log": (), "batch_size": 1, "refuse_unread": list}
     flags = SimpleNamespace(out=folder, resume=resume, **more)
     run = train.Run(flags, {"model": model, "optimizer": optimizer}, 10**9, 1, CPU)
     optimizer.step()
