@@ -572,7 +572,6 @@ def parse_flags():
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")
     train.add_flags(add)
-    parser.parse_args = parser.parse_intermixed_args  # pictures may stand behind flags
     return Flags(parser)
 
 

@@ -828,7 +828,6 @@ def add_caption(file, words):
 def read_flags():
     """The flags; those of a run that is resumed come from its state.pt."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.parse_args = parser.parse_intermixed_args  # flags may stand between pictures
     add = parser.add_argument
     add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO ...")
     add("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive; ENCODER: NAME-tags")

@@ -144,7 +144,7 @@ class Flags:
     """
 
     def __init__(self, parser, words=None):
-        found = vars(parser.parse_args(words))
+        found = vars(parser.parse_intermixed_args(words))  # flags may stand between pictures
         self.given = found.pop("given")  # names of the flags on the command line
         self.values = found
         self.read = set()
