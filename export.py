@@ -33,17 +33,9 @@ import data
 import tags
 from common import checkpoints
 from common.classifier import read_head
-from common.command import Parser, at_least, cli, refuse_overwrite
+from common.command import Parser, at_least, claim, cli
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
-from common.io import (
-    UserError,
-    lock_beside,
-    locked,
-    read_safetensors,
-    save_csv,
-    save_json,
-    save_safetensors,
-)
+from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
 from finetune_lora import load_classifier
 from kernels.gather import MEAN, STD
@@ -406,16 +398,14 @@ def export(source, to, out=None, image_size=None):
     card = out / "README.md" if to in ("hf", "wd", "half") else out.with_suffix(".md")
     if card == out:
         raise UserError(f"--out {out} would be the card, too; choose another name")
-    with locked(lock_beside(out)):
-        refuse_overwrite([out, card])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            path = Path(folder) / out.name
-            use = write(source, path, image_size).replace(str(path), str(out))
-            text = card_of(source, library, use)
-            (Path(folder) / card.relative_to(out.parent)).write_text(text)
-            for made in Path(folder).iterdir():
-                made.rename(out.parent / made.name)
+    claim([out, card])
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        path = Path(folder) / out.name
+        use = write(source, path, image_size).replace(str(path), str(out))
+        text = card_of(source, library, use)
+        (Path(folder) / card.relative_to(out.parent)).write_text(text)
+        for made in Path(folder).iterdir():
+            made.rename(out.parent / made.name)
     return out, use
 
 
