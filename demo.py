@@ -36,7 +36,7 @@ import segment
 import tags
 from common import guidance
 from common.checkpoints import ENCODER, about_model, beside, init_from, load_beside, load_teacher
-from common.command import Parser, between, cli, parse_keys
+from common.command import Parser, between, cli, need, parse_keys
 from common.evaluate import hide, predict
 from common.formats import read_checkpoint
 from common.io import UserError
@@ -488,11 +488,9 @@ def main():
     run, MACHINE.device = choose_run(args.run), pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-    try:
-        with mock.patch("inspect.getfile", side_effect=OSError):  # no type stubs: 1 s less
-            import gradio as gr
-    except ImportError:
-        raise UserError("demo.py needs gradio: pip install -e '.[demo]'") from None
+    need("demo", "gradio")
+    with mock.patch("inspect.getfile", side_effect=OSError):  # no type stubs: 1 s less
+        import gradio as gr
     names = {"localhost", socket.gethostname().lower(), args.host.lower()}
     page = build(gr, run)
     _, local, public = page.launch(

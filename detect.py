@@ -20,7 +20,6 @@ import contextlib
 import io
 import json
 import shlex
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +32,7 @@ from torch import nn
 import data
 from common import controls, fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
-from common.command import Flags, Parser, at_least, between, cli, command
+from common.command import Flags, Parser, at_least, between, cli, command, need
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
@@ -581,8 +580,7 @@ def main():
     device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
-    if not find_spec("pycocotools"):  # found out now, not after the training
-        raise UserError("pycocotools is missing: pip install -e '.[detect]'")
+    need("detect", "pycocotools")  # found out now, not after the training
     flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
     print(machine)
     load_start(flags.encoder)  # before a data set is made

@@ -21,7 +21,6 @@ import tempfile
 import textwrap
 import warnings
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ import data
 import tags
 from common import checkpoints
 from common.classifier import read_head
-from common.command import Parser, at_least, claim, cli
+from common.command import Parser, at_least, claim, cli, need
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
 from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
@@ -225,9 +224,7 @@ def stopped_at_the_end():
 @torch.no_grad()
 def write_onnx(graph, notes, out):
     """Write a graph as ONNX, if onnxruntime's answers are torch's."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        if not find_spec(name):
-            raise UserError(f"an ONNX file needs {name}: {PIP}")
+    need("onnx", "onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
     images = torch.randint(256, (3, *graph.example.shape[1:])).to(graph.example.dtype)

@@ -36,7 +36,7 @@ import data
 import mask as masking
 from common import fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly
-from common.command import Flags, Parser, at_least, cli, command, parse_keys
+from common.command import Flags, Parser, at_least, cli, command, need, parse_keys
 from common.features import hold_out, name_of, open_splits, split_suffix
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
@@ -316,11 +316,9 @@ def segformer(channels):
     Convolutions are initialised as in the paper's code. With the standard deviation of transformers,
     0.02, those of a single channel are nearly silent.
     """
-    try:
-        from transformers import SegformerConfig, SegformerForSemanticSegmentation
-    except ImportError:
-        fix = "pip install transformers; unet does not"
-        raise UserError(f"--network segformer needs transformers: {fix}") from None
+    need("segment", "transformers")
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
     sizes = dict(depths=[2, 2, 2, 1], hidden_sizes=[24, 48, 64, 96], decoder_hidden_size=64)
     sizes |= dict(num_attention_heads=[1, 2, 4, 8], num_channels=channels, num_labels=1)
     without = dict(drop_path_rate=0, classifier_dropout_prob=0)

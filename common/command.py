@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -204,6 +205,13 @@ def parse_keys(text, choices, flag):
             problem = f"{flag} {name}:{pair}: {value!r} must be a {whole}number"
             raise UserError(problem) from None
     return name, values
+
+
+def need(extra, *libraries):
+    """A library of an extra of pyproject.toml that is missing is named before the work begins."""
+    for name in libraries:
+        if not find_spec(name):
+            raise UserError(f"{name} is missing: pip install -e '.[{extra}]'")
 
 
 # ---- files that are there already ----------------------------------------------------------------

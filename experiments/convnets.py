@@ -18,8 +18,8 @@ import finetune_lora
 import recognize
 from common import checkpoints, features, lora
 from common.checkpoints import about_model, load_exactly, model_file
-from common.command import cli
-from common.io import UserError, read_safetensors, save_safetensors
+from common.command import cli, need
+from common.io import read_safetensors, save_safetensors
 from kernels.gather import MEAN, STD
 
 NETWORKS = {  # width of the last map
@@ -63,10 +63,9 @@ class ConvNet(nn.Module):
 
 def build(name, image_size):
     """The network of transformers, without a classifier, weights random."""
-    try:
-        from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel
-    except ImportError:
-        raise UserError(f"{name} needs transformers: pip install -e '.[segment]'") from None
+    need("segment", "transformers")
+    from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel
+
     if name != "efficientnet_b0":
         return ResNetModel(ResNetConfig(**SMALL if name == "resnet10" else {}))
     # transformers' momentum is TensorFlow's, and its weights of std 0.02 let no signal through

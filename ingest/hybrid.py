@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from common.io import UserError
+from common.command import need
 from ingest import toon
 from ingest.decode import open_picture
 
@@ -70,14 +70,11 @@ PALETTES = 64  # layers of each kind whose colours are dealt out
 
 def open_photos(split):
     """The photographs of a split -> list of pictures."""
-    libraries = {name: find_spec(name) for name in FOLDERS}
-    if None in libraries.values():
-        fix = "pip install -e '.[segment]'"
-        raise UserError(f"its photographs ship with libraries: {fix}")
+    need("segment", *FOLDERS)  # they ship the photographs
     photos = []
     for name, (library, of, _) in PHOTOS.items():
         if of == split:
-            folder = Path(libraries[library].origin).parent / FOLDERS[library]
+            folder = Path(find_spec(library).origin).parent / FOLDERS[library]
             photos.append(open_photo(folder / name).convert("RGB"))
     return photos
 
