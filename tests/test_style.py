@@ -85,7 +85,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 13), (assigns_many, 44)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 12), (assigns_many, 42)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -113,13 +113,13 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2500, 2500),
-    "applications": (4544, 3900),
+    "applications": (4487, 3900),
     "kernels": (518, 520),
-    "common": (3164, 2400),
-    "ingest": (3847, 2700),
-    "experiments": (2779, 1900),
+    "common": (3120, 2400),
+    "ingest": (3704, 2700),
+    "experiments": (2783, 1900),
     "benchmarks": (963, 900),
-    "tests": (11613, 8500),
+    "tests": (11416, 8500),
 }
 
 
