@@ -155,19 +155,10 @@ def test_the_next_command_finds_these_maps(at, words, flags):
     assert found is not None
 
 
-def test_an_estimate_of_exact_masks_says_so(at):
-    text = made(at, "--map saliency", "true")
-    assert "true has exact foreground masks" in text and text.splitlines()[-1].endswith("maps/true")
-    train = data.open_split("true", "train")
-    assert guidance.open_maps("fg", "auto", "true", train)[2].startswith("the true")
-
-
 @pytest.mark.parametrize(
     ("path", "kind", "split", "word"),
     [
-        ("none", "attn", "train", "--map attn --out none makes them"),
         ("maps/packed/saliency.safetensors", "parts", "train", "no array 'parts'"),
-        ("maps/packed/saliency.safetensors", "saliency", "val", "--split val"),
         ("few.safetensors", "saliency", "train", "32, 32"),
     ],
 )

@@ -69,20 +69,6 @@ def test_what_a_bubble_covers_is_nobody_s():
         assert drawn.any() and (drawn & (owner == 1)).sum() < 0.02 * drawn.sum()
 
 
-def test_a_packed_set_of_pages_has_boxes(monkeypatch, tmp_path):
-    from made import render_here
-
-    from ingest import pack
-
-    monkeypatch.setattr(scenes, "COUNTS", {"train": 4, "val": 2})
-    monkeypatch.setattr(pack, "render", render_here)
-    said = call("data.py", "scenes", "--out", "pages", "--size", 64, cwd=tmp_path, check=0).stdout
-    assert "detect.py weights/toon --data pages" in said
-    split = data.open_split(tmp_path / "pages", "train")
-    assert split["images"].shape == (4, 64, 64, 3) and (split["labels"] == -1).all()
-    assert split["boxes"].shape == (4, 6, 4)
-
-
 # ---- what others publish -------------------------------------------------------------------------
 
 PICTURES = {"a.png": (80, 40), "train/b.png": (30, 60), "empty.png": (20, 20)}
