@@ -140,6 +140,9 @@ def test_few_shot_is_the_nearest_centroid(blobs):
             right += ((asked[of_class] @ centroids.T).argmax(1) == way).tolist()
         assert accuracy.item() == pytest.approx(np.mean(right))
     assert metrics.draw_episodes(labels, truth, 6, 1, seeded(0)) is None
+    labels, truth = (torch.cat([y, y.new_full((3,), 5)]) for y in (labels, truth))
+    assert metrics.draw_episodes(labels, truth, 6, 3, seeded(0)) is not None
+    assert metrics.draw_episodes(labels, truth, 6, 4, seeded(0)) is None  # three are too few
 
 
 def test_small_formulas_by_hand():

@@ -136,8 +136,6 @@ def test_results_of_other_data_or_splits_have_a_folder_of_their_own(runs, small,
     for name in ("other-val", "packed-test"):
         assert [p.name for p in (run / name).iterdir()] == ["probe-headline.json"]
     assert report_of(run / "other-val", "probe-headline.json")["data"] == str(tmp_path / "other")
-    again = run_probe(run, "--headline", "--split", "test", cwd=tmp_path, check=2)
-    assert "is there already" in refused(again)
     of_file = features.results_folder("x/dino.pth", small, "val")  # it has no data of its own
     assert of_file == Path("x/dino/packed-val")
 
