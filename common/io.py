@@ -6,6 +6,7 @@ Imports torch only inside functions: the packing half of data.py starts without 
 import argparse
 import contextlib
 import csv
+import glob
 import json
 import os
 import re
@@ -125,16 +126,31 @@ def open_tensors(path, remedy="remove it and make it again"):
 # ---- files that are written ----------------------------------------------------------------------
 
 
+def start_of(path):
+    """How the names of its temporary files begin: short, since a name has at most 255 bytes."""
+    return f".{path.name[:40]}"
+
+
+def remove_leftovers(path):
+    """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
+    pattern = f"{glob.escape(start_of(path))}.*.tmp"
+    for old in path.parent.glob(pattern) if os.name == "posix" else ():
+        try:
+            os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
+        except (ProcessLookupError, ValueError):
+            old.unlink(missing_ok=True)
+        except PermissionError:  # a process of another user
+            continue
+
+
 @contextlib.contextmanager
 def atomic(path):
-    """with atomic(path) as temporary: write there, and it replaces path whole, or not at all.
-
-    What a killed process left there is written over: one process at a time writes a folder (`locked`).
-    """
+    """with atomic(path) as temporary: write there, and it replaces path whole, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:40]}.tmp")  # a name has at most 255 bytes
+    temporary = path.with_name(f"{start_of(path)}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         yield temporary
         with open(temporary, "r+b") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
