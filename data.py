@@ -53,7 +53,6 @@ PLANES = {  # arrays of a split; a name that ends in ? may be missing
     "tags?": "int32 n T",
     "all_tags?": "int32 n U",
     "boxes?": "float32 n K 4",
-    "heads?": "float32 n K 4",
     "style?": "uint8 n Q",
 }
 SPLITS = ("train", "val", "test", "dev")  # some sets have no train

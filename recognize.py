@@ -590,7 +590,8 @@ def sort(args, net, header, gallery, autocast):
         raise UserError(f"{out} has groups already; choose a new folder for --group")
     wanted = files_to_sort(args.images, out, rows)
     args.images, problems = not_listed(wanted, rows), []
-    print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
+    if args.sort:
+        print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
     found, names = (), gallery["names"]
     if args.group:
         found = grouped(predictions(args, net, header, autocast, problems), gallery)
@@ -668,11 +669,11 @@ def copy_all(found, args, wanted, folders, rows, table):
 
 
 def files_to_sort(paths, out, rows):
-    """-> {file: its name below OUT/WHO}; the folders in a given folder stay.
+    """-> {file: its name below OUT/WHO}, each file once; the folders in a given folder stay.
 
     No picture takes the name of another one, nor that of a copy that a row of sorted.csv lists.
     """
-    wanted = {}
+    wanted = {}  # absolute path: (path as given, name)
     taken = {Path(*Path(row["copy"]).parts[1:]): row["picture"] for row in rows if row["copy"]}
     for path in paths:
         if out.resolve().is_relative_to(Path(path).resolve()):
@@ -681,12 +682,11 @@ def files_to_sort(paths, out, rows):
             name = Path(key if Path(path).is_dir() else file.name)
             other = taken.setdefault(name, file)
             if os.path.abspath(other) != os.path.abspath(file):
-                fix = "sort one folder at a time, or choose another --sort"
-                raise UserError(f"{other} and {file} have one name; {fix}")
-            wanted[str(file)] = name
+                raise UserError(f"{other} and {file} have one name; rename one of them")
+            wanted.setdefault(os.path.abspath(file), (str(file), name))
     if not wanted:
         raise UserError(f"no picture was found in {', '.join(paths)}")
-    return wanted
+    return dict(wanted.values())
 
 
 def not_listed(wanted, rows):
@@ -924,7 +924,8 @@ def as_ccip(unit, labels):
 def measure(asked, own, learned):
     """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
 
-    asked: of the set that is measured. own: where known characters are. learned: by the head.
+    asked: of the set that is measured; pairs are of its labelled pictures. own: where known
+    characters are. learned: by the head.
     """
     row, labelled = {}, asked.labels >= 0
     faces = asked.unit[labelled], asked.labels[labelled], asked.groups[labelled]

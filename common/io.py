@@ -210,25 +210,25 @@ def locked(path, wait=False):
 
     The system ends a lock with its process: the file of a killed process locks nothing.
     """
-    if fcntl is None:
-        yield None
-        return
     path = Path(path)
-    created = not path.parent.exists()
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as problem:
         name = problem.filename
         raise UserError(f"{name} is a file, or lies under one; give another folder") from None
+    if fcntl is None:
+        yield None
+        return
     file = open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield file
     finally:
         path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
         os.close(file)
-        if created:
-            with contextlib.suppress(OSError):  # it holds something by now
-                path.parent.rmdir()
+        with contextlib.suppress(OSError):  # one holds something by now
+            for folder in made:
+                folder.rmdir()
 
 
 def open_locked(path, how):

@@ -8,8 +8,7 @@ Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for 
         parts u8 (n, S, S)        of the demo set; style u8 (n, 3), its strata
         tags i32 (n, T)           ids of words of the header's "tags", -1 fills up. The demo set's
                                   are thinned out, as people file pictures; all_tags is the truth
-        boxes f32 (n, K, 4)       faces, x1, y1, x2, y2 in shares of the picture, -1 fills up;
-                                  of pages heads, too
+        boxes f32 (n, K, 4)       faces, x1, y1, x2, y2 in shares of the picture, -1 fills up
         The header holds classes, keys, groups, tags, style, what was skipped, and how it was made.
 
 Packing streams: memory holds what is known of each picture, and some 250 bytes more while copies

@@ -121,7 +121,8 @@ def test_no_copy_is_replaced_by_another_folder_s_picture(base):
         shutil.copy(base / FOLDER / "illust2_0.png", base / "a" / name)
     run_line(f"{SORT} a --sort out", base, check=0)
     assert "4 of them done" in run_line(f"{SORT} a --sort out", base, check=0).stdout
-    assert "choose another --sort" in refused(run_line(f"{SORT} b --sort out", base))
+    assert "rename one of them" in refused(run_line(f"{SORT} b --sort out", base))
+    assert "4 pictures" in run_line(f"{SORT} a {base}/a --sort twice", base, check=0).stdout
 
 
 def test_a_threshold_moves_no_confidence(base):

@@ -159,6 +159,7 @@ def test_the_next_command_finds_these_maps(at, words, flags):
     ("path", "kind", "split", "word"),
     [
         ("maps/packed/saliency.safetensors", "parts", "train", "no array 'parts'"),
+        ("maps/packed/saliency.safetensors", "saliency", "val", "--split val"),
         ("few.safetensors", "saliency", "train", "32, 32"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_page_is_plain(name):
 CODE = [path for path in CODE if path.parent.name != "tests"]
 
 
-SPEAKERS = ("Error", "print", "error", "add_argument")
+SPEAKERS = ("Error", "print", "error")
 
 
 def docstrings_of(tree):
@@ -135,7 +135,9 @@ def messages_of(tree):
     """The texts of --help, of errors and of what is printed."""
     texts = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(SPEAKERS):
+        if isinstance(node, ast.keyword) and node.arg == "help":
+            texts.append(text_of(node.value))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(SPEAKERS):
             texts += map(text_of, ast.walk(node))
     return [text for text in texts if " " in text]  # the others are names and formats
 

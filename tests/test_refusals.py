@@ -95,6 +95,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{RUN} --set 'recipe=--device cuda'", "cuda"),
     (f"{PLAN} detection --data datasets/packed --set encoder=runs/a", "data.py scenes"),
     (f"{PLAN} tags --data datasets/frames --set encoder=runs/a", "tags"),
+    (f"{PLAN} adapt --data datasets/packed --set encoder=runs/none", "runs/none"),
     ("experiments.report images", "PLAN.json"),
     ("experiments.map_quality runs/a --data datasets/packed", "no true fg and parts"),
     ("experiments.subset datasets/packed --out new --characters 9", "has 3"),
@@ -167,6 +168,9 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{SEGMENT} --patches runs/a-seg", "--epochs 2"),
     (DETECT, "--crop"),
     ("detect.py runs/a-det images", "--epochs 3"),
+    ("experiments.stress runs/a --midterm", "--only cutout, --pool cls"),
+    ("benchmarks.data --pack=4", "--images 999"),
+    ("benchmarks.step --small", "--batch 999"),
     (IMAGES, "--drawings 9"),
     (SPLITS, "--split .8,.1,.1, --dev .1, --seed 1, --test .5"),
     (SHOW, "--out x, --dev .1, --seed 1, --layout class, --crop figure"),
@@ -176,6 +180,7 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
 LIBRARIES = (  # the command, and a library that it needs
     (f"{SEGMENT} --network segformer", "transformers"),
     ("experiments.convnets resnet10 --data datasets/packed --out new", "transformers"),
+    (f"{PLAN} baselines --data datasets/packed --arms resnet10", "transformers"),
     ("export.py runs/a --to onnx --out new.onnx", "onnxscript"),
 )
 

@@ -113,13 +113,13 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2500, 2500),
-    "applications": (4487, 3900),
+    "applications": (4488, 3900),
     "kernels": (518, 520),
-    "common": (3120, 2400),
-    "ingest": (3704, 2700),
+    "common": (3136, 2400),
+    "ingest": (3703, 2700),
     "experiments": (2783, 1900),
     "benchmarks": (963, 900),
-    "tests": (11388, 8500),
+    "tests": (11396, 8500),
 }
 
 
