@@ -28,7 +28,8 @@ PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 
 # A decoded picture takes 12 bytes a pixel (WebP 20, AVIF 15): the largest that Pillow opens are two
-# gigabytes. So those of more pixels than this are decoded one after the other.
+# gigabytes, and those of this size 200 MB. So larger ones are decoded one after the other, and
+# smaller ones by all cores.
 LARGE, ONE_LARGE = 2**24, threading.Lock()
 # The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
 Image.core.set_block_size(2**26)

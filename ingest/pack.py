@@ -44,8 +44,9 @@ from common.command import (
     parse_keys,
     progress,
     refuse_idle,
+    refuse_overwrite,
 )
-from common.io import UserError, open_tensors
+from common.io import UserError, lock_beside, locked, open_tensors
 from ingest import boxes, duplicates, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
 from ingest.rows import write_rows
@@ -241,11 +242,17 @@ def pack(path, out, **flags):
 
 
 def write_set(flags):
-    """Pack a source into OUT/{train,val,test[,dev]}.safetensors and print what was done."""
+    """Pack a source, while no other process writes OUT: a stage that packs first goes on for hours."""
+    with locked(lock_beside(flags.out)):
+        with contextlib.suppress(OSError):
+            os.rmdir(flags.out)  # an empty folder is not in the way
+        refuse_overwrite([flags.out])
+        write_splits(flags)
+
+
+def write_splits(flags):
+    """Write OUT/{train,val,test[,dev]}.safetensors and print what was done."""
     path = flags.path
-    with contextlib.suppress(OSError):
-        os.rmdir(flags.out)  # an empty folder is not in the way
-    claim([flags.out])
     large = path == "scenes" or flags.values["detect"]
     size = flags.size or (LARGE if large else SIDE)
     source = open_source(flags, size)
@@ -414,8 +421,12 @@ def sheet_rows(split, classes=6, each=10):
         own = np.nonzero(labels == label)[0][:each]
         rows.append((split["header"]["classes"][label][:18], images[own]))
     some = evenly_spaced(len(images), each).numpy()
-    for plane, name in (("images", "pictures"), ("fg", "foreground"), ("parts", "parts")):
-        rows += [(name, split[plane][some])] if plane in split else []
+    rows.append(("pictures", images[some]))
+    if "fg" in split:
+        rows.append(("foreground", np.stack([split["fg"][some]] * 3, 3)))  # gray: one scale for all
+    if "parts" in split:
+        shades = split["parts"][some] * (255 // len(split["header"]["parts"]))
+        rows.append(("parts", np.stack([shades] * 3, 3)))
     return rows
 
 
