@@ -21,7 +21,6 @@ from common.io import UserError, lock_beside, reading, save_csv
 from common.train import commit, machine
 from kernels import triton
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OUT = Path("runs/bench")  # results/ is written where --out names it
 TRITON = triton.__version__ if triton else "none"
 

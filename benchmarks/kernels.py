@@ -19,7 +19,7 @@ import torch._functorch.config as functorch
 import benchmarks as bench
 from common.command import cli
 from common.io import UserError
-from common.train import pick_device
+from common.train import DTYPES, pick_device
 from kernels import INTERPRET
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import patch_detail, reconstruction_loss
@@ -191,12 +191,12 @@ def measure(table, case, one, given, found, turns):
 
 def main():
     parser = bench.parser_of(__doc__)
-    parser.add_argument("--dtype", choices=bench.DTYPES, help="of patches (bf16, on a CPU fp32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of patches (bf16, on a CPU fp32)")
     parser.add_argument("--gate", action="store_true", help="only the gate")
     args = parser.parse_args()
     device = pick_device(args.device)
     gpu = device.type == "cuda"
-    dtype = bench.DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
+    dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
     functorch.donated_buffer = False  # else a compiled graph runs backward only once
     gate(device, dtype)
     if args.gate:

@@ -166,7 +166,7 @@ def our_loss(case, net, view, noise, autocast):
     """-> the loss of what pretrain.py does with a view, under the loss of the paper."""
     K = masking.kept(noise.shape[1], case.ratio)
     ids_keep, ids_mask = masking.sample(noise, K)
-    dtype = bench.DTYPES[case.dtype]
+    dtype = train.DTYPES[case.dtype]
     tokens = masked_patch_gather(view, ids_keep, case.patch_size, dtype)
     with autocast():
         pred, _, _ = net(tokens, ids_keep, ids_mask)
@@ -231,7 +231,7 @@ def measured(case, folder, warmup, steps, impl="auto"):
         return {"note": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
     found = {"losses": losses, "seconds": seconds, "peak_mb": train.peak_memory_mb(device)}
     if steps:
-        found["operations_per_s"] = bench.product_speed(device, bench.DTYPES[case.dtype])
+        found["operations_per_s"] = bench.product_speed(device, train.DTYPES[case.dtype])
         found["bytes_per_s"] = bench.copy_speed(device)
     return found
 
@@ -320,7 +320,7 @@ def main():
     add = parser.add_argument
     add("--model", default="small", choices=SIZES)
     add("--batch", type=at_least(1), metavar="B", help="images a step (16, on a GPU 256)")
-    add("--dtype", nargs="+", choices=bench.DTYPES, help="(fp32 bf16, on a GPU bf16)")
+    add("--dtype", nargs="+", choices=train.DTYPES, help="(fp32 bf16, on a GPU bf16)")
     args = parser.parse_args()
     device = train.pick_device(args.device)
     gpu = device.type == "cuda"

@@ -14,7 +14,7 @@ made          {name: commands}: what {name} in an arm stands for, made once; its
 trials        {name: flags}: one is chosen on dev (`dev`: file and path of the score)
 tuned_as      {name: another one whose choice it takes}
 set           values of words in braces; --set of run.py replaces them
-needs         {word of a command: the library that it needs}
+needs         {word of a command: (extra of pyproject.toml, a library of it)}
 planes        {array that the data set has to have: the command that makes such a set}
 
 In commands, {0} is the folder of the arm's first command, {seed} and {data} are what they say, and
@@ -277,7 +277,7 @@ OF_RECOGNITION = {
     "dev": ("log.jsonl", "dev_top1"),
     "trial_share": 1 / 3,
     "set": {"minutes": "1.5", "encoder_minutes": "4", "split": "val"},
-    "needs": {"experiments.convnets": "transformers"},
+    "needs": {"experiments.convnets": ("segment", "transformers")},
     "right": {"top1": (0, METRICS, "right")},
     "columns": {
         "top1": ("Top-1, %", 0, METRICS, "top1", 1),
@@ -582,7 +582,7 @@ PLANS["detection"] = OF_STAGE | {
     "compare": ("ap", "ap50"),
     "columns": {c: (heading, 0, METRICS, c, 1) for c, heading in AP.items()}
     | {"minutes": ("minutes",)},
-    "needs": {"detect.py": "pycocotools"},
+    "needs": {"detect.py": ("detect", "pycocotools")},
     "planes": {"boxes": "python data.py scenes --out datasets/scenes"},
 }
 
@@ -619,7 +619,7 @@ PLANS["hybrid"] = OF_STAGE | {
         "no_hint": [STAGE_1, SEGMENT + "--network unet:hint=0"],
         "segformer": [STAGE_1, SEGMENT + "--network segformer"],
     },
-    "needs": {"segformer": "transformers"},
+    "needs": {"segformer": ("segment", "transformers")},
     "planes": {"drawn": "python data.py hybrid --out datasets/hybrid"},
     "columns": {
         "frames": ("frames", -1, METRICS, "frames/val", 1),

@@ -15,7 +15,6 @@ made again, a run that was stopped is resumed. A run that diverges is a row that
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -35,7 +34,7 @@ import torch
 
 import data
 import mask as masking
-from common.command import Parser, at_least, cli, parse_keys
+from common.command import Parser, at_least, cli, need, parse_keys
 from common.io import UserError, lock_beside, locked, read_json, save_json
 from common.train import commit, machine, pick_device, read_log
 from experiments import report
@@ -277,9 +276,9 @@ def check(args, arms):
     if encoder and not Path(encoder).exists():
         raise UserError(f"{encoder} does not exist; give --set encoder=RUN, of pretrain.py")
     text = shlex.join([*arms, *args.set.values(), *(c for arm in arms for c in plan["arms"][arm])])
-    for word, library in plan.get("needs", {}).items():
-        if word in text and importlib.util.find_spec(library) is None:
-            raise UserError(f"{word} needs {library}: pip install {library}")
+    for word, (extra, library) in plan.get("needs", {}).items():
+        if word in text:
+            need(extra, library)
     torch.set_num_threads(args.threads)  # a row names the machine so
     asked = re.search(r"--device (\w+)", text)
     args.device = pick_device(asked[1] if asked else "auto")

@@ -125,7 +125,7 @@ def find(path):
     places = find_places(names, list(walk(root)))
     if not places:
         named = f"none of the {len(names)} pictures that {path} names lies beside it"
-        raise UserError(f"{named}; the first: {names[:1]}")
+        raise UserError(f"{named}; the first: {next(iter(names), None)!r}")
     boxes = {place: [] for place in places.values()}
     for name, _, box in rows:
         if name in places and box and usable(box):

@@ -27,9 +27,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it raises fro
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 
-# A decoded picture takes 12 bytes a pixel (WebP 20, AVIF 15): the largest that Pillow opens are two
-# gigabytes, and those of this size 200 MB. So larger ones are decoded one after the other, and
-# smaller ones by all cores.
+# A decoded picture takes 12 bytes a pixel (WebP 20, AVIF 15): two gigabytes for the largest that
+# Pillow opens, 200 MB for one of this size. Larger ones are decoded one after the other.
 LARGE, ONE_LARGE = 2**24, threading.Lock()
 # The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
 Image.core.set_block_size(2**26)

@@ -159,7 +159,8 @@ def told(what, rows, aside=()):
     if learned and others and not learned & others:
         parts.append(f"no class of train ({first(learned)}) is in another split ({first(others)})")
     if aside:
-        parts += [f"{len(aside)} pictures set aside ({first(aside, 2)})", "--layout reads others"]
+        parts.append(f"{len(aside)} pictures set aside ({first(aside, 2)})")
+        parts.append("--layout reads folders in another way")
     return f"read as {what}: {'; '.join(parts)}"
 
 
