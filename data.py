@@ -166,7 +166,8 @@ def open_map(path, name, split):
     path: the file or its folder. A UserError names the command that makes the map.
     """
     path = Path(path) if Path(path).suffix == ".safetensors" else map_file(path, name, split)
-    folder, own = Path(split["images"].filename).parent, split["header"].get("split", "train")
+    folder = Path(split["images"].filename).parent
+    own = split["header"].get("split", "train")
     fix = f"python maps.py --data {shlex.quote(str(folder))} --map {name}"
     fix += "" if own == "train" else f" --split {own}"
     if not path.exists():
@@ -222,7 +223,8 @@ def batches(images, order, batch_size, device, start=0, times=1):
     chunks = order[:whole].split(batch_size)[start:]
     for index, batch in prefetch((index, take(images, index, device)) for index in chunks):
         if times > 1:
-            index, batch = index.repeat_interleave(times), batch.repeat_interleave(times, 0)
+            index = index.repeat_interleave(times)
+            batch = batch.repeat_interleave(times, 0)
         yield index, batch
 
 
@@ -231,7 +233,8 @@ def prefetch(items, depth=3):
 
     The thread must not run parallel operations of torch: more OpenMP threads slow the loop by half.
     """
-    items, end = iter(items), object()
+    items = iter(items)
+    end = object()
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(next, items, end) for _ in range(depth))
         while (item := ahead.popleft().result()) is not end:
@@ -318,7 +321,8 @@ def swap_backgrounds(view, fg, draws, share, views):
     arXiv:2103.12719). The `views` views of an image are neighbours in the batch. If the batch has
     at least three images, these views get backgrounds of different images.
     """
-    x, bg = view.float(), 1 - fg
+    x = view.float()
+    bg = 1 - fg
     colour = (bg * x).sum((1, 2), keepdim=True) / bg.sum((1, 2), keepdim=True).clamp(min=1e-3)
     background = (bg * x + fg * colour).round().to(torch.uint8)  # the figure is painted over
     background = background.roll(2 * views - 1, 0)

@@ -159,7 +159,8 @@ def dropped(path):
     """A file in gradio's upload folder -> Picture; UserError if it is no picture."""
     if path is None:
         raise UserError("drop the file of a picture")
-    name, file = Path(path).name, Path(path).read_bytes()
+    name = Path(path).name
+    file = Path(path).read_bytes()
     try:
         with open_image(file, 2**15) as (img, _):
             if min(img.size) < 8:
@@ -191,7 +192,8 @@ def figures(items, kind=""):
     """[(caption, u8 (H, W, 3))] in a grid."""
     cells = ""
     for name, pixels in items:
-        name, src = escape(name), base64.b64encode(png_file(np.asarray(pixels))).decode()
+        name = escape(name)
+        src = base64.b64encode(png_file(np.asarray(pixels))).decode()
         cells += f'<figure><img src="data:image/png;base64,{src}" alt="{name}">'
         cells += f"<figcaption>{name}</figcaption></figure>"
     return f'<div class="figures {kind}">{cells}</div>'
@@ -275,7 +277,8 @@ def mask_page(run, picture, words, ratio, t, seed):
     """Maps of the picture, what the strategy hides, and what the network predicts there."""
     mae = net, _ = loaded(load_mae, run)
     view = torch.from_numpy(square_of(picture, net.config["image_size"])).to(MACHINE.device)
-    need, g = masking.NEEDS.get((words or "").partition(":")[0]), net.encoder.side
+    need = masking.NEEDS.get((words or "").partition(":")[0])
+    g = net.encoder.side
     scores = maps_of(net, picture, view, need)
     ids_keep, ids_mask = draw_mask(words, scores, g * g, ratio, t, seed)
     pasted, where = filled_in(mae, view, ids_keep, ids_mask, MACHINE.autocast)
@@ -370,7 +373,8 @@ def pages_page(run, picture):
 def refusal(scope, names):
     """An ASGI request -> (sentence, status), or None if it is allowed. names: of this machine."""
     headers = {k.decode("latin-1"): v.decode("latin-1").lower() for k, v in scope["headers"]}
-    host, origin = headers.get("host", ""), headers.get("origin")
+    host = headers.get("host", "")
+    origin = headers.get("origin")
     name = re.sub(r":\d*$", "", host)
     numeric = re.fullmatch(r"[\d.]*\d|\[[\da-f:.]+\]", name)  # DNS can't rebind such an address
     if not numeric and name not in names:
@@ -432,9 +436,11 @@ def remembered(times, work, *asked):
 def chosen(before, make, *asked):
     """The picture that make(*asked) gives, its HTML, ""; or what was there, and a sentence."""
     try:
-        picture, text = make(*asked), ""
+        picture = make(*asked)
+        text = ""
     except UserError as problem:
-        picture, text = before, element("p", problem)
+        picture = before
+        text = element("p", problem)
     return picture, figures([(picture.name, square_of(picture, 160)[0])]), text
 
 
@@ -460,7 +466,8 @@ def build(gr, run):
             who = gr.Dropdown([*CAST], label="a drawing of", elem_id="who")
             number = gr.Slider(0, DRAWINGS - 1, 0, step=1, label="which drawing", elem_id="number")
             file = gr.File(label=f"your own, {MOST}", height=140, elem_id="file")
-        shown, asked = [picture, seen, gr.HTML(elem_id="said")], [who, number, picture]
+        shown = [picture, seen, gr.HTML(elem_id="said")]
+        asked = [who, number, picture]
 
         @gr.on([who.input, number.input], inputs=asked, outputs=shown, api_name="drawing", **LATEST)
         def drawn(who, number, before):
@@ -475,7 +482,8 @@ def build(gr, run):
                 gr.Markdown(work.__doc__)
                 controls = mask_controls(gr) if tab == "Mask" else []
                 out = gr.HTML(elem_id=tab.split()[0].lower())
-            work, asked = functools.partial(answer, tab, run), [picture, *controls]
+            work = functools.partial(answer, tab, run)
+            asked = [picture, *controls]
             triggers = [page.load, seen.change, *(x.input for x in controls)]
             gr.on(triggers, work, asked, out, api_name=out.elem_id, **LATEST)
     return page.queue(max_size=QUEUE)

@@ -40,7 +40,9 @@ from kernels.gather import masked_patch_gather
 from model import shape_of
 
 RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
-WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
+WEIGHT_DECAY = 0.05
+BETAS = (0.9, 0.999)  # of AdamW
+CLIP = 1.0  # largest norm of the gradient
 WIDTH = 96  # channels of the maps
 STRIDES = (0.5, 1, 2)  # from a cell of a map to the next, in patches
 BOUNDS = (0, 4, 8, 1e9)  # sqrt(width * height) of a map's boxes, in patches
@@ -76,7 +78,8 @@ class Detector(nn.Module):
         shape = shape_of(encoder)
         D = shape["dim"]
         self.config = {"encoder": shape, "norm_eps": encoder.norm.eps}  # for load
-        self.encoder, self.patch = encoder, encoder.patch_size
+        self.encoder = encoder
+        self.patch = encoder.patch_size
         maps = nn.ConvTranspose2d(D, WIDTH, 2, 2), nn.Conv2d(D, WIDTH, 1), nn.Conv2d(D, WIDTH, 2, 2)
         self.maps = nn.ModuleList(maps)
         self.norms = nn.ModuleList(nn.GroupNorm(8, WIDTH) for _ in self.maps)
@@ -95,7 +98,8 @@ class Detector(nn.Module):
         corner: row and column in the encoder's grid at which the view begins. A view that is larger
         than the grid gets interpolated positions.
         """
-        g, side = view.shape[1] // self.patch, self.encoder.side
+        g = view.shape[1] // self.patch
+        side = self.encoder.side
         steps = torch.arange(g, device=view.device)
         y, x = torch.meshgrid(steps, steps, indexing="ij")
         patches = (y * g + x).flatten().expand(len(view), -1).contiguous()  # of the view
@@ -103,7 +107,8 @@ class Detector(nn.Module):
         places = places.flatten().expand(len(view), -1).contiguous()
         pos = None  # the encoder's own positions
         if g > side:
-            places, pos = patches, resize_positions(self.encoder.pos_embed, g)
+            places = patches
+            pos = resize_positions(self.encoder.pos_embed, g)
         tokens = self.encoder(masked_patch_gather(view, patches, self.patch), places, pos)
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (g, g))
 
@@ -189,7 +194,8 @@ def iou(a, b):
 
 def giou(a, b):
     """Boxes (..., 4) -> generalised IoU (...) (Rezatofighi et al. 2019, arXiv:1902.09630)."""
-    both, low = intersection(a, b), torch.minimum(a[..., :2], b[..., :2])
+    both = intersection(a, b)
+    low = torch.minimum(a[..., :2], b[..., :2])
     hull = torch.cat([low, torch.maximum(a[..., 2:], b[..., 2:])], -1)  # around both
     union = (area(a) + area(b) - area(both)).clamp(min=1e-6)
     return area(both) / union - 1 + union / area(hull).clamp(min=1e-6)
@@ -217,7 +223,8 @@ def loss_of(logits, found, boxes, S, patch):
 def detect(net, view):
     """view u8 (B, S, S, 3) -> for each boxes (k, 4) in shares of it and scores (k,), best first."""
     logits, boxes = net(view)
-    S, scores = view.shape[1], logits.sigmoid()
+    S = view.shape[1]
+    scores = logits.sigmoid()
     sizes = [(S // int(scale * net.patch)) ** 2 for scale in STRIDES]  # cells of each map
     maps = map(peaks_of, scores.split(sizes, 1), boxes.split(sizes, 1))
     peaks, boxes = (torch.cat(parts, 1) for parts in zip(*maps, strict=True))
@@ -246,7 +253,8 @@ def peaks_of(heat, boxes):
 
 def suppress(boxes):
     """Non-maximum suppression: boxes (k, 4), best score first -> indices of those that stay."""
-    left, stay = torch.arange(len(boxes), device=boxes.device), []
+    left = torch.arange(len(boxes), device=boxes.device)
+    stay = []
     while len(left):
         stay.append(left[0])
         left = left[1:][iou(boxes[left[0]], boxes[left[1:]]) < OVERLAP]
@@ -306,7 +314,8 @@ def coco(answers, truth, side):
     for name, x in zip(names.split(), judged.stats.tolist(), strict=True):
         row[name] = round(100 * x, 2) if x >= 0 else None  # no face of this size
     precision = np.maximum(judged.eval["precision"][0, :, 0, 0, -1], 0)
-    recall, scores = judged.params.recThrs, judged.eval["scores"][0, :, 0, 0, -1]
+    recall = judged.params.recThrs
+    scores = judged.eval["scores"][0, :, 0, 0, -1]
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
     threshold = max(LOWEST, scores[f1.argmax()].item())
     return row | {"precision": precision.round(4).tolist(), "threshold": round(threshold, 3)}
@@ -345,7 +354,8 @@ def judge(task, net, split, rows):
 
 def open_task(flags, device, autocast):
     """What a run works with: splits, rows, sides of the views in pixels, the encoder."""
-    held, splits = flags.split, open_splits(flags.data, flags.split)
+    held = flags.split
+    splits = open_splits(flags.data, flags.split)
     task = SimpleNamespace(device=device, autocast=autocast, seed=flags.seed)
     task.train = splits["train"]
     task.rows, rows, chosen = hold_out(splits)
@@ -403,13 +413,16 @@ def crops(images, boxes, generator, side, least, most=1.0):
 
 def mosaic(images, boxes, generator, side, least):
     """The same, but each crop shows four pages of the batch, one in each quarter."""
-    half, views, found = side // 2, [], []
+    half = side // 2
+    views = []
+    found = []
     for turn, (y, x) in enumerate([(0, 0), (0, half), (half, 0), (half, half)]):
         pages, truth = images.roll(turn, 0), boxes.roll(turn, 0)
         view, inside = crops(pages, truth, generator, half, 0.7 * least, 0.7)
         views.append(view)
         found.append(torch.where(inside >= 0, inside + torch.tensor([x, y, x, y]), inside))
-    upper, lower = torch.cat(views[:2], 2), torch.cat(views[2:], 2)
+    upper = torch.cat(views[:2], 2)
+    lower = torch.cat(views[2:], 2)
     return torch.cat([upper, lower], 1), torch.cat(found, 1)
 
 
@@ -484,7 +497,8 @@ def fit(flags, device, autocast):
 
 def write_results(flags, task, net, run):
     """Evaluate the detector with the threshold that is best on dev, and write its two files."""
-    out, side = run.out, task.report[0]["images"].shape[1]
+    out = run.out
+    side = task.report[0]["images"].shape[1]
     threshold = coco(*judge(task, net, *task.dev), side)["threshold"]
     answers, truth = judge(task, net, *task.report)
     row = coco(answers, truth, side) | {"threshold": threshold}

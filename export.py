@@ -303,7 +303,8 @@ def save_wd(source, folder, image_size=None):
         raise UserError(
             f"{source} names nothing; --to wd takes a run of tags.py or finetune_lora.py"
         )
-    tags, names = notes.get("tags", []), notes["names"]
+    tags = notes.get("tags", [])
+    names = notes["names"]
     order = sorted(range(len(tags)), key=lambda i: tags[i] not in RATINGS)  # ratings first
     rows = [(tags[i], RATING if tags[i] in RATINGS else GENERAL) for i in order]
     if notes["is"] == "recogniser" or "characters" in graph(graph.example):

@@ -111,10 +111,11 @@ class LoRA(nn.Module):
 
     def __init__(self, base, r, alpha, chunks=1):
         super().__init__()
-        self.base, self.scale = base, alpha / r
-        device, out = base.weight.device, base.out_features // chunks
+        self.base = base
+        self.scale = alpha / r
+        device = base.weight.device
         self.A = nn.Parameter(torch.empty(chunks, r, base.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(chunks, out, r, device=device))
+        self.B = nn.Parameter(torch.zeros(chunks, base.out_features // chunks, r, device=device))
         for A in self.A:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
 
@@ -312,7 +313,8 @@ def predict(task, images, most=None):
     training it averaged over pictures that were cropped and in part hidden.
     """
     if task.head != "ifa":  # its neck has no statistics
-        rows, labels = task.train.rows, task.train.labels[task.train.rows]
+        rows = task.train.rows
+        labels = task.train.labels[rows]
         of_class = [rows[labels == c] for c in range(len(task.classes))]
         rows = torch.cat([some[data.evenly_spaced(len(some), NECK_MANY)] for some in of_class])
         pooled = pooled_of(task, task.train, rows[data.evenly_spaced(len(rows), most or len(rows))])
@@ -324,7 +326,9 @@ def predict(task, images, most=None):
 
 def finetune(flags, task):
     """Train for --epochs -> (run, the latest epoch within a standard error of the best on dev)."""
-    net, device, C = task.net, task.device, len(task.classes)
+    net = task.net
+    device = task.device
+    C = len(task.classes)
     train_rows, labels = task.train.rows, task.train.labels
     B, seed, balanced = flags.batch_size, flags.seed, flags.balanced
     per_epoch = len(train_rows) // B
@@ -471,7 +475,8 @@ def draw_confusion(path, table, names, title):
 @torch.no_grad()
 def write_results(flags, task, run, best_epoch):
     """All files but state.pt. A network that is there already stays as it is."""
-    out, suffix = task.out, split_suffix(flags.split)
+    out = task.out
+    suffix = split_suffix(flags.split)
     row = results(flags, task, run, best_epoch)
     if not any(out.glob("metrics*.json")):
         write_network(flags, task, run)

@@ -127,8 +127,10 @@ def geodesic(colours):
     distance = x.new_full((B, G * G, G * G), float("inf"))
     distance.diagonal(dim1=1, dim2=2).zero_()
     place = torch.arange(G * G).view(G, G)
-    down, right = (place[:-1], place[1:]), (place[:, :-1], place[:, 1:])
-    falling, rising = (place[:-1, :-1], place[1:, 1:]), (place[1:, :-1], place[:-1, 1:])
+    down = (place[:-1], place[1:])
+    right = (place[:, :-1], place[:, 1:])
+    falling = (place[:-1, :-1], place[1:, 1:])
+    rising = (place[1:, :-1], place[:-1, 1:])
     for start, end in (down, right, falling, rising):
         i, j = start.flatten(), end.flatten()
         cost = ((x[:, i] - x[:, j]).norm(dim=2) - NOISE).clamp(min=0)
@@ -368,7 +370,8 @@ def main():
     path = data.map_file(out, args.map, split)
     sheet = path.with_name(f"sheet-{path.stem}.png")
     claim([path, sheet])
-    images, n = split["images"], len(split["images"])
+    images = split["images"]
+    n = len(images)
     grid, dtype, rows = rows_of_map(args, images, device)
     bar = progress(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK))
     header = {"map": args.map, "grid": grid, "by": args.run or "", "data": folder.name}

@@ -77,9 +77,9 @@ def random(patches, noise, t, hidden):
 def squares(patches, noise, t, hidden, unit=2):
     """Squares of unit x unit patches (SimMIM, Xie et al. 2021, arXiv:2111.09886)."""
     row, column = rows_and_columns(noise)
-    g, unit = column.numel(), max(1, int(unit))
+    unit = max(1, int(unit))
     # all patches of a square share the rank of its first patch
-    corner = row // unit * unit * g + column // unit * unit
+    corner = row // unit * unit * column.numel() + column // unit * unit
     return ranks(noise)[:, corner.flatten()] + 1e-3 * noise  # ranks are whole: noise breaks ties
 
 

@@ -237,7 +237,8 @@ def draw(stream, n, N, min_crop, device):
     """The random numbers of n views: crops (n, 4), flips (n,), noise (n, N), and more (n, 4)."""
     generator = train.seeded(*stream)
     boxes, flip = data.draw_boxes(n, generator, min_crop)
-    noise, draws = masking.gumbel_noise(n, N, generator), torch.rand(n, 4, generator=generator)
+    noise = masking.gumbel_noise(n, N, generator)
+    draws = torch.rand(n, 4, generator=generator)
     return (data.send(x, device) for x in (boxes, flip, noise, draws))
 
 
@@ -248,9 +249,8 @@ def ratio_at(text, t, stream):
     """
     if "-" in text:
         t = torch.rand((), generator=train.seeded(*stream[:3], RATIO_STREAM)).item()
-    words = re.split("[:-]", text)
-    first, last = float(words[0]), float(words[-1])
-    return first + (last - first) * t
+    ends = [float(word) for word in re.split("[:-]", text)]  # one or two
+    return ends[0] + (ends[-1] - ends[0]) * t
 
 
 def make_views(images, fg, boxes, flip, side, draws):
@@ -282,9 +282,11 @@ def log_evaluation(run, model, guide, splits, norm):
     """A row of the log: how good the encoder is, and where the attention that guides goes."""
     row = evaluate(model, splits, norm, guide.autocast, run.step / run.per_epoch)
     if splits[1]["header"].get("parts"):
-        encoder, source = model.encoder, guidance.default_source(run.config, "self")
+        encoder = model.encoder
+        source = guidance.default_source(run.config, "self")
         if guide.teacher:
-            encoder, source = guide.teacher.encoder, guide.teacher.source
+            encoder = guide.teacher.encoder
+            source = guide.teacher.source
         row["attention_on"] = attention_by_part(encoder, splits[1], source, guide.autocast)
     run.log(**row)
 
@@ -306,7 +308,8 @@ def main():
     flags = parse_flags()
     rank, world, device = start_processes(train.pick_device(flags.device))
     flags.values["dtype"], reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
-    dtype, autocast = train.DTYPES[flags.dtype], train.autocast_of(device, flags.dtype)
+    dtype = train.DTYPES[flags.dtype]
+    autocast = train.autocast_of(device, flags.dtype)
     network, size, settings = parse_model(flags, device)
     V = 2 if settings else 1
     S, p = size["image_size"], size["patch_size"]
@@ -314,7 +317,8 @@ def main():
     images = data.resident(train_set["images"], device)
     figures = data.resident(train_set.get("fg") if V == 2 else None, device)
     b, per_epoch = set_length(flags, len(images), V, device, world)
-    total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
+    total = flags.epochs * per_epoch
+    peak_lr = flags.blr * V * flags.batch_size / 256
     model = build_network(network, size, flags).to(device)
     N = model.encoder.side**2
     strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast, V)

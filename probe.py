@@ -107,7 +107,8 @@ def open_labels(task):
     """Rows to fit on, to choose on and to report, class sizes, few-shot episodes."""
     fit, choose, choose_in = features.hold_out(task.splits)
     task.uses = (("train", fit), (choose_in, choose), (task.held, slice(None)))
-    bank, queries = task.labels["train"], task.labels[task.held]
+    bank = task.labels["train"]
+    queries = task.labels[task.held]
     task.counts = torch.bincount(bank[fit], minlength=len(task.names))
     if lost := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
         fix = "pack it again: python data.py IMAGES --min-per-class 10"
@@ -125,7 +126,9 @@ def open_labels(task):
 
 def measure(found, task):
     """Every number of one set of features -> (row of probe.json, {head: which images are right})."""
-    bank, queries, labels = found["train"], found[task.held], task.labels[task.held]
+    bank = found["train"]
+    queries = found[task.held]
+    labels = task.labels[task.held]
     x, choose, report = [found[name][rows] for name, rows in task.uses]
     y, truth, _ = [task.labels[name][rows] for name, rows in task.uses]
     classify, C = metrics.logistic_probe(x, y, choose, truth, len(task.names))
@@ -308,8 +311,8 @@ def draw_neighbours(path, found, task, rows):
     cosine, nearest = cosine.topk(8, dim=1)
     same = task.split["labels"][rows][:, None] == task.train["labels"][nearest]
     title = f"{task.held} pictures and their nearest in train: {path.parent.name}"
-    n, size = len(rows), (10.2, 1.32 * len(rows) + 0.6)
-    with plots.panels(path, title, n, 9, size, squeeze=False) as axes:
+    n = len(rows)
+    with plots.panels(path, title, n, 9, (10.2, 1.32 * n + 0.6), squeeze=False) as axes:
         found = zip(rows.tolist(), nearest.numpy(), strict=True)
         plots.show_rows(axes, [("", [images[i], *bank[near]]) for i, near in found])
         for i, j in np.ndindex(n, 8):
@@ -343,7 +346,8 @@ def probe(run, task, threshold):
     if not (task.labelled and task.headline):
         with drawing("attention.png and others"):
             draw(task.home[run], encoder, size, task, found["mean"])
-    right, log = {}, read_log(features.home_of(run) / "log.jsonl")
+    right = {}
+    log = read_log(features.home_of(run) / "log.jsonl")
     if task.labelled:
         numbers, right = measure_run(encoder, size, found, task)
         report |= numbers | {"efficiency": efficiency(log, threshold[0])}
@@ -444,11 +448,11 @@ def differences(configs, groups):
 
 def difference_line(row):
     """ "b - a, kNN: +1.20 points; 95 %: +0.10 to +2.30 over illustrations, ... over 3 seeds"."""
-    images, t = row["images"], f"{len(row['seeds'])} seed(s): no t interval"
+    t = f"{len(row['seeds'])} seed(s): no t interval"
     if row["t"]:
         t = f"{INTERVAL.format(**row['t'])} by t over seeds"
-    over = f"{INTERVAL.format(**images)} over seeds and illustrations"
-    return f"{row['pair']}, {HEADS[row['head']]}: {images['mean']:+.2f} points; 95 %: {over}, {t}"
+    over = f"{INTERVAL.format(**row['images'])} over seeds and illustrations"
+    return f"{row['pair']}, {HEADS[row['head']]}: {row['images']['mean']:+.2f} points; 95 %: {over}, {t}"
 
 
 def compare(reports, task, threshold):

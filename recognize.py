@@ -196,9 +196,12 @@ def decide(logits, embeddings, gallery):
     nearer, HANDICAP given, than that of every learned one. confidence: P(the name is right) where
     half of all pictures show unknown characters; nan of an enrolled one.
     """
-    unit, learned = compared(embeddings, gallery), gallery["learned"]
-    who, similarity = logits.argmax(1), similarity_of(logits, embeddings, gallery)
-    margin, (a, b) = similarity - gallery["threshold"], gallery["platt"]
+    unit = compared(embeddings, gallery)
+    learned = gallery["learned"]
+    who = logits.argmax(1)
+    similarity = similarity_of(logits, embeddings, gallery)
+    margin = similarity - gallery["threshold"]
+    a, b = gallery["platt"]
     sure = (logits / gallery["temperature"]).softmax(1).amax(1) * (a * margin + b).sigmoid()
     to_mean = unit @ gallery["means"].T  # (n, characters)
     if to_mean.shape[1] == learned:
@@ -247,7 +250,8 @@ def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
 def lift_of(logits):
     """Logits (m, C) of known held-out faces -> the gallery's "lift", which `similarity_of` reads."""
     strength = logits.amax(1)
-    usual, spread = strength.mean().item(), strength.std(correction=0).item()
+    usual = strength.mean().item()
+    spread = strength.std(correction=0).item()
     return [usual, LIFT / max(spread, 0.1 * abs(usual), 1e-6)]
 
 
@@ -263,7 +267,8 @@ def as_unknown(gallery, held_out):
     labels, embeddings = gallery["labels"], gallery["embeddings"]
     found = torch.empty(len(known))
     for fold in range(FOLDS):
-        stay, asked = labels % FOLDS != fold, known_labels % FOLDS == fold
+        stay = labels % FOLDS != fold
+        asked = known_labels % FOLDS == fold
         count = int(labels.max()) + 1
         less = make_gallery(embeddings[stay], labels[stay], count, gallery["lift"])
         heads = logits[asked][:, torch.arange(logits.shape[1]) % FOLDS != fold]
@@ -273,7 +278,8 @@ def as_unknown(gallery, held_out):
 
 def enrolled_threshold(gallery, known, known_labels):
     """The similarity to the mean of SHOTS faces of a character that OTHERS of other faces reach."""
-    unit, others = compared(known, gallery), []
+    unit = compared(known, gallery)
+    others = []
     for c in gallery["labels"].unique().tolist():
         faces = gallery["unit"][gallery["labels"] == c]
         mean = F.normalize(faces[data.evenly_spaced(len(faces), SHOTS)].sum(0), dim=0)
@@ -301,7 +307,8 @@ def fit_platt(known, unknown):
     """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999)."""
     from sklearn.linear_model import LogisticRegression
 
-    x, y = torch.cat([known, unknown])[:, None].numpy(), [1] * len(known) + [0] * len(unknown)
+    x = torch.cat([known, unknown])[:, None].numpy()
+    y = [1] * len(known) + [0] * len(unknown)
     fit = LogisticRegression(C=1e3, class_weight="balanced").fit(x, y)
     return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
 
@@ -363,7 +370,8 @@ def faces_learned(run, device, dtype):
     unknown                                the same of characters that --hold-out left out, or None
     """
     net, header, autocast = open_network(run, device, dtype)
-    folder, held = header["data"], header.get("split", "val")
+    folder = header["data"]
+    held = header.get("split", "val")
     (train, dev, _), classes = open_rows(folder, held, header.get("hold_out", 0))
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
@@ -398,7 +406,8 @@ def load_gallery(run):
     arrays = {"embeddings": f"float n {head['config']['dim']}", "labels": "int64 n"}
     fields.check_arrays(tensors, arrays, path, REMEDY, n=len(header["keys"]))
     fields.check_finite(tensors, path)
-    embeddings, labels = tensors["embeddings"].float(), tensors["labels"]
+    embeddings = tensors["embeddings"].float()
+    labels = tensors["labels"]
     fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
     if names[:learned] != head["classes"] or len(labels.unique()) != len(names):
         raise UserError(f"{path} is not of this run's characters; {REMEDY}")
@@ -411,7 +420,8 @@ def load_gallery(run):
 def calibrate_by_folds(args, count):
     """Train again without each part of the `count` characters; these then say what unknown ones are."""
     run, parts = args.run, args.folds
-    path, folds = Path(run) / GALLERY, []
+    path = Path(run) / GALLERY
+    folds = []
     if count - -(-count // parts) < 2:
         raise UserError(f"{count} characters are too few for --folds {parts}: a training needs two")
     for part in range(1, parts + 1):
@@ -524,7 +534,8 @@ def answers(keys, logits, embeddings, gallery, nearest=NEAREST):
     to_face = compared(embeddings, gallery) @ gallery["unit"].T  # (B, faces)
     rows = []
     for key, cosines, (who, similarity, margin, sure) in zip(keys, to_face, decisions, strict=True):
-        name, known = gallery["names"][who], bool(margin >= 0)
+        name = gallery["names"][who]
+        known = bool(margin >= 0)
         row = {"picture": key, "name": name if known else None, "known": known}
         row["confidence"] = None if sure.isnan() else round(sure.item(), 4)
         row["similarity"] = round(similarity.item(), 4)
@@ -589,10 +600,12 @@ def sort(args, net, header, gallery, autocast):
     if args.group and rows:
         raise UserError(f"{out} has groups already; choose a new folder for --group")
     wanted = files_to_sort(args.images, out, rows)
-    args.images, problems = not_listed(wanted, rows), []
+    args.images = not_listed(wanted, rows)
+    problems = []
     if args.sort:
         print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
-    found, names = (), gallery["names"]
+    found = ()
+    names = gallery["names"]
     if args.group:
         found = grouped(predictions(args, net, header, autocast, problems), gallery)
         names = dict.fromkeys(row["name"] for row in found)
@@ -708,7 +721,8 @@ def open_sorted(table):
 
 def folders_of(names):
     """-> {character: folder}: names of files on every system, no two alike, none `unknown`."""
-    folders, taken = {}, {UNKNOWN}
+    folders = {}
+    taken = {UNKNOWN}
     for name in names:
         folder = FORBIDDEN.sub("_", name)
         while folder.casefold() in taken or DEVICES.match(folder):
@@ -770,7 +784,8 @@ def add_faces(run, who, keys, embeddings):
 
 def take_out(run, who):
     """Remove an enrolled character from the run's gallery -> a line that says so."""
-    who, path = sources.nfc(who.strip()), Path(run) / GALLERY
+    who = sources.nfc(who.strip())
+    path = Path(run) / GALLERY
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
         names = gallery["names"]
@@ -811,7 +826,8 @@ def faces_of(net, gallery, folder, name, autocast):
     logits, embeddings = outputs_of(net, split, rows, autocast, f"faces of {folder}")
     ids = {who: i for i, who in enumerate(gallery["names"])}
     known = [ids.get(who, -1) for who in split["header"]["classes"]]
-    labels, groups = split["labels"][rows], data.groups_of(split)[rows]
+    labels = split["labels"][rows]
+    groups = data.groups_of(split)[rows]
     true = torch.tensor([*known, -1])[labels]  # the last: without a label
     who, _, margin, sure = decide(logits, embeddings, gallery)
     found = {"unit": compared(embeddings, gallery), "labels": labels, "groups": groups}
@@ -927,14 +943,16 @@ def measure(asked, own, learned):
     asked: of the set that is measured; pairs are of its labelled pictures. own: where known
     characters are. learned: by the head.
     """
-    row, labelled = {}, asked.labels >= 0
+    row = {}
+    labelled = asked.labels >= 0
     faces = asked.unit[labelled], asked.labels[labelled], asked.groups[labelled]
     pairs = metrics.pair_cosines(*faces)
     if all(map(len, pairs)):
         row["verification"] = verification(*pairs)
     is_unknown = asked.true < 0
     unknown = asked.margin[is_unknown]
-    known, enrolled = own.true >= 0, own.true >= learned
+    known = own.true >= 0
+    enrolled = own.true >= learned
     to_group = is_unknown & labelled
     if len(asked.labels[to_group].unique()) > 1:
         row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group])

@@ -44,7 +44,9 @@ from model import shape_of
 
 KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
 NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours alone
-WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
+WEIGHT_DECAY = 0.05
+BETAS = (0.9, 0.999)  # of AdamW
+CLIP = 1.0  # largest norm of the gradient
 PIXEL_LR = 2e-3  # peak learning rate of stage 3
 FEW = 50  # frames of a kind in train: under it a note
 KEEP = 0.5  # share of the patches that stage 1 sees in training: fewer take less time
@@ -72,7 +74,8 @@ class Patches(nn.Module):
         super().__init__()
         shape = shape_of(encoder)
         self.config = {"encoder": shape, "norm_eps": encoder.norm.eps}  # for blank_patches
-        self.encoder, self.head = encoder, nn.Linear(shape["dim"], 1)
+        self.encoder = encoder
+        self.head = nn.Linear(shape["dim"], 1)
         self.register_buffer("centroids", torch.zeros(2, shape["dim"]))
         self.register_buffer("scale", torch.ones(()))  # standard deviation of a patch's score
 
@@ -141,7 +144,9 @@ def crops(task, images, masks, generator):
 
 def patch_loss(task, net, rows, images, generator):
     """Cross-entropy of the patches seen; the target of a patch is the share of it that is drawn."""
-    kind, N, patch = task.train.kind[rows].float(), net.encoder.side**2, net.encoder.patch_size
+    kind = task.train.kind[rows].float()
+    N = net.encoder.side**2
+    patch = net.encoder.patch_size
     view, drawn = crops(task, images, kind[:, None, None], generator)
     noise = data.send(torch.rand(len(rows), N, generator=generator), view.device)
     ids, _ = masking.sample(noise, max(1, round(KEEP * N)))
@@ -155,7 +160,8 @@ def set_centroids(task, net):
     """Set the mean patch token of each kind over train, and the standard deviation of scores."""
     net.eval()
     net.scale.fill_(1.0)
-    total, count = torch.zeros_like(net.centroids), torch.zeros(2, 1, device=task.device)
+    total = torch.zeros_like(net.centroids)
+    count = torch.zeros(2, 1, device=task.device)
     for rows, view in views(task, task.train, task.train.plain):
         with task.autocast():
             tokens = net.encoder.features(view)[:, 1:].float().mean(1)
@@ -186,7 +192,8 @@ def judge_frames(task, net, frames):
 
 def fine_scores(net, view):
     """view u8 (B, S, S, 3) -> (B, 2g, 2g): mean scores over frames moved by half a patch or not."""
-    h, g = net.encoder.patch_size // 2, net.encoder.side
+    h = net.encoder.patch_size // 2
+    g = net.encoder.side
     total, count = torch.zeros(2, len(view), 2 * g + 1, 2 * g + 1, device=view.device)
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
         moved = F.pad(view.permute(0, 3, 1, 2).float(), (0, dx * h, 0, dy * h), mode="replicate")
@@ -224,7 +231,8 @@ def two_means(probability):
 
     threshold = probability.mean((1, 2), keepdim=True)
     for _ in range(16):
-        over, under = probability > threshold, probability <= threshold
+        over = probability > threshold
+        under = probability <= threshold
         threshold = (mean(probability, over) + mean(probability, under)) / 2
     return (probability + 0.5 - threshold).clamp(0, 1)
 
@@ -291,7 +299,8 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(widths[0], 1, 1)
 
     def forward(self, x):
-        x, seen = self.down[0](self.stem(x)), []
+        x = self.down[0](self.stem(x))
+        seen = []
         for down in self.down[1:]:
             seen.append(x)
             x = down(F.max_pool2d(x, 2))
@@ -422,7 +431,8 @@ def overlay(picture, mask):
 
 def open_task(flags, device, autocast):
     """What a run works with: frames of each split, the encoder, the side S of a view in pixels."""
-    held, splits = flags.split, open_splits(flags.data, flags.split)
+    held = flags.split
+    splits = open_splits(flags.data, flags.split)
     task = SimpleNamespace(device=device, autocast=autocast, seed=flags.seed, held=held)
     task.data, task.learn_from = flags.data, flags.learn_from
     for kind in KINDS:
@@ -454,7 +464,8 @@ def frames_of(split, rows):
     for k, name in enumerate(KINDS):
         kind[split["header"]["classes"].index(name)] = k
     kind = kind[split["labels"]]
-    plain, mixed = rows[kind[rows] >= 0], rows[kind[rows] < 0]
+    plain = rows[kind[rows] >= 0]
+    mixed = rows[kind[rows] < 0]
     return SimpleNamespace(split=split, kind=kind, plain=plain, mixed=mixed)
 
 
@@ -587,7 +598,8 @@ def mask_of(net, picture, side, autocast, mixed=False):
     size, so it works on a copy of at most LARGEST pixels a side. mixed: see two_means.
     """
     H, W = picture.shape[:2]
-    ratio, device = min(1, LARGEST / max(H, W)), next(net.parameters()).device
+    ratio = min(1, LARGEST / max(H, W))
+    device = next(net.parameters()).device
     size = [max(1, round(ratio * x)) for x in (W, H)]
     copy = Image.fromarray(picture).resize(size, Image.BICUBIC)
     guide = torch.from_numpy(np.array(copy))[None].to(device)

@@ -260,7 +260,8 @@ class MFDN(nn.Module):
         few = max(1, shape["depth"] // 6)
         self.config = {"encoder": shape, "norm_eps": encoder.norm.eps, "C": C, "V": V}
         self.config |= {"arm": arm, "length": length}
-        self.encoder, self.half = encoder, shape["depth"] // 2
+        self.encoder = encoder
+        self.half = shape["depth"] // 2
         self.arm, self.V, self.length = arm, V, length
         self.register_buffer("reach", torch.ones(length - 2))  # see `reaches`
         if arm in READS_TAGS:
@@ -317,7 +318,8 @@ class MFDN(nn.Module):
             return self.decoder(self.query_token.expand(x.shape[0], -1, -1), x)  # (B, V, D)
         if hidden is None:
             return None
-        picture, language = x[:, :seen], x[:, seen:]
+        picture = x[:, :seen]
+        language = x[:, seen:]
         return self.decoder(language, picture, bias[..., seen:])[hidden]
 
 
@@ -372,7 +374,8 @@ def load_tagger(folder):
     path = checkpoints.model_file(folder)
     weights, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, HEADER, path, REMEDY)
-    config, words = header["tags"], len(header["words"])
+    config = header["tags"]
+    words = len(header["words"])
     thresholds = words if config["arm"] in NAMES_TAGS else 0
     wanted = [config["C"], config["V"], thresholds, config["encoder"]["image_size"]]
     listed = len(header.get("thresholds") or [])
@@ -451,7 +454,8 @@ def make_batch(task, rows, images, share, generator):
 
 def augment(task, images, generator):
     """images u8 (B, ., ., 3) -> patches (B, K, P) of a random view, and their places (B, K)."""
-    B, N = len(images), task.net.encoder.side**2
+    B = len(images)
+    N = task.net.encoder.side**2
     boxes, flip = data.draw_boxes(B, generator, task.min_crop)
     colour = torch.rand(B, 3, generator=generator)
     noise = torch.rand(B, N, generator=generator)
@@ -500,7 +504,9 @@ def open_run(flags, task):
 
 def fit(task, run, optimizer, seed):
     """Train the network from the run's step to its last one."""
-    net, labels, device = task.net, task.train.labels, task.device
+    net = task.net
+    labels = task.train.labels
+    device = task.device
     images = data.resident(task.train.split["images"], device)
     pairs = []  # the two losses of each step since the last row of the log
     for epoch in range(run.step // run.per_epoch, run.total // run.per_epoch):
@@ -578,7 +584,8 @@ def judge_tags(task):
     """-> {"tags": row, "tags_truth": row where the set knows all tags} of the reported split, mAP
     on dev, and the thresholds (V,), which are chosen there. Tags are named from pictures alone.
     """
-    V, found = len(task.words), {}
+    V = len(task.words)
+    found = {}
     rows = task.dev.rows[data.evenly_spaced(len(task.dev.rows), JUDGED)]
     _, scores = whole_answers(task, task.dev, rows, ask_tags=True)
     truth = many_hot(tags_of(task.dev, rows), V)
@@ -601,8 +608,10 @@ def judge(scores, truth, thresholds):
     """
     from sklearn.metrics import average_precision_score
 
-    found, there = scores >= thresholds, truth.any(0)
-    right, wrong = found & truth, (found != truth).mean(0)
+    found = scores >= thresholds
+    there = truth.any(0)
+    right = found & truth
+    wrong = (found != truth).mean(0)
     top = np.argsort(-truth.sum(0), kind="stable")[:TOP_TAGS]
     ap = np.full(min(AP_TAGS, len(there)), np.nan)
     for tag in there[:AP_TAGS].nonzero()[0]:
@@ -629,7 +638,8 @@ def fit_thresholds(scores, truth):
     Rare tags get the best threshold of all tags together: up to 200 million scores, so in bins.
     """
     edges = np.linspace(0, 1, BINS + 1)
-    found, right = np.histogram(scores, edges)[0], np.histogram(scores[truth], edges)[0]
+    found = np.histogram(scores, edges)[0]
+    right = np.histogram(scores[truth], edges)[0]
     found, right = found[::-1].cumsum()[::-1], right[::-1].cumsum()[::-1]  # over each edge
     thresholds = np.full(truth.shape[1], edges[f1(right, found, truth.sum()).argmax()])
     for tag in (truth.sum(0) >= FEWEST).nonzero()[0]:
@@ -640,7 +650,8 @@ def fit_thresholds(scores, truth):
 def best_threshold(scores, truth):
     """scores (n,), truth (n,) bool -> the score with the best F1, half way to the next one below."""
     falling, level = np.unique(-scores, return_inverse=True)  # equal scores are one level
-    found, right = np.bincount(level).cumsum(), np.bincount(level, truth).cumsum()
+    found = np.bincount(level).cumsum()
+    right = np.bincount(level, truth).cumsum()
     levels = np.append(-falling, 0).astype(scores.dtype)
     best = f1(right, found, truth.sum()).argmax()
     return float((levels[best] + levels[best + 1]) / 2)
@@ -658,7 +669,8 @@ def least_confidence(task):
 
 def write_results(flags, task, run):
     """Evaluate the network on pictures that decided nothing, and write all files but state.pt."""
-    out, row = run.out, metrics_row(flags, task, run)
+    out = run.out
+    row = metrics_row(flags, task, run)
     print(f"{flags.split:<9}{in_words(row['end'])}")
     thresholds = None
     if task.arm in NAMES_TAGS:
@@ -761,7 +773,8 @@ def line_of(row):
 def write_captions(flags, answer, header):
     """Write a caption beside each picture: words of --prepend, the character, its tags."""
     without = {plain(word) for word in words_of(flags.without)}
-    first, escape = words_of(flags.prepend), flags.escape
+    first = words_of(flags.prepend)
+    escape = flags.escape
     targets = {path: caption_files(path, flags.append) for path in flags.pictures}
     flags.refuse_unread()
     problems, done = [], []

@@ -51,7 +51,8 @@ def milliseconds(call, device, seconds=0.3):
     if device.type == "cuda" and triton:
         return triton.testing.do_bench(call, rep=1000 * seconds, return_mode="all")
     call()  # warms up
-    times, begin = [], time.perf_counter()
+    times = []
+    begin = time.perf_counter()
     while len(times) < 3 or time.perf_counter() < begin + seconds:
         start = now(device)
         call()
@@ -129,7 +130,8 @@ class Table:
 
     def __init__(self, path, keys, device, **versions):
         claim([], lock_beside(path))
-        self.path, self.keys = path, (*keys, "machine", "commit")
+        self.path = path
+        self.keys = (*keys, "machine", "commit")
         self.rows = read_table(path) if path.exists() else []
         self.where = {"machine": machine(device), **versions, "commit": commit()}
 

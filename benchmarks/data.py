@@ -38,7 +38,8 @@ def anonymous_mb():
 
 def watched(function, *args, **options):
     """-> (seconds that a call takes, most anonymous memory that it adds in MB)."""
-    readings, ended = [anonymous_mb()], threading.Event()
+    readings = [anonymous_mb()]
+    ended = threading.Event()
 
     def watch():
         while not ended.wait(0.01):

@@ -96,7 +96,8 @@ def inputs(case, dtype, device):
     K = int(N * (1 - ratio) + 1e-9)
     view = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
     order = torch.rand(batch, N, device=device).argsort(1)
-    keep, mask = order[:, :K].contiguous(), order[:, K:].contiguous()
+    keep = order[:, :K].contiguous()
+    mask = order[:, K:].contiguous()
     pred = torch.randn(batch, N - K, patch * patch * 3, device=device, dtype=dtype).requires_grad_()
     return view, keep, mask, pred, torch.rand(batch, N - K, device=device), patch
 
@@ -208,7 +209,8 @@ def main():
         print("note: no GPU here, so the PyTorch references are measured, not the kernels")
     for case in SMALL_CASES if args.small else GPU_CASES if gpu else CPU_CASES:
         torch.compiler.reset()
-        found, given = contenders(device), inputs(case, dtype, device)
+        found = contenders(device)
+        given = inputs(case, dtype, device)
         for one in PASSES:
             measure(table, case, one, given, found, args.turns)
     print(f"wrote    {path}")

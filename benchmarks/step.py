@@ -153,7 +153,8 @@ def make_network(case, folder):
 
         how = {"attn_implementation": "sdpa" if case.attention == "fused" else "eager"}
         net = ViTMAEForPreTraining.from_pretrained(folder / "hf", **how)
-        net.config.norm_pix_loss, net.config.mask_ratio = True, case.ratio
+        net.config.norm_pix_loss = True
+        net.config.mask_ratio = case.ratio
         for name, weight in net.named_parameters():  # positions are fixed in MAE, and learn there
             weight.requires_grad_("position" not in name and "pos_embed" not in name)
         return net, their_loss
@@ -187,7 +188,9 @@ def their_loss(case, net, view, noise, autocast):
 
 def fixed_views(case, device):
     """views u8 (B, S, S, 3), half of each nearly flat, and noise (8, B, N): always the same."""
-    draws, B, S = train.seeded(0), case.batch, case.image_size
+    draws = train.seeded(0)
+    B = case.batch
+    S = case.image_size
     view = torch.randint(256, (B, S, S, 3), generator=draws, dtype=torch.uint8)
     view[:, : S // 2] //= 64
     noise = torch.rand(8, B, (S // case.patch_size) ** 2, generator=draws)
@@ -325,11 +328,16 @@ def main():
     device = train.pick_device(args.device)
     gpu = device.type == "cuda"
     batch = args.batch or (256 if gpu else 16)
-    dtypes, decoders = args.dtype or (["bf16"] if gpu else ["fp32", "bf16"]), DECODERS
-    sizes, counts = FULL | {"model": args.model, "batch": batch}, COUNTS["cuda" if gpu else "cpu"]
+    dtypes = args.dtype or (["bf16"] if gpu else ["fp32", "bf16"])
+    decoders = DECODERS
+    sizes = FULL | {"model": args.model, "batch": batch}
+    counts = COUNTS["cuda" if gpu else "cpu"]
     if args.small:
         refuse_idle(args.given & {"model", "batch", "dtype"}, "with --small")
-        dtypes, decoders, sizes, counts = ["fp32"], ["32x1"], TINY, COUNTS["small"]
+        dtypes = ["fp32"]
+        decoders = ["32x1"]
+        sizes = TINY
+        counts = COUNTS["small"]
     there = [name for name in ("transformers", "timm") if find_spec(name)]
     versions = {name: version(name) for name in there} | {"triton": bench.TRITON}
     table = bench.Table(args.out / f"bench_step_{device.type}.csv", KEYS, device, **versions)

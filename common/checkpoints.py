@@ -103,7 +103,8 @@ def resize_positions(pos, side):
 
 def at_size(weights, facts, image_size, path):
     """Weights and facts for views of image_size pixels (None: as they are): all positions resized."""
-    size, p = image_size or facts["image_size"], facts["patch_size"]
+    size = image_size or facts["image_size"]
+    p = facts["patch_size"]
     if not SIDE(size) or size % p:
         raise UserError(f"--image-size {size} is no multiple of {p} px, a patch of {path}, or huge")
     positions = [name for name in weights if name.endswith("pos_embed")]
@@ -154,7 +155,8 @@ def init_from(model, path):
     from common.formats import encoder_of, is_decoder, read_checkpoint
 
     weights, facts = read_checkpoint(path)
-    config, size = model.config, model.config["image_size"]
+    config = model.config
+    size = config["image_size"]
     config = {"decoder_heads": config.get("decoder_dim", 0) // 32} | config
     decoder = "decoder_dim" in config and facts["decoder_depth"] > 0  # SimMIM's has no blocks
     keys = ["dim", "depth", "heads", "patch_size"]

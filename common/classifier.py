@@ -58,7 +58,8 @@ class MarginHead(nn.Module):
         if labels is None:
             return self.scale * cosine
         true = cosine.gather(1, labels[:, None])  # (B, 1)
-        target, m = true - self.margin, self.margin
+        target = true - self.margin
+        m = self.margin
         if self.kind != "cosface":
             # beyond theta = pi - m, where cos(theta + m) would rise again, a straight line
             sine = (1 - true.square()).clamp(min=1e-9).sqrt()
@@ -79,7 +80,8 @@ class Fusion(nn.Module):
 
     def __init__(self, dim, depth):
         super().__init__()
-        self.mix, self.norm = nn.Linear(depth, 1), nn.LayerNorm(dim)
+        self.mix = nn.Linear(depth, 1)
+        self.norm = nn.LayerNorm(dim)
         nn.init.constant_(self.mix.weight, 1 / depth)
         nn.init.zeros_(self.mix.bias)
 
@@ -97,7 +99,8 @@ class Classifier(nn.Module):
         self.config = {"head": head, "pool": pool, "margin": margin, "scale": scale, "dim": dim}
         check_fields(self.config, CONFIG, f"--head {head}", "give other numbers")
         self.encoder = encoder
-        is_ifa, depth = head == "ifa", len(encoder.blocks)
+        is_ifa = head == "ifa"
+        depth = len(encoder.blocks)
         self.neck = Fusion(dim, depth) if is_ifa else nn.BatchNorm1d(dim, 1e-6, affine=False)
         if head in MARGINS:
             self.head = MarginHead(dim, classes, head, margin, scale)
@@ -142,7 +145,8 @@ def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
     It is head_lr, and in the encoder lr * layer_decay^(blocks above). Biases, norms and tokens are
     not decayed.
     """
-    depth, groups = len(net.encoder.blocks), {}
+    depth = len(net.encoder.blocks)
+    groups = {}
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
@@ -165,7 +169,8 @@ def pooled_of(net, split, rows, autocast, name="", mirrored=False):
     name: of a progress bar. mirrored: the mean of picture and mirror image, in twice the time. It
     tells known from unknown characters better.
     """
-    pooled, encoder = [], net.encoder
+    pooled = []
+    encoder = net.encoder
     S = encoder.side * encoder.patch_size
     for _, view in data.whole_views(split["images"], rows, S, encoder.cls_token.device, name):
         sides = (view, view.flip(2)) if mirrored else (view,)

@@ -21,7 +21,8 @@ NO_MEMORY = (
     "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
 )
 QUIET = 10  # seconds between two states of a bar where output is piped
-LOCKS, HELD = contextlib.ExitStack(), set()  # of what this command writes; `cli` lets go of them
+LOCKS = contextlib.ExitStack()  # of what this command writes; `cli` lets go of them
+HELD = set()  # their paths
 
 
 def cli(main):

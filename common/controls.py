@@ -11,7 +11,8 @@ from common.evaluate import ridge, standardise, thumbnails, topk
 CPU = torch.device("cpu")
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of the ridge regression on thumbnails
 BINS = 8  # of red, green and blue
-SVM_IMAGES, COSTS = 4000, (1, 10, 100)  # of an SVM on histograms
+SVM_IMAGES = 4000  # of train, at most
+COSTS = (1, 10, 100)  # C of the SVM; one is chosen on dev
 
 
 def histograms(images):
@@ -47,7 +48,8 @@ def histogram_top1(train, dev, report):
     from sklearn.svm import SVC
 
     some = train.rows[data.evenly_spaced(len(train.rows), SVM_IMAGES)]
-    x, labels = features_of(histograms, train, some), train.labels[some]
+    x = features_of(histograms, train, some)
+    labels = train.labels[some]
     judged = [(features_of(histograms, y, y.rows), y.labels[y.rows]) for y in (dev, report)]
     fits = [SVC(C=cost).fit(x, labels) for cost in COSTS]
     best = max(fits, key=lambda fit: fit.score(*judged[0]))
@@ -58,13 +60,15 @@ class Gray:
     """Packed pictures u8 (n, S, S, 3), of which an index gives its rows without colour."""
 
     def __init__(self, images):
-        self.images, self.shape = images, images.shape
+        self.images = images
+        self.shape = images.shape
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        images, draws = torch.from_numpy(self.images[index]), torch.zeros(len(index), 4)
+        images = torch.from_numpy(self.images[index])
+        draws = torch.zeros(len(index), 4)
         return data.jitter_colour(images, draws, 0.0, 1.0).numpy()  # as training makes them
 
 

@@ -43,7 +43,8 @@ def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
 
 def standardise(train, *others):
     """-> all in float64, shifted and scaled by the mean and standard deviation of train (n, D)."""
-    mean, std = train.double().mean(0), train.double().std(0) + 1e-6  # a constant column becomes 0
+    mean = train.double().mean(0)
+    std = train.double().std(0) + 1e-6  # a constant column becomes 0
     return [(x.double() - mean) / std for x in (train, *others)]
 
 
@@ -89,9 +90,11 @@ def predict(model, view, ids_keep, ids_mask, autocast, floor=FLOOR):
 
 def masked_views(model, split, most):
     """Yield (view u8 (b, S, S, 3), ids_keep, ids_mask) of `most` images under the fixed mask."""
-    rows, N = data.evenly_spaced(len(split["images"]), most), model.encoder.side**2
+    rows = data.evenly_spaced(len(split["images"]), most)
+    N = model.encoder.side**2
     noise = masking.gumbel_noise(len(rows), N, seeded(0)).split(data.CHUNK)
-    side, device = model.config["image_size"], model.encoder.cls_token.device
+    side = model.config["image_size"]
+    device = model.encoder.cls_token.device
     views = data.whole_views(split["images"], rows, side, device)
     for (_, view), chunk in zip(views, noise, strict=True):
         yield view, *masking.sample(chunk.to(device), masking.kept(N, EVAL_RATIO))
@@ -134,7 +137,8 @@ def recognition(features, train, held):
     """
     bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
     queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)
-    (near, flat), (query, query_flat) = features(train, bank), features(held, queries)
+    near, flat = features(train, bank)
+    query, query_flat = features(held, queries)
     labels, truth = train["labels"][bank], held["labels"][queries]
     classes = int(labels.max()) + 1
     x, q = standardise(flat, query_flat)
@@ -150,7 +154,8 @@ def recognition(features, train, held):
 @torch.no_grad()
 def attention_by_part(encoder, split, source, autocast):
     """{part: share of the attention over share of the area}, 1 without a preference."""
-    names, images = split["header"]["parts"], split["images"]
+    names = split["header"]["parts"]
+    images = split["images"]
     rows = data.evenly_spaced(len(images), 256)
     mass, area = torch.zeros(2, len(names))
     for index, score in guidance.attention(encoder, images, rows, source, autocast):

@@ -21,7 +21,8 @@ from common.io import UserError
 from common.train import autocast_of, pick_device, pick_dtype
 from model import ViT, shape_of
 
-POOLS, HEADLINE = ("mean", "cls", "extremes"), "extremes"
+POOLS = ("mean", "cls", "extremes")
+HEADLINE = "extremes"
 
 
 def home_of(run):
@@ -62,7 +63,8 @@ def open_task(args, run):
     device = pick_device(args.device)
     splits = open_splits(folder, args.split)
     task = SimpleNamespace(args=args, folder=folder, splits=splits, device=device)
-    task.train, task.split = splits["train"], splits[args.split]
+    task.train = splits["train"]
+    task.split = splits[args.split]
     task.labelled = data.has_labels(task.train) and data.has_labels(task.split)
     task.dtype, _ = pick_dtype(args.dtype, device)
     task.autocast = autocast_of(device, task.dtype)
@@ -77,7 +79,8 @@ def open_splits(folder, held="val"):
     splits = {name: data.open_split(folder, name) for name in names}
     for name, split in splits.items():
         for key in ("classes", "tags"):
-            here, there = split["header"].get(key), splits["train"]["header"].get(key)
+            here = split["header"].get(key)
+            there = splits["train"]["header"].get(key)
             if here != there:
                 odd = sorted(map(str, set(here or ()) ^ set(there or ())))[:4]
                 odd = f"({', '.join(odd)}, ...); pack both in one run of data.py"
@@ -122,7 +125,8 @@ def part_of(left_out):
 
 def numbers_of(left_out, classes):
     """-> the numbers of the classes that are left out: the same ones for each data set."""
-    order, (part, count) = np.random.default_rng(0).permutation(len(classes)), part_of(left_out)
+    order = np.random.default_rng(0).permutation(len(classes))
+    part, count = part_of(left_out)
     return order[part - 1 :: count] if part else order[:count]
 
 
@@ -184,8 +188,10 @@ def extract(extractor, size, task):
     """
     found = {}
     for name, split in task.splits.items():
-        images, chunks = split["images"], []
-        rows, bar = torch.arange(len(images)), f"features {name}"
+        images = split["images"]
+        chunks = []
+        rows = torch.arange(len(images))
+        bar = f"features {name}"
         for _, view in data.whole_views(images, rows, size, task.device, bar):
             with task.autocast():
                 pools = extractor(view)

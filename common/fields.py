@@ -93,7 +93,8 @@ def check_arrays(arrays, table, path, remedy, **sizes):
             continue
         if name not in arrays:
             raise UserError(f"{path} has no array {name!r}; {remedy}")
-        array, (dtype, *letters) = arrays[name], says.split()
+        array = arrays[name]
+        dtype, *letters = says.split()
         found = f"{array.dtype} {tuple(array.shape)}"
         if len(array.shape) == len(letters):
             sizes = dict(zip(letters, array.shape, strict=True)) | sizes

@@ -124,9 +124,12 @@ def fold_pixels(weights, mean, std):
     """The patch embedding for (x - mean) / std = (x - MEAN) / STD * STD / std + (MEAN - mean) / std
     -> that for (x - MEAN) / STD.
     """
-    name, mean, std = "patch_embed.proj", torch.tensor(mean), torch.tensor(std)
+    name = "patch_embed.proj"
+    mean = torch.tensor(mean)
+    std = torch.tensor(std)
     kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]  # (D, 3, p, p), (D)
-    scale, shift = torch.tensor(STD) / std, (torch.tensor(MEAN) - mean) / std
+    scale = torch.tensor(STD) / std
+    shift = (torch.tensor(MEAN) - mean) / std
     moved = bias + (kernel * shift[:, None, None]).sum((1, 2, 3))
     return weights | {f"{name}.weight": kernel * scale[:, None, None], f"{name}.bias": moved}
 

@@ -47,7 +47,9 @@ class Guide:
         self.need = masking.NEEDS.get(strategy)
         self.shuffle = params.pop("shuffle", 0) > 0  # the control, see `scores`
         self.side, self.patch = encoder.side, encoder.patch_size
-        self.out, self.autocast, self.views = Path(out), autocast, views
+        self.out = Path(out)
+        self.autocast = autocast
+        self.views = views
         self.maps, self.parts, self.file = None, 0, None
         self.teacher, self.predictor = None, None
         if self.need == "difficulty":
@@ -69,7 +71,8 @@ class Guide:
 
     def open_attention(self, name):
         """Take the teacher's maps from this file of the run."""
-        self.file, self.maps = name, data.open_tensors(self.out / name)["attn"]
+        self.file = name
+        self.maps = data.open_tensors(self.out / name)["attn"]
 
     def scores(self, rows, boxes, flip, view):
         """{need: (B, N), or (B, N, P) for parts} of views u8 (B, S, S, 3), cut from images `rows`.
@@ -153,12 +156,14 @@ class Teacher:
     def update(self, encoder, step, total):
         """The average takes a step towards the encoder."""
         momentum = ema_momentum(step, total)
-        old, new = list(self.encoder.parameters()), list(encoder.parameters())
+        old = list(self.encoder.parameters())
+        new = list(encoder.parameters())
         torch._foreach_lerp_(old, new, 1 - momentum)
 
     def write_maps(self, images, path, autocast):
         """Write the attention to all images as f16 (n, g, g): memory does not grow with the data."""
-        n, g = len(images), self.encoder.side
+        n = len(images)
+        g = self.encoder.side
         rows = attention_rows(images, self.encoder, self.source, autocast)
         chunks = progress(rows, "attention", math.ceil(n / data.CHUNK), leave=False)
         data.write_maps(path, "attn", chunks, (n, g, g), "F16")
@@ -223,7 +228,8 @@ def attention(encoder, images, rows, source, autocast):
         for index, tokens in patch_tokens(encoder, images, rows, autocast):
             yield index, (tokens - mean.to(tokens.device)).norm(dim=2)
         return
-    size, device = encoder.side * encoder.patch_size, encoder.cls_token.device
+    size = encoder.side * encoder.patch_size
+    device = encoder.cls_token.device
     for index, view in data.whole_views(images, rows, size, device):
         with autocast():
             score = encoder.patch_attention(view, source)  # (b, H, N)
@@ -232,7 +238,8 @@ def attention(encoder, images, rows, source, autocast):
 
 def patch_tokens(encoder, images, rows, autocast):
     """Yield (index, patch tokens (b, N, D) fp32) of whole images `rows`, in order."""
-    size, device = encoder.side * encoder.patch_size, encoder.cls_token.device
+    size = encoder.side * encoder.patch_size
+    device = encoder.cls_token.device
     for index, view in data.whole_views(images, rows, size, device):
         with autocast():
             tokens = encoder.features(view)
@@ -280,7 +287,8 @@ def open_maps(need, where, folder, train):
 
     where: a folder or file of maps.py; "truth": masks in the data; "auto": those, else maps/NAME.
     """
-    name, has_truth = IN_FILES[need], need in TRUTH and need in train
+    name = IN_FILES[need]
+    has_truth = need in TRUTH and need in train
     if has_truth and where in ("truth", "auto"):
         count = len(train["header"].get("parts") or [])
         return train[need], count, f"the true {TRUTH[need]} of {folder}"

@@ -117,7 +117,8 @@ def open_tensors(path, remedy="remove it and make it again"):
         entries = parse_table(f.read(room) if room < os.path.getsize(path) else "")
         header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
         for name, entry in entries.items():
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            dtype = DTYPES[entry["dtype"]]
+            shape = tuple(entry["shape"])
             first = 8 + room + entry["data_offsets"][0]
             tensors[name] = np.memmap(f, dtype, "r", first, shape)
     return tensors | {"header": header}

@@ -135,7 +135,8 @@ def read_adapter(folder, encoder):
             raise UserError(f"the adapter in {folder} does not fit {name}: {shapes}")
         layers[name] = A, B, alphas[name] / (rank**0.5 if config.get("use_rslora") else rank)
     if header and header["fingerprint"] != fingerprint(encoder):
-        base, its = config.get("base_model_name_or_path"), short(header["fingerprint"])
+        base = config.get("base_model_name_or_path")
+        its = short(header["fingerprint"])
         ours = f"this encoder's is {fingerprint(encoder)}"
         raise UserError(f"the adapter in {folder} is for {base}, fingerprint {its}; {ours}")
     return layers

@@ -93,7 +93,8 @@ def by_frequency(confusion, counts, many=100, few=20):
 
     The bounds are those of ImageNet-LT (Liu et al. 2019, arXiv:1904.05160).
     """
-    head, tail = counts > many, counts < few
+    head = counts > many
+    tail = counts < few
     shares = {}
     for name, rows in {"head": head, "mid": ~(head | tail), "tail": tail}.items():
         images = confusion[rows].sum().item()
@@ -106,7 +107,8 @@ def classification(scores, labels, counts):
 
     "confusion" has the true class as row; "per_class" is the recall, None of no images.
     """
-    C, predicted = len(counts), scores.argmax(1)
+    C = len(counts)
+    predicted = scores.argmax(1)
     confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
     rows = confusion.tolist()
     return {

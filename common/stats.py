@@ -61,7 +61,8 @@ def bootstrap(differences, groups, draws=2000):
     """
     d = np.asarray(differences, np.float64)
     _, ids = np.unique(groups, return_inverse=True)
-    size, rng = np.bincount(ids), np.random.default_rng(0)
+    size = np.bincount(ids)
+    rng = np.random.default_rng(0)
     sums = np.stack([np.bincount(ids, row) for row in d])  # (seeds, groups)
     means = np.empty(draws)
     for i in range(draws):

@@ -29,7 +29,8 @@ def out_of_fold(x, labels, groups, classes):
     fold = torch.from_numpy(order[group_of] % FOLDS)
     found = torch.empty(len(x), classes, dtype=torch.float64)
     for k in range(FOLDS):
-        judged, choose = fold == k, fold == (k + 1) % FOLDS
+        judged = fold == k
+        choose = fold == (k + 1) % FOLDS
         fit = ~(judged | choose)
         parts = x[fit].float(), labels[fit], x[choose].float(), labels[choose]
         classify, _ = metrics.logistic_probe(*parts, classes)
@@ -69,7 +70,8 @@ def write_suspects(flags):
     encoder, size = load_encoder(flags.runs[0])
     x = features.of_encoder(encoder.to(task.device), size, task)["mean"]["train"]
     split = task.train
-    names, labels = split["header"]["classes"], split["labels"]
+    names = split["header"]["classes"]
+    labels = split["labels"]
     probabilities = out_of_fold(x, labels, data.groups_of(split), len(names))
     rows, better = ranked(probabilities, labels)
     save_csv(table_rows(split, rows, better, probabilities), table, COLUMNS)
@@ -85,7 +87,8 @@ def write_suspects(flags):
 
 def table_rows(split, rows, better, probabilities):
     """-> a row of suspects.csv for each picture: its label, a better one, and their probabilities."""
-    names, labels = split["header"]["classes"], split["labels"]
+    names = split["header"]["classes"]
+    labels = split["labels"]
     found = []
     for i in rows.tolist():
         cells = [split["header"]["keys"][i]]
@@ -99,7 +102,8 @@ def draw(path, split, rows, better):
     """The first pictures, under each its label and what it is taken for."""
     from common import plots
 
-    names, labels = split["header"]["classes"], split["labels"]
+    names = split["header"]["classes"]
+    labels = split["labels"]
     size = (1.5 * SHOWN[1], 1.7 * SHOWN[0] + 0.5)
     with plots.panels(path, "Labels that are probably wrong", *SHOWN, size, squeeze=False) as axes:
         for axis in axes.flat:

@@ -263,16 +263,21 @@ class Run:
     """
 
     def __init__(self, flags, parts, total, per_epoch, device):
-        self.out, self.device = Path(flags.out), device
+        self.out = Path(flags.out)
+        self.device = device
         self.path, self.log_path = self.out / "state.pt", self.out / "log.jsonl"
         self.config = {k: v for k, v in flags.values.items() if k not in ("log", "resume")}
-        self.parts, self.batch_size = parts, flags.batch_size  # images of a step
-        self.step, self.total, self.per_epoch = 0, total, per_epoch
+        self.parts = parts
+        self.batch_size = flags.batch_size  # images of a step
+        self.step = 0
+        self.total = total
+        self.per_epoch = per_epoch
         self.losses, self.norms = [], []  # since the last row of the log
         self.start = self.saved = self.since = time.perf_counter()
         resume, trackers = flags.resume, flags.log
         flags.refuse_unread()
-        self.stop, self.trackers = catch_signals(), []
+        self.stop = catch_signals()
+        self.trackers = []
         self.writes = not launched() or os.environ["RANK"] == "0"
         if self.writes:
             claim([], self.out / ".lock")
@@ -289,7 +294,8 @@ class Run:
         with reading(self.path, "state of such a run", ANEW):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.step, self.start = state["step"], self.start - state["seconds"]
+            self.step = state["step"]
+            self.start -= state["seconds"]
 
     def begin(self):
         """A new run refuses files of another, and can be resumed from its first moment."""

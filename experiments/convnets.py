@@ -85,7 +85,8 @@ def load_any(path, image_size=None):
     config = about_model(path).get("config", {})
     if "network" not in config and str(path) not in NETWORKS:
         return checkpoints.load_encoder(path, image_size)
-    network, side = config.get("network", str(path)), image_size or config.get("image_size", 64)
+    network = config.get("network", str(path))
+    side = image_size or config.get("image_size", 64)
     net = ConvNet(network, side)
     if model_file(path).exists():
         load_exactly(net, read_safetensors(model_file(path))[0], model_file(path))

@@ -67,7 +67,9 @@ def measure_foreground(images, true, side):
 
 def measure_attention(images, true, encoder):
     """A row of AUC and of what falls on the background for each source of attention."""
-    rows, share, every = [], maps.to_patches(true, encoder.side), torch.arange(len(images))
+    rows = []
+    share = maps.to_patches(true, encoder.side)
+    every = torch.arange(len(images))
     sources = [x for x in guidance.SOURCES if x != "pooler" or encoder.pooler is not None]
     for source in sources:
         found = guidance.attention(encoder, images.numpy(), every, source, contextlib.nullcontext)
@@ -103,7 +105,8 @@ def inputs_of_parts(truth, encoder, size):
 
 def measure_parts(truth, encoder, size, K=6):
     """Rows of the adjusted Rand index. truth: images, foreground, parts u8 (n, S, S)."""
-    true, rows = main_part(truth[2], encoder.side), []
+    true = main_part(truth[2], encoder.side)
+    rows = []
     on = true > 0
     for kind, points in inputs_of_parts(truth, encoder, size).items():
         label = torch.cdist(points[on], maps.kmeans(points[on], K)).argmin(1)

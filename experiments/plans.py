@@ -85,7 +85,8 @@ def differences(*rows):
     """Rows ("arm.column", "other.column", text) -> tests without a claim."""
     found = []
     for ours, theirs, text in rows:
-        (arm, what), (against, other) = ours.split("."), theirs.split(".")
+        arm, what = ours.split(".")
+        against, other = theirs.split(".")
         test = {"what": what, "arm": arm, "against": against, "against_what": other}
         found.append(test | {"text": text})
     return found

@@ -76,7 +76,8 @@ def thresholds(rows):
 
 def derived(row, study):
     """Metrics that follow from a row's curve and times."""
-    curve, limits = row.get("curve"), study.thresholds
+    curve = row.get("curve")
+    limits = study.thresholds
     if curve is None:
         return {"minutes": row["seconds"] / 60} if row.get("seconds") else {}
     limit = limits.get(study.plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
@@ -102,7 +103,8 @@ def measure(test, study):
     what: a column, "epochs", "log_epochs" or "variance". against_what: the baseline's column, where
     it is another one.
     """
-    what, claim = test["what"], test.get("claim", 0.0)
+    what = test["what"]
+    claim = test.get("claim", 0.0)
     arm, base = study.rows.get(test["arm"], {}), study.rows.get(test["against"], {})
     pairs = [(arm[seed], base[seed]) for seed in sorted(arm.keys() & base.keys())]
     row = test | {"claim": claim, "planned": len(study.plan["seeds"]), "over": "seeds alone"}
@@ -304,7 +306,8 @@ def draw_dots(path, study):
 
 def lines_of(study):
     """Arms "NAME, 12 min" -> {"min": {"NAME": {12.0: values of the first column}}}; {} of others."""
-    column, found = next(iter(study.plan["columns"])), {}
+    column = next(iter(study.plan["columns"]))
+    found = {}
     for arm, seeds in study.rows.items():
         name, _, place = arm.partition(", ")
         x, _, unit = place.partition(" ")
@@ -366,7 +369,8 @@ MARKS = "<!-- experiments.report writes from here -->", "<!-- to here -->"
 
 def section(study, top):
     """A study in STUDY.md -> lines: what was asked and made, and each arm with its difference."""
-    plan, made = study.plan, sum(map(len, study.rows.values()))
+    plan = study.plan
+    made = sum(map(len, study.rows.values()))
     planned = len(plan["arms"]) * len(plan["seeds"])
     kind = "" if plan["phase"] == "reported" else f", {plan['phase']}"
     runs = f"{made} runs" if made == planned else f"{made} of {planned} planned runs"
@@ -381,7 +385,8 @@ def section(study, top):
     for arm, runs in study.rows.items():
         found, verdict = "", ""
         if arm in tests and tests[arm]["low"] is not None:
-            test, verdict = tests[arm], tests[arm]["verdict"]
+            test = tests[arm]
+            verdict = test["verdict"]
             found = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
         rows.append([f"`{arm}`", cell(values_of(runs, column), 1), found, verdict])
     head = ["mask", plan["columns"][column], "difference", "verdict"]

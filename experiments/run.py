@@ -88,7 +88,8 @@ def make(text, args):
         else:
             shutil.rmtree(out, ignore_errors=True)
             words += ["--out", str(out)]
-        row, start = {"command": f"python {text}", "commit": commit()}, time.perf_counter()
+        row = {"command": f"python {text}", "commit": commit()}
+        start = time.perf_counter()
         try:
             execute(words, args, args.work / f"{name}.log", lock)
         except Diverged as problem:
@@ -176,7 +177,8 @@ def score_of(name, flags, args):
 
 def score_on_dev(name, flags, args):
     """The score of a trial; none is worse than one that diverges."""
-    plan, share = args.plan, args.plan.get("trial_share", 1.0)
+    plan = args.plan
+    share = plan.get("trial_share", 1.0)
     file, key = plan["dev"]
     with contextlib.suppress(Diverged):
         if name in plan.get("made", {}):
@@ -271,7 +273,8 @@ def check(args, arms):
         if name not in train:
             raise UserError(f"{args.data} has no {name}, which {args.name} needs; {fix} makes some")
     args.digest = f"{data.fingerprint(train)}-{data.fingerprint(held)}"
-    args.images, args.groups = len(train["images"]), data.groups_of(held).tolist()
+    args.images = len(train["images"])
+    args.groups = data.groups_of(held).tolist()
     encoder = args.set.get("encoder")
     if encoder and not Path(encoder).exists():
         raise UserError(f"{encoder} does not exist; give --set encoder=RUN, of pretrain.py")
@@ -306,13 +309,15 @@ def with_masks(plan, arms):
 
 def chosen(args):
     """-> the plan, the arms that are asked for, and [(arm, seed)], seed by seed: whole pairs."""
-    plan, arms = args.plan, list(args.arms or args.plan["arms"])
+    plan = args.plan
+    arms = list(args.arms or plan["arms"])
     if "template" in plan:
         plan, arms = with_masks(plan, arms)
     unknown = [arm for arm in arms if arm not in plan["arms"]]
     if unknown:
         raise UserError(f"--arms {unknown[0]} is unknown; choose from {', '.join(plan['arms'])}")
-    first, count = plan["seeds"][0], args.seeds or len(plan["seeds"])
+    first = plan["seeds"][0]
+    count = args.seeds or len(plan["seeds"])
     seeds = range(first, first + count)
     bases = {against(plan, arm) for arm in arms}
     pilots = range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0))

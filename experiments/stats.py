@@ -75,7 +75,8 @@ def paired(values, groups=None, claim=0.0, margin=None):
     row = empty(each)
     if not varies(each) or groups is not None and len(np.unique(groups)) < 2:
         return row
-    errors, mean = errors_of(values, groups), row["effect"]
+    errors = errors_of(values, groups)
+    mean = row["effect"]
     half = max(float(t.ppf(0.975, df)) * error for error, df in errors)
     row |= {"low": mean - half, "high": mean + half, "notes": []}
     row["p"] = max(float(2 * t.sf(abs(mean) / error, df)) for error, df in errors)
@@ -92,7 +93,8 @@ def variance(values, baseline):
     for side in (values, baseline):
         if not varies(side):
             return empty(side) | {"effect": None}
-    n, df = len(values), (len(values) - 1, len(baseline) - 1)
+    n = len(values)
+    df = (len(values) - 1, len(baseline) - 1)
     ratio = np.var(values, ddof=1) / np.var(baseline, ddof=1)
     low, high = (ratio / float(f.ppf(q, *df)) for q in (0.975, 0.025))
     row = dict.fromkeys(FIELDS) | {"n": n, "per_seed": [], "effect": 100 * (1 - ratio)}
@@ -153,7 +155,8 @@ def epochs_saved(pairs, threshold, claim=0.0, logs=False):
 def holm(p_values):
     """p values of a family -> adjusted ones, to be compared with 0.05 (Holm 1979). None counts as 1."""
     p = [1.0 if x is None else x for x in p_values]
-    adjusted, highest = list(p_values), 0.0
+    adjusted = list(p_values)
+    highest = 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = None if p_values[i] is None else highest

@@ -129,9 +129,11 @@ def fit_probe(task):
     """The headline of probe.py on clean features: task.scores(features (n, D)) -> (n, C)."""
     found = features.of_encoder(task.encoder, task.size, task)[task.args.pool]
     fit, choose, where = features.hold_out(task.splits)
-    y, truth = task.train["labels"][fit], task.splits[where]["labels"][choose]
+    y = task.train["labels"][fit]
+    truth = task.splits[where]["labels"][choose]
     classes = len(task.train["header"]["classes"])
-    x, held = found["train"][fit], found[where][choose]
+    x = found["train"][fit]
+    held = found[where][choose]
     task.scores, _ = metrics.logistic_probe(x, y, held, truth, classes)
 
 
@@ -178,7 +180,8 @@ def robustness(task):
 
 def without_parts(task):
     """{part: {"area": share of the picture, "hidden", "control": Top-1 without it}}."""
-    found, parts = {}, torch.from_numpy(task.split["parts"][task.rows.numpy()])
+    found = {}
+    parts = torch.from_numpy(task.split["parts"][task.rows.numpy()])
     for k, name in list(enumerate(task.split["header"]["parts"]))[1:]:  # 0 is the background
         hidden = right_of(task, partial(hide_part, task=task, part=k))
         control = partial(hide_part, task=task, part=k, generator=seeded(0, k))
@@ -192,7 +195,8 @@ def without_parts(task):
 
 def stress_probe(task):
     """Everything about the probe."""
-    clean, most_frequent = right_of(task), torch.bincount(task.train["labels"]).argmax()
+    clean = right_of(task)
+    most_frequent = torch.bincount(task.train["labels"]).argmax()
     row = {"clean": percent(clean), "pool": task.args.pool}
     row["chance"] = percent(task.split["labels"][task.rows] == most_frequent)
     row["robustness"] = robustness(task)
@@ -241,7 +245,8 @@ def ssim_map(a, b):
 
 def pixel_scores(view, pasted, where, foreground):
     """(B,) each: PSNR and SSIM on hidden pixels, all, figure, ground; PSNR of the flat guess."""
-    similarity, regions = ssim_map(pasted, view), {"": where}
+    similarity = ssim_map(pasted, view)
+    regions = {"": where}
     if foreground is not None:
         regions |= {"_figure": where & foreground, "_ground": where & ~foreground}
     scores = {"psnr_flat": psnr(flat_guess(view, where), view, where)}
@@ -254,8 +259,11 @@ def pixel_scores(view, pasted, where, foreground):
 @torch.no_grad()
 def reconstruction(mae, task):
     """[{"ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB, [0, 1]. Random masks."""
-    split, model, total = task.split, mae[0], {ratio: {} for ratio in RATIOS}
-    S, N = model.config["image_size"], model.encoder.side**2
+    split = task.split
+    model = mae[0]
+    total = {ratio: {} for ratio in RATIOS}
+    S = model.config["image_size"]
+    N = model.encoder.side**2
     for rows, view in data.whole_views(split["images"], task.rows, S, task.device, "pixels"):
         noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()])
         foreground = None
@@ -332,7 +340,8 @@ def open_task(args):
     """features.open_task, with the encoder, and in task.rows the images that are shown to it."""
     encoder, task_size = load_encoder(args.run)
     task = features.open_task(args, args.run)
-    task.run, task.size = Path(args.run), task_size
+    task.run = Path(args.run)
+    task.size = task_size
     task.encoder = encoder.to(task.device).requires_grad_(False)
     task.rows = data.evenly_spaced(len(task.split["images"]), args.images)
     task.out = features.results_folder(args.run, task.folder, args.split)

@@ -68,7 +68,8 @@ def thinned(tensors, header, classes, pictures, draw):
 
 def mislabelled(tensors, header, share, draw):
     """A split -> the same, in which this share of the labels is another character's."""
-    rng, labels = np.random.default_rng(draw), tensors["labels"]
+    rng = np.random.default_rng(draw)
+    labels = tensors["labels"]
     rows = np.sort(rng.permutation(len(labels))[: round(share * len(labels))])
     other = rng.integers(1, len(header["classes"]), len(rows))
     labels[rows] = (labels[rows] + torch.from_numpy(other)) % len(header["classes"])

@@ -159,7 +159,8 @@ def main():
     device = train.pick_device(flags.device)
     flags.autocast = train.autocast_of(device, train.pick_dtype(flags.dtype, device)[0])
     train_set = data.open_split(flags.data, "train")
-    images, n = data.resident(train_set["images"], device), len(train_set["labels"])
+    images = data.resident(train_set["images"], device)
+    n = len(train_set["labels"])
     B = flags.values["batch_size"] = min(flags.batch_size, n)
     per_epoch = n // B
     total = flags.epochs * per_epoch

@@ -29,7 +29,8 @@ PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 # A decoded picture takes 12 bytes a pixel (WebP 20, AVIF 15): two gigabytes for the largest that
 # Pillow opens, 200 MB for one of this size. Larger ones are decoded one after the other.
-LARGE, ONE_LARGE = 2**24, threading.Lock()
+LARGE = 2**24
+ONE_LARGE = threading.Lock()
 # The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
 Image.core.set_block_size(2**26)
 
@@ -188,7 +189,8 @@ def reason(problem):
 
 def count_alpha(records, fetch):
     """-> how many of 64 images have transparent pixels, and how many were looked at."""
-    some, found = records[:: math.ceil(len(records) / 64)], 0
+    some = records[:: math.ceil(len(records) / 64)]
+    found = 0
     for _, load in fetch(some):
         with contextlib.suppress(Exception):  # a broken one is named later
             img = open_picture(io.BytesIO(load()))

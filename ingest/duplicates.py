@@ -108,9 +108,11 @@ def tables(hashes):
 
 def matches(key, ask, most):
     """Where sorted keys (n) equal those of `ask` (m, ways) -> positions, rows of ask."""
-    first, last = np.searchsorted(key, ask), np.searchsorted(key, ask, "right")
+    first = np.searchsorted(key, ask)
+    last = np.searchsorted(key, ask, "right")
     row, way = np.nonzero(last > first)
-    first, count = first[row, way], np.minimum(last - first, most)[row, way]
+    count = np.minimum(last - first, most)[row, way]
+    first = first[row, way]
     before = np.repeat(np.cumsum(count) - count, count)
     step = np.arange(count.sum()) - before  # 0, 1, .. of each key
     return np.repeat(first, count) + step, np.repeat(row, count)
@@ -118,7 +120,8 @@ def matches(key, ask, most):
 
 def lookup(c, built, hashes, most):
     """Frequencies (m, 63) -> i, j: picture i and row j have hashes of few differing bits."""
-    ask, found = packed(c > 0), []
+    ask = packed(c > 0)
+    found = []
     for bits, key, order in built:
         at, j = matches(key, keys_of(c, bits).astype(np.uint32), most)
         i = order[at].astype(np.int64)
@@ -138,7 +141,8 @@ def candidates(thumbs, most=16, size=4096):
     hashes = np.concatenate([packed(part) for part in parts])
     built = list(tables(hashes))
     for start in starts:
-        rows, some = [], np.array(thumbs[start : start + size])
+        rows = []
+        some = np.array(thumbs[start : start + size])
         for w, window in enumerate(WINDOWS):
             c = frequencies(some, window)
             i, j = lookup(c, built, hashes, most)

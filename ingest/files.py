@@ -78,7 +78,8 @@ def open_folder(root):
 
 def open_list(_):
     """Standard input, one path a line; the folders that all of them have in common say nothing."""
-    paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in sys.stdin if line.strip()], "."
+    paths = [os.path.normpath(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
+    top = "."
     if paths and all(map(os.path.isabs, paths)):
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)

@@ -103,7 +103,8 @@ def crop(photos, rng, size):
 
 def clouds(rng, size, slope):
     """Noise whose amplitude falls as frequency^-slope -> (size, size), standard deviation 1."""
-    fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
+    fy = np.fft.fftfreq(size)[:, None]
+    fx = np.fft.rfftfreq(size)[None]
     amplitude = np.maximum(np.hypot(fy, fx), 1 / size) ** -slope
     amplitude[0, 0] = 0
     phases = np.exp(2j * np.pi * rng.random(amplitude.shape))
@@ -124,12 +125,16 @@ def dead_leaves(photos, rng, size):
     Radii follow r^-3, so that it looks the same at all distances. Few large leaves are as smooth as
     a wall or a sky, many small ones as rough as gravel.
     """
-    skins, paints = surfaces(photos, rng, size), rng.uniform(10, 245, (rng.integers(2, 7), 3))
+    skins = surfaces(photos, rng, size)
+    paints = rng.uniform(10, 245, (rng.integers(2, 7), 3))
     frame = paints[0] + rng.uniform(0, 60) * skins[rng.integers(len(skins))]
-    (y, x), least = np.mgrid[:size, :size], 0.02 * 10 ** rng.uniform(0, 1)
+    y, x = np.mgrid[:size, :size]
+    least = 0.02 * 10 ** rng.uniform(0, 1)
     for _ in range(int(1 / least * 10 ** rng.uniform(0, 1))):
         radius = size * min(0.5, least / np.sqrt(1 - rng.random()))
-        cy, cx, angle, ratio = *rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(0.1, 1)
+        cy, cx = rng.uniform(0, size, 2)
+        angle = rng.uniform(0, np.pi)
+        ratio = rng.uniform(0.1, 1)
         top, left = (int(max(0, c - 1.5 * radius)) for c in (cy, cx))
         here = np.s_[top : int(cy + 1.5 * radius) + 2, left : int(cx + 1.5 * radius) + 2]
         dy, dx = (y[here] - cy) / radius, (x[here] - cx) / radius
@@ -140,7 +145,8 @@ def dead_leaves(photos, rng, size):
         inside = np.clip((1 - far) * radius * ratio, 0, 1)  # a soft rim of a pixel
         light = 1 + rng.uniform(0, 0.7) * (u * rng.normal() + v * rng.normal())
         light = light - rng.uniform(0, 0.4) * (u**2 + v**2)
-        strength, skin = rng.uniform(0, 50), skins[rng.integers(len(skins))]
+        strength = rng.uniform(0, 50)
+        skin = skins[rng.integers(len(skins))]
         skin = strength * np.roll(skin, rng.integers(size, size=2), (0, 1))[here]
         frame[here] *= 1 - rng.uniform(0, 0.8) * np.clip(3 * (1.3 - far), 0, 1)  # its shadow
         paint = paints[rng.integers(len(paints))]
@@ -172,7 +178,8 @@ def statistics(layer):
 
 def recolour(layer, palette):
     """The same layer with another's mean and covariance of colours, out of (0, 255) cut off -> f32."""
-    (mean, root), (their_mean, their_root) = statistics(layer), palette
+    mean, root = statistics(layer)
+    their_mean, their_root = palette
     plain = (layer - mean) @ np.linalg.inv(root).T
     return np.float32((plain @ their_root.T + their_mean).clip(0, 255))
 
@@ -185,12 +192,14 @@ def develop(frame, rng):
     if rng.random() < 0.5:  # coarse grain
         below, right, both = (np.roll(grain, *by) for by in ((1, 0), (1, 1), ((1, 1), (0, 1))))
         grain = (grain + below + right + both) / 2
-    slope, gray, colour = rng.uniform(0.4, 1.2), *rng.uniform(0, 8, 2)
+    slope = rng.uniform(0.4, 1.2)
+    gray, colour = rng.uniform(0, 8, 2)
     film = gray * clouds(rng, size, slope)[..., None]
     film = film + colour * np.stack([clouds(rng, size, slope) for _ in "rgb"], 2)
     noisy = frame + film + rng.uniform(3, 10) * grain / grain.std()
     noisy = Image.fromarray(np.uint8(noisy.round().clip(0, 255)))
-    file, quality = io.BytesIO(), int(rng.integers(50, 91))
+    file = io.BytesIO()
+    quality = int(rng.integers(50, 91))
     noisy.save(file, "JPEG", quality=quality, subsampling=int(rng.choice([0, 2])))
     return np.asarray(open_picture(file))
 
@@ -200,7 +209,8 @@ def develop(frame, rng):
 
 def plan(seed=0):
     """-> items {key, kind, split, seed, who} for draw()."""
-    people, items = toon.cast(seed=seed), []
+    people = toon.cast(seed=seed)
+    items = []
     for split, counts in COUNTS.items():
         for kinds, count in zip((PURE, MIXED, PURELY), counts, strict=True):
             for kind in np.repeat(kinds, count).tolist():
@@ -212,7 +222,8 @@ def plan(seed=0):
 
 def palettes(seed=0):
     """Colours of layers of both kinds, of the train photographs -> list for recolour()."""
-    rng, photos = np.random.default_rng((seed, 7)), open_photos("train")
+    rng = np.random.default_rng((seed, 7))
+    photos = open_photos("train")
     drawn = [toon.draw(item, 32)["image"] for item in toon.plan(PALETTES, min(48, PALETTES), seed)]
     taken = [photographed(photos, rng, 64) for _ in range(PALETTES)]
     return [statistics(layer) for layer in drawn + taken]
@@ -220,7 +231,8 @@ def palettes(seed=0):
 
 def ramp(rng, size, width):
     """A straight border through the middle third, `width` pixels wide -> (size, size), 0 to 1."""
-    angle, y, x = rng.uniform(0, 2 * np.pi), *np.mgrid[:size, :size]
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:size, :size]
     along = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle)
     return np.clip(0.5 + (along - rng.uniform(-1, 1) * size / 6) / width, 0, 1)
 
@@ -228,8 +240,11 @@ def ramp(rng, size, width):
 def window(rng, size):
     """Where a rectangle or an ellipse is, and its rim -> two (size, size) in 0 to 1."""
     y, x = (2 * np.mgrid[:size, :size] + 1) / size - 1
-    (cy, cx), (h, w) = rng.uniform(-0.4, 0.4, 2), rng.uniform(0.35, 0.7, 2)
-    u, v, n = np.abs(y - cy) / h, np.abs(x - cx) / w, rng.choice([2, 20])  # 20: a rectangle
+    cy, cx = rng.uniform(-0.4, 0.4, 2)
+    h, w = rng.uniform(0.35, 0.7, 2)
+    u = np.abs(y - cy) / h
+    v = np.abs(x - cx) / w
+    n = rng.choice([2, 20])  # 2: an ellipse, 20: a rectangle
     reach = (1 - (u**n + v**n) ** (1 / n)) * min(h, w) * size / 2  # about pixels from the border
     rim = rng.uniform(1, 4) * size / 128
     return np.clip(reach + 0.5, 0, 1), np.clip(reach + rim + 0.5, 0, 1)
@@ -237,7 +252,8 @@ def window(rng, size):
 
 def mix(kind, figure, drawing, photo, rng):
     """Two layers (S, S, 3) -> frame f32 (S, S, 3), how much of each pixel is drawn (S, S)."""
-    size, white = len(drawing), np.ones(drawing.shape[:2])
+    size = len(drawing)
+    white = np.ones(drawing.shape[:2])
     if kind in ("drawn", "photographed"):
         share = white * (kind == "drawn")
     elif kind == "figure_on_photo":
@@ -245,7 +261,8 @@ def mix(kind, figure, drawing, photo, rng):
     elif kind == "photo_in_drawing":
         inside, framed = window(rng, size)
         ink = rng.uniform(0, 60) if rng.random() < 0.5 else 255
-        drawing, share = drawing + framed[..., None] * (ink - drawing), 1 - inside
+        drawing = drawing + framed[..., None] * (ink - drawing)
+        share = 1 - inside
     elif kind == "panels":
         share = ramp(rng, size, 1)
     elif kind == "soft_blend":

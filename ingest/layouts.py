@@ -155,7 +155,8 @@ def told(what, rows, aside=()):
     if labels and without:
         parts.append(f"{without} pictures without a label")
     classes = {s: {label for split, label in rows if split == s} - {None} for s in splits}
-    learned, others = classes.pop("train", set()), set().union(*classes.values())
+    learned = classes.pop("train", set())
+    others = set().union(*classes.values())
     if learned and others and not learned & others:
         parts.append(f"no class of train ({first(learned)}) is in another split ({first(others)})")
     if aside:

@@ -347,7 +347,8 @@ def write_all(out, records, dims, stream, about):
                 broken = f"{len(lost)} of {len(records)} images can't be read"
                 broken += f", and {len(skipped)} of {len(own)} for {path}"
                 raise UserError(f"{broken}; remove them, or take another copy; the first: {first}")
-            n, size = len(own) - len(skipped), about["size"]
+            n = len(own) - len(skipped)
+            size = about["size"]
             why = f"; skipped {len(skipped)}: {first}" if skipped else ""
             told.append(f"{path}: {n} images of {size} px, {len(classes)} classes{why}")
     print("\n".join(fields.shown(line) for line in told))
@@ -413,7 +414,8 @@ def sheet_rows(split, classes=6, each=10):
     """Pictures of large, small and other classes; and some with their foreground and parts."""
     from data import evenly_spaced
 
-    images, labels = split["images"], split["labels"].numpy()
+    images = split["images"]
+    labels = split["labels"].numpy()
     ids, counts = np.unique(labels[labels >= 0], return_counts=True)
     by_size = ids[np.argsort(-counts, kind="stable")]
     rows = []
@@ -459,7 +461,8 @@ def to_learn(out):
 def parse_flags(words=None):
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    share, side = between(0, 0.99), between(8, 4096, int)
+    share = between(0, 0.99)
+    side = between(8, 4096, int)
     kinds = f"folder, zip, tar, csv, tsv, jsonl, - for a list of files, or {', '.join(DRAWN)}"
     add("path", help=kinds)
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")

@@ -111,7 +111,8 @@ def save_pngs(out, key, pictures, in_folders=False):
     in_folders: below OUT are the folders of the key, and NAME is its name; data.py takes such a
     folder for the character. Where another picture has it, NAME is the whole key.
     """
-    out, words = Path(out), [part for part in Path(key).parts if part.strip("./")]
+    out = Path(out)
+    words = [part for part in Path(key).parts if part.strip("./")]
     folder = Path(*words[:-1]) if in_folders else Path()
     name = "-".join(words[-1:] if in_folders else words[-2:]).removesuffix(Path(key).suffix)
     if OWNERS.setdefault((folder, name), key) != key:

@@ -42,7 +42,8 @@ def write_rows(path, planes, n, rows, header, spare=0):
 
 def file_head(planes, n, header):
     """The head of a file of n rows, as JSON."""
-    entries, start = {"__metadata__": {"animask": json.dumps(header)}}, 0
+    entries = {"__metadata__": {"animask": json.dumps(header)}}
+    start = 0
     for name, (dtype, shape) in planes.items():
         end = start + n * math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         entries[name] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [start, end]}

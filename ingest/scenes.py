@@ -27,7 +27,8 @@ IN_FACE = [toon.PARTS.index(part) for part in ("face", "eyes", "mouth")]
 
 def plan(seed=0):
     """-> items {key, split, seed, people} for draw()."""
-    people, items = iter(toon.cast(seed=seed)), []
+    people = iter(toon.cast(seed=seed))
+    items = []
     for split, count in COUNTS.items():
         own = list(islice(people, PEOPLE[split]))
         for n in range(len(items), len(items) + count):
@@ -38,7 +39,9 @@ def plan(seed=0):
 
 def panels(rng, size):
     """-> boxes (left, top, right, bottom) in pixels: the page, or two to four parts of it."""
-    kind, gutter, cut = rng.integers(4), max(1, size // 40), rng.uniform(0.35, 0.65, 2) * size
+    kind = rng.integers(4)
+    gutter = max(1, size // 40)
+    cut = rng.uniform(0.35, 0.65, 2) * size
     x, y = (int(c) for c in cut)
     if kind == 0 or rng.random() < 0.4:
         return [(0, 0, size, size)]
@@ -71,7 +74,8 @@ def place(page, owner, number, item, panel, rng):
 
     owner i16 (S, S): which figure each pixel shows; it becomes `number` where this one is.
     """
-    (left, top, right, bottom), size = panel, len(page)
+    left, top, right, bottom = panel
+    size = len(page)
     low, high = (x * size / 256 for x in FACE)
     most = max(low + 1, min(high, 0.8 * min(right - left, bottom - top)))
     width = np.exp(rng.uniform(np.log(low), np.log(most)))
@@ -84,14 +88,19 @@ def place(page, owner, number, item, panel, rng):
         return None
     x = int(rng.uniform(left, right) - (x1 + x2) / 2)
     y = int(rng.uniform(top, bottom) - (y1 + y2) / 2) if rng.random() < 0.6 else bottom - side
-    a, b, c, d = max(left, x), max(top, y), min(right, x + side), min(bottom, y + side)
+    a = max(left, x)
+    b = max(top, y)
+    c = min(right, x + side)
+    d = min(bottom, y + side)
     if a >= c or b >= d:
         return None
-    there, here = np.s_[b - y : d - y, a - x : c - x], np.s_[b:d, a:c]
+    there = np.s_[b - y : d - y, a - x : c - x]
+    here = np.s_[b:d, a:c]
     share = figure["fg"][there][..., None] / 255
     page[here] += share * (figure["image"][there] - page[here])
     owner[here][share[..., 0] > 0.5] = number
-    mask, edge = np.zeros((size, size), bool), ((left, top), (right, bottom))
+    mask = np.zeros((size, size), bool)
+    edge = ((left, top), (right, bottom))
     mask[here] = face[there]
     box = (figure["face"].reshape(2, 2) + (x, y)).clip(*edge).ravel()
     return (box, mask) if mask.sum() > VISIBLE * face.sum() else None
@@ -103,7 +112,8 @@ def bubble(page, owner, rng):
     w, h = rng.uniform(0.08, 0.2, 2) * size
     x, y = rng.uniform(w, size - w), rng.uniform(h, size - h)
     tip = rng.choice([-1, 1], 2)[0]  # the second is drawn since published pages had one
-    layer, hole = Image.fromarray(np.uint8(page)), Image.new("L", (size, size))
+    layer = Image.fromarray(np.uint8(page))
+    hole = Image.new("L", (size, size))
     for pen, fill in ((ImageDraw.Draw(layer), (255, 255, 255)), (ImageDraw.Draw(hole), 255)):
         pen.polygon([(x - w / 4, y), (x + w / 4, y), (x + tip * w, y + 1.5 * h)], fill=fill)
         line = (30, 25, 35) if fill != 255 else 255
@@ -127,7 +137,8 @@ def draw(item, size=256):
     areas = panels(rng, size)
     for left, top, right, bottom in areas:
         page[top:bottom, left:right] = backdrop(rng, right - left, bottom - top)
-    count, found = 0 if rng.random() < EMPTY else rng.integers(1, MOST + 1), []
+    count = 0 if rng.random() < EMPTY else rng.integers(1, MOST + 1)
+    found = []
     for number in range(count):
         who = item["people"][rng.integers(len(item["people"]))]
         drawing = {"who": who, "seed": (*item["seed"], number)}
@@ -146,8 +157,10 @@ def draw(item, size=256):
 
 def outlined(page, boxes, colour=(230, 60, 20)):
     """page u8 (H, W, 3), boxes (k, 4) in shares of it -> the page with their outlines."""
-    picture, (h, w) = Image.fromarray(page), page.shape[:2]
-    pen, width = ImageDraw.Draw(picture), max(1, round(h / 150))
+    picture = Image.fromarray(page)
+    h, w = page.shape[:2]
+    pen = ImageDraw.Draw(picture)
+    width = max(1, round(h / 150))
     for box in np.asarray(boxes)[:, :4] * (w, h, w, h):
         pen.rectangle(tuple(box), outline=colour, width=width)
     return np.asarray(picture)

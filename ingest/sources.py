@@ -41,7 +41,8 @@ def find(path, layout=None):
     """
     reader, name = reader_of(path)
     if layout == () and Path(path).is_dir() and reader is not from_parquet:
-        reader, name = open_folder, None
+        reader = open_folder
+        name = None
     if name:
         found, fetch, *notes = reader(Path(path))
         notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
@@ -259,7 +260,9 @@ def from_acrd(root):
     for split in ("train", "val", "test"):
         lists |= dict.fromkeys(read_names(root / f"{split}Split.tsv", ("id",)), split)
     have = {Path(name).stem: name for name in walk(root)}
-    records, absent, unsure = [], 0, 0
+    records = []
+    absent = 0
+    unsure = 0
     for r in read_table(root / "faces.tsv", ("path", "label", "head"), names=names):
         number = Path(r.place.replace("\\", "/")).stem
         listed = number in lists or not lists
@@ -314,7 +317,8 @@ def parquet_records(file, split, table):
 
     Labels may be numbers of classes, whose names Hugging Face writes into the file; -1 is none.
     """
-    schema, records = table.schema_arrow, []
+    schema = table.schema_arrow
+    records = []
     image = next((name for name in IMAGES if name in schema.names), None)
     if image is None:
         raise ValueError(f"no column image, but {', '.join(schema.names)}")
@@ -377,7 +381,8 @@ def from_danbooru(path):
     group; general tags are its tags. A dump's metadata covers more than anybody has downloaded: lines
     without a picture are only counted.
     """
-    root, have = path if path.is_dir() else path.parent, {}
+    root = path if path.is_dir() else path.parent
+    have = {}
     for name in walk(root):
         for alias in (Path(name).stem, name):
             have.setdefault(alias, name)  # of 512px/ and original/ the first

@@ -28,7 +28,8 @@ def join_groups(records, pattern, pairs):
     if pattern and not any(re.search(pattern, Path(r.key).stem) for r in records):
         name = Path(records[0].key).stem
         raise UserError(f"--group-by {pattern} matches none of the names, such as {name}")
-    names, first = [name_of_group(r, pattern) for r in records], {}
+    names = [name_of_group(r, pattern) for r in records]
+    first = {}
     named = [(first.setdefault(name, i), i) for i, name in enumerate(names)]
     roots = duplicates.join(len(records), named + pairs)
     return [r._replace(group=names[root]) for r, root in zip(records, roots, strict=True)]
@@ -86,7 +87,8 @@ def deal(rows, shares, seed):
 
     Groups come in a seeded random order, large ones first; each goes where its classes lack most.
     """
-    members, owed = defaultdict(list), Counter()
+    members = defaultdict(list)
+    owed = Counter()
     for i, (label, group) in enumerate(rows):
         members[group].append(i)
         for split, share in shares.items():

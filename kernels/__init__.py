@@ -69,11 +69,11 @@ def tile(P):
     return dict(PATCHES=patches, WIDTH=width, num_warps=min(32, max(4, patches * width // 512)))
 
 
-def launch(kernel, ids, P, *args, **constants):
-    """Run a kernel over all patches ids (B, K) of P numbers."""
+def launch(kernel, ids, p, *args, **constants):
+    """Run a kernel over all patches ids (B, K) of p x p pixels."""
     if ids.numel() == 0:
         return
-    shape = tile(P)
+    shape = tile(p * p * 3)
     programs = -(-ids.numel() // shape["PATCHES"])
     with torch.cuda.device_of(ids):  # no effect on a CPU
-        kernel[(programs,)](*args, **constants, **shape)
+        kernel[(programs,)](*args, p=p, **constants, **shape)

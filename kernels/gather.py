@@ -28,7 +28,8 @@ RED, GREEN, BLUE = map(constexpr or tuple, zip(SCALE, SHIFT, strict=True))  # fo
 
 def check_patches(view, ids, patch):
     """A ValueError where the arguments of an operation on patches do not fit together."""
-    S, N = view.shape[-2], (view.shape[-2] // patch) ** 2
+    S = view.shape[-2]
+    N = (S // patch) ** 2
     if view.dtype != torch.uint8 or view.ndim != 4 or view.shape[1:] != (S, S, 3):
         raise ValueError(f"view must be uint8 (B, S, S, 3), not {view.dtype} {tuple(view.shape)}")
     if S % patch or patch > LARGEST:
@@ -51,7 +52,8 @@ def patch_bytes(view, ids, patch):
     """
     B, S = view.shape[:2]
     g = S // patch
-    N, P = g * g, patch * patch * 3
+    N = g * g
+    P = patch * patch * 3
     rows = view.reshape(B * g, patch, g, patch * 3).transpose(1, 2).reshape(B * N, P)
     image = torch.arange(B, device=view.device)[:, None]
     return rows.index_select(0, (image * N + ids).flatten()).view(*ids.shape, P)
@@ -87,7 +89,8 @@ def tile_of(count, P: constexpr, PATCHES: constexpr, WIDTH: constexpr):
 def load_bytes(view, ids, count, K, n, j, inside, S: constexpr, p: constexpr):
     """Bytes of the patches n, (PATCHES, WIDTH). Offsets are int64: a batch may pass 2^31 bytes."""
     place = tl.load(ids + n, mask=n < count, other=0)
-    y, x = place // (S // p), place % (S // p)
+    y = place // (S // p)
+    x = place % (S // p)
     first = (n // K).to(tl.int64) * (S * S * 3) + y * (p * S * 3) + x * (p * 3)  # byte of a patch
     within = (j // (p * 3)) * (S * 3) + j % (p * 3)  # the next row begins S*3 bytes later
     return tl.load(view + first[:, None] + within[None, :], mask=inside, other=0)
@@ -120,9 +123,9 @@ def gather_kernel(
 def gather_op(view: Tensor, ids: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     view = view.contiguous()
     ids = ids.contiguous()  # ids.argsort(1)[:, :K] is not, and other ids would be read
-    S, P = view.shape[2], patch * patch * 3
-    out = torch.empty(*ids.shape, P, dtype=dtype, device=view.device)
-    launch(gather_kernel, ids, P, view, ids, out, ids.numel(), ids.shape[1], S=S, p=patch)
+    out = torch.empty(*ids.shape, patch * patch * 3, dtype=dtype, device=view.device)
+    K = ids.shape[1]
+    launch(gather_kernel, ids, patch, view, ids, out, ids.numel(), K, S=view.shape[2])
     return out
 
 

@@ -151,9 +151,9 @@ def loss_kernel(
 @torch.library.custom_op("animask::patch_detail", mutates_args=())
 def detail_op(view: Tensor, ids: Tensor, patch: int) -> Tensor:
     view, ids = view.contiguous(), ids.contiguous()
-    S, P = view.shape[2], patch * patch * 3
     detail = torch.empty(ids.shape, dtype=torch.float32, device=view.device)
-    launch(detail_kernel, ids, P, view, ids, detail, ids.numel(), ids.shape[1], S=S, p=patch)
+    M = ids.shape[1]
+    launch(detail_kernel, ids, patch, view, ids, detail, ids.numel(), M, S=view.shape[2])
     return detail
 
 
@@ -180,8 +180,8 @@ def loss_op(
     error = torch.empty(ids.shape, dtype=torch.float32, device=pred.device)
     gradient = torch.empty(pred.shape if need_gradient else 0, dtype=pred.dtype, device=pred.device)
     tensors = (pred, view, ids, weight, factor, error, gradient)
-    constants = dict(S=view.shape[2], p=patch, NORM_PIX=norm_pix, GRADIENT=need_gradient)
-    launch(loss_kernel, ids, pred.shape[2], *tensors, ids.numel(), ids.shape[1], floor, **constants)
+    constants = dict(S=view.shape[2], NORM_PIX=norm_pix, GRADIENT=need_gradient)
+    launch(loss_kernel, ids, patch, *tensors, ids.numel(), ids.shape[1], floor, **constants)
     return (weight * error).sum() * (1 / total), gradient, error
 
 

