@@ -179,6 +179,7 @@ def change_config(folder, **changes):
         ({"bias": "all"}, {}, "bias"),
         ({"modules_to_save": ["norm"]}, {}, "modules_to_save"),
         ({"alpha_pattern": {"fc9": 2}}, {}, "fc9"),
+        ({"alpha_pattern": {"fc1": "2"}}, {}, "fc1"),
         ({}, {"dim": 128}, r"\(64, 4\)"),
         ({}, {"depth": 1}, "1 blocks"),
         ({}, {"seed": 7}, "fingerprint"),

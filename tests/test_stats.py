@@ -103,6 +103,7 @@ def test_images_never_make_an_interval_narrower_or_a_p_smaller():
     each = np.array([0.0, 1.0, 3.0])[:, None] + np.random.default_rng(0).normal(0, 2, 500)
     alone = stats.paired(each.mean(1), claim=5.0, margin=9.0)
     both = stats.paired(each, np.arange(500), claim=5.0, margin=9.0)
+    assert stats.paired(each, np.zeros(500))["p"] is None  # one illustration
     (_, df), (error, more) = stats.errors_of(each, np.arange(500))
     half = scipy.stats.t.ppf(0.975, more) * error
     assert more > df and half < alone["high"] - alone["effect"]
