@@ -4,14 +4,13 @@ import contextlib
 import json
 import math
 import shutil
-import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, equal, some_view, state_of, stopped
+from conftest import call, some_view, state_of
 
 import data
 import finetune_lora
@@ -237,40 +236,6 @@ def test_the_files_of_every_method_give_the_same_answers(encoder, small, tmp_pat
     assert top1_of(out, small) == pytest.approx(row["top1"], abs=1e-4)
     assert (out / "model.safetensors").exists() == (method == "full")
     assert (row["share_trained_percent"] == 100) == (method == "full")
-
-
-def test_a_finished_run_is_judged_on_another_split_when_asked(encoder, small, tmp_path):
-    run = tmp_path / "run"
-    tune(encoder, "--data", small, "--method", "linear", *QUICK, "--out", run, cwd=tmp_path)
-    kept = {p.name: p.read_bytes() for p in run.iterdir() if p.name != "log.jsonl"}
-    tune("--resume", run, "--split", "test", cwd=tmp_path)
-    for name, split in (("metrics.json", "val"), ("metrics-test.json", "test")):
-        row, labels = metrics_of(run, name), data.open_split(small, split)["labels"]
-        assert row["evaluated_on"] == split and np.sum(row["confusion"]) == len(labels)
-    changed = {name for name in kept if kept[name] != (run / name).read_bytes()}
-    assert changed <= {"state.pt"}  # nobody enrolled is lost
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--method lora --balanced --keep 0.5",
-        "--method full --head curricularface --unfreeze-every 1 --logit-adjust 1 --keep .2:1",
-    ],
-)
-def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, words):
-    """Stopped within an epoch of 4 steps, and at the end of one."""
-    words = [encoder, "--data", small, *QUICK, "--epochs", 3, *words.split()]
-    whole, out = tmp_path / "whole", tmp_path / "stopped"
-    tune(*words, "--out", whole, cwd=tmp_path)
-    for step, more in ((2, [*words, "--out", out]), (8, ["--resume", out])):
-        with stopped(step):
-            tune(*more, cwd=tmp_path, check=128 + signal.SIGTERM)
-        assert not (out / "metrics.json").exists()
-    tune("--resume", out, cwd=tmp_path)
-    a, b = state_of(whole), state_of(out)
-    assert equal(a["model"], b["model"]) and equal(a["best"]["weights"], b["best"]["weights"])
-    assert metrics_of(out)["top1"] == metrics_of(whole)["top1"]
 
 
 # ---- splits: what is learned, chosen on, and reported ---------------------------------------------

@@ -8,7 +8,7 @@ import time
 import golden
 import pytest
 import torch
-from conftest import ROOT, call, draw_folder, equal, state_of, stopped
+from conftest import ROOT, call, draw_folder, equal, state_of
 from safetensors.torch import load_file
 
 import data
@@ -65,30 +65,6 @@ def test_a_run_writes_what_its_docstring_says(finished):
     rows = [row for row in read_log(out / "log.jsonl") if "lr" in row]
     expected = [train.lr_at(row["step"] - 1, 20, pretrain.WARMUP * 20, peak) for row in rows]
     assert [row["lr"] for row in rows] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "words, parts, number",
-    [
-        ("--mask learned:start=0,ramp_for=0", ("predictor",), signal.SIGTERM),
-        (
-            "--mask attn_high:start=0 --contrast cls:weight=.5",
-            ("teacher", "agreement"),
-            signal.SIGINT,
-        ),
-    ],
-)
-def test_a_stopped_run_ends_with_the_same_bits(small, tmp_path, words, parts, number):
-    """Stopped in the middle of an epoch: teacher, maps, predictor and projector are saved, too."""
-    train_in(tmp_path / "whole", small, *words.split())
-    with stopped(7, number):
-        train_in(tmp_path / "run", small, *words.split(), check=128 + number)
-    assert state_of(tmp_path / "run")["step"] == 7
-    call("pretrain.py", "--resume", tmp_path / "run", cwd=tmp_path, check=0)
-    one, two = (state_of(tmp_path / name) for name in ("whole", "run"))
-    for part in ("model", *parts):
-        assert equal(one[part], two[part]), part
-    assert one["guide"] == two["guide"]
 
 
 @pytest.mark.slow
