@@ -22,11 +22,6 @@ from model import ViT
 QUICK = ["--device", "cpu", "--dtype", "fp32", "--epochs", 2, "--batch-size", 16]
 
 
-@pytest.fixture(autouse=True)
-def quiet(no_pictures):
-    """Figures take most of the time of a run of seconds."""
-
-
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """A very small encoder that never learned anything, as a run folder."""
@@ -34,14 +29,6 @@ def encoder(tmp_path_factory):
     out = tmp_path_factory.mktemp("encoder")
     save_encoder(ViT(32, 8, 32, 2, 2), out / "model.safetensors", {})
     return out
-
-
-def tune(*words, cwd, check=0):
-    return call("finetune_lora.py", *words, cwd=cwd, check=check)
-
-
-def metrics_of(out, name="metrics.json"):
-    return json.loads((out / name).read_text())
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -189,15 +176,6 @@ def test_an_svm_on_histograms_of_colours_knows_colours_and_no_shapes():
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def lora(encoder, small, tmp_path_factory):
-    """One finished LoRA run, with its pictures."""
-    out = tmp_path_factory.mktemp("runs") / "lora"
-    words = [encoder, "--data", small, "--method", "lora", "--keep", 0.5, "--out", out, *QUICK]
-    tune(*words, cwd=out.parent)
-    return out
-
-
 def top1_of(out, packed):
     """What the files of a run alone say of the pictures of val, in percent."""
     net, _ = finetune_lora.load_classifier(out)
@@ -207,35 +185,34 @@ def top1_of(out, packed):
     return 100 * (net(pooled).argmax(1) == held["labels"]).float().mean().item()
 
 
-def test_a_run_writes_what_its_docstring_says(lora, small):
-    files = {"state.pt", "head.safetensors", "adapter_model.safetensors", "adapter_config.json"}
-    files |= {"metrics.json", "log.jsonl"}
-    assert {p.name for p in lora.iterdir() if p.suffix != ".png"} == files
-    row = metrics_of(lora)
-    assert top1_of(lora, small) == pytest.approx(row["top1"], abs=1e-4)
+OWN = {  # files of each method: full moves the encoder, so it is saved, too
+    "linear": set(),
+    "lora": {"adapter_model.safetensors", "adapter_config.json"},
+    "full": {"model.safetensors"},
+}
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_a_run_writes_what_its_docstring_says(encoder, small, tmp_path, method, no_pictures):
+    """Its files give the answers that it reports. linear keeps features of pictures in memory."""
+    out = tmp_path / "run"
+    words = [encoder, "--data", small, "--method", method, "--out", out, *QUICK]
+    call("finetune_lora.py", *words, cwd=tmp_path, check=0)
+    files = OWN[method] | {"state.pt", "head.safetensors", "metrics.json", "log.jsonl"}
+    assert {path.name for path in out.iterdir()} == files
+    row = json.loads((out / "metrics.json").read_text())
+    assert top1_of(out, small) == pytest.approx(row["top1"], abs=1e-4)
     low, high = row["top1_interval"]
     assert 0 <= low <= row["top1"] <= high <= 100 and 0 < row["thumbnails_top1"] <= 100
     right = stats.from_bits(row["right"], len(data.open_split(small, "val")["labels"]))
     assert 100 * right.mean() == pytest.approx(row["top1"], abs=1e-4)
-
-
-def test_the_saved_network_is_that_of_the_latest_epoch_within_a_standard_error_of_the_best(lora):
-    scores = [row["dev_macro_f1"] for row in read_log(lora / "log.jsonl") if "dev_top1" in row]
-    n = len(features.open_rows(metrics_of(lora)["data"], "val", 0)[0][1].rows)
+    assert (row["share_trained_percent"] == 100) == (method == "full")
+    scores = [x["dev_macro_f1"] for x in read_log(out / "log.jsonl") if "dev_top1" in x]
+    n = len(features.open_rows(small, "val", 0)[0][1].rows)
     best = max(scores) / 100
     near = [i for i, x in enumerate(scores) if x / 100 >= best - (best * (1 - best) / n) ** 0.5]
-    assert state_of(lora)["best"]["epoch"] == metrics_of(lora)["best_epoch"] == near[-1] + 1
-
-
-@pytest.mark.parametrize("method", ["linear", "full"])
-def test_the_files_of_every_method_give_the_same_answers(encoder, small, tmp_path, method):
-    """linear keeps features of pictures in memory; full moves the encoder, so it is saved, too."""
-    out = tmp_path / "x"
-    tune(encoder, "--data", small, "--method", method, "--out", out, *QUICK, cwd=tmp_path)
-    row = metrics_of(out)
-    assert top1_of(out, small) == pytest.approx(row["top1"], abs=1e-4)
-    assert (out / "model.safetensors").exists() == (method == "full")
-    assert (row["share_trained_percent"] == 100) == (method == "full")
+    # the latest epoch within a standard error of the best one
+    assert state_of(out)["best"]["epoch"] == row["best_epoch"] == near[-1] + 1
 
 
 # ---- splits: what is learned, chosen on, and reported ---------------------------------------------
