@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 
-import golden
 import pytest
 import torch
 from conftest import ROOT, call, draw_folder, equal, state_of
@@ -29,17 +28,9 @@ def small_network(monkeypatch, no_pictures):
     monkeypatch.setitem(pretrain.SIZES, "nano", small)
 
 
-@pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """A packed set with true foreground masks and parts."""
-    folder = tmp_path_factory.mktemp("figures") / "packed"
-    golden.write_packed(folder, 32, (("train", 48), ("val", 24)))
-    return folder
-
-
-def train_in(out, packed, *words, check=0):
+def train_in(out, packed, *words):
     words = ["--data", packed, "--out", out, *QUICK, *words]
-    return call("pretrain.py", *words, cwd=out.parent, check=check)
+    return call("pretrain.py", *words, cwd=out.parent, check=0)
 
 
 @pytest.fixture(scope="module")
@@ -154,17 +145,6 @@ def test_a_ratio_rises_or_is_drawn_for_each_step():
     assert pretrain.ratio_at("0.75", 0.3, ()) == 0.75
 
 
-@pytest.mark.parametrize("mask", ["fg_heavy", "bg_heavy", "learned:shuffle=1", "random:throw=0.2"])
-def test_a_network_learns_under_a_mask(figures, tmp_path, mask):
-    """The golden values are of runs under every strategy."""
-    train_in(tmp_path / "out", figures, "--mask", mask, "--ratio", "0.5-0.7")
-    rows = read_log(tmp_path / "out" / "log.jsonl")
-    assert rows[-1]["val_mse"] < rows[0]["val_mse"]
-    if mask in ("fg_heavy", "bg_heavy"):
-        last = [r for r in rows if "loss" in r][-1]
-        assert (last["fg_hidden"] > last["bg_hidden"]) == (mask == "fg_heavy")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["--dtype bf16", "--contrast pooler:dcl=0", "--compile"])
 def test_other_ways_to_compute_it(small, tmp_path, words):
@@ -183,22 +163,22 @@ def test_a_pooler_leaves_the_encoder_as_it_is(small, tmp_path):
     assert changed == {"encoder.pooler.kv.weight", "encoder.pooler.query_token"}
 
 
-def test_a_run_teaches_another_and_a_public_checkpoint_does_in_two_steps(figures, tmp_path):
+def test_a_run_teaches_another_and_a_public_checkpoint_does_in_two_steps(small, tmp_path):
     """--init dino.pth adapts it to these images; --teacher lets what came of it guide."""
-    train_in(tmp_path / "first", figures, "--epochs", 1)
+    train_in(tmp_path / "first", small, "--epochs", 1)
     weights = load_file(tmp_path / "first" / "model.safetensors")
     dino = {f"module.backbone.{k}": w for k, w in weights.items() if not is_decoder(k)}
     student = {k: torch.zeros_like(w) for k, w in dino.items()}
     torch.save({"student": student, "teacher": dino, "epoch": 7}, tmp_path / "dino.pth")
     (tmp_path / "config.json").write_text('{"num_attention_heads": 1}')
-    done = train_in(tmp_path / "adapted", figures, "--init", tmp_path / "dino.pth", "--epochs", 1)
+    done = train_in(tmp_path / "adapted", small, "--init", tmp_path / "dino.pth", "--epochs", 1)
     assert "the decoder starts anew" in done.stdout
     for name, source in (("dino.pth", "cls"), ("adapted", "pooler")):
         words = ["--mask", "attn_low:beta=2", "--teacher", tmp_path / name, "--epochs", 1]
-        done = train_in(tmp_path / f"by-{name}", figures, *words)
+        done = train_in(tmp_path / f"by-{name}", small, *words)
         assert f"attention ({source}) of {tmp_path / name}" in done.stdout
         assert (tmp_path / f"by-{name}" / "attn-00000000.safetensors").exists()
-    done = train_in(tmp_path / "on", figures, "--init", tmp_path / "first", "--epochs", 1)
+    done = train_in(tmp_path / "on", small, "--init", tmp_path / "first", "--epochs", 1)
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("first", "on")]
     ends = [[row["val_mse"] for row in log if "val_mse" in row] for log in logs]
     assert "encoder and decoder" in done.stdout and "before training" in done.stdout
