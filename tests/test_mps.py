@@ -8,21 +8,19 @@ without an MPS kernel must be made of others, and then those are checked instead
 import functools
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchgen
-from conftest import call
+from conftest import run_line
 from golden import write_packed
+from made import CPU, NANO
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import demo
 import model as M
-import pretrain
 import tags
 
 KEYS = torch._C.DispatchKey
@@ -86,58 +84,31 @@ def log(monkeypatch):
         yield OperatorLog()
 
 
-def check(log):
-    """Nothing is missing, there is no float64, and it was a whole step."""
-    assert not log.missing and torch.float64 not in log.dtypes  # MPS has none
-    whole = {"addmm", "_softmax", "native_layer_norm_backward", "_fused_adamw_"}
-    assert {f"aten::{name}" for name in whole} <= log.seen
-    assert "MPS" in kernels_for("_scaled_dot_product_attention_math_for_mps")
-
-
 def test_what_mps_lacks_is_seen():
     with OperatorLog() as log:
         torch.poisson(torch.ones(3)).double()
     assert log.missing == {"poisson"} and torch.float64 in log.dtypes
 
 
-@pytest.mark.parametrize("mask", ["attn_high:start=0", "parts", "learned"])
-def test_a_step_of_pretraining_has_an_mps_kernel_for_everything(log, mask, tmp_path, monkeypatch):
-    """Two steps of pretrain.py as a user runs it, without the evaluations, which the CPU computes."""
-    monkeypatch.setitem(M.SIZES, "nano", M.SIZES["nano"] | {"dim": 64, "depth": 2, "heads": 2})
-    for name in ("evaluate", "draw_masks", "finish"):
-        monkeypatch.setattr(pretrain, name, lambda *_, **__: {})
-    write_packed(tmp_path / "packed", 32, (("train", 16), ("val", 4)))
-    words = ["--data", "packed", "--out", "run", "--mask", mask, "--ratio", "0.6-0.8"]
-    words += ["--model", "nano:image_size=32", "--epochs", 1, "--batch-size", 8]
+PRETRAIN = f"pretrain.py --data true --ratio .6-.8 --model {NANO},dim=64,depth=2,heads=2"
+OURS = "runs/a --data datasets/packed"
+STEPS = [f"{PRETRAIN} --mask {mask}" for mask in ("attn_high:start=0", "parts", "learned")]
+STEPS += [f"tags.py {OURS} --arm {arm}" for arm in tags.ARMS]
+STEPS += [f"finetune_lora.py {OURS} --method {method}" for method in ("lora", "full")]
+REPORTS = {"tags.write_results": None, "finetune_lora.write_results": None}  # and what they return
+REPORTS |= {"pretrain.evaluate": {}, "pretrain.draw_masks": None, "pretrain.finish": None}
+REPORTS |= {"tags.topk": 0.0, "common.evaluate.topk": 0.0, "common.metrics.macro_f1": 0.0}
+
+
+@pytest.mark.parametrize("line", STEPS)
+def test_a_step_has_an_mps_kernel_for_everything(log, line, at, tmp_path, monkeypatch):
+    """Each stage as a user runs it, without the reports, which the CPU computes."""
+    for name, found in REPORTS.items():
+        monkeypatch.setattr(name, lambda *_, found=found, **__: found)
+    write_packed(at / "true", 32, (("train", 16), ("val", 4)))
     with log:
-        call("pretrain.py", *words, "--device", "cpu", "--dtype", "fp32", cwd=tmp_path, check=0)
-    check(log)
-
-
-@pytest.mark.parametrize("arm", tags.ARMS)
-def test_a_step_on_tags_has_an_mps_kernel_for_everything(log, arm):
-    net = tags.MFDN(M.ViT(32, 8, 64, 2, 2), 3, 10, arm, 8)
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    ids = torch.tensor([[1, 2], [3, -1], [0, 9], [-1, -1]])
-    words = tags.to_words(ids, 10, 8)
-    hidden = words < 10 if arm in tags.HIDES_TAGS else None
-    targets = words[hidden] if arm in tags.HIDES_TAGS else torch.ones(4, 10)
-    view = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    batch = SimpleNamespace(words=words, hidden=hidden, targets=targets, count=5)
-    with log:
-        batch.patches, batch.ids = net.encoder.all_patches(view)
-        sum(tags.losses(net, batch, torch.tensor([0, 1, 2, 0]))).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        tags.answers(net, view), tags.answers(net, view, ids)
-    check(log)
-
-
-def test_the_page_has_an_mps_kernel_for_everything(log, at, monkeypatch):
-    monkeypatch.setattr(demo, "psnr", lambda a, b, where: torch.zeros(1))  # on the CPU
-    picture = demo.drawing("akika", 0)
-    with log, torch.inference_mode():
-        for strategy in ("attn_high", "parts", "detail"):
-            assert "<img" in demo.mask_page("runs/a", picture, strategy, 0.75, 1.0, 0)
-        assert "<h2>" in demo.tags_page("runs/a-tags", picture)
-    assert not log.missing and torch.float64 not in log.dtypes
+        run_line(f"{line} --epochs 2 --batch-size 8 --out {tmp_path}/run {CPU}", at, check=0)
+    assert not log.missing and torch.float64 not in log.dtypes  # MPS has none
+    whole = {"addmm", "_softmax", "native_layer_norm", "_fused_adamw_"}
+    assert {f"aten::{name}" for name in whole} <= log.seen
+    assert "MPS" in kernels_for("_scaled_dot_product_attention_math_for_mps")
