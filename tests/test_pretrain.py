@@ -1,13 +1,10 @@
 """pretrain.py as a user runs it, on a small packed set, and what its loop promises."""
 
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, call, draw_folder, equal, state_of
+from conftest import call, draw_folder, state_of
 from safetensors.torch import load_file
 
 import data
@@ -56,32 +53,6 @@ def test_a_run_writes_what_its_docstring_says(finished):
     rows = [row for row in read_log(out / "log.jsonl") if "lr" in row]
     expected = [train.lr_at(row["step"] - 1, 20, pretrain.WARMUP * 20, peak) for row in rows]
     assert [row["lr"] for row in rows] == pytest.approx(expected)
-
-
-@pytest.mark.slow
-def test_a_killed_process_resumes_to_the_same_bits(small, finished, tmp_path):
-    """Killed three times, each time one step or more after the last, at a moment that nobody chose."""
-    whole, _ = finished
-    out, words = tmp_path / "killed", ["--data", small, "--out", tmp_path / "killed", *WHOLE]
-    for _ in range(3):
-        before = last_step(out)
-        command = [sys.executable, ROOT / "pretrain.py", *words]
-        process = subprocess.Popen([*map(str, command)], cwd=tmp_path)
-        while process.poll() is None and last_step(out) <= before:
-            time.sleep(0.02)
-        process.kill()
-        assert process.wait() in (0, -signal.SIGKILL)
-        words = ["--resume", out]
-    command = [sys.executable, ROOT / "pretrain.py", *words]
-    subprocess.run([*map(str, command)], cwd=tmp_path, check=True)
-    assert equal(state_of(whole)["model"], state_of(out)["model"])
-    logs = [read_log(folder / "log.jsonl") for folder in (out, whole)]
-    one, two = ([row["step"] for row in log if "val_mse" in row] for log in logs)
-    assert one == two
-
-
-def last_step(out):
-    return max([row["step"] for row in read_log(out / "log.jsonl")], default=0)
 
 
 def recipe(monkeypatch, small, *words):
