@@ -49,26 +49,6 @@ def test_attention_is_torchs():
     torch.testing.assert_close(M.attention(q, k, v, bias), few)
 
 
-def test_the_encoder_is_torchs_pre_norm_transformer():
-    """torch.nn.TransformerEncoderLayer with our weights, block after block."""
-    vit, view = small_mae().encoder, some_view()
-    x = vit.embed(*vit.all_patches(view))
-    for block in vit.blocks:
-        layer = torch.nn.TransformerEncoderLayer(
-            64, 4, 256, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True
-        )
-        names = {"attn.qkv.": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj"}
-        names |= {"mlp.fc1": "linear1", "mlp.fc2": "linear2"}
-        theirs = {}
-        for name, w in block.state_dict().items():
-            for ours, torchs in names.items():
-                name = name.replace(ours, torchs)
-            theirs[name] = w
-        layer.load_state_dict(theirs)
-        x = layer.train()(x)
-    torch.testing.assert_close(vit.features(view), vit.norm(x), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("kind", [M.MAE, M.SimMIM])
 def test_masked_pixels_never_reach_the_network(kind):
     net, view = small_mae(kind), some_view()
