@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import pretrain
 from common.agreement import SETTINGS, Agreement, agreement_loss
 
 
@@ -64,18 +63,3 @@ def test_views_of_one_image_are_neighbours():
     order = torch.tensor([4, 2, 0, 5])
     ((rows, views),) = data.batches(images, order, 4, torch.device("cpu"), times=2)
     assert rows.tolist() == views[:, 0, 0, 0].tolist() == [4, 4, 2, 2, 0, 0, 5, 5]
-
-
-def test_some_views_have_the_background_of_another_image():
-    """test_data.py judges the swap. The left half is figure; there are two views of four images."""
-    fg = torch.zeros(8, 32, 32, dtype=torch.uint8)
-    fg[:, :, :16] = 255
-    shades = torch.arange(8, dtype=torch.uint8) * 20
-    view = shades[:, None, None, None].repeat(1, 32, 32, 3)
-    where = *data.full_boxes(8), 32
-    draws = torch.full((8, 4), 0.5)  # colours times 1
-    draws[:, 3] = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.1, 0.9, 0.1, 0.1])
-    swapped = data.swap_backgrounds(view, fg[..., None] / 255, draws[:, 3], pretrain.SWAP, 2)
-    assert torch.equal(pretrain.make_views(view, fg, *where, draws), swapped)
-    assert not torch.equal(swapped, view)
-    assert torch.equal(pretrain.make_views(view, None, *where, draws), view)
