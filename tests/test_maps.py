@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call, refused, run_line
-from golden import write_packed
 from safetensors import safe_open
 from sklearn.metrics import jaccard_score
 
 import data
 import maps
-import mask as masking
 from common import guidance
 from common.io import UserError
 from common.train import seeded
@@ -27,8 +25,7 @@ ATTN, PARTS = "--map attn --run runs/a", "--map parts --run runs/a --parts 3"
 
 @pytest.fixture(scope="module")
 def base(base):
-    """A home with a set that has true masks, and all maps of datasets/packed."""
-    write_packed(base / "true", 32, (("train", 40), ("val", 8)))
+    """A home with all maps of datasets/packed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.plots.image_grid", lambda *_: None)  # sheets take most of the time
         for words in (f"{ATTN} --attention cls", PARTS):
@@ -36,9 +33,9 @@ def base(base):
         yield base
 
 
-def made(base, words, folder="datasets/packed"):
+def made(base, words):
     """What maps.py prints with these words."""
-    return run_line(f"maps.py --data {folder} --device cpu {words}", base, check=0).stdout
+    return run_line(f"maps.py --data datasets/packed --device cpu {words}", base, check=0).stdout
 
 
 def drawn(n=12, side=64):
@@ -170,19 +167,6 @@ def test_maps_that_do_not_fit_are_refused(at, path, kind, split, word):
         data.write_maps(at / path, kind, [few], few.shape, "U8", maps["header"])
     with pytest.raises(UserError, match=re.escape(word)):
         data.open_map(path, kind, data.open_split("datasets/packed", split))
-
-
-def test_a_sheet_shows_every_strategy_whose_scores_are_known(at, monkeypatch):
-    shown = {}
-    monkeypatch.setattr("common.plots.image_grid", lambda path, title, rows, _: shown.update(rows))
-    made(at, f"{ATTN} --split val --out a", "true")
-    known = [name for name in masking.STRATEGIES if name != "learned"]
-    assert [*shown] == ["image", "attn", *known]
-    assert all(len(pictures) == 3 * maps.SHOWN for pictures in shown.values())
-    shown.clear()
-    made(at, f"{ATTN} --split val --out b")  # it has no true masks
-    assert not shown.keys() & {"fg_heavy", "parts"} and "attn_low" in shown
-    assert maps.hidden_by("block", {}, 5, 6, 0.75).sum((1, 2)).tolist() == [27] * 5
 
 
 def test_measures_of_maps_are_what_their_names_say():
