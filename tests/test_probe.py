@@ -126,18 +126,12 @@ def test_without_labels_the_pictures_still_work(runs, tmp_path):
     assert "rows" not in report_of(run / "flat-val")
 
 
-def test_results_of_other_data_or_splits_have_a_folder_of_their_own(runs, small, tmp_path):
-    run = copy(runs, "random-s0", tmp_path)
-    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    shutil.copytree(small, tmp_path / "other")
-    for words in (["--data", tmp_path / "other"], ["--split", "test"]):
-        run_probe(run, "--headline", *words, cwd=tmp_path)
-    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
-    for name in ("other-val", "packed-test"):
-        assert [p.name for p in (run / name).iterdir()] == ["probe-headline.json"]
-    assert report_of(run / "other-val", "probe-headline.json")["data"] == str(tmp_path / "other")
-    of_file = features.results_folder("x/dino.pth", small, "val")  # it has no data of its own
-    assert of_file == Path("x/dino/packed-val")
+def test_results_of_other_data_or_splits_have_a_folder_of_their_own(tmp_path):
+    own, folder_of = tmp_path / "packed", features.results_folder
+    assert folder_of(tmp_path, own, "val", own) == tmp_path
+    assert folder_of(tmp_path, own, "test", own) == tmp_path / "packed-test"
+    assert folder_of(tmp_path, "other", "val", own) == tmp_path / "other-val"
+    assert folder_of("x/dino.pth", own, "val") == Path("x/dino/packed-val")  # it has no data
 
 
 def test_runs_are_compared_in_pairs(runs, tmp_path):
