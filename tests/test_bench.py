@@ -84,9 +84,7 @@ def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     table = bench.Table(path, ("case",), CPU)
     assert table.find(case="old") is None  # of another machine
     table.add({"case": "a", "ms": 1.5})
-    assert [r["case"] for r in bench.read_table(path)] == ["old", "a"] and bench.read_table(path)[
-        0
-    ]["ms"] == ""
+    assert [row["case"] for row in bench.read_table(path)] == ["old", "a"]
     assert bench.Table(path, ("case",), CPU).find(case="a")["ms"] == "1.5"
     path.write_text("mine")
     with pytest.raises(UserError, match="no.* table of measurements"):
@@ -118,8 +116,6 @@ def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
 
 
 def test_the_loader_and_a_model_are_measured(tmp_path):
-    done = call("benchmarks.data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT)
-    assert (
-        not done.returncode and bench.read_table(tmp_path / "bench_data.csv")[0]["images"] == "2048"
-    )
+    call("benchmarks.data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT, check=0)
+    assert bench.read_table(tmp_path / "bench_data.csv")[0]["images"] == "2048"
     assert latency.torch_answer(ROOT / "weights/toon", CPU)[1:] == (96, "encoder")
