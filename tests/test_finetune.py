@@ -10,25 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, some_view, state_of
+from conftest import run_line, some_view, state_of
+from made import QUICK
 
 import data
 import finetune_lora
 from common import classifier, controls, features, stats, train
-from common.lora import save_encoder
 from common.train import read_log, seeded
 from model import ViT
 
-QUICK = ["--device", "cpu", "--dtype", "fp32", "--epochs", 2, "--batch-size", 16]
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A very small encoder that never learned anything, as a run folder."""
-    torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("encoder")
-    save_encoder(ViT(32, 8, 32, 2, 2), out / "model.safetensors", {})
-    return out
+TUNE = f"finetune_lora.py runs/a --data datasets/packed {QUICK}"
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -167,10 +158,10 @@ def test_histograms_count_colours_in_eight_cells_a_channel():
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def top1_of(out, packed):
+def top1_of(out):
     """What the files of a run alone say of the pictures of val, in percent."""
     net, _ = finetune_lora.load_classifier(out)
-    held = data.open_split(packed, "val")
+    held = data.open_split("datasets/packed", "val")
     autocast = train.autocast_of(torch.device("cpu"), "fp32")
     pooled = classifier.pooled_of(net, held, torch.arange(len(held["images"])), autocast)
     return 100 * (net(pooled).argmax(1) == held["labels"]).float().mean().item()
@@ -184,22 +175,21 @@ OWN = {  # files of each method: full moves the encoder, so it is saved, too
 
 
 @pytest.mark.parametrize("method", OWN)
-def test_a_run_writes_what_its_docstring_says(encoder, small, tmp_path, method, no_pictures):
+def test_a_run_writes_what_its_docstring_says(at, method, no_pictures):
     """Its files give the answers that it reports. linear keeps features of pictures in memory."""
-    out = tmp_path / "run"
-    words = [encoder, "--data", small, "--method", method, "--out", out, *QUICK]
-    call("finetune_lora.py", *words, cwd=tmp_path, check=0)
+    out = at / "runs" / method
+    run_line(f"{TUNE} --method {method} --out {out}", at, check=0)
     files = OWN[method] | {"state.pt", "head.safetensors", "metrics.json", "log.jsonl"}
     assert {path.name for path in out.iterdir()} == files
     row = json.loads((out / "metrics.json").read_text())
-    assert top1_of(out, small) == pytest.approx(row["top1"], abs=1e-4)
+    assert top1_of(out) == pytest.approx(row["top1"], abs=1e-4)
     low, high = row["top1_interval"]
     assert 0 <= low <= row["top1"] <= high <= 100 and 0 < row["thumbnails_top1"] <= 100
-    right = stats.from_bits(row["right"], len(data.open_split(small, "val")["labels"]))
+    right = stats.from_bits(row["right"], len(data.open_split("datasets/packed", "val")["labels"]))
     assert 100 * right.mean() == pytest.approx(row["top1"], abs=1e-4)
     assert (row["share_trained_percent"] == 100) == (method == "full")
     scores = [x["dev_macro_f1"] for x in read_log(out / "log.jsonl") if "dev_top1" in x]
-    n = len(features.open_rows(small, "val", 0)[0][1].rows)
+    n = len(features.open_rows("datasets/packed", "val", 0)[0][1].rows)
     best = max(scores) / 100
     near = [i for i, x in enumerate(scores) if x / 100 >= best - (best * (1 - best) / n) ** 0.5]
     # the latest epoch within a standard error of the best one
