@@ -157,10 +157,6 @@ def test_small_formulas_by_hand():
     assert evaluate.effective_rank(cross) == 2  # directions
 
 
-def split_of(labels, **more):
-    return {"images": labels, "labels": labels, "header": {}, **more}
-
-
 def looked_at(train, held):
     """Features that `recognition` asks for: of the larger split those of train."""
     return lambda split, rows: ((train if len(split["labels"]) == 300 else held)[rows],) * 2
@@ -170,7 +166,7 @@ def test_classifiers_learn_nothing_from_the_pictures_that_they_are_judged_on():
     """Two classes change places in the held split: who learned from it would not be wrong."""
     labels = torch.arange(300) % 2
     features = torch.eye(2)[labels]
-    sets = split_of(labels), split_of(1 - labels[:90])
+    sets = [{"images": y, "labels": y, "header": {}} for y in (labels, 1 - labels[:90])]
     found = evaluate.recognition(looked_at(features, features[:90]), *sets)
     assert found["knn"] == found["linear"] == 0
     assert found["mean_rank"] == 1  # both classes lie on one line
@@ -182,16 +178,10 @@ def test_thumbnails_are_means_of_cells():
     torch.testing.assert_close(evaluate.thumbnails(images, 4), cells.permute(0, 3, 1, 2).flatten(1))
 
 
-def pictures(n, seed):
-    """A split of noise of 32 px; a third of it is of class 1."""
-    images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), np.uint8)
-    labels = (torch.arange(n) % 3 == 1).long()
-    return split_of(labels, images=images, header={"classes": ["a", "b"]})
-
-
 @pytest.fixture
 def held():
-    return pictures(5, seed=0)
+    """A split of five pictures of noise."""
+    return {"images": np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)}
 
 
 @pytest.fixture
@@ -215,27 +205,6 @@ def test_the_masked_error_is_the_formula_under_the_fixed_mask(model, held):
     assert found == pytest.approx((pred - at(hide)).square().mean().item(), rel=1e-5)
     expected = stats + visible_stats(view, keep, hide, 8)
     torch.testing.assert_close(evaluate.predict(model, view, keep, hide, EXACT)[1], expected)
-
-
-def test_a_row_of_the_log_is_knn_on_extremes_and_ridge_on_means(model):
-    """Of all patch tokens of all pictures, beside the same on thumbnails."""
-    sets, norm = (pictures(60, seed=1), pictures(30, seed=2)), {"norm_pix": True, "floor": 0.15}
-    row = evaluate.evaluate(model, sets, norm, EXACT, 0)
-    with torch.no_grad():
-        views = [torch.from_numpy(split["images"]) for split in sets]
-        tokens = [model.encoder.features(view)[:, 1:] for view in views]
-    labels, truth = (split["labels"] for split in sets)
-    extremes = [torch.cat([x.max(1).values, x.min(1).values], 1) for x in tokens]
-    votes = evaluate.knn_votes(extremes[0], labels, extremes[1], 2)
-    z, z_held = (x.numpy() for x in evaluate.standardise(*(x.mean(1) for x in tokens)))
-    scores = Ridge(alpha=1.0).fit(z, np.eye(2)[labels]).predict(z_held)
-    assert row["knn"] == pytest.approx(100 * evaluate.topk(votes, truth, 1))
-    right = scores.argmax(1) == truth.numpy()
-    assert row["linear"] == pytest.approx(100 * right.mean()) and 40 < row["linear"] < 90
-    assert row["mean_rank"] == evaluate.effective_rank(tokens[0].mean(1))
-    assert {"epoch", "val_mse", "knn_thumbnail", "linear_thumbnail"} <= set(row)
-    truth[0] = -1  # a picture without a label
-    assert set(evaluate.evaluate(model, sets, norm, EXACT, 1)) == {"epoch", "val_mse"}
 
 
 def test_a_picture_of_a_reconstruction_pastes_the_prediction_over_what_was_hidden(model, held):
