@@ -1,6 +1,5 @@
 """experiments.run: what is made once, resumed, chosen on dev, refused; with stages that pretend."""
 
-import functools
 import json
 import os
 import shlex
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, call, refused
+from test_repository import flags_of
 
 from common.train import read_log
 from experiments import plans, report, run
@@ -310,12 +310,6 @@ def test_a_run_that_diverges_is_a_row_once(home, small):
 
 
 # ---- the plans -----------------------------------------------------------------------------------
-
-
-@functools.cache
-def flags_of(stage):
-    """The flags in the --help of a stage."""
-    return set(run.re.findall(r"--[a-z][\w-]*", call(stage, "--help", cwd=".", check=0).stdout))
 
 
 @pytest.mark.parametrize("name", plans.PLANS)
