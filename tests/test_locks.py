@@ -48,13 +48,6 @@ def base(tmp_path):
     return home(tmp_path)
 
 
-def started(line, cwd):
-    """A stage in a process of its own."""
-    script, *words = shlex.split(line)
-    command = [sys.executable, str(ROOT / script), *words]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def python(code, cwd, *words):
     """Some code in a process of its own -> the finished process."""
     command = [sys.executable, "-c", code, *map(str, words)]
@@ -235,14 +228,15 @@ def test_a_kill_of_each_stage_loses_nothing(base, line):
         run_line(line, base, check=0)
         run.rename(base / "new/whole")
     before, paths = files_of(base), set(base.rglob("*"))
-    process = started(line, base)
+    script, *words = shlex.split(line)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=base)
     while process.poll() is None and set(base.rglob("*")) == paths:
         time.sleep(0.05)
     time.sleep(random.Random(line).uniform(0, 2))
     process.kill()
-    process.communicate()
+    process.wait()
     check_whole(base)
-    again = f"{line.split()[0]} --resume new/run" if (run / "state.pt").exists() else line
+    again = f"{script} --resume new/run" if (run / "state.pt").exists() else line
     done = run_line(again, base)
     assert not done.returncode or "is there already" in refused(done)
     assert done.returncode or not [*base.rglob("*.tmp")]
