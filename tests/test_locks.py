@@ -184,12 +184,11 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(base, line, no_pictures)
     run, whole = base / "new/run", base / "new/whole"
     run_line(line, base, check=0)
     run.rename(whole)
-    words, resumed = line, f"{line.split()[0]} --resume new/run"
+    resumed = f"{line.split()[0]} --resume new/run"
     for step, number in zip(STOPPED[line], (signal.SIGTERM, signal.SIGINT), strict=False):
         with stopped(step, number):
-            run_line(words, base, check=128 + number)
+            run_line(resumed if run.exists() else line, base, check=128 + number)
             assert "is there already" in refused(run_line(line, base))
-        words = resumed
     with stopped(step):  # whatever began again would be stopped again
         run_line(resumed, base, check=0)
     found = differences(written(whole), written(run))
@@ -223,10 +222,10 @@ def check_whole(folder):
 @pytest.mark.parametrize("line", [line for line, _ in STAGES])
 def test_a_kill_of_each_stage_loses_nothing(base, line):
     """At a seeded moment after it begins to write; a run then ends with the bits of a whole one."""
-    trains, run = "new/run" in line, base / "new/run"
-    if trains:
+    run, whole = base / "new/run", base / "new/whole"
+    if "new/run" in line:
         run_line(line, base, check=0)
-        run.rename(base / "new/whole")
+        run.rename(whole)
     before, paths = files_of(base), set(base.rglob("*"))
     script, *words = shlex.split(line)
     process = subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=base)
@@ -242,5 +241,5 @@ def test_a_kill_of_each_stage_loses_nothing(base, line):
     assert done.returncode or not [*base.rglob("*.tmp")]
     check_whole(base)
     assert before.items() <= files_of(base).items()
-    found = differences(written(base / "new/whole"), written(run)) if trains else ()
+    found = differences(written(whole), written(run)) if whole.exists() else ()
     assert {file for file, *_ in found} <= {"log.jsonl"}

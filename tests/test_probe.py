@@ -127,7 +127,8 @@ def test_without_labels_the_pictures_still_work(runs, tmp_path):
 
 
 def test_results_of_other_data_or_splits_have_a_folder_of_their_own(tmp_path):
-    own, folder_of = tmp_path / "packed", features.results_folder
+    own = tmp_path / "packed"
+    folder_of = features.results_folder
     assert folder_of(tmp_path, own, "val", own) == tmp_path
     assert folder_of(tmp_path, own, "test", own) == tmp_path / "packed-test"
     assert folder_of(tmp_path, "other", "val", own) == tmp_path / "other-val"
