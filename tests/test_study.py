@@ -251,28 +251,23 @@ def test_no_choice_depends_on_what_is_reported(home, small, monkeypatch):
 # ---- kills, faults and divergence ----------------------------------------------------------------
 
 
-def start(home, small, *words, **env):
-    """The command in a process of its own."""
-    (home / "pretended.py").write_text(PRETENDED)
-    command = [sys.executable, "pretended.py", "stages", "mine", "--data", small]
-    words = list(map(str, [*command, "--arms", "block", "--seeds", 2, *words]))
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    return subprocess.Popen(words, cwd=home, env=env, stdout=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_a_plan_that_is_killed_goes_on_with_the_run_that_was_stopped(home, small):
-    killed, end = start(home, small, STOP_AT="block 2000"), time.time() + 60
+    (home / "pretended.py").write_text(PRETENDED)
+    words = [sys.executable, "pretended.py", "stages", *MINE.split(), "--data", small]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "STOP_AT": "block 2000"}
+    killed = subprocess.Popen([*map(str, words)], cwd=home, env=env)
+    end = time.time() + 60
     while "block 2000 None new" not in calls(home):
         assert time.time() < end
         time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
+    killed.wait()
     assert [row["arm"] for row in rows_of(home)] == ["random"]
     orphan = int((home / "stages/pid.txt").read_text())
     os.kill(orphan, signal.SIGKILL)  # the stage, as where the machine goes down
-    study(small, "mine --arms block --seeds 2")
-    assert calls(home)[2] == "block 2000 None resumed" and len(rows_of(home)) == 4
+    study(small, MINE)
+    assert calls(home)[2] == "block 2000 None resumed" and len(rows_of(home)) == 6
     assert calls(home).count("random 2000 None new") == 1
 
 
