@@ -28,14 +28,9 @@ def base(base):
     """A home with all maps of datasets/packed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.plots.image_grid", lambda *_: None)  # sheets take most of the time
-        for words in (f"{ATTN} --attention cls", PARTS):
-            made(base, words)
+        for words in (f"{ATTN} --attention cls", PARTS, "--map saliency --split val --out of-val"):
+            run_line(f"maps.py --data datasets/packed --device cpu {words}", base, check=0)
         yield base
-
-
-def made(base, words):
-    """What maps.py prints with these words."""
-    return run_line(f"maps.py --data datasets/packed --device cpu {words}", base, check=0).stdout
 
 
 def drawn(n=12, side=64):
@@ -126,16 +121,6 @@ def test_files_hold_what_the_docstring_says(at, name, grid, dtype):
         assert np.abs(found[5:7] - again.numpy()).max() <= 1
 
 
-def test_maps_of_another_split_are_not_those_of_train(at):
-    text = made(at, "--map saliency --split val --out of-val")
-    assert "maps of val guide no training" in text
-    val, train = (data.open_split("datasets/packed", name) for name in ("val", "train"))
-    found = data.open_map("of-val/saliency-val.safetensors", "saliency", val)
-    assert found.shape == (len(val["images"]), 32, 32)
-    with pytest.raises(UserError, match="--map saliency --out"):
-        data.open_map("of-val", "saliency", train)
-
-
 @pytest.mark.parametrize(
     ("words", "flags"),
     [
@@ -157,6 +142,7 @@ def test_the_next_command_finds_these_maps(at, words, flags):
     [
         ("maps/packed/saliency.safetensors", "parts", "train", "no array 'parts'"),
         ("maps/packed/saliency.safetensors", "saliency", "val", "--split val"),
+        ("of-val", "saliency", "train", "--map saliency --out"),
         ("few.safetensors", "saliency", "train", "32, 32"),
     ],
 )
