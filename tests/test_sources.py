@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 import pytest
 from conftest import ROOT, call, draw_folder
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 
 import data
 from common.io import UserError, open_tensors, read_json, read_safetensors
@@ -65,8 +65,6 @@ SPLITS = many("train/a", "train/b", "test/a", "test/b")
 SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
 OWN = many("train/train_images/a", "train/train_images/b", "test/test_set/a", "test/test_set/b")
 FLAT = [f"{i}.png" for i in range(8)]
-LINE = many("train/s/a", "train/s/b", "train/t/c")
-INSIDE = many("a/train", "a/test", "b/train", "b/raw")
 ALL = "train/a train/b test/a test/b"
 PEOPLE = "-/hutao -/venti -/kiana -/mei"
 NUMBERED = "-/class, the numbers before names left out"
@@ -75,40 +73,28 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("a", "b"), "class", "-/a -/b", 0),
     (many("a/x"), "-/class", "-/x", 0),
     (SPLITS, "split/class", ALL, 0),
-    (many("train/a", "test/a"), "split/class", "train/a test/a", 0),
     ([f"set/{n}" for n in SPLITS], "-/split/class", ALL, 0),
-    (many("train/genshin/a", "train/genshin/b"), "split/-/class", "train/a train/b", 0),
     (OWN, "split/-/class", ALL, 0),
     (many("a/train", "b/train", "a/test", "b/test"), "class/split", ALL, 0),
     (["x.png", *SPLITS], "split/class", ALL, 1),
-    (["x.png", *many("s/a", "s/b")], "-/class", "-/a -/b", 1),
     (["train/x.png", *many(*ALL.split(), each=6)], "split/class", ALL, 1),
     (many("Val", "Dev", "Rin"), "class", "-/Val -/Dev -/Rin", 0),
-    (many("a/a_faces", "b/b_faces"), "class", "-/a -/b", 0),
-    ([*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"], "class", "-/a -/b", 0),
     (["1.png", "2.png"], "pictures only", "-/-", 0),
     (many("train", "val"), "split", "train/- val/-", 0),
     (many("val", "test", "x"), "split", "val/- test/-", 4),
-    (HALVES + many("test"), "split/class", "train/a train/b test/-", 0),
     (HALVES + many("val", each=9), "split/class", "train/a train/b val/-", 0),
     (many("s/train/a", "s/train/b", "s/test"), "-/split/class", "train/a train/b test/-", 0),
     # numbers before names: AnimeFace Character, kohya's scripts, and what only looks like them
     (["thumb/x.png", *many("thumb/000_a", "thumb/001_b")], NUMBERED, "-/a -/b", 1),
     (many("img/10_a", "reg/1_b"), NUMBERED, "-/a -/b", 0),
-    (many("img/10_a"), NUMBERED, "-/a", 0),
     (many("10_a", "b"), "class", "-/10_a -/b", 0),
     (many("2019_06", "2020_07"), "class", "-/2019_06 -/2020_07", 0),
     # what may be read in two ways
     (many("a/2019", "a/2020", "b/2019"), "class", "-/a -/b", 0),
     (SERIES, "-/class", PEOPLE, 0),
-    ([f"set/{n}" for n in SERIES], "-/-/class", PEOPLE, 0),
-    (LINE, "split/-/class", "train/a train/b train/c", 0),
     (HALVES + many("c", "d"), "split/class", "train/a train/b", 8),
-    (INSIDE, "class/split", "train/a test/a train/b", 4),
     ([*many("a", "b"), *FLAT], "class", "-/a -/b", 8),
     ([*many("a", "b"), *FLAT, "x.png"], "pictures only", "-/-", 0),
-    ([*SPLITS[:6], *many("train", "test", each=3)], "split/class", ALL, 6),
-    ([*many("train/a"), *many("train", each=5)], "split", "train/-", 0),
 )
 
 
@@ -151,17 +137,14 @@ def test_names_of_splits(split):
     assert layouts.split_of("") is None and layouts.split_of("test 2") == "test"
 
 
-def test_a_layout_is_one_split_one_class_and_levels_that_say_nothing():
-    said = {"-/Class/": ("-", "class"), "split/-": ("split",), "-": ()}
-    assert {text: layouts.parse_layout(text) for text in said} == said
-    assert layouts.detect([]) == ()
-
-
 def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
+    """Levels at the end that say nothing are left out."""
     lay(tmp_path / "set", SERIES)
-    for layout, told in {"class": "2 classes (genshin, honkai)", "-/class": "4 classes"}.items():
+    said = {"class/-": "class: 2 classes (genshin, honkai)", "-/Class/": "-/class: 4 classes"}
+    said |= {"-": "pictures only: no labels"}
+    for layout, told in said.items():
         words = ("set", "--layout", layout, "--out", f"{len(layout)}.out", "--size", 16)
-        assert told in call("data.py", *words, cwd=tmp_path, check=0).stdout
+        assert f"read as {told}" in call("data.py", *words, cwd=tmp_path, check=0).stdout
 
 
 FAMILY = "\N{WOMAN}\u200d\N{GIRL} 3.png"  # a joined emoji
@@ -281,8 +264,7 @@ UNSURE = "1 faces are in none of the lists, and left out"
 UNKNOWN = "lines of the metadata have no picture here"
 BROKEN = "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21"
 SOURCES = {  # name: files, {key: split/label and tags}, what the notes after the first one say
-    "DAF:re": (DAFRE | TITLED, DAFRE_SAYS, []),
-    "DAF:re, faces first": (DAFRE | LABELS | BLANK, DAFRE_SAYS, []),
+    "DAF:re, faces first": (DAFRE | TITLED | BLANK, DAFRE_SAYS, []),
     "an older DAF:re": (WHOLE | TURNED, DAFRE_SAYS, []),
     "DAF:re with tags": (
         DAFRE | LABELS | {"metadata.jsonl": OF_DAFRE},
@@ -346,8 +328,6 @@ class Table:
     """What pyarrow's ParquetFile has, for four rows."""
 
     def __init__(self, path):
-        if not os.path.getsize(path):
-            raise ValueError("Parquet file size is 0 bytes")
         about = {"info": {"features": {"label": {"names": ["miku", "rin"]}}}}
         named = {b"huggingface": json.dumps(about).encode()} if "train" in path.name else None
         names = ["file_name", "image", "label", "tags"]
@@ -375,9 +355,6 @@ def test_parquet_needs_pyarrow_and_is_read_a_little_at_a_time(tmp_path, monkeypa
     assert list(told(tmp_path).values()) == [f"{label} solo brown_hair" for label in labels]
     records, fetch, _ = sources.find(tmp_path)
     assert [load() for _, load in fetch(records[1:3])] == [png(1), png(2)]
-    lay(tmp_path, {"data/val-00000-of-00001.parquet": ""})
-    with pytest.raises(UserError, match="parquet file of pictures"):
-        sources.find(tmp_path)
 
 
 # ---- what is refused, and what is skipped --------------------------------------------------------
@@ -391,12 +368,6 @@ def zip_of(*names):
             info.filename = name  # as it is: zipfile would cut it at a NUL
             archive.writestr(info, png())
     return file.getvalue()
-
-
-def changed(content, at, new):
-    """Bytes with some of them replaced; `at` counts from the directory of a zip, or from its end."""
-    at += content.index(b"PK\x01\x02") if at >= 0 else len(content)
-    return content[:at] + new + content[at + len(new) :]
 
 
 def header(name, size, kind=b"0"):
@@ -427,11 +398,8 @@ def member(name, content=b"x"):
 SPARSE_1 = {"GNU_sparse_major": 1, "GNU_sparse_minor": 0, "GNU_sparse_realsize": 9}
 LIES = (  # what stands in a tar after a good member, a word of the refusal
     (pax(size=10**20) + member("b.png"), "says 1000000"),
-    (pax(size=10**11) + member("b.png"), "says 1000000"),
     (header("pax", 5 * 2**30, b"x"), "header of 5368709120"),
-    (header("pax", 5 * 2**30, b"g"), "header of 5368709120"),
     (header("a long name", 5 * 2**30, b"L"), "header of 5368709120"),
-    (header("a long link", 5 * 2**30, b"K"), "header of 5368709120"),
     (header("a long name", -512, b"L"), "header of -512"),
     (pax(comment="x") * 3000 + member("b.png"), "not a whole tar"),
     (pax(size="\ud7ff").replace(b"\xed\x9f", b"\xff\xff"), "not a whole tar"),
@@ -440,33 +408,23 @@ LIES = (  # what stands in a tar after a good member, a word of the refusal
     (pax(GNU_sparse_map="1,x") + member("b.png"), "sparse"),
     (pax(**SPARSE_1) + member("b.png", b"1\nzz\n"), "sparse"),
 )
-LABELS_ONLY = {"labels/train.csv": "0,a.jpg"}
-CARTOON = {"icartoonface_rectrain_det.txt": "a/b.jpg\t1\t1\t2\t2"}
 OUTSIDE = ("../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil.png", "a\\..\\..\\b.png")
 ODD = ("a\1b.png", "a\nb.png", "a\x1b[31mb.png", "a\u2028b.png", f"{'x' * 50_000}.png")
 REFUSED = [  # files, a word of the refusal
-    (LABELS_ONLY, "faces is not there: unpack"),
-    (LABELS_ONLY | {"faces/a.jpg": "", "labels/val.csv": "1,2,3\n"}, "line 1 is not label,path"),
-    (CARTOON, "icartoonface_rectrain is not there: unpack"),
-    (CARTOON | {"icartoonface_rectrain_det.txt": "a/b.jpg\t20\t1\t2\t2"}, "x1 < x2"),
+    ({"labels/train.csv": "0,a.jpg"}, "faces is not there: unpack"),
+    ({"icartoonface_rectrain_det.txt": "a/b.jpg\t20\t1\t2\t2"}, "x1 < x2"),
     ({"list.csv": "path,x1,y1,x2,y2\na.png,1,2,3,nose"}, "1,2,3,nose is no box"),
     ({"metadata.jsonl": "[1, 2]\nhello\n"}, "2 of 2 lines are no JSON objects"),
     ({"metadata.jsonl": "{}\n" * 18 + "hello\n"}, "metadata.jsonl, line 19"),
-    ({"metadata.json": "[1, 2]"}, "2 of 2 lines are no JSON objects"),
     ({"metadata.jsonl": "[" * 99999}, "1 of 1 lines are no JSON objects"),
     ({"list.csv": f'"{"x" * 200_000}.png"'}, "not a table"),
+    ({"list.csv": b"a.png,\xff\xfe\n"}, "not a table in UTF-8"),
     ({"list.csv": "a.png,x,nowhere"}, "line 1: split 'nowhere' is none of"),
     ({"list.csv": "a.png,x,train\nb.png,y\nc.png,z"}, "2 of 3 rows have no split"),
     ({"list.csv": "a.png,x\na.png,x,train,t,more"}, "line 2 is not path,label,split,tags"),
     ({"list.csv": ",x"}, "line 1 is not path"),
-    ({"list.csv": "label,path\nx"}, "line 2 is not label,path"),
-    ({"list.csv": ""}, "no image found"),
     ({"list.txt": "hello"}, "is no folder"),
-    ({"list.zip": "hello"}, "is no folder"),
-    ({"list.zip": changed(zip_of("a.png"), 6, b"\xff")}, "not a whole zip"),  # a later version
-    ({"list.zip": changed(changed(zip_of("a.png"), 9, b"\x08"), 46, b"\xff")}, "not a whole zip"),
-    ({"list.zip": changed(zip_of("a.png"), 0, b"PK\xff\xff")}, "not a whole zip"),
-    ({"list.zip": changed(zip_of("a.png"), -10, b"\xff\xff\xff\x7f")}, "not a whole zip"),
+    ({"list.zip": zip_of("a.png").replace(b"PK\1\2", b"PK\3\3")}, "not a whole zip"),
     ({"list.tar": member("a.png", png()) + header("b.png", 4096) + bytes(512)}, "not a whole tar"),
 ]
 GOOD, END = member("fine.png", png()), bytes(1024)
@@ -607,20 +565,11 @@ def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, m
     assert not decode.ONE_LARGE.locked()
 
 
-PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
-PROGRAM += b"(made) (w) file closefile showpage\n"
-
-
-def test_other_formats_are_no_pictures_and_start_no_program(tmp_path, monkeypatch):
-    ghostscript = tmp_path / "bin" / "gs"
-    lay(tmp_path, {"bin/gs": f"#!/bin/sh\necho started > {tmp_path}/started\n"})
-    ghostscript.chmod(0o755)
-    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=os.pathsep)
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow asks once a process
-    lay(tmp_path, {"x.png": PROGRAM})
+def test_a_program_is_no_picture(tmp_path):
+    """Pillow would hand an EPS to Ghostscript."""
+    lay(tmp_path, {"x.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"})
     with pytest.raises(UserError, match=r"x\.png is not .* cannot identify"):
         list(pictures.whole_pictures([tmp_path / "x.png"], []))
-    assert not (tmp_path / "started").exists()
 
 
 def test_pictures_are_opened_in_one_place():
