@@ -254,15 +254,6 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
 # ---- nothing overwritten, nothing silent ---------------------------------------------------------
 
 
-def test_show_draws_a_sheet_of_a_packed_set(tmp_path, images):
-    _, sets = packed(tmp_path, "images")
-    said = run_line("data.py --show out", tmp_path, check=0).stdout
-    assert "train 42" in said and sets["train"]["header"]["notes"][0] in said
-    sheet = np.asarray(Image.open(tmp_path / "out/sheet.png"))
-    assert min(sheet.shape[:2]) > 100 and sheet.std() > 10
-    assert "sheet.png is there already" in refused(run_line("data.py --show out", tmp_path))
-
-
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, images, monkeypatch):
     def full(f, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -308,8 +299,11 @@ def test_the_next_line_of_many_pictures_with_a_foreground_is_for_a_shell(tmp_pat
     words = shlex.split(said.splitlines()[-1].partition(", or ")[2].partition(";")[0])
     learn = ["python", "pretrain.py", "--data", "it's", "--mask", "fg_heavy", "--split", "test"]
     assert words == learn
-    run_line("data.py --show it's", tmp_path, check=0)  # with a row of foregrounds
-    assert (tmp_path / "it's/sheet.png").exists()
+    said = run_line("data.py --show it's", tmp_path, check=0).stdout  # with a row of foregrounds
+    assert "train 16" in said and "alpha is the foreground" in said
+    sheet = np.asarray(Image.open(tmp_path / "it's/sheet.png"))
+    assert min(sheet.shape[:2]) > 100 and sheet.std() > 10
+    assert "sheet.png is there already" in refused(run_line("data.py --show it's", tmp_path))
 
 
 # ---- who goes where ------------------------------------------------------------------------------
