@@ -144,15 +144,6 @@ def test_broken_files_and_bombs_are_skipped_counted_and_named(tmp_path, monkeypa
     check_labels(root, sets)
 
 
-def test_names_of_any_length_and_script_fit_into_the_header(tmp_path):
-    names = [f"ラブライブ高坂穂乃果ちゃん/{i:05}.jpg" for i in range(30_000)]
-    records, dims = [sources.Record(name, name, "a") for name in names], {"images": (1, 1, 3)}
-    rows = ((r, {"images": np.zeros((1, 1, 3), np.uint8)}) for r in records)
-    about = {"classes": ["a"], "size": 1, "split": "train", "source": "x"}
-    pack.write_split(tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, about)
-    assert data.open_split(tmp_path, "train")["header"]["keys"] == names
-
-
 def test_a_folder_with_a_slash_behind_it_is_the_same_folder(tmp_path, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("images/", "images/", "images", "./images", str(images)):
@@ -513,15 +504,6 @@ def test_batches_cover_an_epoch_once_and_start_anywhere():
     rest = list(data.batches(images, order, 8, cpu, start=4))
     assert [i.tolist() for i, _ in rest] == [i.tolist() for i, _ in whole[4:]]
     assert not torch.equal(order, data.epoch_order(50, seed=3, epoch=2))
-
-
-def test_an_error_in_the_prefetch_thread_reaches_the_loop():
-    def items():
-        yield 1
-        raise OSError("disk gone")
-
-    with pytest.raises(OSError, match="disk gone"):
-        list(data.prefetch(items()))
 
 
 THREADS = """
