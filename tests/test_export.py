@@ -128,47 +128,37 @@ def test_ctrl_c_in_the_export_to_onnx_is_one_word(at, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("to", "out", "card", "library"),
+    ("to", "card", "library", "pictures", "licence"),
     [
-        ("hf", "hf", "hf/README.md", "transformers"),
-        ("mae", "new/folder/mae.safetensors", "new/folder/mae.md", "pytorch"),
-        ("timm", "timm.safetensors", "timm.md", "timm"),
+        ("hf", "hf/README.md", "transformers", "toon", "mit"),
+        ("mae", "mae.md", "pytorch", "mine", "other"),
+        ("timm", "timm.md", "timm", "mine", "other"),
     ],
 )
-def test_a_hub_reads_the_card(at, to, out, card, library):
+def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
+    """It tells flags, figures, and whose pictures they were."""
     cards = pytest.importorskip("huggingface_hub")
-    said = run_line(f"export.py runs/a --to {to} --out {out}", at, check=0).stdout
-    found = cards.ModelCard.load(at / card)
-    assert found.data.library_name == library and found.data.license == "other"
-    for line in said.split("load it  ")[1].splitlines():
-        assert line in found.text
-    assert "Nothing was measured" in found.text
-
-
-@pytest.mark.parametrize(("pictures", "licence"), [("toon", "mit"), ("mine", "other")])
-def test_a_card_tells_flags_figures_and_whose_pictures_they_were(tmp_path, pictures, licence):
     flags = {"data": f"datasets/{pictures}", "mask": "attn_high", "ratio": "0.75", "seed": 3}
     save_model(MAE(32, 8, 32, 2, 2, 32, 1), tmp_path / "run/model.safetensors", {"run": flags})
     probe = {"headline": 0.414, "split": "val", "data": flags["data"], "command": "probe.py X"}
     (tmp_path / "run/probe.json").write_text(json.dumps(probe))
     (tmp_path / "run/metrics.json").write_text("{}")  # another program's
-    run_line("export.py run --to mae", tmp_path, check=0)
-    text = (tmp_path / "run/mae.md").read_text()
-    assert f"license: {licence}" in text and "| mask | `attn_high` |" in text
-    assert f"headline 0.414, val of datasets/{pictures}: `probe.py X`" in text
+    said = run_line(f"export.py run --to {to}", tmp_path, check=0).stdout
+    found = cards.ModelCard.load(tmp_path / "run" / card)
+    assert (found.data.library_name, found.data.license) == (library, licence)
+    for line in said.split("load it  ")[1].splitlines():
+        assert line in found.text
+    assert "| mask | `attn_high` |" in found.text
+    assert f"headline 0.414, val of datasets/{pictures}: `probe.py X`" in found.text
 
 
 def test_cards_of_a_merged_encoder_and_of_its_copy_say_how_it_was_trained(at):
     run_line("export.py runs/a-lora --to merged --out merged.st", at, check=0)
-    run_line("export.py merged.st --to timm --out copy.st", at, check=0)
-    for card in ("merged.md", "copy.md"):
-        assert "| mask of its encoder | `random` |" in (at / card).read_text()
-
-
-def test_a_card_that_somebody_wrote_stays(at):
-    (at / "own.md").write_text("mine")
-    assert "own.md" in refused(run_line("export.py runs/a --to mae --out own.safetensors", at))
-    assert (at / "own.md").read_text() == "mine" and not (at / "own.safetensors").exists()
+    run_line("export.py merged.st --to timm --out new/folder/copy.st", at, check=0)
+    for card in ("merged.md", "new/folder/copy.md"):
+        text = (at / card).read_text()
+        assert "| mask of its encoder | `random` |" in text
+    assert "Nothing was measured" in text
 
 
 def test_a_folder_is_written_whole_or_not_at_all(at, tmp_path, monkeypatch):

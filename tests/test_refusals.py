@@ -140,6 +140,7 @@ TAKEN = (  # what would be written, and is there
     f"{SEGMENT} --out runs/a-seg",
     f"{DETECT} --out runs/a-det",
     "export.py runs/a --to hf --out runs/a-lora",
+    "export.py runs/a --to mae --out text.st",  # text.md would be its card
     "experiments.subset datasets/packed --out images",
     f"{SHEET} --out text.png",
     "experiments.views dino --data datasets/packed --image-size 32 --out runs/a",
@@ -214,7 +215,7 @@ def base(tmp_path_factory):
     for name in ("a.png", "a.webp"):
         shutil.copy(base / "images/class0/illust0_0.png", base / "twins" / name)
     (base / "archives" / "my_faces.zip").write_bytes(b"PK")
-    for name in ("text.txt", "text.png"):
+    for name in ("text.txt", "text.png", "text.md"):
         (base / name).write_text("hello")
     (base / "bytes.csv").write_bytes(b"a.png,\xff\xfe\n")
     shutil.copytree(base / "datasets/packed", base / "plain")
