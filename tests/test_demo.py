@@ -174,13 +174,10 @@ def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(run, tmp_pa
     [
         ("127.0.0.1:7860", None, None),
         ("localhost:7860", "http://localhost:7860", None),
-        ("192.168.1.7:7860", None, None),
         ("studio:7860", None, None),
-        ("studio.evil.example:7860", None, 403),
         ("127.0.0.1.evil.example", None, 403),
         (None, None, 403),
         ("localhost:7860", "http://localhost:8000", 403),
-        ("localhost:7860", "null", 403),
     ],
 )
 def test_only_the_page_itself_is_answered(host, origin, status):
@@ -189,6 +186,8 @@ def test_only_the_page_itself_is_answered(host, origin, status):
     scope = {"method": "POST", "path": "/gradio_api/upload", "headers": sent}
     refused = demo.refusal(scope, {"localhost", "studio"})
     assert (refused and refused[1]) == status
+    scope["path"] = "/gradio_api/run"  # whoever asks, other functions are not there
+    assert demo.refusal(scope, {"localhost", "studio"})[1] == (status or 404)
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +201,6 @@ def address(base):
     finally:
         server.terminate()
         server.wait()
-
-
-@pytest.fixture(scope="module")
-def client(address):
-    """Asks the page as a script of its own would."""
-    httpx = pytest.importorskip("httpx")
-    with httpx.Client(base_url=address, timeout=60) as client:
-        yield client
 
 
 def upload(client, file, **headers):
@@ -228,27 +219,21 @@ def show(client, path):
 
 
 @pytest.mark.slow
-def test_requests_of_other_sites_are_refused(client):
-    assert client.get("/").status_code == 200
-    assert client.get("/", headers={"Host": "evil.example:7860"}).status_code == 403
-    assert upload(client, b"x", Origin="http://evil.example").status_code == 403
-    assert upload(client, b"x", Origin=str(client.base_url)).status_code == 200
-
-
-@pytest.mark.slow
-def test_no_file_of_this_machine_is_served(client, base):
-    for path in (base / "runs/a/model.safetensors", ROOT / "demo.py", "/etc/passwd"):
-        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
-    assert '"success":false' in show(client, ROOT / "demo.py")
-
-
-@pytest.mark.slow
-def test_a_picture_that_is_too_large_is_a_sentence(client):
-    for side, words in ((4990, "mine.png"), (5100, "exceeds limit")):
-        file = io.BytesIO()
-        Image.new("1", (side, side)).save(file, "PNG")
-        assert words in show(client, upload(client, file.getvalue()).json()[0])
-    assert upload(client, bytes(demo.MOST_MB * 2**20 + 1)).status_code == 413
+def test_the_server_refuses_other_sites_and_files_of_this_machine_and_huge_pictures(address, base):
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url=address, timeout=60) as client:
+        assert client.get("/").status_code == 200
+        assert client.get("/", headers={"Host": "evil.example:7860"}).status_code == 403
+        assert upload(client, b"x", Origin="http://evil.example").status_code == 403
+        assert upload(client, b"x", Origin=address).status_code == 200
+        for path in (base / "runs/a/model.safetensors", ROOT / "demo.py", "/etc/passwd"):
+            assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+        assert '"success":false' in show(client, ROOT / "demo.py")
+        for side, words in ((4990, "mine.png"), (5100, "exceeds limit")):
+            file = io.BytesIO()
+            Image.new("1", (side, side)).save(file, "PNG")
+            assert words in show(client, upload(client, file.getvalue()).json()[0])
+        assert upload(client, bytes(demo.MOST_MB * 2**20 + 1)).status_code == 413
 
 
 @pytest.fixture(scope="module")
