@@ -9,7 +9,6 @@ A call that breaks this is printed as a command line.
 """
 
 import argparse
-import json
 import os
 import pickle
 import random
@@ -70,7 +69,7 @@ WORK = (  # calls that work, from which every bad one is made
     "export.py runs/a-tags --to half --out exports/half",
     "ingest.toon --rows 1 --columns 1 --size 32 --out new.png",
     "experiments.run mine --arms block --data datasets/packed --threads 1 --dry",
-    "experiments.report study/mine-packed",
+    "experiments.report study/minutes",
     STRESS,
 )
 LOST = (  # two calls, of which the second must not write over what the first has written
@@ -127,25 +126,11 @@ def spoil(path, how):
         path.write_bytes(new[how])
 
 
-def write_study(folder):
-    """Rows of two masks with three seeds."""
-    folder.mkdir(parents=True)
-    curve = {"epoch": [0, 1], "knn": [20, 30], "linear": [20, 40], "seconds": [0, 9]}
-    arms = {"random": "random", "block": "random"}
-    rows = []
-    for i, arm in enumerate([*arms] * 3):
-        row = {"arm": arm, "seed": i // 2, "metrics": {"top1": 50.0 + i}, "curve": curve}
-        rows.append(json.dumps(row | {"right": {"top1": f"{i}f"}}))
-    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    plan = {"plan": "mine", "question": "?", "data": "packed", "split": "val", "arms": arms}
-    plan |= {"seeds": [0, 1, 2], "columns": {"top1": "Top-1, %"}, "compare": ["top1"]}
-    (folder / "PLAN.json").write_text(json.dumps(plan))
-    (folder / "images.json").write_text(json.dumps({"groups": [0, 0, 1, 1, 2, 2, 3, 3]}))
-
-
 def write_more(base):
     """What must not be lost, odd names and broken files."""
-    write_study(base / "study/mine-packed")
+    rows = shutil.ignore_patterns("table.*")
+    published = ROOT / "results/baselines/minutes-faces20"
+    shutil.copytree(published, base / "study/minutes", ignore=rows)
     for folder in ("odd", "broken", "temporary"):
         (base / folder).mkdir()
     for name in ("notes.txt", "study/table.md", "odd/na\nme", "odd/名前 'q\" %s", "locked"):
