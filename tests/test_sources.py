@@ -544,24 +544,12 @@ def test_the_figure_crop_follows_box_alpha_or_colours(by, centre):
     assert 0.3 < len(y) / 1600 < 0.8  # pi/4/1.2^2 = .55 with the margin asked for
 
 
-def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, monkeypatch):
-    """Sixteen of 170 megapixels side by side would take 32 GB: of large ones, one is decoded at a time."""
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch):
+    """Sixteen of 170 megapixels side by side would take 32 GB."""
     monkeypatch.setattr(decode, "LARGE", 32 * 32)
-    busy, counts, upright = [], [], decode.upright
-
-    def slow(img):
-        busy.append(img.width)
-        counts.append(sum(width > 32 for width in busy))
-        file = upright(img)
-        busy.remove(img.width)
-        return file
-
-    monkeypatch.setattr(decode, "upright", slow)
-    sizes = [(64, 64), (16, 16), (40, 40), (16, 16)] * 4
-    lay(tmp_path, {f"{i}.png": png(i, size) for i, size in enumerate(sizes)})
-    problems = []
-    found = list(pictures.pictures([tmp_path], 16, "centre", 0, problems))
-    assert len(found) == 16 and not problems and max(counts) == 1
+    for side in (32, 33):
+        with decode.open_image(png(0, (side, side)), 16):
+            assert decode.ONE_LARGE.locked() == (side > 32)
     assert not decode.ONE_LARGE.locked()
 
 
@@ -577,11 +565,6 @@ def test_pictures_are_opened_in_one_place():
     code = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if p.parent.name != "tests"]
     found = [p for p in code if re.search(r"Image\.open\(|imread|mpimg", p.read_text())]
     assert [p.relative_to(ROOT).as_posix() for p in found] == ["ingest/decode.py"]
-
-
-def test_a_file_with_an_odd_name_is_printed_with_escapes(capsys):
-    pictures.tell_problems([("a", "a\x1b[31m.png is no picture")], None)
-    assert "a\\x1b[31m.png is no picture" in capsys.readouterr().err
 
 
 # ---- tags ----------------------------------------------------------------------------------------
