@@ -1,6 +1,5 @@
 """Packing keeps every picture beside its label, in one split, whole or not at all; views and the loader."""
 
-import errno
 import io
 import json
 import shlex
@@ -243,16 +242,6 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
 
 
 # ---- nothing overwritten, nothing silent ---------------------------------------------------------
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, images, monkeypatch):
-    def full(f, *_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shutil, "copyfileobj", full)
-    line = refused(run_line("data.py images --out out --size 16", tmp_path))
-    assert "No space left on device" in line
-    assert [p.name for p in tmp_path.iterdir()] == ["images"]
 
 
 NEXT = {  # flags: the command that comes next, and words of what is said
