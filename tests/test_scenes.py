@@ -196,13 +196,6 @@ def test_boxes_fit_a_large_jpeg_that_is_decoded_smaller(tmp_path):
     assert red[y1:y2, x1:x2].mean() > 0.95 and red[:20].sum() - red[y1:y2, x1:x2].sum() < 10
 
 
-def test_a_picture_of_one_line_is_a_line(tmp_path):
-    Image.new("RGB", (400, 1), "red").save(tmp_path / "line.png")
-    row = boxes.decode((tmp_path / "line.png").read_bytes(), 40, [(0, 0, 200, 1)], 1, False)
-    assert (row["images"][0] == (255, 0, 0)).all() and (row["images"][1:] == 128).all()
-    assert np.allclose(row["boxes"], (0, 0, 0.5, 1 / 400))
-
-
 def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path):
     write_pictures(tmp_path / "yolo/images", {"train/a.png": (40, 40), "val/a.png": (40, 40)})
     lines = {"train/a": "0 .5 .5 .5 .5", "val/a": "0 .25 .25 .5 .5", "val/gone": "0 .5 .5 .1 .1"}
