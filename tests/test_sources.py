@@ -252,10 +252,9 @@ DANBOORU_SAYS = {
 ARRAY = '\ufeff\n[{"id": 263159, "tag_string_character": "miku"}, {"id": 7}, {"id": 5}]'
 IMAGES = dict.fromkeys(["a/1.png", "a/2.png", "b 3.png"])
 LISTED = {"a/1.png": "train/ミク", "a/2.png": "val/-", "b 3.png": "test/x"}
-CSV = "a/1.png,ミク,train\na/2.png,,valid\n\nb 3.png,x,test,hat\n"
+TAGGED = LISTED | {"a/1.png": "train/ミク smile 1girl", "b 3.png": "test/x brown_hair 'hat'"}
+CSV = "a/1.png,ミク,train,smile 1girl\na/2.png,,valid\n\nb 3.png,x,test,\"brown hair, 'hat'\"\n"
 TSV = "Label\tfilename\tsplit\nミク\ta/1.png\ttrain\n\ta/2.png\tval\nx\tb 3.png\ttest"
-TAGS = "path,tags\na/1.png,smile 1girl\na/2.png,\nb 3.png,\"brown hair, 'hat'\"\n"
-TAGS_SAY = {"a/1.png": "-/- smile 1girl", "a/2.png": "-/-", "b 3.png": "-/- brown_hair 'hat'"}
 KOHYA = dict.fromkeys(["img/10_miku/1.png", "img/10_miku/2.png", "img/3_rin hat/3.png"])
 CAPTIONS = {"img/10_miku/1.txt": "solo, brown hair,\nsmile", "img/10_miku/2.txt": "1girl"}
 KOHYA_SAYS = zip(KOHYA, ("-/miku solo brown_hair smile", "-/miku 1girl", "-/rin hat"), strict=True)
@@ -284,9 +283,8 @@ SOURCES = {  # name: files, {key: split/label and tags}, what the notes after th
         {"263159.png": "-/miku", "7.png": "-/-"},
         [f"1 {UNKNOWN}"],
     ),
-    "csv": (IMAGES | {"list.csv": CSV}, LISTED | {"b 3.png": "test/x hat"}, []),
+    "csv": (IMAGES | {"list.csv": CSV}, TAGGED, []),
     "tsv": (IMAGES | {"list.tsv": TSV}, LISTED, []),
-    "tags in a csv": (IMAGES | {"list.csv": TAGS}, TAGS_SAY, []),
     "captions of kohya": (KOHYA | CAPTIONS, dict(KOHYA_SAYS), []),
     "a name twice": (
         IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"},
@@ -306,13 +304,9 @@ def test_published_data_sets_and_tables_keep_their_names_splits_and_tags(tmp_pat
     assert first.startswith(f"read as {sources.reader_of(path)[1] or NUMBERED}: ") and more == notes
 
 
-def test_a_layout_of_pictures_only_reads_no_captions(tmp_path):
-    records = sources.find(lay(tmp_path, KOHYA | CAPTIONS), layout=())[0]
-    assert len(records) == 3 and not any(r.tags for r in records)
-    of_class = sources.find(tmp_path, layout=("-", "class"))[0]
-    assert any(r.tags for r in of_class)
-    listed = lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS, "more.png": b""})
-    assert "more.png" in [r.key for r in sources.find(listed, layout=())[0]]
+def test_a_layout_of_pictures_only_takes_those_too_that_no_metadata_name(tmp_path):
+    lay(tmp_path, DANBOORU | {"metadata.jsonl": POSTS, "more.png": b""})
+    assert "more.png" in [r.key for r in sources.find(tmp_path, layout=())[0]]
 
 
 def test_tables_give_groups_and_boxes_and_so_do_posts(tmp_path):
