@@ -1,7 +1,5 @@
 """Pages with boxes: those that are drawn, and those that others publish."""
 
-import contextlib
-import io
 import json
 import unicodedata
 
@@ -144,18 +142,6 @@ def test_every_layout_gives_the_same_boxes(name, tmp_path):
         assert row["images"].shape == (40, 40, 3) and shown.sum() == width * height
         assert shown[:height, :width].all()  # the rest is filled up
         assert record.split == ("train" if "/" in name else None)
-
-
-def test_coco_is_read_as_pycocotools_reads_it(tmp_path):
-    coco = pytest.importorskip("pycocotools.coco")
-    path = write_texts(tmp_path, {"x.json": json.dumps(COCO)})
-    write_pictures(tmp_path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        judge = coco.COCO(str(path))
-    for record in boxes.find(path)[0]:
-        (image,) = (i for i in judge.dataset["images"] if i["file_name"] == record.key)
-        theirs = [a["bbox"] for a in judge.loadAnns(judge.getAnnIds(image["id"]))]
-        assert record.box == [(x, y, x + w, y + h) for x, y, w, h in theirs]
 
 
 def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
