@@ -11,7 +11,6 @@ import zipfile
 from itertools import product
 from types import SimpleNamespace
 
-import made
 import pytest
 import torch
 from conftest import some_view
@@ -57,9 +56,8 @@ ENTRIES = {"shape": [2**63, 2], "negative": [-1, -1], "text": ["a"], "dtype": "F
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(base):
     """A home with a valid file of each kind. A case spoils one and puts it back."""
-    base = made.home(tmp_path_factory.mktemp("spoiled"))
     steps(base / "runs/new")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(base)  # an adapter names its encoder as runs/a
