@@ -66,6 +66,7 @@ SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
 OWN = many("train/train_images/a", "train/train_images/b", "test/test_set/a", "test/test_set/b")
 FLAT = [f"{i}.png" for i in range(8)]
 ALL = "train/a train/b test/a test/b"
+INSIDE = [f"set/{folder}" for folder in ALL.split()]
 PEOPLE = "-/hutao -/venti -/kiana -/mei"
 NUMBERED = "-/class, the numbers before names left out"
 HALVES = many("train/a", "train/b")
@@ -73,11 +74,10 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("a", "b"), "class", "-/a -/b", 0),
     (many("a/x"), "-/class", "-/x", 0),
     (SPLITS, "split/class", ALL, 0),
-    ([f"set/{n}" for n in SPLITS], "-/split/class", ALL, 0),
     (OWN, "split/-/class", ALL, 0),
     (many("a/train", "b/train", "a/test", "b/test"), "class/split", ALL, 0),
     (["x.png", *SPLITS], "split/class", ALL, 1),
-    (["train/x.png", *many(*ALL.split(), each=6)], "split/class", ALL, 1),
+    (["set/train/x.png", *many(*INSIDE, each=6)], "-/split/class", ALL, 1),
     (many("Val", "Dev", "Rin"), "class", "-/Val -/Dev -/Rin", 0),
     (["1.png", "2.png"], "pictures only", "-/-", 0),
     (many("train", "val"), "split", "train/- val/-", 0),
