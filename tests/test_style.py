@@ -97,7 +97,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-TODAY = [(has_walrus, 0), (is_nested, 12), (assigns_many, 21), (assigns_unlike, 170)]
+TODAY = [(has_walrus, 0), (is_nested, 12), (assigns_many, 20), (assigns_unlike, 157)]
 
 
 @pytest.mark.parametrize("kind, today", TODAY)
@@ -134,7 +134,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "ingest": (3765, 2700),
     "experiments": (2811, 1900),
     "benchmarks": (975, 900),
-    "tests": (11411, 8500),
+    "tests": (10741, 8500),
 }
 
 
