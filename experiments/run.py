@@ -48,6 +48,7 @@ IN_PLACE = {"probe": "probe*.json", "recognize": "recognize.json", "stress": "st
 IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
 KEPT = ("question", "compare", "differences", "hypotheses", "margin")  # of a plan, in PLAN.json
 RUNNING = set()  # processes of ours
+STOPPED = threading.Event()  # a thread that waited until then begins nothing more
 TRIALS = defaultdict(threading.Lock)  # of two runs that ask for one trial, one makes it
 
 
@@ -109,6 +110,8 @@ def execute(words, args, log, lock):
         pipes = {"stdout": file, "stderr": file}
         process = subprocess.Popen([sys.executable, *script], env=env, pass_fds=held, **pipes)
         RUNNING.add(process)
+        if STOPPED.is_set():
+            process.terminate()
         status = process.wait()
         RUNNING.discard(process)
     if status:
@@ -369,11 +372,13 @@ def run_all(jobs, args, folder):
             failed.append(f"{job[0]}, seed {job[1]}: {reason}")
             print(f"failed: {failed[-1]}", flush=True)
 
+    STOPPED.clear()
     pool = ThreadPoolExecutor(args.jobs)
     try:
         for future in [pool.submit(one, job) for job in jobs]:
             future.result()
     finally:
+        STOPPED.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(RUNNING):
             process.terminate()  # a stage saves, and goes on next time

@@ -7,14 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import chain, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, call, refused
 from test_repository import flags_of
 
+from common.io import UserError
 from common.train import read_log
 from experiments import plans, report, run
 
@@ -269,6 +272,15 @@ def test_a_plan_that_is_killed_goes_on_with_the_run_that_was_stopped(home, small
     study(small, MINE)
     assert calls(home)[2] == "block 2000 None resumed" and len(rows_of(home)) == 6
     assert calls(home).count("random 2000 None new") == 1
+
+
+def test_after_a_stop_a_thread_that_waited_begins_nothing(tmp_path, monkeypatch):
+    """It waited for a lock that another run held, and gets it when that one is stopped, too."""
+    monkeypatch.setattr(run, "STOPPED", threading.Event())
+    run.STOPPED.set()
+    more = SimpleNamespace(threads=1), tmp_path / "log", None
+    with pytest.raises(UserError, match="ended with -15"):
+        run.execute(["-m", "timeit", "-n1", "-r1", "__import__('time').sleep(9)"], *more)
 
 
 @pytest.mark.parametrize("broken", [False, True])
