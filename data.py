@@ -38,7 +38,7 @@ from common.command import progress
 from common.fields import check_arrays, check_range
 from common.io import UserError, open_tensors
 
-SMALL = 3000  # training pictures: LoRA on weights/toon names so few as well as an own encoder
+SMALL = 3000  # training pictures; with so many, an own encoder was worse than weights/toon
 APART = 0.1  # share of train that is held out for choices, if there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)
@@ -249,7 +249,7 @@ def draw_boxes(n, generator, min_area):
     """Random resized crops (MAE): boxes (n, 4) and flips (n,) bool, drawn on the CPU.
 
     A box is top, left, height, width in [0, 1]: area uniform in [min_area, 1], aspect log-uniform
-    in [3/4, 4/3].
+    in [3/4, 4/3]. Sides are cut at 1, so from min_area 0.75 on some crops are smaller.
     """
     u = torch.rand(5, n, generator=generator)
     area = min_area + (1 - min_area) * u[0]

@@ -48,7 +48,7 @@ RECIPE = {
 WEIGHT_DECAY = {"linear": 1e-4, "lora": 1e-4, "full": 0.05}
 WARMUP = 0.1  # share of the run in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient
-MIN_CROP = 0.5  # smallest share of an image in a crop
+MIN_CROP = 0.5  # smallest share of an image in a crop; "linear" has no augmentation
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
@@ -99,7 +99,7 @@ def read_flags():
 
 # ---- LoRA: low-rank adapters ---------------------------------------------------------------------
 
-# The matrices of a block that are adapted, and how many are side by side in one: q, k and v are 3.
+# Layers that get LoRA, here and in detect.py, and how many matrices each stacks: q, k and v are 3.
 LAYERS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
 
 
@@ -129,7 +129,7 @@ class LoRA(nn.Module):
 
 
 def lora_layers(encoder):
-    """-> {name of the layer: (A (r, in), B (out, r), scale)}; the output gains scale * B A x."""
+    """{name: (A (r, in), B (out, r), scale)}, all that is saved; the output gains scale * B A x."""
     modules = {k: m for k, m in encoder.named_modules() if isinstance(m, LoRA)}
     return {name: (*lora.factors(), lora.scale) for name, lora in modules.items()}
 
@@ -158,8 +158,9 @@ def merge_lora(encoder):
 def load_lora(encoder, folder):
     """Put the adapter of a folder, ours or one that peft made, on a plain encoder; freeze both."""
     for name, (A, B, scale) in read_adapter(folder, encoder).items():
-        lora = LoRA(encoder.get_submodule(name), len(A), scale * len(A))
+        lora = LoRA(encoder.get_submodule(name), len(A), 1.0)
         lora.A[0], lora.B[0] = A, B
+        lora.scale = scale
         encoder.set_submodule(name, lora)
     encoder.requires_grad_(False)
 
@@ -227,7 +228,7 @@ def pooled_views(task, images, t, generator):
 
 
 class Part(dict):
-    """A dict as a part of state.pt. Its tensors are a network's, and keep their memory."""
+    """A dict as a part of state.pt. Loading copies into its tensors, which are a network's."""
 
     state_dict = dict.copy
 
@@ -316,8 +317,9 @@ def predict(task, images, most=None):
         rows = task.train.rows
         labels = task.train.labels[rows]
         of_class = [rows[labels == c] for c in range(len(task.classes))]
-        rows = torch.cat([some[data.evenly_spaced(len(some), NECK_MANY)] for some in of_class])
-        pooled = pooled_of(task, task.train, rows[data.evenly_spaced(len(rows), most or len(rows))])
+        some = torch.cat([one[data.evenly_spaced(len(one), NECK_MANY)] for one in of_class])
+        some = some[data.evenly_spaced(len(some), most or len(some))]
+        pooled = pooled_of(task, task.train, some)
         task.net.neck.running_mean.copy_(pooled.mean(0))
         task.net.neck.running_var.copy_(pooled.var(0))
     logits, _ = classifier.predict(task.net.eval(), pooled_of(task, images, images.rows))
@@ -335,11 +337,11 @@ def finetune(flags, task):
     total = per_epoch * flags.epochs
     unfreeze_every = flags.unfreeze_every if task.method == "full" else 0
     lr = 0.0 if task.method == "linear" else flags.lr
-    rates = lr, flags.head_lr, WEIGHT_DECAY[task.method], task.keys.get("layer_decay", 1.0)
-    optimizer = classifier.make_optimizer(net, *rates)
-    share = task.sizes / len(train_rows)
-    adjust = (flags.logit_adjust * share.log()).to(device)  # Menon et al. 2020, arXiv:2007.07314
-    best = Part(epoch=0, macro_f1=-1.0, weights={})
+    settings = lr, flags.head_lr, WEIGHT_DECAY[task.method], task.keys.get("layer_decay", 1.0)
+    optimizer = classifier.make_optimizer(net, *settings)
+    prior = task.sizes / len(train_rows)  # of each character: Menon et al. 2020, arXiv:2007.07314
+    adjust = (flags.logit_adjust * prior.log()).to(device)
+    best = Part(epoch=0, macro_f1=-1.0, weights={})  # the highest F1, and the epoch that is kept
     parts = {"model": task.trained, "optimizer": optimizer, "best": best}
     run = train.Run(flags, parts, total, per_epoch, device)
     print(
@@ -354,7 +356,8 @@ def finetune(flags, task):
 
     right = []
     for epoch in range(run.step // per_epoch, flags.epochs):
-        unfreeze(net.train(), task.trained, epoch, unfreeze_every)
+        net.train()
+        unfreeze(net, task.trained, epoch, unfreeze_every)
         order = epoch_rows(train_rows, labels, balanced, seed, epoch)
         for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
             # view: all random numbers are drawn here, on the CPU
@@ -384,11 +387,12 @@ def finetune(flags, task):
                 run.log_step(lr=group["lr"], train_top1=100 * torch.stack(right).mean().item())
                 right = []
             if run.step % per_epoch == 0:
-                dev, truth = predict(task, task.dev, NECK_FEW)
-                top1 = 100 * evaluate.topk(dev, truth, 1)
-                f1 = 100 * metrics.macro_f1(dev.argmax(1), truth)
+                scores, truth = predict(task, task.dev, NECK_FEW)
+                top1 = 100 * evaluate.topk(scores, truth, 1)
+                f1 = 100 * metrics.macro_f1(scores.argmax(1), truth)
                 run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1)
-                best["macro_f1"] = highest = max(f1, best["macro_f1"])
+                highest = max(f1, best["macro_f1"])
+                best["macro_f1"] = highest
                 if f1 >= highest - math.sqrt(highest * (100 - highest) / len(truth)):
                     weights = {name: w.cpu().clone() for name, w in task.trained.items()}
                     best.update(epoch=epoch + 1, weights=weights)

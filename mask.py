@@ -3,7 +3,7 @@
 A strategy returns one priority per patch, (B, N). The higher the priority, the sooner the patch is
 hidden. `sample` turns priorities into an exact number of hidden patches.
 
-    B views   N = g * g patches of a view   K visible   M = N - K hidden   P parts
+    B views   N = g * g patches of a view   K visible   M hidden   P parts
 
 Arguments of a strategy:
 
@@ -22,7 +22,8 @@ Keyword parameters are keys of the flag: `--mask attn_high:beta=2,start=0.2`. A 
 score also has shuffle=1, the control: each image then gets the score of another image. Any strategy
 has throw=0.4: that share of the patches, of the lowest priority, is neither seen nor predicted.
 
-To add a strategy, write a function, add it to STRATEGIES, and say in NEEDS which score it reads:
+To add a strategy, write a function, add it to STRATEGIES, and say in NEEDS which score it reads. A new
+kind of score also needs code in Guide.scores of common/guidance.py.
 
     def mine(patches, noise, t, hidden, beta=1.0):
         return guided(patches["detail"], beta, noise)
@@ -212,7 +213,7 @@ STRATEGIES = {
 def keywords(strategy):
     """{key: default} of the parameters that a user can set."""
     parameters = inspect.signature(strategy).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {p.name: +p.default for p in parameters if p.default is not p.empty}  # False becomes 0
 
 
 PARAMS = {name: keywords(strategy) | {"throw": 0.0} for name, strategy in STRATEGIES.items()}
@@ -234,8 +235,8 @@ def show_some(priority, M, share, noise):
     order = priority.argsort(dim=1, descending=True, stable=True)
     top = order[:, :M]
     shown = top.gather(1, noise.gather(1, top).argsort(dim=1, stable=True)[:, :count])
-    # behind the patches that replace them
-    return -order.argsort(1).float().scatter(1, shown, M + count - 0.5)
+    rank = order.argsort(1).float()  # 0 is hidden first
+    return -rank.scatter(1, shown, M + count - 0.5)  # behind the patches that replace them
 
 
 def rows_and_columns(noise):

@@ -123,7 +123,7 @@ def sincos_positions(dim, side):
 
 
 def init_weights(module):
-    """Xavier uniform for every matrix, 0 for biases. A LayerNorm keeps 1 and 0."""
+    """Xavier uniform for every nn.Linear, however its class began it, and 0 for its bias."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -257,7 +257,7 @@ def check_sizes(image_size, patch_size, dim, heads):
 
 
 def shape_of(encoder):
-    """The arguments of an encoder's constructor: ViT(**shape_of(encoder))."""
+    """Arguments: ViT(**shape_of(encoder)). A new one goes here and in ENCODER of common/fields.py."""
     return dict(
         image_size=encoder.side * encoder.patch_size,
         patch_size=encoder.patch_size,
@@ -271,7 +271,7 @@ def shape_of(encoder):
 
 
 class Decoder(nn.Module):
-    """Predicts the pixels of the hidden patches. It is not used after pre-training."""
+    """Predicts hidden pixels. Its parts are called decoder_..., so that files do not mix them up."""
 
     def __init__(self, side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()

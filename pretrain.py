@@ -9,7 +9,7 @@ Writes: runs/NAME/ state.pt and attn-*.safetensors (what a resumed run needs), m
         pooler.safetensors, stats_head.safetensors, log.jsonl, pictures
 
 Random numbers are drawn on the CPU from (seed, epoch, step, process). So two masks with one seed see
-the same images with the same crops. On a CPU, a resumed run ends with the same bits.
+the same images with the same crops. On a CPU, a run resumed by the same code ends with the same bits.
 
     V views of an image, neighbours in a batch   b images of a process   B images of all processes
     S image side   p patch side   N patches of a view   K visible   M hidden   D encoder width
@@ -51,14 +51,14 @@ from model import MAE, SIZES, Pooler, SimMIM
 
 WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
-ALONE = ("encoder.pooler", "decoder.stats_head")  # not clipped: they give the rest no gradient
+UNCLIPPED = ("encoder.pooler", "decoder.stats_head")  # they would shrink the others' gradient
 WARMUP = 0.1  # share of the run in which the learning rate rises
 RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those of processes
 WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first packs or evaluates
-# The contrastive loss must not recognise two views by their colours or their background.
+# Only with the contrastive loss: it must not match views by their colours or their background.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
-# In views, for all masks and data. On a CPU, many small steps learn more (results/TRIED.md).
+# Lengths of a run and of a step, in views. On a CPU, many small steps learn more (results/TRIED.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
 DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
@@ -171,10 +171,10 @@ def set_length(flags, images, V, device, world):
     return b, images // (b * world)
 
 
-def build_network(network, size, flags):
-    """The network, its weights drawn from --seed or read from --init."""
+def build_network(kind, size, flags):
+    """A network of this kind, MAE or SimMIM, its weights drawn from --seed or read from --init."""
     torch.manual_seed(flags.seed)
-    model = network(**size)
+    model = kind(**size)
     if flags.contrast.startswith("pooler"):
         model.encoder.pooler = Pooler(size["dim"], size["heads"])
     if flags.init and not flags.resume:
@@ -209,7 +209,7 @@ def make_mask(flags, encoder, train_set, autocast, views):
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
     guide = guidance.Guide(name, params, encoder, flags.out, autocast, views)
     if guide.need == "attn" and flags.teacher != "maps":
-        guide.teacher = make_teacher(encoder, flags, params.get("start", 0))
+        guide.teacher = make_teacher(encoder, flags, params.get("start", masking.START))
         print(f"guide    attention ({guide.teacher.source}) of {flags.teacher}")
     elif guide.need in guidance.IN_FILES:
         found = guidance.open_maps(guide.need, flags.maps, flags.data, train_set)
@@ -234,7 +234,7 @@ def make_teacher(encoder, flags, start):
 
 
 def draw(stream, n, N, min_crop, device):
-    """The random numbers of n views: crops (n, 4), flips (n,), noise (n, N), and more (n, 4)."""
+    """Random numbers of n views: crops (n, 4), flips (n,), noise (n, N), colours and swap (n, 4)."""
     generator = train.seeded(*stream)
     boxes, flip = data.draw_boxes(n, generator, min_crop)
     noise = masking.gumbel_noise(n, N, generator)
@@ -310,7 +310,7 @@ def main():
     flags.values["dtype"], reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
     dtype = train.DTYPES[flags.dtype]
     autocast = train.autocast_of(device, flags.dtype)
-    network, size, settings = parse_model(flags, device)
+    kind, size, settings = parse_model(flags, device)
     V = 2 if settings else 1
     S, p = size["image_size"], size["patch_size"]
     train_set, held_set = open_data(flags, S, rank)
@@ -319,19 +319,19 @@ def main():
     b, per_epoch = set_length(flags, len(images), V, device, world)
     total = flags.epochs * per_epoch
     peak_lr = flags.blr * V * flags.batch_size / 256
-    model = build_network(network, size, flags).to(device)
+    model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
     strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast, V)
     parts = {"model": model, **guide.networks()}
     if V == 2:
         parts["agreement"] = Agreement(size["dim"], train_set, settings)
     optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
-    views, net = compiled(model, flags, device)
+    cut_views, net = compiled(model, flags, device)
     agreement = share_gradients(parts.get("agreement"))
     guide.predictor = share_gradients(guide.predictor)
     norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets
-    how = {"return_error": True, "error_of": absolute_error if network is SimMIM else None, **norm}
-    clipped = [w for name, w in model.named_parameters() if not name.startswith(ALONE)]
+    how = {"return_error": True, "error_of": absolute_error if kind is SimMIM else None, **norm}
+    clipped = [w for name, w in model.named_parameters() if not name.startswith(UNCLIPPED)]
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
         f"machine  {train.machine(device)}\n"
@@ -344,7 +344,7 @@ def main():
         f"epochs, an evaluation every {flags.eval_every}"
     )
     parts |= {"optimizer": optimizer, "guide": guide}
-    run = train.Run(flags, parts, total, per_epoch, device)
+    run = train.Run(flags, parts, total, per_epoch, device)  # refuses flags not read so far
     if run.writes and run.step == 0:
         log_evaluation(run, model, guide, (train_set, held_set), norm)
 
@@ -358,13 +358,13 @@ def main():
             stream = (flags.seed, epoch, run.step, rank)
             boxes, flip, noise, draws = draw(stream, V * b, N, flags.min_crop, device)
             fg = None if figures is None else data.take(figures, rows, device)
-            view = views(batch, fg, boxes, flip, S, draws if agreement else None)
+            view = cut_views(batch, fg, boxes, flip, S, draws if agreement else None)
 
             # 2. which patches are hidden
             K = masking.kept(N, ratio_at(flags.ratio, t, stream))
             thrown = round(throw * N)  # patches that are neither seen nor predicted
-            patches = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}
-            priority = strategy(patches, noise, t, N - K - thrown)  # (V*b, N)
+            scores = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}, parts (V*b, N, P)
+            priority = strategy(scores, noise, t, N - K - thrown)  # (V*b, N)
             ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (V*b, K), (V*b, M)
 
             # 3. forward
@@ -383,7 +383,7 @@ def main():
 
             # 5. update
             grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups:  # all have one learning rate
                 group["lr"] = lr = train.lr_at(run.step, total, WARMUP * total, peak_lr)
             optimizer.step()
             optimizer.zero_grad()
@@ -393,11 +393,11 @@ def main():
             # 6. log, evaluate, save
             stop_together(run)
             if run.logs_now:
-                numbers = guide.statistics(patches, ids_mask, run.step, total)
+                numbers = guide.statistics(scores, ids_mask, run.step, total)
                 numbers |= parts["agreement"].statistics() if agreement else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
-                draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(patches), p)
+                draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(scores), p)
                 log_evaluation(run, model, guide, (train_set, held_set), norm)
             run.save_if_due()
     finish(run, model, guide, held_set, norm)

@@ -327,7 +327,7 @@ def draw_neighbours(path, found, task, rows):
 
 
 def probe(run, task, threshold):
-    """Extract, measure, draw and write one run -> what a comparison needs of it."""
+    """Extract, measure, draw and write one run -> what a comparison needs. threshold: number, source."""
     print(f"run      {run}")
     encoder, size = load_encoder(run)
     encoder.to(task.device).requires_grad_(False)
@@ -398,20 +398,20 @@ def write(path, report):
 
 
 def by_config(reports):
-    """-> {name: {seed: report}}: runs whose flags differ in the seed alone, named without -sN."""
+    """{name: {seed: report}}: runs of one name, without -sN, whose flags differ in the seed alone."""
     groups = {}
     for report in reports:
         config = {k: v for k, v in report["config"].items() if k not in ("seed", "out")}
-        seeds = groups.setdefault(json.dumps(config or report["run"], sort_keys=True), {})
+        name = re.sub(r"-s(eed-)?\d+\b", "", report["run"])
+        seeds = groups.setdefault((name, json.dumps(config, sort_keys=True)), {})
         seed = report["config"].get("seed", 0)
         if seed in seeds:
             first = seeds[seed]["path"]
             raise UserError(f"{report['path']} and {first} have the same flags and the same seed")
         seeds[seed] = report
     named = {}
-    for seeds in groups.values():
+    for (name, _), seeds in groups.items():
         first = next(iter(seeds.values()))
-        name = re.sub(r"-s(eed-)?\d+$", "", first["run"])
         named[first["path"] if name in named else name] = seeds
     return named
 

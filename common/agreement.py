@@ -1,7 +1,7 @@
-"""The contrastive loss of two views: two crops of an image, masked independently, find each other.
+"""The contrastive loss: two crops of an image, masked independently, get similar vectors.
 
-No loss of a masked autoencoder trains its CLS token, so the attention of that token tells little
-but where a patch is. This second loss trains it (CAN, Mishra et al. 2022, arXiv:2210.16870; MAE-CT,
+No loss of a masked autoencoder trains its CLS token, so the attention of that token depends mostly
+on the place of a patch. This second loss trains it (CAN, Mishra et al. 2022, arXiv:2210.16870; MAE-CT,
 Lehner et al. 2023, arXiv:2304.10520). Or it trains a pooler that reads the patch tokens and changes
 nothing in them (model.Pooler). Of the 2B views of a batch, let i and j be the views of one image:
 
@@ -19,7 +19,7 @@ from torch import nn
 import data
 
 HIDDEN, OUT = 1024, 128  # widths of the projector
-# What --contrast compares, and how. The pooler's gradient ends at the tokens: weight 1 is safe.
+# Keys of --contrast; ViT.summary is what is compared. The pooler's gradient ends at the tokens.
 SETTINGS = {
     "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0},
     "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0.0},

@@ -20,7 +20,8 @@ from common.features import is_left_out
 from common.fields import CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
 from common.io import read_safetensors
 
-# Keys of --head. Margins are the papers': radians, the cosine, radians.
+# Keys of --head. Margins are the papers': an angle in radians, for cosface a cosine. A new name
+# needs a branch in Classifier, which otherwise takes the linear head.
 HEADS = {
     "linear": {},
     "mlp": {},
@@ -142,7 +143,7 @@ def level_of(name, depth):
 def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
     """AdamW, whose groups keep their learning rate as "peak".
 
-    It is head_lr, and in the encoder lr * layer_decay^(blocks above). Biases, norms and tokens are
+    It is head_lr, and in the encoder lr * layer_decay^(levels above). Biases, norms and tokens are
     not decayed.
     """
     depth = len(net.encoder.blocks)

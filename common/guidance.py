@@ -39,11 +39,11 @@ HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 %
 class Guide:
     """The scores that one strategy reads: from maps, a Teacher, a LossPredictor, or the views.
 
-    maps: (n, G, G) of the training images, None before the first; parts: the number in them.
+    maps: (n, G, G) of the training images, None before the teacher's first; parts: their number.
     """
 
     def __init__(self, strategy, params, encoder, out, autocast, views=1):
-        """params: of the strategy, without "shuffle" afterwards; views: of each image of a batch."""
+        """params: keys of the strategy; "shuffle" is removed. views: how many there are of an image."""
         self.need = masking.NEEDS.get(strategy)
         self.shuffle = params.pop("shuffle", 0) > 0  # the control, see `scores`
         self.side, self.patch = encoder.side, encoder.patch_size
@@ -77,7 +77,7 @@ class Guide:
     def scores(self, rows, boxes, flip, view):
         """{need: (B, N), or (B, N, P) for parts} of views u8 (B, S, S, 3), cut from images `rows`.
 
-        With shuffle, each view gets the score of the next image: of its map under the view's crop,
+        With shuffle, each view gets the score of the image before it: of its map under the view's crop,
         or of its view where there is no map. A strategy without a need gets {}.
         """
         if self.need is None:
@@ -90,8 +90,10 @@ class Guide:
             with self.autocast():
                 self.predicted = self.predictor(masked_patch_gather(view, ids, self.patch)).float()
             score = self.predicted.detach()
-        else:
+        elif self.need == "detail":
             score = patch_detail(view, ids, self.patch)
+        else:
+            raise ValueError(f"nothing computes the score {self.need}: add it here")
         return {self.need: score.roll(self.views, 0) if self.shuffle else score}
 
     def map_scores(self, rows, boxes, flip):

@@ -169,7 +169,7 @@ def peak_memory_mb(device):
 
 
 def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
-    """AdamW in one fused pass. Biases, LayerNorms and tokens (1-D in meaning) are not decayed."""
+    """AdamW in one fused pass. Weights of one dimension, or named *_token, are not decayed."""
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -259,7 +259,7 @@ class Run:
 
     parts: {name: an object with state_dict and load_state_dict}, all of them saved in state.pt.
     With flags.resume they go on from there. With torchrun only the first process writes.
-    A run is the last that reads flags: it refuses those that were given, and that nobody read.
+    A flag that was given, and that nobody read before the Run is made, is refused.
     """
 
     def __init__(self, flags, parts, total, per_epoch, device):

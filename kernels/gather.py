@@ -68,7 +68,7 @@ def gather_reference(view, ids, patch, dtype=torch.float32):
 
 @functools.cache
 def scale_of_patch(patch, device):
-    """SCALE and SHIFT for every number of a patch, (P,) each. To make them on a GPU is a wait."""
+    """SCALE and SHIFT for every number of a patch, (P,) each. Cached: a copy to a GPU is a wait."""
     return tuple(torch.tensor(v, device=device).repeat(patch * patch) for v in (SCALE, SHIFT))
 
 
@@ -98,7 +98,7 @@ def load_bytes(view, ids, count, K, n, j, inside, S: constexpr, p: constexpr):
 
 @jit
 def normalise(x, j):
-    """byte * SCALE[c] + SHIFT[c], c = j % 3. Selected: a table would be a load for each number."""
+    """byte * SCALE[c] + SHIFT[c], c = j % 3. A table would need a load for each number."""
     scale = tl.where(j % 3 == 0, RED[0], tl.where(j % 3 == 1, GREEN[0], BLUE[0]))
     shift = tl.where(j % 3 == 0, RED[1], tl.where(j % 3 == 1, GREEN[1], BLUE[1]))
     return x.to(tl.float32) * scale[None, :] + shift[None, :]

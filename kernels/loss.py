@@ -41,8 +41,8 @@ TAU = 0.05  # detail at which the weight has risen by 63 %: a soft shadow edge
 def loss_reference(pred, target, weight, error_of=None):
     """L = sum(w e) / sum(w), a scalar, and e (B, M). Autograd finds the gradient.
 
-    What you write here or in `squared_error` trains on a CPU and on a Mac. On a GPU it trains where
-    IMPL in kernels/__init__.py is "torch"; otherwise `loss_kernel` does, which a test compares.
+    A change of the references acts on a CPU and on a Mac. On a GPU it acts if IMPL in
+    kernels/__init__.py is "torch". Otherwise the kernels run there: change them, too.
     """
     error = (error_of or squared_error)(pred, target)
     return (weight * error).sum() / sum_of(weight), error
@@ -54,7 +54,7 @@ def sum_of(weight):
 
 
 def squared_error(pred, target):
-    """e (B, M), the mean squared error of each patch; pred and target (B, M, P)."""
+    """e (B, M), the mean squared error of pred and target (B, M, P). On a GPU see loss_reference."""
     return (pred - target).square().mean(2)
 
 

@@ -15,7 +15,7 @@ from common.checkpoints import load_encoder
 from common.io import UserError
 from common.lora import save_adapter, save_encoder
 from export import export
-from finetune_lora import add_lora, load_lora, lora_layers, merge_lora
+from finetune_lora import LoRA, add_lora, load_lora, lora_layers, merge_lora
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
 ATTN = ["attn.qkv", "attn.proj"]
@@ -147,6 +147,19 @@ def test_what_peft_made_loads_here(tmp_path, options):
     expected = move(net)
     net.save_pretrained(tmp_path)
     close(loaded(tmp_path), expected)
+
+
+def test_the_scale_is_loaded_that_was_trained(tmp_path, monkeypatch):
+    """Also where somebody has changed the formula of LoRA, here to that of rsLoRA."""
+    plain = LoRA.__init__
+
+    def stabilised(self, base, r, alpha, chunks=1):
+        plain(self, base, r, alpha, chunks)
+        self.scale = alpha / r**0.5
+
+    monkeypatch.setattr(LoRA, "__init__", stabilised)
+    expected = save_adapted(tmp_path).features(some_view())
+    assert torch.equal(loaded(tmp_path), expected)
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])

@@ -127,14 +127,14 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2502, 2500),
+    "lesson": (2507, 2500),
     "applications": (4557, 3900),
     "kernels": (521, 520),
-    "common": (3186, 2400),
+    "common": (3189, 2400),
     "ingest": (3765, 2700),
-    "experiments": (2816, 1900),
+    "experiments": (2822, 1900),
     "benchmarks": (975, 900),
-    "tests": (10753, 8500),
+    "tests": (10766, 8500),
 }
 
 
