@@ -213,7 +213,7 @@ STRATEGIES = {
 def keywords(strategy):
     """{key: default} of the parameters that a user can set."""
     parameters = inspect.signature(strategy).parameters.values()
-    return {p.name: +p.default for p in parameters if p.default is not p.empty}  # False becomes 0
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 PARAMS = {name: keywords(strategy) | {"throw": 0.0} for name, strategy in STRATEGIES.items()}

@@ -199,6 +199,7 @@ def parse_keys(text, choices, flag):
             known = ", ".join(values) or "no keys"
             raise UserError(f"{flag} {name} has no key {key!r}; it has {known}")
         kind = type(values[key])
+        kind = int if kind is bool else kind  # bool("0") is True
         try:
             values[key] = value if kind is str else between(-MOST, MOST, kind)(value)
         except (ValueError, argparse.ArgumentTypeError):

@@ -174,10 +174,13 @@ def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(run, tmp_pa
     [
         ("127.0.0.1:7860", None, None),
         ("localhost:7860", "http://localhost:7860", None),
+        ("192.168.1.7:7860", None, None),
         ("studio:7860", None, None),
+        ("studio.evil.example:7860", None, 403),
         ("127.0.0.1.evil.example", None, 403),
         (None, None, 403),
         ("localhost:7860", "http://localhost:8000", 403),
+        ("localhost:7860", "null", 403),
     ],
 )
 def test_only_the_page_itself_is_answered(host, origin, status):

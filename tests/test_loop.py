@@ -45,6 +45,7 @@ def test_keys_of_a_name():
     keys = {"r": 4, "alpha": 1.5, "on": "q"}
     assert parse_keys("lora:r=4,on=q", CHOICES, "--x") == ("lora", keys)
     assert CHOICES["lora"]["r"] == 8, "the defaults have changed"
+    assert parse_keys("a:on=0", {"a": {"on": True}}, "--x") == ("a", {"on": 0})
     with pytest.raises(UserError, match="--x"):
         parse_keys("lora:r=1.5", CHOICES, "--x")
 

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import demo
 import model as M
 import tags
 
@@ -110,5 +111,16 @@ def test_a_step_has_an_mps_kernel_for_everything(log, line, at, tmp_path, monkey
         run_line(f"{line} --epochs 2 --batch-size 8 --out {tmp_path}/run {CPU}", at, check=0)
     assert not log.missing and torch.float64 not in log.dtypes  # MPS has none
     whole = {"addmm", "_softmax", "native_layer_norm", "_fused_adamw_"}
+    whole |= set() if "bce" in line else {"native_layer_norm_backward"}  # its encoder is frozen
     assert {f"aten::{name}" for name in whole} <= log.seen
     assert "MPS" in kernels_for("_scaled_dot_product_attention_math_for_mps")
+
+
+def test_the_page_has_an_mps_kernel_for_everything(log, at, monkeypatch):
+    monkeypatch.setattr(demo, "psnr", lambda a, b, where: torch.zeros(1))  # on the CPU
+    picture = demo.drawing("akika", 0)
+    with log, torch.inference_mode():
+        for strategy in ("attn_high", "parts", "detail"):
+            assert "<img" in demo.mask_page("runs/a", picture, strategy, 0.75, 1.0, 0)
+        assert "<h2>" in demo.tags_page("runs/a-tags", picture)
+    assert not log.missing and torch.float64 not in log.dtypes
