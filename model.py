@@ -176,6 +176,7 @@ class ViT(nn.Module):
     def __init__(self, image_size, patch_size, dim, depth, heads):
         super().__init__()
         check_sizes(image_size, patch_size, dim, heads)
+        self.image_size = image_size
         self.patch_size = patch_size
         self.side = image_size // patch_size  # g
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(patch_size * patch_size * 3, dim)})
@@ -259,7 +260,7 @@ def check_sizes(image_size, patch_size, dim, heads):
 def shape_of(encoder):
     """Arguments: ViT(**shape_of(encoder)). A new one goes here and in ENCODER of common/fields.py."""
     return dict(
-        image_size=encoder.side * encoder.patch_size,
+        image_size=encoder.image_size,
         patch_size=encoder.patch_size,
         dim=encoder.cls_token.shape[2],
         depth=len(encoder.blocks),

@@ -81,11 +81,10 @@ def open_task(flags):
     task.groups = data.groups_of(task.split)
     task.names = task.train["header"]["classes"]
     task.controls = {}  # {shape of an encoder: rows of its controls}
-    task.result = "probe.json"
+    task.headline = task.labelled and flags.headline
+    task.result = "probe-headline.json" if task.headline else "probe.json"
     if task.labelled:
         task.pool = flags.pool
-        task.headline = flags.headline
-        task.result = "probe-headline.json" if flags.headline else "probe.json"
         open_labels(task)
     for home in task.home.values():
         claim([home / task.result], fix="choose another --headline, --data or --split")
@@ -343,7 +342,7 @@ def probe(run, task, threshold):
         "dtype": task.dtype,
         "images": {name: len(x) for name, x in task.labels.items()},
     }
-    if not (task.labelled and task.headline):
+    if not task.headline:
         with drawing("attention.png and others"):
             draw(task.home[run], encoder, size, task, found["mean"])
     right = {}

@@ -278,7 +278,7 @@ class Pixels(nn.Module):
     @torch.no_grad()
     def hint(self, x):
         """Colours (B, 3, H, W), 0 to 255 -> scores of patches (B, 1, H, W); no gradient."""
-        side = self.patches.encoder.side * self.patches.encoder.patch_size
+        side = self.patches.encoder.image_size
         small = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True).round().byte()
         _, scores = self.patches.scores(small.permute(0, 2, 3, 1).contiguous())
         return F.interpolate(scores[:, None], size=x.shape[2:], mode="bilinear")
@@ -454,7 +454,7 @@ def open_task(flags, device, autocast):
     if task.learn_from != "frames" and not len(task.train.mixed):
         raise UserError(f"{flags.data} has no mixed frames; --learn-from frames needs none")
     task.encoder, _ = load_encoder(flags.encoder, splits["train"]["images"].shape[1])
-    task.S = task.encoder.side * task.encoder.patch_size
+    task.S = task.encoder.image_size
     return task
 
 

@@ -172,8 +172,8 @@ def pooled_of(net, split, rows, autocast, name="", mirrored=False):
     """
     pooled = []
     encoder = net.encoder
-    S = encoder.side * encoder.patch_size
-    for _, view in data.whole_views(split["images"], rows, S, encoder.cls_token.device, name):
+    device = encoder.cls_token.device
+    for _, view in data.whole_views(split["images"], rows, encoder.image_size, device, name):
         sides = (view, view.flip(2)) if mirrored else (view,)
         with autocast():
             both = [net.pooled(*encoder.all_patches(x)).cpu() for x in sides]

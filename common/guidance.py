@@ -230,9 +230,8 @@ def attention(encoder, images, rows, source, autocast):
         for index, tokens in patch_tokens(encoder, images, rows, autocast):
             yield index, (tokens - mean.to(tokens.device)).norm(dim=2)
         return
-    size = encoder.side * encoder.patch_size
     device = encoder.cls_token.device
-    for index, view in data.whole_views(images, rows, size, device):
+    for index, view in data.whole_views(images, rows, encoder.image_size, device):
         with autocast():
             score = encoder.patch_attention(view, source)  # (b, H, N)
         yield index, score.float().mean(1)
@@ -240,9 +239,8 @@ def attention(encoder, images, rows, source, autocast):
 
 def patch_tokens(encoder, images, rows, autocast):
     """Yield (index, patch tokens (b, N, D) fp32) of whole images `rows`, in order."""
-    size = encoder.side * encoder.patch_size
     device = encoder.cls_token.device
-    for index, view in data.whole_views(images, rows, size, device):
+    for index, view in data.whole_views(images, rows, encoder.image_size, device):
         with autocast():
             tokens = encoder.features(view)
         yield index, tokens[:, 1:].float()

@@ -74,8 +74,7 @@ def save_adapter(layers, encoder, folder, base):
     config["rank_pattern"] = {k: v for k, v in ranks.items() if v != ranks[least]}
     config["lora_alpha"] = alphas[least]
     config["alpha_pattern"] = {k: v for k, v in alphas.items() if v != alphas[least]}
-    size = encoder.side * encoder.patch_size
-    notes = {"fingerprint": fingerprint(encoder), "image_size": size}
+    notes = {"fingerprint": fingerprint(encoder), "image_size": encoder.image_size}
     save_safetensors(tensors, Path(folder) / ADAPTER[0], notes)
     save_json(config, Path(folder) / ADAPTER[1], 2)
 

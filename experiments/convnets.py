@@ -40,7 +40,7 @@ class ConvNet(nn.Module):
     def __init__(self, network, image_size):
         super().__init__()
         self.config = {"network": network, "image_size": image_size}
-        self.patch_size = image_size
+        self.image_size = self.patch_size = image_size
         self.body = build(network, image_size).to(memory_format=torch.channels_last)
         self.register_buffer("cls_token", torch.zeros(1, 1, NETWORKS[network]), persistent=False)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
