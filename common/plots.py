@@ -124,8 +124,8 @@ def attention_on(axis, held):
 
 
 def recognition(axis, held):
-    """Top-1 of the kNN and of the linear probe by epoch, each with what a thumbnail has."""
-    for key, mark, colour, name in (("linear", "s-", GREEN, "linear"), ("knn", "o-", BLUE, "kNN")):
+    """Top-1 of kNN and of a linear probe (ridge regression) by epoch, each with what a thumbnail has."""
+    for key, mark, colour, name in (("linear", "s-", GREEN, "ridge"), ("knn", "o-", BLUE, "kNN")):
         plot_rows(axis, held, "epoch", key, mark, color=colour, label=name, markersize=5)
         control = held[0][f"{key}_thumbnail"]
         axis.axhline(control, color=colour, ls=":", label=f"4x4 thumbnails, {name}")
