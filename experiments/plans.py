@@ -134,33 +134,20 @@ PLANS["look"] = masks(
 # by two one-sided tests. Both by the headline and by kNN. faces20 has to be packed with
 # --dev 0.1 --test 0.5. At its first map the teacher holds less than 2 % of the initial weights.
 KNN = {"knn": ("kNN Top-1, %", 1, "probe-headline.json", "rows/extremes/knn/top1", 100)}
-ATTEND = {
-    "set": {"recipe": f"--epochs 4 --eval-every 4 {TEACHER}", "pool": "extremes", "split": "test"},
-    "right": {"knn": (1, "probe-headline.json", "right/knn")},
-    "columns": KNN,
-    "compare": ("top1", "knn"),
-    "margin": 0.5,
-}
 PLANS["attend"] = masks(
     ["random", GUIDED, SHUFFLED],
     "Does hiding what a teacher attends to teach more than hiding at random?",
     seeds=range(3000, 3024),
+    set={"recipe": f"--epochs 4 --eval-every 4 {TEACHER}", "pool": "extremes", "split": "test"},
+    right={"knn": (1, "probe-headline.json", "right/knn")},
+    columns=KNN,
+    compare=("top1", "knn"),
+    margin=0.5,
     differences=differences(
         (f"{GUIDED}.top1", f"{SHUFFLED}.top1", "exploratory: Top-1 against the shuffled control"),
         (f"{GUIDED}.knn", f"{SHUFFLED}.knn", "exploratory: kNN against the shuffled control"),
     ),
-    **ATTEND,
 )
-HALF, THROWN = f"{GUIDED} --ratio 0.5", f"{GUIDED}:beta=1,throw=0.4 --ratio 0.85"
-PLANS["attend-more"] = masks(
-    ["random", HALF, "random --ratio 0.5", "fg_heavy --maps {coarse}"]
-    + ["random --ratio 0.5-0.95", THROWN],
-    "The same at half the ratio, by the foreground, with drawn ratios, with thrown patches?",
-    seeds=range(3000, 3012),
-    **ATTEND,
-)
-PLANS["attend-more"]["against"] = dict.fromkeys(PLANS["attend-more"]["arms"], "random")
-PLANS["attend-more"]["against"] |= {HALF: "random --ratio 0.5"}
 PLANS["h2"] = masks(
     [*H2, *H2_HALF],
     "Is it steadier to hide the background first, and better to hide the foreground first?",
