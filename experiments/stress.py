@@ -1,7 +1,6 @@
 """What breaks it? A probe trained on clean features sees corrupted pictures; hidden pixels are predicted.
 
     python -m experiments.stress runs/NAME
-    python -m experiments.stress runs/NAME --midterm        # hidden pixels alone, by ratio
     python -m experiments.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
 
 Reads:  runs/NAME (model.safetensors, stats_head.safetensors), datasets/NAME
@@ -24,7 +23,7 @@ import data
 import mask as masking
 from common import features, metrics, stats
 from common.checkpoints import load_encoder
-from common.command import Parser, at_least, claim, cli, command, progress, refuse_idle
+from common.command import Parser, at_least, claim, cli, command, progress
 from common.evaluate import masked_mse
 from common.io import UserError, save_json
 from common.train import commit, machine, seeded
@@ -320,12 +319,9 @@ def parse_args():
     add("--images", type=at_least(8), default=512, metavar="N", help="at most, evenly spread")
     add("--pool", default=features.HEADLINE, choices=features.POOLS, help="of the patch tokens")
     add("--only", metavar="NAMES", help=f"Top-1 under these alone: {', '.join(SWEEPS)}")
-    add("--midterm", action="store_true", help="print PSNR and SSIM by ratio, random masks")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_args()
-    if args.midterm:
-        refuse_idle(args.given & {"only", "pool"}, "with --midterm, which measures pixels alone")
     if unknown := set((args.only or "cutout").split(",")) - set(SWEEPS):
         raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(SWEEPS)}")
     return args
@@ -347,15 +343,14 @@ def main():
     task = open_task(parse_args())
     args = task.args
     name = f"stress-{args.only.replace(',', '-')}.json" if args.only else "stress.json"
-    if not args.midterm:
-        claim([task.out / name])
+    claim([task.out / name])
     if args.only and not task.labelled:
         raise UserError(f"--only {args.only} needs two classes, and labels on all of {task.folder}")
     mae = None if args.only else load_mae(task.run)
     report = {"command": command(), "machine": machine(task.device), "commit": commit()}
     report |= {"run": task.run.name, "data": str(task.folder), "split": args.split}
     report["images"] = len(task.rows)
-    if task.labelled and not args.midterm:
+    if task.labelled:
         fit_probe(task)
         report |= stress_some(task) if args.only else stress_probe(task)
         lines = [f"Top-1 under {k}: {x:.1f} %" for k, x in report.get("top1", {}).items()]
@@ -367,9 +362,8 @@ def main():
         report["reconstruction"] = reconstruction(mae, task)
         print(*lines_of_pixels(report["reconstruction"]), sep="\n")
         print(f"masked error under the fixed random mask {report['masked_mse']:.4f}")
-    if not args.midterm:
-        save_json(report, task.out / name)
-        print(f"wrote    {task.out}/{name}")
+    save_json(report, task.out / name)
+    print(f"wrote    {task.out}/{name}")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,6 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{SEGMENT} --patches runs/a-seg", "--epochs 2"),
     (DETECT, "--crop"),
     ("detect.py runs/a-det images", "--epochs 3"),
-    ("experiments.stress runs/a --midterm", "--only cutout, --pool cls"),
     ("benchmarks.data --pack=4", "--images 999"),
     ("benchmarks.step --small", "--batch 999"),
     (IMAGES, "--drawings 9"),
