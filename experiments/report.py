@@ -1,7 +1,7 @@
 """Rows of a plan -> table.md, table.csv, figure.png: every arm, every difference, every verdict.
 
     python -m experiments.report runs/experiments/mine-toon
-    python -m experiments.report results/study/* --study results/STUDY.md   # what is published
+    python -m experiments.report results/study/*        # what is published
 
 Reads:  FOLDER/PLAN.json (what is compared), rows.jsonl, images.json (the illustration of each test
         image, where rows hold which images are right)
@@ -16,7 +16,7 @@ import numpy as np
 
 from common import metrics
 from common.command import Parser, cli
-from common.io import UserError, read_json, reading, save_csv, save_text
+from common.io import UserError, read_json, save_csv, save_text
 from common.stats import from_bits, mean_std, plus_minus
 from common.train import read_log
 from experiments import stats
@@ -362,66 +362,16 @@ def write(study, figure=False):
     save_csv(rows, folder / "table.csv")
 
 
-# ---- STUDY.md ------------------------------------------------------------------------------------
-
-MARKS = "<!-- experiments.report writes from here -->", "<!-- to here -->"
-
-
-def section(study, top):
-    """A study in STUDY.md -> lines: what was asked and made, and each arm with its difference."""
-    plan = study.plan
-    made = sum(map(len, study.rows.values()))
-    planned = len(plan["arms"]) * len(plan["seeds"])
-    kind = "" if plan["phase"] == "reported" else f", {plan['phase']}"
-    runs = f"{made} runs" if made == planned else f"{made} of {planned} planned runs"
-    link = f"[table]({study.folder.relative_to(top)}/table.md)"
-    text = [f"## {study.folder.name}{kind}", "", f"{plan['question']} {runs} ({link}).", ""]
-    if len(study.rows) > 10:
-        return text
-    column = plan.get("shown", "top1")
-    compared = [test for test in differences(study) if test["what"] == column]
-    tests = {test["arm"]: test for test in compared if "text" not in test}
-    rows = []
-    for arm, runs in study.rows.items():
-        found, verdict = "", ""
-        if arm in tests and tests[arm]["low"] is not None:
-            test = tests[arm]
-            verdict = test["verdict"]
-            found = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
-        rows.append([f"`{arm}`", cell(values_of(runs, column), 1), found, verdict])
-    head = ["mask", plan["columns"][column], "difference", "verdict"]
-    return [*text, *markdown(head, rows), ""]
-
-
-def write_study(studies, path):
-    """STUDY.md: the verdicts, and a section for each study. What stands outside the marks is kept."""
-    with reading(path, "page with both marks", f"write {' and '.join(MARKS)} into it"):
-        before, rest = path.read_text("utf-8").split(MARKS[0])
-        _, after = rest.split(MARKS[1])
-    rows, sections = [], []
-    for study in studies:
-        for h in study.hypotheses:
-            row = [h["id"].split(" on ")[0], study.plan["data"], h["verdict"]]
-            rows.append([*row, p_value(h["holm_p"]), p_value(h["holm_claim"])])
-        sections += section(study, path.parent)
-    head = ["hypothesis", "data", "verdict", "p of no effect", "p of the claim"]
-    lines = [*markdown(head, rows), "", *sections]
-    save_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + after, path)
-
-
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="of a plan's rows")
     add("--figure", action="store_true", help="draw figure.png, too")
-    add("--study", type=Path, metavar="FILE", help="write their sections anew in it")
     args = parser.parse_args()
     studies = judged([open_folder(folder) for folder in args.folders])
     for study in studies:
         write(study, args.figure)
         print(f"wrote    {study.folder}/table.md, table.csv{', figure.png' * args.figure}")
-    if args.study:
-        write_study(studies, args.study)
 
 
 if __name__ == "__main__":

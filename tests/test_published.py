@@ -90,12 +90,23 @@ def test_the_command_writes_a_published_table_again(tmp_path):
     assert (folder / "figure.png").exists()
 
 
-def test_the_tables_of_the_study_follow_from_the_rows(judged, monkeypatch):
-    written = []
-    monkeypatch.setattr(report, "save_text", lambda text, path: written.append(text))
-    studies = [judged[folder] for folder in TABLES if folder.parent.name == "study"]
-    report.write_study(studies, RESULTS / "STUDY.md")
-    assert written == [(RESULTS / "STUDY.md").read_text()]
+def test_the_page_of_the_study_says_what_the_rows_say(judged):
+    """STUDY.md has a line for each verdict, and one for each mask of a plan with at most ten."""
+    text = (RESULTS / "STUDY.md").read_text()
+    for study in [judged[folder] for folder in TABLES if folder.parent.name == "study"]:
+        for h in study.hypotheses:
+            line = [h["id"].split(" on ")[0], study.plan["data"], h["verdict"]]
+            line += [report.p_value(h["holm_p"]), report.p_value(h["holm_claim"])]
+            assert f"| {' | '.join(line)} |\n" in text
+        section = re.search(rf"^## {study.folder.name}\b(?!-).*?(?=^## |\Z)", text, re.M | re.S)[0]
+        column = study.plan.get("shown", "top1")
+        tests = {t["arm"]: t for t in report.differences(study)[::-1] if t["what"] == column}
+        for arm, seeds in study.rows.items() if len(study.rows) <= 10 else ():
+            line = f"| `{arm}` | {report.cell(report.values_of(seeds, column), 1)} | "
+            if arm in tests:
+                low, high = (f"{tests[arm][side]:+.1f}" for side in ("low", "high"))
+                line += f"{tests[arm]['effect']:+.1f} ({low} to {high}) | {tests[arm]['verdict']} |"
+            assert line in section
 
 
 def test_pairs_are_paired_by_seed_though_rows_are_in_another_order(tmp_path):
