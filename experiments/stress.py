@@ -237,49 +237,37 @@ def ssim_map(a, b):
     return (top / ((mean_a**2 + mean_b**2 + c1) * (var + c2))).mean(3)
 
 
-def pixel_scores(view, pasted, where, foreground):
-    """(B,) each: PSNR and SSIM on hidden pixels, all, figure, ground; PSNR of the flat guess."""
-    similarity = ssim_map(pasted, view)
-    regions = {"": where}
-    if foreground is not None:
-        regions |= {"_figure": where & foreground, "_ground": where & ~foreground}
-    scores = {"psnr_flat": psnr(flat_guess(view, where), view, where)}
-    for name, here in regions.items():
-        scores[f"psnr{name}"] = psnr(pasted, view, here)
-        scores[f"ssim{name}"] = (similarity * here).sum((1, 2)) / here.sum((1, 2))
-    return scores
+def pixel_scores(view, pasted, where):
+    """(B,) each: PSNR and SSIM on hidden pixels, and PSNR of the flat guess."""
+    similarity = (ssim_map(pasted, view) * where).sum((1, 2)) / where.sum((1, 2))
+    flat = psnr(flat_guess(view, where), view, where)
+    return {"psnr_flat": flat, "psnr": psnr(pasted, view, where), "ssim": similarity}
 
 
 @torch.no_grad()
 def reconstruction(mae, task):
-    """[{"ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB, [0, 1]. Random masks."""
-    split = task.split
+    """[{"ratio", "psnr", "ssim", "psnr_flat"}]: means over images, dB, [0, 1]. Random masks."""
     model = mae[0]
     total = {ratio: {} for ratio in RATIOS}
     S = model.config["image_size"]
     N = model.encoder.side**2
-    for rows, view in data.whole_views(split["images"], task.rows, S, task.device, "pixels"):
+    for rows, view in data.whole_views(task.split["images"], task.rows, S, task.device, "pixels"):
         noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()])
-        foreground = None
-        if "fg" in split:
-            fg = torch.from_numpy(split["fg"][rows.numpy()])
-            foreground = data.view_maps(fg, *data.full_boxes(len(rows)), S) > 127.5
         for ratio, scores in total.items():
             ids = masking.sample(noise.to(task.device), masking.kept(N, ratio))
             pasted, where = (x.cpu() for x in filled_in(mae, view, *ids, task.autocast))
-            for name, x in pixel_scores(view.cpu(), pasted, where, foreground).items():
+            for name, x in pixel_scores(view.cpu(), pasted, where).items():
                 scores.setdefault(name, []).append(x)
     rows = []
     for ratio, scores in total.items():
-        means = {name: mean(torch.cat(x)) for name, x in scores.items()}
+        means = {name: finite_mean(torch.cat(x)) for name, x in scores.items()}
         rows.append({"strategy": "random", "ratio": ratio} | means)
     return rows
 
 
-def mean(x):
-    """Of the images that have such pixels; None if none has."""
-    x = x[x.isfinite()]
-    return x.mean().item() if len(x) else None
+def finite_mean(x):
+    """Without the images that are predicted exactly, whose PSNR is infinite."""
+    return x[x.isfinite()].mean().item()
 
 
 # ---- the command ---------------------------------------------------------------------------------
