@@ -6,9 +6,9 @@ Reads:  runs/NAME/model.safetensors, datasets/NAME with true masks
 Writes: runs/NAME/map_quality.json; of other data than the run's, or of another split than val, in
         runs/NAME/DATANAME-SPLIT/
 
-Saliency: AUC and IoU (at 0.5) of patches, mean over images. Attention: AUC, and its share on the
-background over the background's area (`background`; 1 is no preference). Parts: adjusted Rand index
-over patches of the true foreground, beside k-means on what has learned nothing.
+Saliency: AUC of patches, mean over images. Attention: AUC, and its share on the background over the
+background's area (`background`; 1 is no preference). Parts: adjusted Rand index over patches of the
+true foreground, beside k-means on what has learned nothing.
 """
 
 import contextlib
@@ -39,30 +39,21 @@ def tokens_of(encoder, size, images):
     return torch.cat([x for _, x in maps.tokens_of(images, rows, encoder, size)])
 
 
-def iou(predicted, truth):
-    """Intersection over union of two bool tensors, in [0, 1]; 1 where both are empty."""
-    union = (predicted | truth).sum()
-    return ((predicted & truth).sum() / union).item() if union else 1.0
+def mean_auc(scores, truths):
+    """Area under the ROC curve of each image's patches, mean over the images that have both kinds.
 
-
-def auc_of(score, truth):
-    """Area under the ROC curve of score (n,), truth (n,) bool. NaN where truth has one kind."""
-    if truth.all() or not truth.any():
-        return float("nan")
-    return float(roc_auc_score(truth.numpy(), score.numpy()))
-
-
-def foreground_scores(saliency, true, side):
-    """saliency (n, G, G) -> AUC and IoU of each image's side x side patches, (n, 2) with NaNs."""
-    pairs = zip(maps.to_patches(saliency, side), maps.to_patches(true, side) > 0.5, strict=True)
-    return torch.tensor([[auc_of(x, t), iou(x > 0.5, t)] for x, t in pairs])
+    scores (n, N), truths (n, N) bool.
+    """
+    both = truths.any(1) & ~truths.all(1)
+    pairs = zip(scores[both], truths[both], strict=True)
+    return np.mean([roc_auc_score(truth, score) for score, truth in pairs])
 
 
 def measure_foreground(images, true, side):
-    """A row of AUC and IoU of the saliency over side x side patches."""
+    """A row of the AUC of the saliency over side x side patches."""
     found = torch.cat([maps.coarse(x) for x in images.split(data.CHUNK)])
-    scores = foreground_scores(found, true, side)
-    return [{"map": "coarse", "auc": scores[:, 0].nanmean(), "iou": scores[:, 1].mean()}]
+    auc = mean_auc(maps.to_patches(found, side), maps.to_patches(true, side) > 0.5)
+    return [{"map": "coarse", "auc": auc}]
 
 
 def measure_attention(images, true, encoder):
@@ -74,10 +65,9 @@ def measure_attention(images, true, encoder):
     for source in sources:
         found = guidance.attention(encoder, images.numpy(), every, source, contextlib.nullcontext)
         score = torch.cat([x for _, x in found])
-        auc = [auc_of(x, t) for x, t in zip(score, share > 0.5, strict=True)]
         mass = ((1 - share) * score / score.sum(1, keepdim=True)).sum() / (1 - share).mean(1).sum()
-        row = {"map": f"attention, {source}", "auc": torch.tensor(auc).nanmean()}
-        rows.append(row | {"background": mass})
+        auc = mean_auc(score, share > 0.5)
+        rows.append({"map": f"attention, {source}", "auc": auc, "background": mass})
     return rows
 
 
