@@ -52,10 +52,7 @@ def test_the_readme_begins_with_two_commands():
 @pytest.mark.parametrize("script", sorted(commands()))
 def test_every_flag_of_a_command_in_the_docs_is_in_help(script):
     for rest in commands()[script]:
-        known = flags_of(script)
-        if "--recipe" in rest:  # flags of pretrain.py, passed on
-            known = known | flags_of("pretrain.py")
-        assert set(re.findall(FLAG, rest)) <= known, rest
+        assert set(re.findall(FLAG, rest)) <= flags_of(script), rest
 
 
 def test_every_flag_that_the_docs_speak_of_is_a_stages():
