@@ -964,20 +964,11 @@ def measure(asked, own, learned):
     return row
 
 
-def shared_names(known, folder, name):
-    """A line: how many names of a packed split are known, letter by letter."""
-    names = data.open_split(folder, name)["header"]["classes"]
-    shared = len(set(names) & set(known))
-    return f"{shared} of {len(names)} names of {folder} are names of the gallery, letter by letter"
-
-
 def verify(args, net, header, gallery, autocast):
     """Write recognize.json. Where nobody is known, the known ones are the run's own val."""
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
-    if args.data:
-        print(f"note: {shared_names(gallery['names'], folder, args.split)}", file=sys.stderr)
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and Path(header["data"]).exists():
         own = faces_of(net, gallery, header["data"], "val", autocast)
