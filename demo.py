@@ -418,19 +418,9 @@ def answer(tab, run, picture, *controls):
         if made is None:
             raise UserError(MISSING.format(minutes, make.format(run)))
         with torch.inference_mode():
-            if picture.number is None:
-                return work(made, picture, *controls)
-            files = Path(run).parent.glob(f"{Path(run).name}*/*.safetensors")
-            times = tuple(sorted((str(path), path.stat().st_mtime_ns) for path in files))
-            return remembered(times, work, made, picture, *controls)
+            return work(made, picture, *controls)
     except (UserError, ValueError) as problem:  # ValueError: a number that is too large
         return element("p", problem)
-
-
-@functools.lru_cache(64)
-def remembered(times, work, *asked):
-    """work(*asked) about a drawing of the page, computed again when a file of the runs changes."""
-    return work(*asked)
 
 
 def chosen(before, make, *asked):

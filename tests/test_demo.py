@@ -139,21 +139,6 @@ def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(run):
     assert before == sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
 
 
-def test_an_answer_about_a_drawing_is_computed_once_until_a_run_changes(run, tmp_path, monkeypatch):
-    asked = []
-
-    def work(run, picture):
-        asked.append(picture.name)
-        return len(asked)
-
-    monkeypatch.setitem(demo.TABS, "Tags", (work, *demo.TABS["Tags"][1:]))
-    assert [demo.answer("Tags", run, drawing()) for _ in range(2)] == [1, 1]
-    os.utime("runs/a-lora/gallery.safetensors", (1, 1))  # as if somebody were enrolled
-    assert demo.answer("Tags", run, drawing()) == 2
-    mine = own(tmp_path / "mine.png")
-    assert [demo.answer("Tags", run, mine) for _ in range(2)] == [3, 4]
-
-
 def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(run, tmp_path, monkeypatch):
     assert demo.choose_run(None) == demo.choose_run("runs/a") == "runs/a"
     for made in ("runs/a-lora", "runs/a-tags/", "runs/a-det"):
