@@ -16,7 +16,6 @@ Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the f
 import contextlib
 import json
 import logging
-import signal
 import tempfile
 import textwrap
 import warnings
@@ -208,19 +207,6 @@ def graph_of(source, image_size=None):
     return Graph(net, answer, header["image_size"], header["packed_size"]).eval(), notes
 
 
-@contextlib.contextmanager
-def stopped_at_the_end():
-    """Ctrl-C takes effect when the block ends: torch would turn it into an error of its own."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
 @torch.no_grad()
 def write_onnx(graph, notes, out):
     """Write a graph as ONNX, if onnxruntime's answers are torch's."""
@@ -232,7 +218,7 @@ def write_onnx(graph, notes, out):
     options = {"input_names": ["images"], "output_names": list(expected)}
     options["dynamic_shapes"] = {"images": {0: torch.export.Dim("B")}}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), stopped_at_the_end():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(graph, (graph.example,), verbose=False, **options)
     program.model.metadata_props["animask"] = json.dumps(notes, ensure_ascii=False)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 
@@ -113,18 +112,6 @@ def test_a_tagger_that_reads_tags_is_refused(at):
     words = f"tags.py runs/a --data datasets/packed --arm vilt --out runs/a-vilt {QUICK}"
     run_line(words, at, check=0)
     assert "--arm vilt" in refused(run_line("export.py runs/a-vilt --to onnx", at))
-
-
-def test_ctrl_c_in_the_export_to_onnx_is_one_word(at, monkeypatch):
-    def wrap(*_, **__):  # as torch does
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt as stop:
-            raise AttributeError from stop
-
-    monkeypatch.setattr("torch.onnx.export", wrap)
-    done = run_line("export.py runs/a --to onnx --out stopped.onnx", at, check=130)
-    assert done.stderr == "stopped\n" and not (at / "stopped.onnx").exists()
 
 
 @pytest.mark.parametrize(
