@@ -393,7 +393,7 @@ def main():
             # 6. log, evaluate, save
             stop_together(run)
             if run.logs_now:
-                numbers = guide.statistics(scores, ids_mask, run.step, total)
+                numbers = guide.statistics(run.step, total)
                 numbers |= parts["agreement"].statistics() if agreement else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):

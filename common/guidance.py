@@ -114,14 +114,11 @@ class Guide:
         if self.teacher and self.teacher.learns:
             self.teacher.update(encoder, step, total)
 
-    def statistics(self, patches, ids_mask, step, total):
-        """What the log says of a batch's masks, and of the teacher."""
-        numbers = {}
+    def statistics(self, step, total):
+        """What the log says of a teacher that learns."""
         if self.teacher and self.teacher.learns:
-            numbers["teacher_initial"] = initial_share(step, total)
-        if self.need == "fg":
-            numbers |= region_shares(patches["fg"], ids_mask)
-        return {name: round(x, 4) for name, x in numbers.items()}
+            return {"teacher_initial": round(initial_share(step, total), 4)}
+        return {}
 
     def pictures(self, patches):
         """{need: (n, g, g)}: scores of the first view of each image; for parts, the largest part."""
@@ -130,14 +127,6 @@ class Guide:
         score = patches[self.need][:: self.views]
         score = score.argmax(2) if score.dim() == 3 else score
         return {self.need: score.unflatten(1, (self.side, self.side))}
-
-
-def region_shares(fg, ids_mask):
-    """{"fg_hidden", "bg_hidden"}: the hidden share of foreground and background, from fg (B, N)."""
-    hidden = torch.zeros_like(fg).scatter(1, ids_mask, 1.0)
-    foreground = (fg > 0.5).float()
-    sides = {"fg_hidden": foreground, "bg_hidden": 1 - foreground}
-    return {k: ((hidden * x).sum() / x.sum().clamp(min=1)).item() for k, x in sides.items()}
 
 
 # ---- the teacher ---------------------------------------------------------------------------------

@@ -211,18 +211,11 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
     assert guide_of("detail").loss(ids, error) == 0 and set(guide.networks()) == {"predictor"}
 
 
-def test_the_log_says_how_the_masks_of_a_batch_are():
-    fg = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
-    found = guidance.region_shares(fg, torch.tensor([[0, 2], [1, 2]]))
-    assert found == pytest.approx({"fg_hidden": 1 / 3, "bg_hidden": 3 / 5})
-    empty = guidance.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]]))
-    assert empty == {"fg_hidden": 0.0, "bg_hidden": 0.5}
-    ids = torch.arange(12).expand(6, -1)
-    numbers = guide_of("fg_heavy").statistics({"fg": torch.ones(6, 16)}, ids, 3, 10)
-    assert numbers == {"fg_hidden": 0.75, "bg_hidden": 0}
+def test_the_log_says_how_much_of_the_teacher_is_old():
     guide = guide_of("attn_high")
+    assert guide.statistics(3, 10) == {}
     guide.teacher = guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", 4, 0.1)
-    numbers = guide.statistics({}, ids, 3, 10)
+    numbers = guide.statistics(3, 10)
     assert numbers["teacher_initial"] == pytest.approx(guidance.initial_share(3, 10), abs=1e-4)
 
 
