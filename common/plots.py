@@ -68,7 +68,7 @@ def plot_rows(axis, rows, x, y, *style, **options):
 
 
 def show_rows(axes, rows):
-    """rows [(name, pictures u8 (S, S, 3) or maps (g, g))]: a row of axes for each; None is a gap.
+    """rows [(name, pictures u8 (S, S, 3) or maps (g, g))]: a row of axes for each.
 
     Each map has its own scale; dark is low.
     """
@@ -78,8 +78,7 @@ def show_rows(axes, rows):
     for line, (name, pictures) in zip(axes, rows, strict=True):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axis, picture in zip(line, pictures, strict=False):
-            if picture is not None:
-                axis.imshow(picture.cpu().numpy() if torch.is_tensor(picture) else picture)
+            axis.imshow(picture.cpu().numpy() if torch.is_tensor(picture) else picture)
 
 
 def image_grid(path, title, rows, columns=()):
