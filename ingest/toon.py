@@ -1,7 +1,6 @@
 """Procedural anime faces: a labelled picture set which anybody may draw, keep and publish.
 
-    python -m ingest.toon --out sheet.png          # a contact sheet
-    python -m ingest.toon --who haruka --rows 1 --columns 1 --out haruka.png
+    python -m ingest.toon --who haruka --out haruka.png    # a picture that no data set has
 
 Read in this order: `cast` and `plan` (who is in the data set), `Canvas` (how a shape reaches the pixels), `draw` at
 the end (what is drawn, back to front), and then any drawing that you are curious about.
@@ -15,14 +14,13 @@ shared by characters, and differ from picture to picture; a character is a combi
 import colorsys
 import re
 from itertools import combinations, product
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from common.command import Parser, at_least, between, claim, cli, progress
-from common.io import UserError, atomic
+from common.command import Parser, at_least, between, claim, cli
+from common.io import atomic
 
 COUNT = 2400  # drawings in the demo set
 SS = 4  # supersampling: everything is drawn four times too large and then reduced
@@ -854,37 +852,21 @@ def unseen(person, count, seed=0):
     return [{"seed": (seed + 1, i), "who": person} for i in range(count)]
 
 
-def write_sheet(path, pictures, rows, columns, size):
-    """Pictures u8 (size, size[, 3]), as many as come, line by line -> a picture file."""
-    sheet = Image.new("RGB", (columns * size, rows * size))
-    for i, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (i % columns * size, i // columns * size))
-    with atomic(path) as temporary:
-        sheet.save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
-
-
 def main():
     parser = Parser(prog="ingest.toon", description=__doc__.splitlines()[0])
-    add, side = parser.add_argument, between(8, 1024, int)
-    add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
-    add("--size", type=side, default=128, help="side of a picture in pixels (default: 128)")
-    add("--columns", type=between(1, 100, int), default=8, help="default: 8")
-    add("--rows", type=between(1, 100, int), default=6, help="default: 6")
-    add("--seed", type=at_least(0), default=0, help="default: 0")
-    add("--who", help="one character of the demo set, in pictures that the set has not")
+    people = {person["name"]: person for person in cast()}
+    add = parser.add_argument
+    add("--who", choices=people, required=True, help="a character of the demo set")
+    add("--out", help="the picture that is written, a PNG (default: WHO.png)")
+    add("--size", type=between(8, 1024, int), default=128, help="side in pixels (default: 128)")
+    add("--seed", type=at_least(0), default=0, help="another picture for each (default: 0)")
     args = parser.parse_args()
-    count, people = args.columns * args.rows, {person["name"]: person for person in cast()}
-    if args.who and args.who not in people:
-        raise UserError(f"--who {args.who} is unknown; there are: {', '.join(people)}")
-    if Path(args.out).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--out {args.out} must be the name of a picture, such as sheet.png")
-    claim([args.out])
-    items = plan(count, min(48, count), args.seed)
-    if args.who:
-        items = unseen(people[args.who], count, args.seed)
-    pictures = (draw(item, args.size)["image"] for item in progress(items, "drawing"))
-    write_sheet(args.out, pictures, args.rows, args.columns, args.size)
-    print(f"{args.out} written; next: python data.py toon packs the whole demo set")
+    out = args.out or f"{args.who}.png"
+    claim([out])
+    picture = draw(unseen(people[args.who], 1, args.seed)[0], args.size)["image"]
+    with atomic(out) as temporary:
+        Image.fromarray(picture).save(temporary, "PNG")
+    print(f"{out} written; next: python recognize.py weights/toon-lora {out}")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ WORK = (  # calls that work, from which every bad one is made
     "export.py runs/a --to timm --out exports/timm.safetensors",
     "export.py runs/a-lora --to merged --out exports/merged.safetensors",
     "export.py runs/a-tags --to half --out exports/half",
-    "ingest.toon --rows 1 --columns 1 --size 32 --out new.png",
+    "ingest.toon --who yukina --size 32 --out new.png",
     "experiments.run mine --arms block --data datasets/packed --threads 1 --dry",
     "experiments.report study/minutes",
     STRESS,

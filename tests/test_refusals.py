@@ -21,7 +21,7 @@ DETECT = f"detect.py runs/a --data datasets/scenes --out new --view 48 {CPU}"
 PLAN = "experiments.run --threads 1"
 RUN = f"{PLAN} mine --data datasets/packed"
 IMAGES, TOON = "data.py images --out new", "data.py toon --out new"
-SHEET = "ingest.toon --rows 1 --columns 2 --size 16"
+FACE = "ingest.toon --who yukina --size 16"
 SPLITS, SHOW = "data.py splits --out new", "data.py --show images"
 THREE = "images/class0/illust0_0.png images/class0/illust1_0.png images/class0/illust2_0.png"
 
@@ -97,6 +97,7 @@ REFUSED = (  # the command, and a telling word of its message
     ("data.py broken --out new", "3 of 40 images can't be read"),
     ("data.py unreadable --out new", "2 of 2 for new/test"),
     ("data.py -", "give --out"),
+    (f"{FACE} --who nobody", "'nobody'"),
 )
 REPEATED = (  # the command, and what it refuses one by one: each is repeated in the message
     (PRE, "--mask middle, --model huge, --ratio 1.5, --ratio .99999, --init runs/a"),
@@ -117,7 +118,7 @@ REPEATED = (  # the command, and what it refuses one by one: each is repeated in
     (IMAGES, "--group-by (, --crop nose, --crop figure:margin=-1, --tail 6"),
     (IMAGES, "--seed 99999999999999999999, --group-by zz, --min-per-class 25, --layout split"),
     (IMAGES, "--layout a/b, --layout class/-/class, --layout split/split"),
-    (SHEET, f"--rows 0, --columns -1, --size 1000000, --seed {2**70}, --who nobody, --out a.txt"),
+    (FACE, f"--size 1000000, --seed {2**70}"),
 )
 TAKEN = (  # what would be written, and is there
     "data.py images --out .",
@@ -130,7 +131,7 @@ TAKEN = (  # what would be written, and is there
     "export.py runs/a --to hf --out runs/a-lora",
     "export.py runs/a --to mae --out text.st",  # text.md would be its card
     "experiments.subset datasets/packed --out images",
-    f"{SHEET} --out text.png",
+    f"{FACE} --out text.png",
     "experiments.views dino --data datasets/packed --image-size 32 --out runs/a",
 )
 IDLE = (  # the command, and flags that it would not read: each has no effect

@@ -49,7 +49,7 @@ def test_plan_is_balanced_or_long_tailed():
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 10 * sizes[1]
 
 
-def test_the_sheet_is_a_picture_of_rows_and_columns(tmp_path):
-    words = ("--rows", 1, "--columns", 2, "--size", 16, "--out", "a.png")
-    assert "a.png written" in call("ingest.toon", *words, cwd=tmp_path, check=0).stdout
-    assert Image.open(tmp_path / "a.png").size == (32, 16)
+def test_the_command_draws_one_character_in_a_picture_that_the_set_has_not(tmp_path):
+    words = ("--who", "yukina", "--size", 16)
+    assert "yukina.png written" in call("ingest.toon", *words, cwd=tmp_path, check=0).stdout
+    assert Image.open(tmp_path / "yukina.png").size == (16, 16)
