@@ -394,6 +394,10 @@ PLANS["minutes"] = OF_RECOGNITION | {
     "differences": differences(*SAME_VIT),
     "set": {"split": "test"},
     "right": {"top1": (0, METRICS_TEST, "right")},
+    "axes": {
+        "min": "minutes of one core, half of them for pre-training",
+        "labels": "labelled pictures of each character; ten recognisers share an encoder",
+    },
     "columns": {
         "top1": ("Top-1, %", 0, METRICS_TEST, "top1", 1),
         "macro_f1": ("macro-F1", 0, METRICS_TEST, "macro_f1", 1),

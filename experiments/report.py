@@ -21,7 +21,8 @@ from common.stats import from_bits, mean_std, plus_minus
 from common.train import read_log
 from experiments import stats
 
-DEFAULTS = {"margin": 1.0, "differences": [], "hypotheses": [], "notes": {}, "phase": "reported"}
+DEFAULTS = {"margin": 1.0, "differences": [], "hypotheses": [], "notes": {}, "axes": {}}
+DEFAULTS["phase"] = "reported"
 NEEDED = ("plan", "data", "split", "question", "arms", "seeds", "columns", "compare")
 FIX = "restore it, or make the rows with experiments.run"
 CURVE = ("knn_before", "knn_after", "mse_before", "mse_after")  # of the run: its start and its end
@@ -322,11 +323,14 @@ def draw_lines(path, study, lines):
     from common import plots
 
     heading = next(iter(study.plan["columns"].values()))
+    every_name = dict.fromkeys(name for names in lines.values() for name in names)
+    colours = dict(zip(every_name, plots.COLOURS, strict=False))
     size = (5.2 * len(lines), 4.2)
     one_row = {"sharey": True, "squeeze": False}
     with plots.panels(path, title_of(study), 1, len(lines), size, **one_row) as axes:
         for axis, (unit, names) in zip(axes[0], lines.items(), strict=True):
-            for colour, (name, points) in zip(plots.COLOURS, names.items(), strict=False):
+            for name, points in names.items():
+                colour = colours[name]
                 xs = sorted(points)
                 axis.plot(xs, [np.mean(points[x]) for x in xs], color=colour, label=name)
                 for x in xs:
@@ -335,7 +339,7 @@ def draw_lines(path, study, lines):
             ticks = sorted(set().union(*names.values()))
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.minorticks_off()
-            axis.set(xlabel=unit)
+            axis.set(xlabel=study.plan["axes"].get(unit, unit))
         axes[0, 0].set(ylabel=heading)
         axes[0, 0].legend(loc="lower right")
 
