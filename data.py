@@ -143,7 +143,7 @@ def hold_apart(groups, labels, share, seed=0):
     return held
 
 
-# ---- maps: what maps.py makes of a split, one row per image --------------------------------------
+# ---- maps: what maps.py makes of train, one row per image -----------------------------------------
 
 
 def write_maps(path, name, chunks, shape, dtype, header=None):
@@ -154,22 +154,16 @@ def write_maps(path, name, chunks, shape, dtype, header=None):
     write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
 
 
-def map_file(folder, name, split):
-    """maps/NAME/saliency.safetensors for split train, saliency-val.safetensors for val."""
-    own = split["header"].get("split", "train")
-    return Path(folder) / f"{name}{'' if own == 'train' else '-' + own}.safetensors"
-
-
 def open_map(path, name, split):
     """The map `name` of this split's images, a memory map (n, G, G) of MAP_DTYPE.
 
     path: the file or its folder. A UserError names the command that makes the map.
     """
-    path = Path(path) if Path(path).suffix == ".safetensors" else map_file(path, name, split)
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path / f"{name}.safetensors"
     folder = Path(split["images"].filename).parent
-    own = split["header"].get("split", "train")
     fix = f"python maps.py --data {shlex.quote(str(folder))} --map {name}"
-    fix += "" if own == "train" else f" --split {own}"
     if not path.exists():
         raise UserError(f"no {name} maps at {path}: {fix} --out {path.parent} makes them")
     fix += f" --out OTHER makes those of {folder}"

@@ -3,7 +3,7 @@
     python maps.py --data datasets/toon --map saliency
     python maps.py --data datasets/toon --map attn --run runs/NAME
 
-Reads:  datasets/NAME (the demo set is drawn if it is not there), runs/NAME for an encoder
+Reads:  train of datasets/NAME (the demo set is drawn if absent), runs/NAME for an encoder
 Writes: maps/NAME/MAP.safetensors, and sheet-MAP.png: what strategies hide by it
 
     attn      f16 (n, g, g)    attention of an encoder, mean over heads, g patches a side
@@ -49,11 +49,10 @@ def parse_args():
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but saliency")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--parts", type=between(1, 255, int), default=6, metavar="K", help="clusters (default: 6)")
-    add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()
-    takes = TAKES[args.map] | {"data", "map", "split", "out", "device"}
+    takes = TAKES[args.map] | {"data", "map", "out", "device"}
     refuse_idle(args.given - takes, f"with --map {args.map}")
     if "run" in takes and not args.run:
         raise UserError(f"--map {args.map} needs an encoder of pretrain.py; add --run RUN")
@@ -351,8 +350,6 @@ def draw_sheet(path, args, split, maps):
 
 def advice(args, folder, out, split):
     """-> lines that say what to do with the maps."""
-    if args.split != "train":
-        return f"maps of {args.split} guide no training"
     need = NEEDED_AS[args.map]
     words = ["python", "pretrain.py", "--data", str(folder), "--mask", *GUIDES[args.map]]
     if need in split or out.resolve() != (Path("maps") / folder.name).resolve():
@@ -365,18 +362,17 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     folder = data.open_or_pack(args.data)
-    split = data.open_split(folder, args.split)
+    split = data.open_split(folder, "train")
     out = Path(args.out or Path("maps") / folder.name)
-    path = data.map_file(out, args.map, split)
-    sheet = path.with_name(f"sheet-{path.stem}.png")
+    path = out / f"{args.map}.safetensors"
+    sheet = out / f"sheet-{args.map}.png"
     claim([path, sheet])
     images = split["images"]
     n = len(images)
     grid, dtype, rows = rows_of_map(args, images, device)
-    bar = progress(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK))
+    bar = progress(rows, f"{folder.name}/{args.map}", math.ceil(n / data.CHUNK))
     header = {"map": args.map, "grid": grid, "by": args.run or "", "data": folder.name}
-    header |= {"split": args.split, "images": n, "data_digest": data.fingerprint(split)}
-    header |= {"commit": commit()}
+    header |= {"images": n, "data_digest": data.fingerprint(split), "commit": commit()}
     header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(args.map, {})
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
     draw_sheet(sheet, args, split, data.open_map(path, args.map, split))

@@ -284,11 +284,11 @@ def open_maps(need, where, folder, train):
     if where == "truth":
         fix = f"python maps.py --data {folder} --map {name} makes maps without"
         raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; {fix}")
-    default = data.map_file(Path("maps") / Path(folder).name, name, train)
+    default = Path("maps") / Path(folder).name / f"{name}.safetensors"
     path = default if where == "auto" else where
     maps = data.open_map(path, name, train)
     header = data.open_tensors(maps.filename)["header"]
-    notes = [str(header[key]) for key in ("quality", "source", "by") if header.get(key)]
+    notes = [str(header[key]) for key in ("source", "by") if header.get(key)]
     return maps, header.get("parts", 0) + 1, " ".join([str(path), *notes])
 
 

@@ -28,7 +28,7 @@ def base(base):
     """A home with all maps of datasets/packed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.plots.image_grid", lambda *_: None)  # sheets take most of the time
-        for words in (f"{ATTN} --attention cls", PARTS, "--map saliency --split val --out of-val"):
+        for words in (f"{ATTN} --attention cls", PARTS):
             run_line(f"maps.py --data datasets/packed --device cpu {words}", base, check=0)
         yield base
 
@@ -107,7 +107,7 @@ def test_files_hold_what_the_docstring_says(at, name, grid, dtype):
     assert found.shape == (n, grid, grid) and found.dtype == dtype
     with safe_open(f"maps/packed/{name}.safetensors", "pt") as f:  # as anybody else reads it
         about = json.loads(f.metadata()["animask"])
-    expected = {"map": name, "grid": grid, "images": n, "split": "train"}
+    expected = {"map": name, "grid": grid, "images": n}
     expected |= {"by": "" if name == "saliency" else "runs/a"}
     assert {key: about[key] for key in expected} == expected and about["commit"]
     assert about["data_digest"] == data.fingerprint(train)
@@ -141,8 +141,7 @@ def test_the_next_command_finds_these_maps(at, words, flags):
     ("path", "kind", "split", "word"),
     [
         ("maps/packed/saliency.safetensors", "parts", "train", "no array 'parts'"),
-        ("maps/packed/saliency.safetensors", "saliency", "val", "--split val"),
-        ("of-val", "saliency", "train", "--map saliency --out"),
+        ("maps/packed/saliency.safetensors", "saliency", "val", "another data set"),
         ("few.safetensors", "saliency", "train", "32, 32"),
     ],
 )
