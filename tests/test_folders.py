@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -63,6 +64,16 @@ def test_a_caption_says_what_json_says(base):
         wanted = [word for word in [*names, *row["tags"]] if word not in ("blue", "class0")]
         text = (base / FOLDER / row["picture"]).with_suffix(".txt").read_text()
         assert text.split(", ") == [word.replace("_", " ") for word in wanted]
+
+
+def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"picture": "a.png", "name": None, "tags": {"saber_(fate)": 0.9}}
+    monkeypatch.setattr(tags, "each_answer", lambda *_, **__: [row])
+    asked = {"without": "", "prepend": "1girl", "append": False, "pictures": [tmp_path]}
+    flags = SimpleNamespace(**asked, escape=True, refuse_unread=lambda: None)
+    tags.write_captions(flags, None, {"words": ["saber_(fate)"]})
+    assert (tmp_path / "a.txt").read_text() == r"1girl, saber \(fate\)"
 
 
 def test_underscores_become_spaces_but_for_kaomoji():

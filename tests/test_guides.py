@@ -224,20 +224,20 @@ def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, m
     golden.write_packed(Path("packed"), 32, (("train", 12),))
     train = data.open_split("packed", "train")
     path = Path("maps/packed/saliency.safetensors")
-    header = {"quality": "coarse", "data_digest": data.fingerprint(train)}
+    header = {"by": "runs/a", "data_digest": data.fingerprint(train)}
     data.write_maps(path, "saliency", [np.full((12, 2, 2), 9, np.uint8)], (12, 2, 2), "U8", header)
     for where in ("auto", "truth"):
         maps, _, note = guidance.open_maps("fg", where, "packed", train)
         assert maps.shape == (12, 32, 32) and "true foreground masks" in note
     maps, _, note = guidance.open_maps("fg", path.parent, "packed", train)
-    assert maps.shape == (12, 2, 2) and note == f"{path.parent} coarse"
+    assert maps.shape == (12, 2, 2) and note == f"{path.parent} runs/a"
     assert guidance.open_maps("parts", "auto", "packed", train)[1] == 4
     own = Path("own/parts.safetensors")
     header |= {"parts": 2}  # of the foreground
     data.write_maps(own, "parts", [np.zeros((12, 2, 2), np.uint8)], (12, 2, 2), "U8", header)
     assert guidance.open_maps("parts", own, "packed", train)[1] == 3
     train.pop("fg")
-    assert guidance.open_maps("fg", "auto", "packed", train)[2] == f"{path} coarse"
+    assert guidance.open_maps("fg", "auto", "packed", train)[2] == f"{path} runs/a"
     train["header"]["size"] = 33  # another data set
     with pytest.raises(UserError, match="another data set"):
         guidance.open_maps("fg", "auto", "packed", train)
