@@ -430,11 +430,14 @@ def read_posts(path, have):
 def tags_of_post(post):
     """-> the words of a post and its characters, without artist, copyright and meta tags.
 
-    Tags are a string, or a list of words or of {name, category} (4: character).
+    Tags are a string, a list of words or {name, category} (4: character), or {kind: list}.
     """
     lists = {kind: (post.get(f"tag_string_{kind}") or "").split() for kind in NAMING}
     words = post.get("tags")
-    if isinstance(words, list):
+    if isinstance(words, dict):
+        lists |= {kind: some for kind, some in words.items() if isinstance(some, list)}
+        words = sum(lists.values(), [])
+    elif isinstance(words, list):
         named = [t for t in words if isinstance(t, dict) and t.get("name")]
         for kind, number in NAMING.items():
             found = [t["name"] for t in named if str(t.get("category")) in (kind, number)]

@@ -203,7 +203,7 @@ POSTS = """\
 {"id": "263159", "tags": [{"name": "miku", "category": "4"}, {"name": "smile"}, {"name": "w", "category": "1"}]}
 {"id": 7, "md5": "ab12", "tag_string": "rin smile hat", "tag_string_character": "rin", "parent_id": 263159}
 {"id": 8, "tag_string_character": "len rin", "tag_string": "len rin smile w", "tag_string_artist": "w"}
-{"id": 10, "tag_string_general": "hat", "tag_string_character": "luka", "tag_string_meta": "highres"}
+{"id": 10, "tags": {"general": ["hat"], "character": ["luka"], "meta": ["highres"]}}
 {"id": 11, "tags": "solo, brown hair"}
 {"id": 999, "tag_string": "not_downloaded"}
 """
