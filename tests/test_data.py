@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_folder, refused, run_line, shared_file
+from conftest import ROOT, draw_folder, refused, run_line
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -187,16 +187,12 @@ def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.slow
-def test_the_shared_faces_pack_whole(tmp_path):
-    """The shared faces pack whole, by illustration, with nothing lost."""
-    faces = shared_file("faces20.zip")
-    _, sets = packed(tmp_path, f"{faces} --group-by ^[^_]+ --dev .1 --test .5 --dedupe off")
-    sizes = {name: len(split["images"]) for name, split in sets.items()}
-    assert sizes["val"] + sizes["test"] == 1749 and sizes["train"] + sizes["dev"] == 8076
-    groups = [set(split["header"]["groups"]) for split in sets.values()]
-    assert sum(map(len, groups)) == len(set.union(*groups))
-    assert len(sets["train"]["header"]["classes"]) == 20
+def test_half_of_val_becomes_test_in_whole_illustrations(tmp_path):
+    for seed, split in enumerate(("train", "val")):
+        draw_folder(tmp_path / "images" / split, classes=2, each=40, seed=seed)
+    _, sets = packed(tmp_path, "images --test .5 --group-by ^[^_]+ --dedupe off")
+    val, test = (set(sets[name]["header"]["groups"]) for name in ("val", "test"))
+    assert len(sets["train"]["images"]) == 80 and val and test and not val & test
 
 
 # ---- the demo set --------------------------------------------------------------------------------
