@@ -170,7 +170,8 @@ def test_a_packed_file_that_was_cut_or_does_not_fit_together_is_refused(tmp_path
     save_file(tensors, path, {"animask": json.dumps(about)})
     assert len(data.open_split(tmp_path, "train")["images"]) == 3
     whole = path.read_bytes()
-    for part in (whole[:-100], whole[:50], b"", b"\xff" * 64):
+    foreign = [whole.replace(b'"U8"', b'"F7"'), whole.replace(b"[3,8,8,3]", b"[9,8,8,3]")]
+    for part in (whole[:-100], whole[:50], b"", b"\xff" * 64, *foreign):
         path.write_bytes(part)
         with pytest.raises(UserError, match="not a whole file"):
             data.open_split(tmp_path, "train")

@@ -49,7 +49,6 @@ VALUES = {
 }
 TENSORS = ["gone", "nan", "infinite", "huge", "negative"]
 TENSORS += ["empty", "flat", "further", "whole", "real"]
-ENTRIES = {"shape": [2**63, 2], "negative": [-1, -1], "text": ["a"], "dtype": "F7"}
 
 
 # ---- the files, and what reads them: a function of the folder -> plain values or a tensor ----------
@@ -175,7 +174,7 @@ def cases(path, count):
     found = list(product(["field"], ways, ("gone", *VALUES)))
     if path.suffix == ".pt":
         found += product(["tensor in"], ways, TENSORS[1:])
-    rows = [*product(["tensor"], tensors, TENSORS), *product(["entry"], tensors, ENTRIES)]
+    rows = list(product(["tensor"], tensors, TENSORS))
     share = min(len(rows), count // 2)
     return rng.sample(rows, share) + rng.sample(found, min(len(found), count - share))
 
@@ -205,8 +204,6 @@ def table_of(fields, way):
 
 def spoil(path, what, where, how):
     tensors, fields = read(path)
-    if what == "entry":
-        return spoil_entry(path, where, how)
     if what == "tensor":
         x = tensors.pop(where)
         tensors |= {} if how == "gone" else {where: spoiled(x, how).contiguous()}
@@ -219,16 +216,6 @@ def spoil(path, what, where, how):
     else:
         at[key] = copy.deepcopy(VALUES[how])
     write(path, tensors, fields)
-
-
-def spoil_entry(path, name, how):
-    """What the file's head says of a tensor, but not the tensor."""
-    raw = path.read_bytes()
-    room = int.from_bytes(raw[:8], "little")
-    head = json.loads(raw[8 : 8 + room])
-    head[name]["dtype" if how == "dtype" else "shape"] = ENTRIES[how]
-    text = json.dumps(head).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + room :])
 
 
 # ---- what every reader has to keep ---------------------------------------------------------------
