@@ -284,13 +284,12 @@ def test_the_next_line_of_many_pictures_with_a_foreground_is_for_a_shell(tmp_pat
 # ---- who goes where ------------------------------------------------------------------------------
 
 
-def records_of(seed, splits_given=(None,), n=120):
+def records_of(seed, n=120):
     """Random records of three classes in groups of one to five, some near-duplicates -> and pairs."""
     rng, records = np.random.default_rng(seed), []
     for i in range(n):
         label, group = "abc"[rng.integers(3)], f"i{rng.integers(n // 3)}"
-        split = splits_given[rng.integers(len(splits_given))]
-        records.append(sources.Record(f"{group}_{i}.png", i, label, split))
+        records.append(sources.Record(f"{group}_{i}.png", i, label))
     pairs = [tuple(sorted(map(int, rng.choice(n, 2, replace=False)))) for _ in range(10)]
     return records, pairs
 
@@ -315,23 +314,6 @@ def test_groups_and_copies_stay_together_and_every_class_gets_its_share(seed):
         for split, share in {"val": 0.2, "test": 0.2}.items():
             assert abs(own[split] / own.total() - share) < 0.12, (label, own)
     assert 0 < dealt.count("dev") <= 0.1 * (dealt.count("train") + dealt.count("dev"))
-
-
-@pytest.mark.parametrize("dedupe", ["group", "drop"])
-def test_no_copy_of_a_later_split_is_left(dedupe):
-    """train keeps all of its pictures, val none that train has, test none that either has."""
-    order = ("train", "dev", "val", "test")
-    for seed in range(4):
-        records, pairs = records_of(seed, order)
-        left, _ = splits.without_copies(records, None, pairs, dedupe)
-        kept = {r.key for r in left}
-        assert dedupe == "group" or all(r.group == r.key for r in left)
-        roots = splits.duplicates.join(len(records), pairs)
-        for root in set(roots):
-            own = [r for r, other in zip(records, roots, strict=True) if other == root]
-            first = min((r.split for r in own), key=order.index)
-            stay = [r.key for r in own if r.split == first]
-            assert kept & {r.key for r in own} == set(stay[:1] if dedupe == "drop" else stay)
 
 
 def test_pictures_without_a_split_beside_given_ones_are_train():
