@@ -9,6 +9,7 @@ Writes: FOLDER/table.md, table.csv, and figure.png with --figure
 """
 
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,7 +324,7 @@ def draw_lines(path, study, lines):
     from common import plots
 
     heading = next(iter(study.plan["columns"].values()))
-    every_name = dict.fromkeys(name for names in lines.values() for name in names)
+    every_name = dict.fromkeys(chain(*lines.values()))
     colours = dict(zip(every_name, plots.COLOURS, strict=False))
     size = (5.2 * len(lines), 4.2)
     one_row = {"sharey": True, "squeeze": False}

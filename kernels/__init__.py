@@ -30,10 +30,7 @@ IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you chang
 
 
 def choose_impl(impl, device):
-    """impl "auto", "torch" or "triton" -> "torch" or "triton".
-
-    A ValueError where the implementation does not exist or can't run on this device.
-    """
+    """impl "auto", "torch" or "triton" -> "torch" or "triton"; a ValueError if it can't run here."""
     device = torch.device(device)
     wanted = IMPL if impl == "auto" else impl
     if wanted not in ("auto", "torch", "triton"):

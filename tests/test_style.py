@@ -97,7 +97,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-TODAY = [(has_walrus, 0), (is_nested, 12), (assigns_many, 20), (assigns_unlike, 157)]
+TODAY = [(has_walrus, 0), (is_nested, 12), (assigns_many, 20), (assigns_unlike, 155)]
 
 
 @pytest.mark.parametrize("kind, today", TODAY)
@@ -127,14 +127,14 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2507, 2500),
-    "applications": (4557, 3900),
-    "kernels": (521, 520),
-    "common": (3190, 2400),
-    "ingest": (3765, 2700),
-    "experiments": (2822, 1900),
+    "lesson": (2501, 2500),
+    "applications": (4520, 3900),
+    "kernels": (518, 520),
+    "common": (3174, 2400),
+    "ingest": (3747, 2700),
+    "experiments": (2735, 1900),
     "benchmarks": (975, 900),
-    "tests": (10782, 8500),
+    "tests": (10661, 8500),
 }
 
 
