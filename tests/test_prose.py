@@ -13,7 +13,7 @@ MOST_WORDS = {
     "docs/masks.md": 1300,
     "docs/data.md": 1300,
     "docs/recognise.md": 1100,
-    "docs/results.md": 1200,
+    "docs/results.md": 1300,
     "docs/checkpoints.md": 700,
     "docs/hybrid.md": 600,
     "docs/detect.md": 700,
