@@ -80,7 +80,7 @@ def test_a_folder_of_each_character_has_its_pictures(small, tmp_path):
 def test_arms_named_by_a_number_become_lines_and_others_dots(tmp_path):
     rows = {seed: {"metrics": {"top1": 80.0 + seed}} for seed in range(2)}
     arms = ["vit, 6 min", "vit, 12 min", "resnet10, 6 min", "vit, 5 labels"]
-    plan = {"plan": "p", "data": "d", "columns": {"top1": "Top-1, %"}}
+    plan = {"plan": "p", "data": "d", "columns": {"top1": "Top-1, %"}, "axes": {}}
     study = SimpleNamespace(plan=plan, rows=dict.fromkeys(arms, rows))
     lines = report.lines_of(study)
     both = [80.0, 81.0]
