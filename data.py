@@ -143,7 +143,7 @@ def hold_apart(groups, labels, share, seed=0):
     return held
 
 
-# ---- maps: what maps.py makes of train, one row per image -----------------------------------------
+# ---- maps: what maps.py makes of train, one row per image ----------------------------------------
 
 
 def write_maps(path, name, chunks, shape, dtype, header=None):

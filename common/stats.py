@@ -23,8 +23,9 @@ def plus_minus(found, digits=1):
 
 
 def varies(values):
-    """Can an interval be said? Not from under three seeds, nor from seeds that tie but for rounding."""
-    return len(values) >= LEAST_SEEDS and np.std(values, ddof=1) > 1e-9
+    """Can an interval be said? Not from under three seeds, nor from seeds that all tie."""
+    spread = 1e-9 * max(1.0, np.abs(values).max(initial=0))
+    return len(values) >= LEAST_SEEDS and np.std(values, ddof=1) > spread
 
 
 def t_interval(differences):

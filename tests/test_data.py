@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_folder, refused, run_line
+from conftest import ROOT, draw_folder, refused, run_line, shared_file
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -188,6 +188,18 @@ def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.slow
+def test_the_shared_faces_pack_whole(tmp_path):
+    """The shared faces pack whole, by illustration, with nothing lost."""
+    faces = shared_file("faces20.zip")
+    _, sets = packed(tmp_path, f"{faces} --group-by ^[^_]+ --dev .1 --test .5 --dedupe off")
+    sizes = {name: len(split["images"]) for name, split in sets.items()}
+    assert sizes["val"] + sizes["test"] == 1749 and sizes["train"] + sizes["dev"] == 8076
+    groups = [set(split["header"]["groups"]) for split in sets.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups))
+    assert len(sets["train"]["header"]["classes"]) == 20
+
+
 def test_half_of_val_becomes_test_in_whole_illustrations(tmp_path):
     for seed, split in enumerate(("train", "val")):
         draw_folder(tmp_path / "images" / split, classes=2, each=40, seed=seed)
@@ -284,12 +296,13 @@ def test_the_next_line_of_many_pictures_with_a_foreground_is_for_a_shell(tmp_pat
 # ---- who goes where ------------------------------------------------------------------------------
 
 
-def records_of(seed, n=120):
+def records_of(seed, splits_given=(None,), n=120):
     """Random records of three classes in groups of one to five, some near-duplicates -> and pairs."""
     rng, records = np.random.default_rng(seed), []
     for i in range(n):
         label, group = "abc"[rng.integers(3)], f"i{rng.integers(n // 3)}"
-        records.append(sources.Record(f"{group}_{i}.png", i, label))
+        split = splits_given[rng.integers(len(splits_given))]
+        records.append(sources.Record(f"{group}_{i}.png", i, label, split))
     pairs = [tuple(sorted(map(int, rng.choice(n, 2, replace=False)))) for _ in range(10)]
     return records, pairs
 
@@ -314,6 +327,23 @@ def test_groups_and_copies_stay_together_and_every_class_gets_its_share(seed):
         for split, share in {"val": 0.2, "test": 0.2}.items():
             assert abs(own[split] / own.total() - share) < 0.12, (label, own)
     assert 0 < dealt.count("dev") <= 0.1 * (dealt.count("train") + dealt.count("dev"))
+
+
+@pytest.mark.parametrize("dedupe", ["group", "drop"])
+def test_no_copy_of_a_later_split_is_left(dedupe):
+    """train keeps all of its pictures, val none that train has, test none that either has."""
+    order = ("train", "dev", "val", "test")
+    for seed in range(4):
+        records, pairs = records_of(seed, order)
+        left, _ = splits.without_copies(records, None, pairs, dedupe)
+        kept = {r.key for r in left}
+        assert dedupe == "group" or all(r.group == r.key for r in left)
+        roots = splits.duplicates.join(len(records), pairs)
+        for root in set(roots):
+            own = [r for r, other in zip(records, roots, strict=True) if other == root]
+            first = min((r.split for r in own), key=order.index)
+            stay = [r.key for r in own if r.split == first]
+            assert kept & {r.key for r in own} == set(stay[:1] if dedupe == "drop" else stay)
 
 
 def test_pictures_without_a_split_beside_given_ones_are_train():

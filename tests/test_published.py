@@ -143,6 +143,7 @@ def test_h3_on_the_demo_set_depends_on_its_threshold(judged):
     other = report.measure(test, other)
     text = (RESULTS / "STUDY.md").read_text()
     assert f"saves {test['effect']:.0f} % of the epochs" in text
+    assert f"random masks, {limit:.1f} %, it saves" in text
     assert f"{other['effect']:.1f} % ({other['low']:.0f} to {other['high']:+.0f})" in text
 
 

@@ -59,6 +59,17 @@ def test_two_seeds_and_seeds_that_tie_say_no_interval_and_no_p(d):
     assert t_interval(d) is None
 
 
+@pytest.mark.parametrize("size", [0.01, 1.0, 1e6])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_seeds_tie_when_they_differ_by_rounding_alone(size, sign):
+    """The bound is 1e-9 of the largest value, and 1e-9 of values below 1."""
+    step = 1e-9 * max(1.0, size)
+    for factor, ties in ((0.9, True), (1.1, False)):
+        d = factor * step * np.array([-1, 0, 1])  # their deviation is one step, or near it
+        assert (stats.paired(sign * (size + d))["p"] is None) == ties
+        assert (t_interval(sign * (size + d)) is None) == ties
+
+
 # ---- seeds and test images, variances ------------------------------------------------------------
 
 
@@ -110,9 +121,19 @@ def test_the_interval_of_a_ratio_of_variances_is_that_of_f():
     assert of(back, ("n", "p")) == [10, 1.0]
     assert back["p_against"] == pytest.approx(scipy.stats.f(9, 11).sf(1 / ratio))
     assert back["effect"] == pytest.approx(100 * (1 - 1 / ratio))
-    for sides in ((np.ones(10), wild), (wild, np.ones(10))):
-        tied = stats.variance(*sides)
-        assert tied["effect"] is tied["p"] is None
+
+
+def test_few_seeds_and_seeds_that_tie_have_no_variance_to_compare():
+    few, many = np.random.default_rng(2).normal(size=(2, 10))
+    row = stats.variance(few[:9], many)
+    assert row["p"] == row["p_against"] == 1.0
+    assert row["notes"] == ["variances need 10 seeds, there are 9"]
+    assert row["low"] < row["effect"] < row["high"]
+    assert stats.variance(many, few[:9])["notes"] == []
+    for sides in ((np.ones(10), many), (many, np.ones(10))):
+        row = stats.variance(*sides)
+        assert row["effect"] is row["p"] is None
+        assert row["notes"] == ["10 seeds: no interval, nothing varies"]
 
 
 # ---- epochs to a threshold -----------------------------------------------------------------------
