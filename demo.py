@@ -136,7 +136,7 @@ def load_mae(run):
     init_from(net, run)
     if beside(run, "stats_head").exists():
         load_beside(net.decoder.stats_head, run, "stats_head")
-    net.encoder.pooler = load_teacher(run)[0].pooler
+    net.encoder.pooler = load_teacher(run).pooler
     return net.eval(), {"norm_pix": True, "floor": FLOOR} | about_model(run)
 
 

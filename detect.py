@@ -379,7 +379,7 @@ def open_task(flags, device, autocast):
 def load_start(path, page=None):
     """-> an encoder for pages of this side, and {}; of a detector its encoder and its other weights."""
     if not (Path(path) / "detector.safetensors").exists():
-        return load_encoder(path, page)[0], {}
+        return load_encoder(path, page), {}
     net, header = load(path)
     if page not in (None, header["page"]):
         raise UserError(f"{path} reads pages of {header['page']} px; give the --view of that run")

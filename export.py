@@ -34,8 +34,8 @@ from common.classifier import read_head
 from common.command import Parser, at_least, claim, cli, need
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
 from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
-from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
-from finetune_lora import load_classifier
+from common.lora import ADAPTER, fingerprint, read_files, save_encoder
+from finetune_lora import load_classifier, load_lora, merge_lora
 from kernels.gather import MEAN, STD
 from model import MAE
 from recognize import decide, open_gallery
@@ -56,7 +56,7 @@ def public_weights(source, image_size):
     if facts["norm_eps"] != EPS:
         print(f"note: LayerNorms have the epsilon {facts['norm_eps']:g}, which --to hf alone keeps")
     if not facts["decoder_depth"]:  # SimMIM's linear decoder is nobody else's
-        encoder, _ = checkpoints.load_encoder(source, image_size)
+        encoder = checkpoints.load_encoder(source, image_size)
         return checkpoints.as_convolution(encoder.state_dict()), facts
     shape = (*checkpoints.ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
     model = MAE(**{name: facts[name] for name in shape})
@@ -121,9 +121,9 @@ def save_merged(source, out, image_size):
     base = config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{source}/{ADAPTER[1]} names no encoder: base_model_name_or_path")
-    encoder, _ = checkpoints.load_encoder(base, image_size or header.get("image_size"))
-    for name, (A, B, scale) in read_adapter(source, encoder).items():
-        encoder.get_submodule(name).weight += scale * (B @ A)
+    encoder = checkpoints.load_encoder(base, image_size or header.get("image_size"))
+    load_lora(encoder, source)
+    merge_lora(encoder)
     save_encoder(encoder, out, {"merged": str(source), "origin": flags_of_run(source)})
     return f"common.checkpoints.load_encoder({str(out)!r})"
 
@@ -141,7 +141,7 @@ def save_half(source, out, image_size):
     for file in there.values():
         tensors, header = read_safetensors(file)
         if "fingerprint" in header and (out / "model.safetensors").exists():
-            encoder, _ = checkpoints.load_encoder(out, header.get("image_size"))  # rounded by now
+            encoder = checkpoints.load_encoder(out, header.get("image_size"))  # rounded by now
             header["fingerprint"] = fingerprint(encoder)
         half = {k: x.half() if x.is_floating_point() else x for k, x in tensors.items()}
         save_safetensors(half, out / file.name, header or None)
@@ -198,7 +198,8 @@ def graph_of(source, image_size=None):
         notes = {"is": "tagger", "names": header["classes"]}
         notes |= {"tags": header["words"], "thresholds": header["thresholds"]}
     else:
-        encoder, side = checkpoints.load_encoder(source, image_size)
+        encoder = checkpoints.load_encoder(source, image_size)
+        side = encoder.image_size
         graph = Graph(encoder, lambda net, view: {"tokens": net.features(view)}, side, side)
         return graph.eval(), {"is": "encoder", "side": side}
     if image_size:
@@ -286,9 +287,7 @@ def save_wd(source, folder, image_size=None):
     """Write model.onnx and selected_tags.csv, its rows in the order of the probabilities."""
     graph, notes = graph_of(source, image_size)
     if notes["is"] == "encoder":
-        raise UserError(
-            f"{source} names nothing; --to wd takes a run of tags.py or finetune_lora.py"
-        )
+        raise UserError(f"{source} names nothing; give a run of tags.py or finetune_lora.py")
     tags = notes.get("tags", [])
     names = notes["names"]
     order = sorted(range(len(tags)), key=lambda i: tags[i] not in RATINGS)  # ratings first

@@ -170,7 +170,7 @@ def load_classifier(folder):
     folder = Path(folder)
     weights, header = classifier.read_head(folder)
     base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
-    encoder, _ = load_encoder(base, header["image_size"])
+    encoder = load_encoder(base, header["image_size"])
     if fingerprint(encoder) != header["fingerprint"]:
         raise UserError(f"{base} is not the encoder that {folder} was trained on; restore it")
     if header["method"] == "lora":
@@ -217,7 +217,7 @@ def drop_patches(view, encoder, keep, generator):
 
 def pooled_views(task, images, t, generator):
     """images u8 (B, ., ., 3) at t of the run, in [0, 1] -> (B, D) before the neck, (B, D, L) for ifa."""
-    view = augmented(images, task.S, task.colourless, generator)
+    view = augmented(images, task.net.encoder.image_size, task.colourless, generator)
     first, last = task.keep
     share = first + (last - first) * t
     if first != last:  # in steps of 1/16: oneDNN keeps memory for every new shape
@@ -247,9 +247,9 @@ def open_task(flags, device, autocast):
     if task.method != "linear":  # whose features are of whole pictures
         task.keep, task.colourless = flags.keep, flags.colourless
 
-    encoder, task.S = load_encoder(flags.encoder, flags.image_size)
+    encoder = load_encoder(flags.encoder, flags.image_size)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
-    flags.values["data"] = str(data.open_or_pack(folder, task.S))
+    flags.values["data"] = str(data.open_or_pack(folder, encoder.image_size))
     sets, task.classes = open_rows(flags.data, flags.split, flags.hold_out)
     task.train, task.dev, task.report = sets
     task.sizes = torch.bincount(task.train.labels[task.train.rows])  # pictures of each class
@@ -438,7 +438,7 @@ def write_network(flags, task, run):
     head = {k: w for k, w in task.trained.items() if not k.startswith("encoder.")}
     header = {"config": task.net.config, "classes": task.classes, "method": task.method}
     header |= {"base": str(flags.encoder), "fingerprint": fingerprint(encoder)}
-    header |= {"image_size": task.S, "packed_size": split["images"].shape[1]}
+    header |= {"image_size": encoder.image_size, "packed_size": split["images"].shape[1]}
     header |= {name: split["header"][name] for name in ("crop", "margin")}
     header |= {"data": flags.data, "split": flags.split, "hold_out": flags.hold_out}
     save_safetensors(head, task.out / "head.safetensors", header)

@@ -227,7 +227,7 @@ def make_teacher(encoder, flags, start):
         print(f"warning  nothing trains the attention ({source}) of this teacher; --contrast does")
     if name == "self":
         return guidance.average_of(encoder, source, flags.epochs, start)
-    return guidance.Teacher(load_teacher(name)[0].to(encoder.cls_token.device), source, {0})
+    return guidance.Teacher(load_teacher(name).to(encoder.cls_token.device), source, {0})
 
 
 # ---- in the loop ---------------------------------------------------------------------------------

@@ -187,12 +187,12 @@ def thumbs(view):
     return {f"thumb{side}": evaluate.thumbnails(view, side) for side in (4, 8, 16)}
 
 
-def control_rows(encoder, size, task):
+def control_rows(encoder, task):
     """Rows of the random-init encoder and of thumbnails: measured once for all runs of one shape."""
     shape = tuple(shape_of(encoder).values())
     if shape not in task.controls:
         untrained = features.untrained_like(encoder).to(task.device)
-        pools = features.of_encoder(untrained, size, task)
+        pools = features.of_encoder(untrained, task)
         colours = features.extract(thumbs, task.train["images"].shape[1], task)  # as packed
         found = {f"untrained {task.pool}": pools[task.pool]} | colours
         task.controls[shape] = {name: measure(x, task)[0] for name, x in found.items()}
@@ -274,19 +274,19 @@ def efficiency_line(found, how):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def draw(home, encoder, size, task, found):
+def draw(home, encoder, task, found):
     """attention.png and neighbours.png; found: features of the mean token."""
     rows = data.evenly_spaced(len(task.split["images"]), 8)
-    draw_attention(home / "attention.png", encoder, size, task, rows[:5])
+    draw_attention(home / "attention.png", encoder, task, rows[:5])
     draw_neighbours(home / "neighbours.png", found, task, rows[:6])
 
 
 @torch.no_grad()
-def draw_attention(path, encoder, size, task, rows):
+def draw_attention(path, encoder, task, rows):
     """A line for each picture: each head of the last block, their mean, the rollout."""
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
-    _, view = next(data.whole_views(task.split["images"], rows, size, task.device))
+    _, view = next(data.whole_views(task.split["images"], rows, encoder.image_size, task.device))
     heads = encoder.patch_attention(view)  # (B, heads, N)
     rollout = encoder.patch_attention(view, "rollout")  # (B, 1, N)
     maps = torch.cat([heads, heads.mean(1, keepdim=True), rollout], 1)  # (B, heads + 2, N)
@@ -328,9 +328,9 @@ def draw_neighbours(path, found, task, rows):
 def probe(run, task, threshold):
     """Extract, measure, draw and write one run -> what a comparison needs. threshold: number, source."""
     print(f"run      {run}")
-    encoder, size = load_encoder(run)
+    encoder = load_encoder(run)
     encoder.to(task.device).requires_grad_(False)
-    found = features.of_encoder(encoder, size, task)
+    found = features.of_encoder(encoder, task)
     report = {
         "command": command(),
         "machine": machine(task.device),
@@ -344,11 +344,11 @@ def probe(run, task, threshold):
     }
     if not task.headline:
         with drawing("attention.png and others"):
-            draw(task.home[run], encoder, size, task, found["mean"])
+            draw(task.home[run], encoder, task, found["mean"])
     right = {}
     log = read_log(features.home_of(run) / "log.jsonl")
     if task.labelled:
-        numbers, right = measure_run(encoder, size, found, task)
+        numbers, right = measure_run(encoder, found, task)
         report |= numbers | {"efficiency": efficiency(log, threshold[0])}
         print(efficiency_line(report["efficiency"], threshold[1]))
     else:
@@ -357,14 +357,14 @@ def probe(run, task, threshold):
     return report | {"right": right, "log": log, "path": str(run)}
 
 
-def measure_run(encoder, size, found, task):
+def measure_run(encoder, found, task):
     """Rows of all features and controls, printed -> (the report's part, which images are right)."""
     pools = [task.pool] if task.headline else features.POOLS
     measured = {pool: measure(found[pool], task) for pool in pools}
     rows = {pool: row for pool, (row, _) in measured.items()}
     right = measured[task.pool][1]
     if not task.headline:
-        rows |= control_rows(encoder, size, task)
+        rows |= control_rows(encoder, task)
     rows["chance"] = chance(task)
     print("\n".join(table(rows)))
     numbers = {

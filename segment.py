@@ -453,7 +453,7 @@ def open_task(flags, device, autocast):
         raise UserError(f"{flags.data} has no true masks; --learn-from proxies needs none")
     if task.learn_from != "frames" and not len(task.train.mixed):
         raise UserError(f"{flags.data} has no mixed frames; --learn-from frames needs none")
-    task.encoder, _ = load_encoder(flags.encoder, splits["train"]["images"].shape[1])
+    task.encoder = load_encoder(flags.encoder, splits["train"]["images"].shape[1])
     task.S = task.encoder.image_size
     return task
 

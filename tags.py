@@ -407,7 +407,8 @@ def open_task(flags, device, autocast):
             raise UserError(f"{flags.data}, {images.name} has no tags; {fix}")
     count = (tags_of(task.train, task.train.rows) >= 0).sum(1)
     length = min(LENGTH, max(2, int(count.max())) + 2)
-    encoder, task.side = checkpoints.load_encoder(flags.encoder)  # side of a view in pixels
+    encoder = checkpoints.load_encoder(flags.encoder)
+    task.side = encoder.image_size
     torch.manual_seed(flags.seed)
     task.net = MFDN(encoder, len(task.classes), len(task.words), task.arm, length).to(device)
     task.net.reach.copy_(reaches(count, length - 2))
@@ -870,9 +871,9 @@ def read_flags():
 def fill_defaults(flags):
     """Values of flags that were not given, and depend on others. A resumed run has them."""
     flags.fill(lr=3e-2 if flags.arm == "bce" else 5e-4)
-    _, size = checkpoints.load_encoder(flags.encoder)  # its faults show before a data set is drawn
+    encoder = checkpoints.load_encoder(flags.encoder)  # its faults show before a set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
-    flags.values["data"] = str(data.open_or_pack(folder, size))
+    flags.values["data"] = str(data.open_or_pack(folder, encoder.image_size))
     leave_out = flags.given - {"arm", "seed"}
     name = flags.name(f"{name_of(flags.encoder)}-tags", leave_out=leave_out)
     flags.values["out"] = flags.out or f"runs/{name}"

@@ -121,7 +121,7 @@ def blank_encoder(shape, norm_eps):
 
 
 def load_encoder(path, image_size=None):
-    """A run folder or any public checkpoint -> the ViT in eval mode, and its image size.
+    """A run folder or any public checkpoint -> the ViT in eval mode.
 
     image_size: resize the positions to views of so many pixels; None keeps the trained size.
     """
@@ -131,16 +131,16 @@ def load_encoder(path, image_size=None):
     with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
         encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path)
-    return encoder.eval(), facts["image_size"]
+    return encoder.eval()
 
 
 def load_teacher(path):
-    """load_encoder, and the pooler of the run, if it has one -> the encoder and its image size."""
-    encoder, size = load_encoder(path)
+    """load_encoder, and the pooler of the run, if it has one."""
+    encoder = load_encoder(path)
     if beside(path, "pooler").exists():
         encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
         load_beside(encoder.pooler, path, "pooler")
-    return encoder, size
+    return encoder
 
 
 # ---- a start for pre-training --------------------------------------------------------------------

@@ -203,6 +203,6 @@ def extract(extractor, size, task):
     return found
 
 
-def of_encoder(encoder, size, task):
+def of_encoder(encoder, task):
     """-> {pool: {split: (n, D)}} of an encoder's tokens."""
-    return extract(partial(pooled, encoder), size, task)
+    return extract(partial(pooled, encoder), encoder.image_size, task)

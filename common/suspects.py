@@ -67,8 +67,8 @@ def write_suspects(flags):
     task, home = open_train(flags)
     table, sheet = home / "suspects.csv", home / "suspects.png"
     claim([table, sheet], fix="move them away")
-    encoder, size = load_encoder(flags.runs[0])
-    x = features.of_encoder(encoder.to(task.device), size, task)["mean"]["train"]
+    encoder = load_encoder(flags.runs[0])
+    x = features.of_encoder(encoder.to(task.device), task)["mean"]["train"]
     split = task.train
     names = split["header"]["classes"]
     labels = split["labels"]

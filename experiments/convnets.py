@@ -90,7 +90,7 @@ def load_any(path, image_size=None):
     net = ConvNet(network, side)
     if model_file(path).exists():
         load_exactly(net, read_safetensors(model_file(path))[0], model_file(path))
-    return net.eval(), side
+    return net.eval()
 
 
 def save_any(encoder, path, about):

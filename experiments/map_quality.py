@@ -33,10 +33,10 @@ CPU = torch.device("cpu")
 # ---- measuring: images u8 (n, S, S, 3), true foreground (n, S, S) in [0, 1] -----------------------
 
 
-def tokens_of(encoder, size, images):
+def tokens_of(encoder, images):
     """-> (n, N, D), all in memory: these sets are small."""
     rows = torch.arange(len(images))
-    return torch.cat([x for _, x in maps.tokens_of(images, rows, encoder, size)])
+    return torch.cat([x for _, x in maps.tokens_of(images, rows, encoder)])
 
 
 def mean_auc(scores, truths):
@@ -77,7 +77,7 @@ def main_part(parts, side):
     return torch.stack([maps.to_patches(parts == k, side) for k in kinds], 2).argmax(2)
 
 
-def inputs_of_parts(truth, encoder, size):
+def inputs_of_parts(truth, encoder):
     """{what k-means sees: (n, N, D)}: colour, place, features of an untrained and of this encoder."""
     images, foreground, _ = truth
     g = encoder.side
@@ -88,17 +88,17 @@ def inputs_of_parts(truth, encoder, size):
     }
     on = maps.to_patches(foreground, g) > 0.5
     for kind, network in (("untrained features", untrained_like(encoder)), ("features", encoder)):
-        tokens = tokens_of(network, size, images)
+        tokens = tokens_of(network, images)
         inputs[kind] = maps.relative_to_foreground(tokens, on, tokens.mean(0))
     return inputs
 
 
-def measure_parts(truth, encoder, size, K=6):
+def measure_parts(truth, encoder, K=6):
     """Rows of the adjusted Rand index. truth: images, foreground, parts u8 (n, S, S)."""
     true = main_part(truth[2], encoder.side)
     rows = []
     on = true > 0
-    for kind, points in inputs_of_parts(truth, encoder, size).items():
+    for kind, points in inputs_of_parts(truth, encoder).items():
         label = torch.cdist(points[on], maps.kmeans(points[on], K)).argmin(1)
         ari = adjusted_rand_score(label, true[on])
         rows.append({"map": f"parts, k-means of {kind}, K={K}", "ari": ari})
@@ -122,7 +122,7 @@ def main():
     add("--data", default="datasets/toon", help="packed set with true masks (default: demo set)")
     add("--split", default="val", choices=["train", "dev", "val", "test"], help="of --data")
     args = parser.parse_args()
-    encoder, size = load_teacher(args.run)
+    encoder = load_teacher(args.run)
     folder = Path(data.open_or_pack(args.data))
     out = results_folder(args.run, folder, args.split) / "map_quality.json"
     claim([out])
@@ -130,7 +130,7 @@ def main():
     rows = measure_foreground(*truth[:2], encoder.side)
     rows += measure_attention(*truth[:2], encoder)
     for K in (6, 12):
-        rows += measure_parts(truth, encoder, size, K)
+        rows += measure_parts(truth, encoder, K)
     rows = [{k: x if k == "map" else round(float(x), 4) for k, x in row.items()} for row in rows]
     for row in rows:
         print(", ".join(f"{k} {x}" for k, x in row.items()))

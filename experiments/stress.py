@@ -121,7 +121,7 @@ SWEEPS = {  # name: (function, levels, what a level is, the level of --only)
 
 def fit_probe(task):
     """The headline of probe.py on clean features: task.scores(features (n, D)) -> (n, C)."""
-    found = features.of_encoder(task.encoder, task.size, task)[task.args.pool]
+    found = features.of_encoder(task.encoder, task)[task.args.pool]
     fit, choose, where = features.hold_out(task.splits)
     y = task.train["labels"][fit]
     truth = task.splits[where]["labels"][choose]
@@ -141,7 +141,8 @@ def right_of(task, spoil=None):
     for some in task.rows.split(data.CHUNK):
         images = data.take(task.split["images"], some, task.device)
         images = spoil(images, some) if spoil else images
-        view = data.view_images(images, *data.full_boxes(len(some)), task.size)
+        boxes = data.full_boxes(len(some))
+        view = data.view_images(images, *boxes, task.encoder.image_size)
         with task.autocast():
             found.append(features.pooled(task.encoder, view)[task.args.pool].half().cpu())
     return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][task.rows]
@@ -317,10 +318,9 @@ def parse_args():
 
 def open_task(args):
     """features.open_task, with the encoder, and in task.rows the images that are shown to it."""
-    encoder, task_size = load_encoder(args.run)
+    encoder = load_encoder(args.run)
     task = features.open_task(args, args.run)
     task.run = Path(args.run)
-    task.size = task_size
     task.encoder = encoder.to(task.device).requires_grad_(False)
     task.rows = data.evenly_spaced(len(task.split["images"]), args.images)
     task.out = features.results_folder(args.run, task.folder, args.split)

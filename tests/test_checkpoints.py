@@ -108,16 +108,15 @@ def test_a_hugging_face_vit_is_ours(tmp_path, kind):
     half = [0.5, 0.5, 0.5]
     text = json.dumps({"image_mean": half, "image_std": half})
     (tmp_path / "preprocessor_config.json").write_text(text)
-    encoder, size = C.load_encoder(tmp_path)
+    encoder = C.load_encoder(tmp_path)
     vit, view = getattr(theirs, "vit", theirs), some_view(S=48)
     with torch.no_grad():
         out = vit(pixels(some_view(), half, half), output_attentions=True)
-        assert size == 32 and encoder.norm.eps == 1e-12
+        assert encoder.image_size == 32 and encoder.norm.eps == 1e-12
         close(encoder.features(some_view()), out.last_hidden_state)
         close(encoder.patch_attention(some_view()), out.attentions[-1][:, :, 0, 1:])
-        larger, size = C.load_encoder(tmp_path, image_size=48)
+        larger = C.load_encoder(tmp_path, image_size=48)
         out = vit(pixels(view, half, half), interpolate_pos_encoding=True)
-        assert size == 48
         close(larger.features(view), out.last_hidden_state)
 
 
@@ -128,8 +127,7 @@ def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path):
     load, view = transformers.ViTModel.from_pretrained, some_view(S=48)
     theirs, info = load(folder, add_pooling_layer=False, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    back, size = C.load_encoder(folder)
-    assert size == 48
+    back = C.load_encoder(folder)
     with torch.no_grad():
         close(theirs(pixels(view)).last_hidden_state, back.features(view))
 
@@ -171,8 +169,10 @@ def test_public_files_are_encoders(tmp_path):
     paths = [path for path in tmp_path.iterdir() if path.name != "config.json"]
     assert len(paths) == 2 * len(files) + 1
     for path in paths:
-        encoder, size = C.load_encoder(path)
-        assert size == 32 and torch.equal(encoder.features(some_view()), features), path
+        encoder = C.load_encoder(path)
+        assert encoder.image_size == 32 and torch.equal(encoder.features(some_view()), features), (
+            path
+        )
 
 
 def test_dinov2_layer_scale_is_folded_exactly(tmp_path):
@@ -185,8 +185,8 @@ def test_dinov2_layer_scale_is_folded_exactly(tmp_path):
         x = x + second * block.mlp(block.norm2(x))
         gammas |= {f"blocks.{i}.ls1.gamma": first, f"blocks.{i}.ls2.gamma": second}
     torch.save(weights | gammas | {"mask_token": torch.zeros(1, 64)}, tmp_path / "dinov2.pth")
-    encoder, size = C.load_encoder(tmp_path / "dinov2.pth")
-    assert size == 28
+    encoder = C.load_encoder(tmp_path / "dinov2.pth")
+    assert encoder.image_size == 28
     close(encoder.features(view), mae.encoder.norm(x))
     torch.save(weights | {"register_tokens": torch.zeros(1, 4, 64)}, tmp_path / "dinov2.pth")
     with pytest.raises(UserError, match="register tokens"):
@@ -205,7 +205,7 @@ def test_a_width_that_no_public_network_has_needs_a_config(tmp_path):
     with pytest.raises(UserError, match="num_attention_heads"):
         C.load_encoder(tmp_path / "x.pth")
     write_config(tmp_path, num_attention_heads=16)
-    assert C.load_encoder(tmp_path / "x.pth")[0].blocks[0].attn.heads == 16
+    assert C.load_encoder(tmp_path / "x.pth").blocks[0].attn.heads == 16
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_export_for_timm_is_its_vit(tmp_path):
     size = {"embed_dim": 64, "depth": 2, "num_heads": 2}
     theirs = timm.VisionTransformer(48, 8, num_classes=0, **size).eval()
     theirs.load_state_dict(weights, strict=True)
-    ours, view = C.load_encoder(tmp_path, 48)[0], some_view(S=48)
+    ours, view = C.load_encoder(tmp_path, 48), some_view(S=48)
     with torch.no_grad():
         close(theirs.forward_features(pixels(view)), ours.features(view), 3e-5)
 
@@ -237,7 +237,7 @@ def test_export_as_mae_holds_everything_that_is_public(tmp_path, kind):
     expected = C.public_weights(net) if kind == M.MAE else public(net.encoder)
     assert equal(load_file(out), expected)
     assert not [k for k in load_file(out) if "stats_head" in k]
-    encoder, view = C.load_encoder(out)[0], some_view()
+    encoder, view = C.load_encoder(out), some_view()
     assert torch.equal(encoder.features(view), net.encoder.features(view))
 
 
@@ -252,7 +252,7 @@ def test_init_takes_the_encoder_and_leaves_the_decoder(tmp_path):
     line = C.init_from(new, tmp_path / "dino.pth")
     assert "decoder starts anew" in line and "32 px" in line
     assert equal(new.decoder.state_dict(), before)
-    larger, view = C.load_encoder(tmp_path / "dino.pth", 48)[0], some_view(S=48)
+    larger, view = C.load_encoder(tmp_path / "dino.pth", 48), some_view(S=48)
     assert torch.equal(new.encoder.features(view), larger.features(view))
 
 

@@ -11,11 +11,11 @@ pytest.importorskip("transformers", reason="pip install -e '.[segment]'")
 
 
 def test_tokens_are_the_places_of_the_last_map_and_before_them_their_mean():
-    net, size = load_any("resnet10", 64)
+    net = load_any("resnet10", 64)
     view = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         tokens, other = net.train()(*net.all_patches(view)), net.features(view.flip(1))
-    assert size == 64 and tokens.shape == (2, 1 + 4, NETWORKS["resnet10"])
+    assert net.image_size == 64 and tokens.shape == (2, 1 + 4, NETWORKS["resnet10"])
     torch.testing.assert_close(tokens[:, 0], tokens[:, 1:].mean(1))
     assert tokens.std() > 0.01 and not torch.allclose(tokens[:, 0], other[:, 0])
 
@@ -23,9 +23,9 @@ def test_tokens_are_the_places_of_the_last_map_and_before_them_their_mean():
 def test_a_network_in_a_file_comes_back(tmp_path):
     net = ConvNet("resnet10", 32).eval()
     save_any(net, tmp_path / "model.safetensors", {})
-    back, size = load_any(tmp_path)
+    back = load_any(tmp_path)
     view = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    assert size == 32 and fingerprint(back) == fingerprint(net)
+    assert back.image_size == 32 and fingerprint(back) == fingerprint(net)
     assert torch.equal(back.features(view), net.features(view))
 
 

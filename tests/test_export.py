@@ -41,7 +41,7 @@ def near(found, expected):
 @pytest.mark.slow
 def test_an_encoder(at):
     run_line("export.py runs/a --to onnx --out encoder.onnx --image-size 16", at, check=0)
-    net, _ = load_encoder("runs/a", 16)
+    net = load_encoder("runs/a", 16)
     ask, about = model_of(at / "encoder.onnx")
     assert about == {"is": "encoder", "side": 16}
     for B in (1, 5):

@@ -220,11 +220,11 @@ def test_half_an_adapter_is_refused(tmp_path):
 def test_merged_export_is_an_encoder_of_ours(tmp_path):
     """At the image size of the adapter, which is not that of its encoder's file."""
     save_encoder(small_vit(), tmp_path / "base.safetensors", {})
-    base = adapted(load_encoder(tmp_path / "base.safetensors", image_size=48)[0])
+    base = adapted(load_encoder(tmp_path / "base.safetensors", image_size=48))
     save_adapter(lora_layers(base), base, tmp_path / "run", tmp_path / "base.safetensors")
     out, _ = export(tmp_path / "run", "merged")
-    encoder, size = load_encoder(out)
-    assert size == 48 and not lora_layers(encoder)
+    encoder = load_encoder(out)
+    assert encoder.image_size == 48 and not lora_layers(encoder)
     close(encoder.features(some_view(S=48)), base.features(some_view(S=48)))
     with pytest.raises(UserError, match="--to merged"):
         export(tmp_path / "run", "timm")

@@ -91,7 +91,7 @@ def test_features_are_those_of_the_encoder(small):
     encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_splits(small)["val"]
     cpu = torch.device("cpu")
     task = SimpleNamespace(splits={"val": split}, device=cpu, autocast=torch.no_grad)
-    found = features.of_encoder(encoder, 32, task)
+    found = features.of_encoder(encoder, task)
     view = next(data.whole_views(split["images"], torch.arange(5), 32, cpu))[1]
     with torch.no_grad():
         tokens = encoder.features(view)
@@ -102,7 +102,7 @@ def test_features_are_those_of_the_encoder(small):
         torch.testing.assert_close(found[pool]["val"][:5], x.half())
     colours = features.extract(probe.thumbs, 32, task)
     assert torch.equal(colours["thumb4"]["val"][:5], evaluate.thumbnails(view, 4).half())
-    untrained = features.of_encoder(features.untrained_like(encoder), 32, task)
+    untrained = features.of_encoder(features.untrained_like(encoder), task)
     assert not torch.equal(untrained["mean"]["val"], found["mean"]["val"])
 
 

@@ -79,7 +79,7 @@ def steps(folder, resume=None):
 
 def use_encoder(base):
     init_from(MAE(*SHAPE[:3], 4, 2, 32, 1), base / "runs/a")
-    encoder, _ = load_encoder(base / "runs/a")
+    encoder = load_encoder(base / "runs/a")
     return encoder.features(VIEW)
 
 

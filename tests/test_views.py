@@ -50,5 +50,5 @@ def test_what_they_write_is_an_encoder(small, tmp_path, method):
     words = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--device", "cpu"]
     command = ("experiments.views", method, "--data", small, "--out", "run", *words)
     call(*command, cwd=tmp_path, check=0)
-    encoder, size = load_encoder(tmp_path / "run")
-    assert size == 32 and encoder.side == 4
+    encoder = load_encoder(tmp_path / "run")
+    assert encoder.image_size == 32 and encoder.side == 4
