@@ -32,9 +32,9 @@ UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
 NOTES = (
     "Mean ± std over seeds. Differences are paired by seed, with a 95 % t interval over seeds and "
     "illustrations (over seeds alone where no image's answer is kept), and p after Holm over the "
-    "arms of a column. Further differences are a family of their own. Equivalent: the difference "
-    "is within ±{margin:g} points (two one-sided tests, after Holm). Under three seeds there is no "
-    "interval."
+    "planned arms of a column. Further differences are a family of their own. Equivalent: the "
+    "difference is within ±{margin:g} points (two one-sided tests, after Holm). Under three seeds "
+    "there is no interval."
 )
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -166,7 +166,8 @@ def judged(studies):
 def differences(study):
     """Every difference of a plan -> its tests with holm_p and verdict.
 
-    Holm's families: each compared column over its arms, and the plan's further differences.
+    Holm's families: each compared column over its arms, and the plan's further differences. Those
+    without rows count, too, with p = 1.
     """
     families = [study.plan["differences"]]
     for column in study.plan["compare"]:
@@ -179,11 +180,12 @@ def differences(study):
         families.insert(-1, family)
     tests = []
     for family in families:
-        found = [test for test in (measure(test, study) for test in family) if test["n"]]
+        found = [measure(test, study) for test in family]
         p, equal = (stats.holm([test[k] for test in found]) for k in ("p", "p_equal"))
         for test, holm_p, q in zip(found, p, equal, strict=True):
-            verdict = stats.word(test["effect"], holm_p, q)
-            tests.append(test | {"holm_p": holm_p, "verdict": verdict})
+            if test["n"]:
+                verdict = stats.word(test["effect"], holm_p, q)
+                tests.append(test | {"holm_p": holm_p, "verdict": verdict})
     return tests
 
 

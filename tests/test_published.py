@@ -118,6 +118,17 @@ def test_pairs_are_paired_by_seed_though_rows_are_in_another_order(tmp_path):
     assert found["per_seed"] == [-12.5, 12.5] and found["p"] is None and found["n"] == 2
 
 
+def test_a_planned_arm_without_rows_counts_in_the_correction():
+    arms = {"a": "b", "b": "b", "never run": "b"}
+    plan = {"arms": arms, "seeds": [0, 1, 2], "compare": ["top1"]} | report.DEFAULTS
+    study = SimpleNamespace(plan=plan, groups=None, thresholds={}, rows={"a": {}, "b": {}})
+    for seed, top1 in enumerate([1.0, 2.0, 4.0]):
+        study.rows["a"][seed] = {"metrics": {"top1": top1}}
+        study.rows["b"][seed] = {"metrics": {"top1": 0.0}}
+    (found,) = report.differences(study)
+    assert found["arm"] == "a" and found["holm_p"] == pytest.approx(2 * found["p"])
+
+
 @pytest.mark.parametrize("arm", ["toon-lora", "toon-full"])
 @pytest.mark.parametrize("measure", ["pair_f1", "ccip_f1"])
 def test_the_means_of_groups_follow_from_their_rows(arm, measure):
