@@ -11,7 +11,7 @@ of P numbers:
     gradient  dL/dy = 2 w (y - t) / (P sum(w))
 
 The floor s0 is ours. Patches of a drawing are often flat, and norm_pix would blow up the last bit of
-a JPEG to unit variance. MAE has s0 = 1e-3 (He et al. 2021, arXiv:2111.06377, section 4.2).
+a JPEG to unit variance. The code of MAE has s0 = 1e-3 (He et al. 2021, arXiv:2111.06377).
 
 Bytes of `loss_kernel` for n = B*M patches: it reads x and y, and writes dL/dy in the dtype of y.
 These are n * P * (1 + 2 * size), 1.16 GB for B 2048, M 147, P 768 in bf16. One pass is enough,
