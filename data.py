@@ -215,7 +215,9 @@ def batches(images, order, batch_size, device, start=0, times=1):
     """
     whole = len(order) // batch_size * batch_size
     chunks = order[:whole].split(batch_size)[start:]
-    for index, batch in prefetch((index, take(images, index, device)) for index in chunks):
+    there = torch.device("cpu") if device.type == "mps" else device  # Metal is for one thread
+    for index, batch in prefetch((index, take(images, index, there)) for index in chunks):
+        batch = send(batch, device)
         if times > 1:
             index = index.repeat_interleave(times)
             batch = batch.repeat_interleave(times, 0)

@@ -226,7 +226,7 @@ def maps_of(net, picture, view, need):
     with MACHINE.autocast():
         found = {"attn": net.encoder.patch_attention(view, source).float().mean(1)}
     if picture.number is None:
-        fg = (255 * maps.coarse(view)[0]).byte().cpu().numpy()
+        fg = (255 * maps.coarse(view.cpu())[0]).byte().numpy()  # Metal lacks the pooling
     else:
         figure = figure_of(picture.name, picture.number)
         fg, parts = figure["fg"], figure["parts"]

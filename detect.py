@@ -176,7 +176,8 @@ def targets(boxes, S, patch):
 
 def area(boxes):
     """Boxes (..., 4) -> (...); an inverted box has none."""
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+    width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    return width * height  # the gradient of prod would make a GPU's host wait
 
 
 def intersection(a, b):

@@ -184,6 +184,7 @@ def chance(task):
 
 def thumbs(view):
     """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
+    view = view.cpu()  # Metal lacks the pooling
     return {f"thumb{side}": evaluate.thumbnails(view, side) for side in (4, 8, 16)}
 
 

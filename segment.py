@@ -138,7 +138,7 @@ def crops(task, images, masks, generator):
     boxes, flip = data.draw_boxes(len(images), generator, MIN_CROP)
     colour = torch.rand(len(images), 3, generator=generator)
     view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, COLOUR)
-    drawn = data.view_maps(masks, boxes, flip, task.S).to(view.device)
+    drawn = data.send(data.view_maps(masks, boxes, flip, task.S), view.device)
     return cut_together(view, drawn, generator)
 
 

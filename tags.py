@@ -282,7 +282,7 @@ class MFDN(nn.Module):
         """patches (B, K, P) at places ids (B, K), words (B, L) where the arm reads them.
 
         -> logits of the characters (B, C), None of arm bce; and of tags, None where there are none.
-        Those of tags are (B, V), or (., V) for the places of (B, L) that `hidden` selects.
+        Those of tags are (B, V), or (., V) for the places that `hidden`, an index of (B, L), selects.
         """
         x, bias, seen = self.lower_half(patches, ids, words)
         for block in self.encoder.blocks[self.half :]:
@@ -432,8 +432,8 @@ def many_hot(ids, V):
 def make_batch(task, rows, images, share, generator):
     """The input and targets of one step; every random number is drawn from `generator`.
 
-    -> patches, ids, words as MFDN takes them. hidden (B, L) bool and targets, the ids of hidden
-    tags (.,); or hidden None and targets (B, V), 0 or 1. share: of tags that are hidden.
+    -> patches, ids, words as MFDN takes them. hidden, an index of (B, L), and targets, the ids of
+    hidden tags (.,); or hidden None and targets (B, V), 0 or 1. share: of tags that are hidden.
     """
     V = len(task.words)
     batch = SimpleNamespace(patches=None, ids=None, words=None, hidden=None, targets=None)
@@ -443,12 +443,14 @@ def make_batch(task, rows, images, share, generator):
     if task.arm in READS_TAGS:
         batch.words = truth = to_words(ids, V, task.net.length, generator)
     if task.arm in HIDES_TAGS:
-        batch.words, batch.hidden = hide(truth, V, share, generator)
-        batch.targets = truth[batch.hidden]
+        batch.words, hidden = hide(truth, V, share, generator)
+        batch.targets = truth[hidden]
+        places = hidden.nonzero(as_tuple=True)  # counted here: a GPU would make us wait
+        batch.hidden = tuple(data.send(x, task.device) for x in places)
     elif task.arm in NAMES_TAGS:
         batch.targets = torch.from_numpy(many_hot(ids, V)).float()
     for name, value in vars(batch).items():
-        if value is not None:
+        if isinstance(value, torch.Tensor):
             setattr(batch, name, data.send(value, task.device))
     return batch
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 import benchmarks as bench
 import detect
@@ -36,10 +37,8 @@ def torch_answer(run, device):
     graph, facts = graph_of(run)
     graph.to(device)
     if isinstance(graph.answer, functools.partial):  # of a recogniser, with its gallery
-        gallery = graph.answer.keywords["gallery"]
-        for name, value in gallery.items():
-            if isinstance(value, torch.Tensor):
-                gallery[name] = value.to(device)
+        known = graph.answer.keywords
+        known |= tree_map_only(torch.Tensor, lambda x: x.to(device), known)
     return lambda images: graph(images.to(device)), graph.example.shape[1], facts["is"]
 
 

@@ -119,3 +119,9 @@ def test_the_loader_and_a_model_are_measured(tmp_path):
     call("benchmarks.data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT, check=0)
     assert bench.read_table(tmp_path / "bench_data.csv")[0]["images"] == "2048"
     assert latency.torch_answer(ROOT / "weights/toon", CPU)[1:] == (96, "encoder")
+
+
+def test_a_whole_recogniser_is_sent_to_the_device():
+    answer, side, _ = latency.torch_answer(ROOT / "weights/toon-lora", torch.device("meta"))
+    found = answer(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+    assert {x.device.type for x in found.values()} == {"meta"}

@@ -8,6 +8,7 @@ import torch
 from conftest import equal, refused, run_line
 from made import CPU, QUICK
 from PIL import Image
+from test_mps import OperatorLog
 
 import data
 import detect
@@ -55,6 +56,13 @@ def test_giou_and_iou_are_what_their_formulas_say():
     assert detect.giou(a, b) == pytest.approx(4 / 28 - 1 + 28 / 36)
     far = torch.tensor([10.0, 0, 12, 4])
     assert detect.iou(a, far) == 0 and detect.giou(a, far) == pytest.approx(-1 + 24 / 48)
+
+
+def test_no_gradient_of_boxes_makes_a_gpu_wait():
+    boxes = BOXES[0].clone().requires_grad_()
+    with OperatorLog() as log:
+        detect.giou(boxes, BOXES[0] + 1).sum().backward()
+    assert boxes.grad.any() and "aten::_local_scalar_dense" not in log.seen
 
 
 def test_the_loss_falls_where_answers_come_nearer():

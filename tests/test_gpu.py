@@ -38,7 +38,7 @@ def test_a_stage_runs_on_the_gpu(name, at):
     run_line(f"{STAGES[name]} --device cuda", at, check=0)
 
 
-@pytest.mark.parametrize("name", ["attn_high", "lora", "full"])
+@pytest.mark.parametrize("name", ["attn_high", "lora", "full", "tags", "detect"])
 def test_a_step_waits_for_nothing(name, at, monkeypatch):
     """From the first update on, a wait of the host is an error, but for the steps that log."""
     update = train.Run.update
