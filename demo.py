@@ -2,8 +2,8 @@
 
     pip install -e '.[demo]' && python demo.py [runs/NAME]
 
-Reads:  a run of pretrain.py (default: the newest in runs/, or one in weights/), and the runs that
-        were made of it: runs/NAME-lora, -tags, -seg, -det
+Reads:  a run of any stage (default: the newest encoder in runs/, or one in weights/), and what was
+        made of the same encoder, next to it: runs/NAME-lora, -tags, -seg, -det
 Writes: nothing but the gallery of a recogniser that has none yet
 
 Only this machine can open the page, unless --host or --share allows others; no other site can use
@@ -39,7 +39,7 @@ from common.checkpoints import ENCODER, about_model, beside, init_from, load_bes
 from common.command import Parser, between, cli, need, parse_keys
 from common.evaluate import hide, predict
 from common.formats import read_checkpoint
-from common.io import UserError
+from common.io import UserError, open_tensors
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
 from ingest import toon
@@ -62,6 +62,7 @@ POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "r
 EVENT = {"concurrency_id": "page", "show_progress": "hidden"}  # one at a time: one decoded picture
 LATEST = EVENT | {"trigger_mode": "always_last"}  # of many moves of a slider the last one counts
 MACHINE = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)  # see main
+MACHINE.given = "runs/NAME"  # the run that the user named
 CSS = """
 .figures { display: flex; flex-wrap: wrap; gap: 12px }
 .figures figure { margin: 0; flex: 0 1 140px }
@@ -78,7 +79,12 @@ Picture = namedtuple("Picture", "name bytes number")
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("run", nargs="?", metavar="runs/NAME", help="a run of any stage (default: the newest)")
+    add(
+        "run",
+        nargs="?",
+        metavar="runs/NAME",
+        help="a run of any stage (default: the newest encoder)",
+    )
     add("--port", type=between(1, 65535, int), help="default: the first free one from 7860 on")
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
     add("--share", action="store_true", help="a public address for three days, by gradio's server")
@@ -96,10 +102,26 @@ def newest(folder, pattern):
     return [str(path.parent) for path in files]
 
 
+def has_decoder(run):
+    return "decoder_dim" in about_model(run).get("config", {})
+
+
+def is_recogniser(run):
+    return Path(run, "head.safetensors").exists()
+
+
+def is_segmenter(run):
+    return "network" in about_model(run)
+
+
+def is_detector(run):
+    return Path(run, "detector.safetensors").exists()
+
+
 def encoders():
     """Runs of pretrain.py with a decoder: the newest first, then those in weights/."""
     runs = newest("runs", "*/model.safetensors") + newest("weights", "*/model.safetensors")
-    return [run for run in runs if "decoder_dim" in about_model(run).get("config", {})]
+    return [run for run in runs if has_decoder(run)]
 
 
 def choose_run(name):
@@ -108,15 +130,28 @@ def choose_run(name):
     name = str(Path(name or next(iter(known), "runs/NAME")))
     if not Path(name).is_dir():
         raise UserError(f"{name} is no run; python pretrain.py makes one")
-    bases = [run for run in known if name.startswith(f"{run}-") and name not in known]
-    return max(bases, key=len, default=name)
+    if name in known:
+        return name
+    named = [run for run in known if name.startswith(f"{run}-")]
+    return base_of(name) or max(named, key=len, default=name)
 
 
-def made_of(run, file):
-    """The newest run with such a file that was made of this one; runs/a-b-det is of runs/a-b."""
+def base_of(run):
+    """The encoder that the file of a recogniser, detector or tagger names, or None."""
+    files = [Path(run, f"{stem}.safetensors") for stem in ("head", "detector", "model")]
+    header = next((open_tensors(file)["header"] for file in files if file.exists()), {})
+    return header.get("base")
+
+
+def made_of(run, fits):
+    """The given run if it fits; else this one, or the newest that was made of it; or None.
+
+    Names tell what was made of which: runs/a-b-det is of runs/a-b, not of runs/a.
+    """
     others = tuple(f"{name}-" for name in encoders() if name.startswith(f"{run}-"))
-    found = newest(Path(run).parent, Path(run).name + file)
-    return next((made for made in found if not made.startswith(others)), None)
+    made = newest(Path(run).parent, f"{Path(run).name}-*/*.safetensors")
+    own = [name for name in made if not name.startswith(others)]
+    return next(filter(fits, [MACHINE.given, run, *own]), None)
 
 
 @functools.lru_cache(8)
@@ -344,7 +379,7 @@ def segment_page(run, picture):
 def pages_page(run, picture):
     """Where faces are, and who they are if there is a recogniser."""
     net, about = loaded(detect.load, run)
-    who = made_of(choose_run(run), RECOGNISER)
+    who = made_of(choose_run(run), is_recogniser)
     known, header = loaded(load_classifier, who) if who else (None, {})
     pixels = whole_of(picture)
     with MACHINE.autocast():
@@ -400,21 +435,20 @@ def gate(app, names):
 
 # ---- the page ------------------------------------------------------------------------------------
 
-RECOGNISER = "-*/head.safetensors"  # a file of the run that a tab needs, behind the run's name
-TABS = {  # its function, that file, the command that makes such a run, its minutes
-    "Mask": (mask_page, "/model.safetensors", "pretrain.py --mask attn_high --out {}", 5),
-    "Recognise": (recognise_page, RECOGNISER, "finetune_lora.py {} --method lora", 7),
-    "Tags": (tags_page, "-tags*/model.safetensors", "tags.py {}", 4),
-    "Drawn or photographed": (segment_page, "-seg*/model.safetensors", "segment.py {}", 15),
-    "Pages": (pages_page, "-*/detector.safetensors", "detect.py {}", 15),
+TABS = {  # its function, the runs that it takes, the command that makes such a run, its minutes
+    "Mask": (mask_page, has_decoder, "pretrain.py --mask attn_high --out {}", 5),
+    "Recognise": (recognise_page, is_recogniser, "finetune_lora.py {} --method lora", 7),
+    "Tags": (tags_page, tags.is_tagger, "tags.py {}", 4),
+    "Drawn or photographed": (segment_page, is_segmenter, "segment.py {}", 15),
+    "Pages": (pages_page, is_detector, "detect.py {}", 15),
 }
 
 
 def answer(tab, run, picture, *controls):
     """What a tab says of a picture, as HTML: its answer and a command, or one sentence."""
-    work, file, make, minutes = TABS[tab]
+    work, fits, make, minutes = TABS[tab]
     try:
-        made = made_of(run, file)
+        made = made_of(run, fits)
         if made is None:
             raise UserError(MISSING.format(minutes, make.format(run)))
         with torch.inference_mode():
@@ -483,7 +517,9 @@ def main():
     args = parse_args()
     keep_freed_memory(heaps=1)  # otherwise each thread of the server keeps its own
     Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6 // 2  # Pillow refuses twice as many
-    run, MACHINE.device = choose_run(args.run), pick_device(args.device)
+    run = choose_run(args.run)
+    MACHINE.given = args.run or run
+    MACHINE.device = pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     need("demo", "gradio")

@@ -86,7 +86,7 @@ def test_faces_of_a_page_are_shown_and_named(run, monkeypatch):
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     text = demo.pages_page("runs/a-det", drawing())
     assert text.count("<img") == 3 and "score" not in text and "--detect runs/a-det" in text
-    monkeypatch.setattr(demo, "RECOGNISER", "-*/nothing")  # without a recogniser: scores
+    monkeypatch.setattr(demo, "is_recogniser", lambda run: False)  # without a recogniser: scores
     text = demo.pages_page("runs/a-det", drawing())
     assert "score 0.80" in text and "detect.py runs/a-det PICTURE" in text
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
@@ -143,6 +143,12 @@ def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(run, tmp_pa
     assert demo.choose_run(None) == demo.choose_run("runs/a") == "runs/a"
     for made in ("runs/a-lora", "runs/a-tags/", "runs/a-det"):
         assert demo.choose_run(made) == "runs/a"
+    assert demo.made_of("runs/a", demo.is_recogniser) == "runs/a-lora"
+    shutil.copytree("runs/a-lora", tmp_path / "names")
+    monkeypatch.setattr(demo.MACHINE, "given", str(tmp_path / "names"))
+    assert demo.choose_run(tmp_path / "names") == "runs/a"  # as its file says
+    assert demo.made_of("runs/a", demo.is_recogniser) == str(tmp_path / "names")
+    assert demo.made_of("runs/a", demo.is_detector) == "runs/a-det"
     shutil.copytree("runs/a", tmp_path / "weights" / "b")
     monkeypatch.chdir(tmp_path)
     assert demo.encoders() == [demo.choose_run(None)] == ["weights/b"]
