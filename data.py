@@ -87,8 +87,11 @@ def check_split(split, path, fix):
     check_range(split["labels"], -1, len(header["classes"]), "labels", path, fix)
 
 
-def open_or_pack(path, image_size=128):
-    """The packed folder that --data names. The demo set is drawn, and images are packed, first."""
+def open_or_pack(path, image_size=128, pages=False):
+    """The packed folder that --data names. The demo set is drawn, and images are packed, first.
+
+    pages: the images have boxes of faces.
+    """
     path = Path(path)
     if any((path / f"{name}.safetensors").exists() for name in SPLITS):
         return path
@@ -101,7 +104,8 @@ def open_or_pack(path, image_size=128):
     out = default_out(path)
     files = list(out.glob("*.safetensors"))
     if not files:
-        pack(path, out, size=max(128, image_size))
+        how = {"detect": True} if pages else {"size": max(128, image_size)}
+        pack(path, out, **how)
     elif Path(open_tensors(files[0])["header"]["source"]).resolve() != path.resolve():
         fix = f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {fix}")

@@ -599,7 +599,7 @@ def main():
     flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
     print(machine)
     load_start(flags.encoder)  # before a data set is made
-    flags.values["data"] = str(data.open_or_pack(flags.data))
+    flags.values["data"] = str(data.open_or_pack(flags.data, pages=True))
     fit(flags, device, autocast)
 
 

@@ -30,6 +30,7 @@ LOG_EVERY = 10  # steps
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: the most that a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
+UNSAVED = {"log", "resume"}  # flags
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
 ANEW = "remove the folder of the run, or choose another --out"
@@ -61,9 +62,14 @@ def take_up(flags, *free):
     if "encoder" in flags.values and bool(flags.encoder) == bool(flags.resume):
         raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
     if flags.resume:
-        saved = load_state(Path(flags.resume) / "state.pt")["config"]
-        if ("encoder" in saved) != ("encoder" in flags.values):
-            raise UserError(f"{flags.resume} is a run of another stage; give one of this command")
+        path = Path(flags.resume) / "state.pt"
+        if not path.exists():
+            raise UserError(
+                f"--resume {flags.resume}: {path} does not exist; give a run that has it"
+            )
+        saved = load_state(path)["config"]
+        if flags.values.keys() - saved.keys() - UNSAVED:
+            raise UserError(f"{flags.resume} is a run of another command or version; give its own")
         flags.take_saved(saved, ("device", "log", *flags.given & {*free}))
         flags.values["out"] = flags.resume
 
@@ -266,7 +272,7 @@ class Run:
         self.out = Path(flags.out)
         self.device = device
         self.path, self.log_path = self.out / "state.pt", self.out / "log.jsonl"
-        self.config = {k: v for k, v in flags.values.items() if k not in ("log", "resume")}
+        self.config = {k: v for k, v in flags.values.items() if k not in UNSAVED}
         self.parts = parts
         self.batch_size = flags.batch_size  # images of a step
         self.step = 0

@@ -237,8 +237,11 @@ def deal(source, how, shares):
 
 def pack(path, out, **flags):
     """Pack PATH into the folder `out`, as the command does: pack("toon", "datasets/toon", seed=1)."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    write_set(parse_flags([str(path), "--out", str(out), *words]))
+    words = [str(path), "--out", str(out)]
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        words.append(flag if value is True else f"{flag}={value}")
+    write_set(parse_flags(words))
 
 
 def write_set(flags):

@@ -182,7 +182,7 @@ def test_boxes_fit_a_large_jpeg_that_is_decoded_smaller(tmp_path):
     assert red[y1:y2, x1:x2].mean() > 0.95 and red[:20].sum() - red[y1:y2, x1:x2].sum() < 10
 
 
-def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path):
+def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path, monkeypatch):
     write_pictures(tmp_path / "yolo/images", {"train/a.png": (40, 40), "val/a.png": (40, 40)})
     lines = {"train/a": "0 .5 .5 .5 .5", "val/a": "0 .25 .25 .5 .5", "val/gone": "0 .5 .5 .1 .1"}
     write_texts(tmp_path, {f"yolo/labels/{at}.txt": text for at, text in lines.items()})
@@ -190,6 +190,12 @@ def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path):
     found = {r.split: r.box for r in records}
     assert found == {"train": [(0.25, 0.25, 0.75, 0.75)], "val": [(0, 0, 0.5, 0.5)]}
     assert "1 pictures are not there, the first: labels/val/gone.txt" in notes
+    with chdir(tmp_path):
+        assert data.open_split(data.open_or_pack("yolo", pages=True), "val")["boxes"].shape == (
+            1,
+            1,
+            4,
+        )
 
 
 def test_a_picture_is_found_by_its_name_where_that_is_one_pictures_alone():
