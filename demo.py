@@ -527,14 +527,14 @@ def main():
         import gradio as gr
     names = {"localhost", socket.gethostname().lower(), args.host.lower()}
     page = build(gr, run)
-    _, local, public = page.launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=args.share,
-        app_kwargs={"middleware": [(gate, (names,), {})]},
-        theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no font is fetched
-        **SERVER,
-    )
+    settings = {"server_name": args.host, "server_port": args.port, "share": args.share}
+    settings["app_kwargs"] = {"middleware": [(gate, (names,), {})]}
+    theme = gr.themes.Default(font="system-ui", font_mono="monospace")  # no font is fetched
+    try:
+        _, local, public = page.launch(theme=theme, **settings, **SERVER)
+    except OSError:
+        where = f"--port {args.port or 7860} of --host {args.host}"
+        raise UserError(f"{where} is in use or not this machine's; choose others") from None
     names.add((public or local).partition("://")[2])
     print(f"page     {public or local}; control-C ends it", flush=True)
     answer("Mask", run, drawing(*FIRST), "attn_high", 0.75, 1, 0)  # loads what is asked first

@@ -668,6 +668,8 @@ def copy_all(found, args, wanted, folders, rows, table):
     def file_of(row):
         return row["picture"].rpartition("[")[0] if args.detect else row["picture"]
 
+    before = len(rows)
+    save_csv(rows, table, COLUMNS)  # from now on the folder is known as ours
     try:
         for count, (file, faces) in enumerate(itertools.groupby(found, file_of), 1):
             rows += copies_of(file, faces, wanted[file], folders, table.parent)
@@ -677,8 +679,9 @@ def copy_all(found, args, wanted, folders, rows, table):
         rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in without_copy]
     finally:  # Ctrl-C, too
         save_csv(rows, table, COLUMNS)
-    copies = sum(row["copy"] != "" for row in rows)
-    print(f"wrote    {table.parent}/: {copies} copies, listed in {table}")
+    copies = [row["copy"] != "" for row in rows]
+    more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
+    print(f"wrote    {table.parent}/: {more}, listed in {table}")
 
 
 def files_to_sort(paths, out, rows):
@@ -763,7 +766,7 @@ def enrol(args, net, header, autocast):
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
     print(add_faces(args.run, who, keys, torch.cat(embeddings)))
-    words = f"{shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}"
+    words = f"{shlex.quote(args.run)} PICTURE, or {shlex.quote(f'--forget={who}')}"
     print(f"next: python recognize.py {words}")
 
 

@@ -784,9 +784,10 @@ def write_captions(flags, answer, header):
     for path, files in targets.items():
         for row in each_answer(answer, [path], header, problems, most=len(header["words"])):
             words = [word for word in caption_words(row) if plain(word) not in without]
+            words = [*first, *words]
             if escape:
-                words = [re.sub(r"([()])", r"\\\1", word) for word in words]
-            done.append(add_caption(files[row["picture"]], [*first, *words]))
+                words = [re.sub(r"(?<!\\)([()])", r"\\\1", word) for word in words]
+            done.append(add_caption(files[row["picture"]], words))
     tell_problems(problems, header.get("data"))
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
 

@@ -160,7 +160,7 @@ def open_rows(folder, held, left_out):
     sizes = torch.bincount(train.labels[train.rows], minlength=len(names))
     if sizes.min() < 2 or not len(dev.rows):
         few = f"{sizes.min()} pictures of {names[sizes.argmin()]} to learn, {len(dev.rows)} for dev"
-        fix = "2 and 1 are needed; data.py --min-per-class 5 leaves small classes out"
+        fix = "2 and 1 are needed: pack it again, with more of them or without this class"
         raise UserError(f"{folder} has {few}; {fix}")
     return [train, dev, sets[held]], names
 

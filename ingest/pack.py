@@ -220,6 +220,7 @@ def deal(source, how, shares):
     if "train" not in splits:
         fix = "to have them dealt, give a --layout with - for split"
         notes.append(f"no train: stages can measure on this set, not learn from it; {fix}")
+    notes += unlearned(records)
     if how["tail"] and how["path"] != "toon":
         records, thinned = long_tailed(records, how["tail"])
         notes += thinned
@@ -230,6 +231,16 @@ def deal(source, how, shares):
         few = f"{len(records)} are too few"
         notes.append(f"no picture is left for {' and '.join(lost)}: {few}")
     return records, notes
+
+
+def unlearned(records):
+    """-> a line on the classes that no picture of train has."""
+    inside = {r.label for r in records if r.split == "train"}
+    outside = sorted({r.label for r in records} - inside - {None})
+    if not inside or not outside:
+        return []
+    few = f"{len(outside)} classes have no picture in train, such as {outside[0]}"
+    return [f"{few}; finetune_lora.py needs one of each"]
 
 
 # ---- packing -------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ def each_picture(paths, work, problems, at_once=16):
     Where nothing can be read, it is an error.
     """
     count = 0
+    keys = set()
     for path in paths:
         try:
             records, fetch = found_at(path)
@@ -48,7 +49,11 @@ def each_picture(paths, work, problems, at_once=16):
                     problems.append((record.key, why))
                 else:
                     count += 1
-                    yield record.key, row
+                    key = (
+                        record.key if record.key not in keys else f"{Path(path).name}/{record.key}"
+                    )
+                    keys.add(key)  # two folders may have files of one name
+                    yield key, row
         except UserError as problem:  # a hostile or broken archive, a path that is not there
             problems.append((path, str(problem)))
     if not count:
@@ -80,6 +85,8 @@ def picture_files(path):
             key = sources.nfc(name)
             found[name if key in found else key] = folder / name
         return found
+    if str(path) != "-" and not folder.exists():
+        raise UserError(f"{path} does not exist")
     if str(path) == "-" or not is_picture(folder):
         raise UserError(f"{path} is no picture and no folder; unpack it, files go beside pictures")
     return {str(path): folder}

@@ -133,8 +133,8 @@ def table_rows(path, columns=COLUMNS):
     with open(regular(path), newline="", encoding="utf-8-sig") as f:
         rows = csv.reader(f, **style)
         try:
-            for row in filter(None, rows):
-                if rows.line_num == 1 and header_of(row):
+            for number, row in enumerate(filter(None, rows)):
+                if number == 0 and header_of(row):
                     columns = header_of(row)
                     continue
                 where = f"{path}, line {rows.line_num}"
@@ -206,6 +206,10 @@ def read_names(path, columns):
 def from_table(path):
     """csv or tsv of path,label[,split][,tags][,group][,x1,y1,x2,y2]; paths relative to its folder."""
     records = read_table(path)
+    named = [is_image(r.place) for r in records[:2]]
+    if named == [False, True]:
+        known = ", ".join([*COLUMNS, "group", *BOX])
+        raise UserError(f"{path}: {records[0].key!r} is no picture; name the columns {known}")
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
         fix = "give it to all or none"

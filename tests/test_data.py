@@ -265,6 +265,13 @@ NEXT = {  # flags: the command that comes next, and words of what is said
 }
 
 
+def test_a_class_that_nobody_can_learn_is_said():
+    a, b = (sources.Record(f"{who}.png", None, who, split="train") for who in "ab")
+    assert pack.unlearned([a, b, b._replace(label=None, split="val")]) == []
+    (line,) = pack.unlearned([a, b._replace(split="val")])
+    assert line.startswith("1 classes have no picture in train, such as b")
+
+
 @pytest.mark.parametrize("line", NEXT)
 def test_the_next_line_is_right(tmp_path, images, line):
     command, words = NEXT[line]

@@ -20,6 +20,7 @@ import export
 import recognize
 import tags
 from common.train import seeded
+from ingest import pictures
 
 FOLDER = "images/class0"
 SORT = f"recognize.py runs/a-lora {CPU}"
@@ -70,10 +71,10 @@ def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path, monkeyp
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     row = {"picture": "a.png", "name": None, "tags": {"saber_(fate)": 0.9}}
     monkeypatch.setattr(tags, "each_answer", lambda *_, **__: [row])
-    asked = {"without": "", "prepend": "1girl", "append": False, "pictures": [tmp_path]}
+    asked = {"without": "", "prepend": "a (x), \\(y\\)", "append": False, "pictures": [tmp_path]}
     flags = SimpleNamespace(**asked, escape=True, refuse_unread=lambda: None)
     tags.write_captions(flags, None, {"words": ["saber_(fate)"]})
-    assert (tmp_path / "a.txt").read_text() == r"1girl, saber \(fate\)"
+    assert (tmp_path / "a.txt").read_text() == r"a \(x\), \(y\), saber \(fate\)"
 
 
 def test_underscores_become_spaces_but_for_kaomoji():
@@ -118,6 +119,25 @@ def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(base):
     gone.unlink()
     assert "40 of them done" in run_line(line, base, check=0).stdout
     assert table(base) == rows and not gone.exists()
+
+
+def test_a_kill_at_the_first_copy_leaves_a_folder_that_is_known_as_sorted(base, monkeypatch):
+    def killed(*_):
+        shutil.copytree("out", "killed")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recognize, "copies_of", killed)
+        run_line(f"{SORT} images --sort out", base)
+    assert "0 of them done" in run_line(f"{SORT} images --sort killed", base, check=0).stdout
+
+
+def test_pictures_of_one_name_in_two_folders_have_names_of_their_own(base):
+    for folder in ("a", "b"):
+        (base / folder).mkdir()
+        shutil.copy(base / FOLDER / "illust0_0.png", base / folder / "1.png")
+    found = pictures.whole_pictures(["a", "b", "b"], [])
+    assert [key for key, _ in found] == ["1.png", "b/1.png", "b/1.png"]
 
 
 def test_no_copy_is_replaced_by_another_folder_s_picture(base):

@@ -66,6 +66,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{NAME} images --sort images/out", "choose another folder"),
     (f"{NAME} images --sort runs/a", "new folder"),
     (f"{NAME} list.csv --sort new", "unpack it"),
+    (f"{NAME} nowhere --sort new", "nowhere does not exist"),
     ("recognize.py runs/a-lora --forget nobody", "not enrolled"),
     ("recognize.py runs/a-lora --forget class1", "learned in training"),
     ("recognize.py runs/none images", "finetune_lora.py"),

@@ -281,6 +281,7 @@ SOURCES = {  # name: files, {key: split/label and tags}, what the notes after th
         [f"1 {UNKNOWN}"],
     ),
     "csv": (IMAGES | {"list.csv": CSV}, TAGGED, []),
+    "csv after an empty line": (IMAGES | {"list.csv": f"\n{CSV}"}, TAGGED, []),
     "tsv": (IMAGES | {"list.tsv": TSV}, LISTED, []),
     "captions of kohya": (KOHYA | CAPTIONS, dict(KOHYA_SAYS), []),
     "a name twice": (
@@ -400,6 +401,7 @@ REFUSED = [  # files, a word of the refusal
     ({"list.csv": "a.png,x,train\nb.png,y\nc.png,z"}, "2 of 3 rows have no split"),
     ({"list.csv": "a.png,x\na.png,x,train,t,more"}, "line 2 is not path,label,split,tags"),
     ({"list.csv": ",x"}, "line 1 is not path"),
+    ({"list.csv": "image_path,who\na.png,x"}, "'image_path' is no picture; name the columns path"),
     ({"list.txt": "hello"}, "is no folder"),
     ({"list.zip": zip_of("a.png").replace(b"PK\1\2", b"PK\3\3")}, "not a whole zip"),
     ({"list.tar": member("a.png", png()) + header("b.png", 4096) + bytes(512)}, "not a whole tar"),
