@@ -88,10 +88,7 @@ def check_split(split, path, fix):
 
 
 def open_or_pack(path, image_size=128, pages=False):
-    """The packed folder that --data names. The demo set is drawn, and images are packed, first.
-
-    pages: the images have boxes of faces.
-    """
+    """The packed folder that --data names; if needed drawn or packed first, pages with boxes."""
     path = Path(path)
     if any((path / f"{name}.safetensors").exists() for name in SPLITS):
         return path

@@ -432,8 +432,8 @@ def many_hot(ids, V):
 def make_batch(task, rows, images, share, generator):
     """The input and targets of one step; every random number is drawn from `generator`.
 
-    -> patches, ids, words as MFDN takes them. hidden, an index of (B, L), and targets, the ids of
-    hidden tags (.,); or hidden None and targets (B, V), 0 or 1. share: of tags that are hidden.
+    -> patches, ids, words and hidden, an index of (B, L), as MFDN takes them. Targets: the ids of
+    hidden tags (.,), or where hidden is None (B, V), 0 or 1. share: of tags that are hidden.
     """
     V = len(task.words)
     batch = SimpleNamespace(patches=None, ids=None, words=None, hidden=None, targets=None)
