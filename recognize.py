@@ -760,6 +760,7 @@ def enrol(args, net, header, autocast):
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     problems, keys, embeddings = [], [], []
+    args.images = [*dict.fromkeys(args.images)]  # a picture that is given twice is one
     for some, _, more in predictions(args, net, header, autocast, problems):
         keys += some
         embeddings.append(more)

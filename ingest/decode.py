@@ -182,8 +182,8 @@ def decode_records(records, fetch, work, at_once=16):
 
 
 def reason(problem):
-    """Why a picture can't be read, in words. An address in memory is no reason."""
-    words = " ".join(re.sub(r"<[^<>]* at 0x\w+>", "", str(problem)).split())
+    """Why a picture can't be read, in words. What Python prints of an object, <...>, is no reason."""
+    words = " ".join(re.sub(r"<[^<>]*>", "", str(problem)).split())
     return words[:100] or type(problem).__name__
 
 

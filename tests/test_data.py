@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 
 import numpy as np
@@ -136,6 +137,9 @@ def test_broken_files_and_bombs_are_skipped_counted_and_named(tmp_path, monkeypa
     assert "decompression bomb" in skipped["class0/illust0_0.png"]
     assert skipped["class2/text.png"] == "cannot identify image file"  # without an address
     assert [decode.reason(ValueError(text)) for text in ("", "1 < 2")] == ["ValueError", "1 < 2"]
+    assert (
+        decode.reason(RuntimeError("File <ZipInfo name='a'> is encrypted")) == "File is encrypted"
+    )
     assert all(f"{name} (" in said for name in broken)
     assert sum(len(split["images"]) for split in sets.values()) == 119
     check_labels(root, sets)
@@ -507,6 +511,20 @@ def test_batches_cover_an_epoch_once_and_start_anywhere():
     rest = list(data.batches(images, order, 8, cpu, start=4))
     assert [i.tolist() for i, _ in rest] == [i.tolist() for i, _ in whole[4:]]
     assert not torch.equal(order, data.epoch_order(50, seed=3, epoch=2))
+
+
+def test_what_goes_to_metal_is_sent_by_the_thread_that_computes(monkeypatch):
+    senders = []
+
+    def send(x, device):
+        if device.type == "mps":
+            senders.append(threading.current_thread())
+        return x
+
+    monkeypatch.setattr(data, "send", send)
+    images = np.zeros((6, 2, 2, 3), np.uint8)
+    assert len(list(data.batches(images, torch.arange(6), 2, torch.device("mps")))) == 3
+    assert senders == [threading.main_thread()] * 3
 
 
 THREADS = """
