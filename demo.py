@@ -79,12 +79,7 @@ Picture = namedtuple("Picture", "name bytes number")
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add(
-        "run",
-        nargs="?",
-        metavar="runs/NAME",
-        help="a run of any stage (default: the newest encoder)",
-    )
+    add("run", nargs="?", metavar="runs/NAME", help="of any stage (default: the newest encoder)")
     add("--port", type=between(1, 65535, int), help="default: the first free one from 7860 on")
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
     add("--share", action="store_true", help="a public address for three days, by gradio's server")
@@ -140,7 +135,7 @@ def base_of(run):
     """The encoder that the file of a recogniser, detector or tagger names, or None."""
     files = [Path(run, f"{stem}.safetensors") for stem in ("head", "detector", "model")]
     header = next((open_tensors(file)["header"] for file in files if file.exists()), {})
-    return header.get("base")
+    return str(header["base"]) if header.get("base") else None
 
 
 def made_of(run, fits):

@@ -64,9 +64,7 @@ def take_up(flags, *free):
     if flags.resume:
         path = Path(flags.resume) / "state.pt"
         if not path.exists():
-            raise UserError(
-                f"--resume {flags.resume}: {path} does not exist; give a run that has it"
-            )
+            raise UserError(f"--resume {flags.resume} has no state.pt; give a run that has one")
         saved = load_state(path)["config"]
         if flags.values.keys() - saved.keys() - UNSAVED:
             raise UserError(f"{flags.resume} is a run of another command or version; give its own")

@@ -49,10 +49,10 @@ def each_picture(paths, work, problems, at_once=16):
                     problems.append((record.key, why))
                 else:
                     count += 1
-                    key = (
-                        record.key if record.key not in keys else f"{Path(path).name}/{record.key}"
-                    )
-                    keys.add(key)  # two folders may have files of one name
+                    key = record.key
+                    if key in keys:  # two folders may have files of one name
+                        key = f"{Path(path).name}/{key}"
+                    keys.add(key)
                     yield key, row
         except UserError as problem:  # a hostile or broken archive, a path that is not there
             problems.append((path, str(problem)))

@@ -40,7 +40,7 @@ REFUSED = (  # the command, and a telling word of its message
     ("finetune_lora.py --resume runs/a", "another command"),
     ("finetune_lora.py --resume runs/a-tags", "another command"),
     ("tags.py --resume runs/a-lora", "another command"),
-    ("tags.py --resume weights/toon-tags", "give a run that has it"),
+    ("tags.py --resume weights/toon-tags", "give a run that has one"),
     (f"{PRE} --data datasets/other --mask fg_heavy", "--map saliency"),
     (f"{PRE} --mask parts", "--map parts"),
     (f"{PRE} --mask bg_heavy --maps truth", "foreground masks"),

@@ -128,9 +128,9 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2505, 2500),
-    "applications": (4564, 3900),
+    "applications": (4559, 3900),
     "kernels": (518, 520),
-    "common": (3181, 2400),
+    "common": (3179, 2400),
     "ingest": (3772, 2700),
     "experiments": (2737, 1900),
     "benchmarks": (974, 900),
