@@ -165,6 +165,7 @@ def open_map(path, name, split):
         path = path / f"{name}.safetensors"
     folder = Path(split["images"].filename).parent
     fix = f"python maps.py --data {shlex.quote(str(folder))} --map {name}"
+    fix += " --run RUN" * (name != "saliency")
     if not path.exists():
         raise UserError(f"no {name} maps at {path}: {fix} --out {path.parent} makes them")
     fix += f" --out OTHER makes those of {folder}"

@@ -18,7 +18,7 @@ from torch import nn
 import data
 from common.features import is_left_out
 from common.fields import CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
-from common.io import read_safetensors
+from common.io import UserError, read_safetensors
 
 # Keys of --head. Margins are the papers': an angle in radians, for cosface a cosine. A new name
 # needs a branch in Classifier, which otherwise takes the linear head.
@@ -107,8 +107,10 @@ class Classifier(nn.Module):
             self.head = MarginHead(dim, classes, head, margin, scale)
         elif head == "mlp":
             self.head = nn.Sequential(nn.Linear(dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes))
-        else:
+        elif head in ("linear", "ifa"):
             self.head = nn.Linear(dim, classes)
+        else:
+            raise UserError(f"--head {head}: Classifier has no branch for it; write one")
 
     def pooled(self, patches, ids):
         """patches (B, K, P) at places ids (B, K) -> fp32 (B, D); for ifa the CLS tokens (B, D, L)."""

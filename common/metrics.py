@@ -15,7 +15,7 @@ def retrieval(features, labels, groups, most=5000):
     """Each image queries all others for its class: {"map", "recall1", "recall5"} in [0, 1].
 
     features (n, D) are compared by cosine; images of one of the groups (n) never answer each other.
-    Queries without a right answer are left out. Recall@k: a right answer is among the first k.
+    Queries without a right answer are left out; {} if all are. Recall@k: a right answer is among the first k.
     map: mean over queries of the mean precision at the rank of each right answer.
     """
     rows = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()  # evenly spaced
@@ -32,7 +32,10 @@ def retrieval(features, labels, groups, most=5000):
         right = right[right.any(1)].double()
         precision = (right.cumsum(1) / ranks * right).sum(1) / right.sum(1)
         scores.append(torch.stack([precision, right[:, 0], right[:, :5].amax(1)]))
-    means = [score.mean().item() for score in torch.cat(scores, 1)]
+    found = torch.cat(scores, 1)
+    if not found.numel():
+        return {}
+    means = [score.mean().item() for score in found]
     return dict(zip(("map", "recall1", "recall5"), means, strict=True))
 
 

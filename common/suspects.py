@@ -11,7 +11,7 @@ import torch
 import data
 from common import features, metrics
 from common.checkpoints import load_encoder
-from common.command import claim, drawing
+from common.command import claim, drawing, refuse_idle
 from common.io import UserError, save_csv
 
 FOLDS = 5
@@ -53,6 +53,7 @@ def open_train(flags):
     """-> the task of features.py with the split train alone, and the folder of the results."""
     if len(flags.runs) > 1:
         raise UserError(f"--suspects is of one run; leave {flags.runs[1]} out")
+    refuse_idle(flags.given & {"split"}, "on suspects, which are labels of train")
     task = features.open_task(flags, flags.runs[0])
     if not task.labelled:
         raise UserError(f"{task.folder} has no two labelled classes; --suspects doubts labels")

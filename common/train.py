@@ -121,7 +121,7 @@ def bf16_gain():
 def pick_dtype(name, device):
     """ "auto", "bf16", "fp32" -> (a key of DTYPES, the reason). Weights stay fp32."""
     if name != "auto":
-        return name, "as --dtype says"
+        return name, "as --dtype or the resumed run says"
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         fast = bf16_gain() > 1.3

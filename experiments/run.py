@@ -96,6 +96,8 @@ def make(text, args):
         except Diverged as problem:
             save_json(row | {"failed": str(problem)}, done)
             raise
+        if digest_of_code() != args.code:
+            raise UserError(f"the code changed while {out} was made; give the command again")
         save_json(row | {"seconds": round(time.perf_counter() - start, 1)}, done)
     return done
 
@@ -354,7 +356,8 @@ def save_plan(args, arms, seeds, folder):
 def digest_of_code():
     """A hash of what trains and measures: after an edit, rows that are there are of other code."""
     files = sum((sorted(ROOT.glob(pattern)) for pattern in CODE), [])
-    files = [path for path in files if path.stem not in ("plans", "run", "report", "stats")]
+    ours = [ROOT / f"experiments/{name}.py" for name in ("plans", "run", "report", "stats")]
+    files = [path for path in files if path not in ours]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
 
 
@@ -403,7 +406,11 @@ def parse_args():
     if unknown := [pair for pair in args.set if "=" not in pair]:
         raise UserError(f"--set {unknown[0]} is no NAME=VALUE")
     args.plan = PLANS[args.name]
-    args.set = args.plan["set"] | dict(pair.split("=", 1) for pair in args.set)
+    given = dict(pair.split("=", 1) for pair in args.set)
+    if unknown := sorted(given.keys() - args.plan["set"].keys()):
+        known = ", ".join(args.plan["set"])
+        raise UserError(f"--set {unknown[0]} is unknown; {args.name} has {known}")
+    args.set = args.plan["set"] | given
     return args
 
 

@@ -18,6 +18,7 @@ GPU = torch.cuda.is_available() and not kernels.INTERPRET
 DEVICE, IMPL = ("cuda" if GPU else "cpu"), ("triton" if GPU or kernels.INTERPRET else "torch")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIDES = [4, 5, 8, 14, 16]
+MEANT = "if you changed squared_error on purpose, change loss_kernel, too"
 needs_kernel = pytest.mark.skipif(IMPL == "torch", reason="about a Triton kernel")
 needs_reference = pytest.mark.skipif(IMPL == "triton", reason="about the reference")
 
@@ -153,7 +154,7 @@ def test_loss_and_gradient_against_float64(p, ratio, dtype, norm_pix, weighted):
     mine = value.detach(), y.grad, error
     assert y.grad.dtype == dtype and value.dtype == error.dtype == torch.float32
     for what, *numbers in zip(("loss", "gradient", "error"), mine, plain, truth, strict=True):
-        assert_as_good(*numbers, what)
+        assert_as_good(*numbers, f"{what}: {MEANT}")
     torch.testing.assert_close(L.patch_error(pred, view, ids, p, norm_pix), error)
 
 

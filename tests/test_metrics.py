@@ -101,6 +101,7 @@ def test_retrieval_is_the_mean_of_sklearns_average_precision(blobs):
         precision.append(average_precision_score(right, similarity[i][others]))
         order = right[np.argsort(-similarity[i][others])]
         firsts.append((order[0], order[:5].any()))
+    assert metrics.retrieval(x[:3], torch.arange(3), groups[:3]) == {}  # nobody has an answer
     found = metrics.retrieval(x, labels, groups)
     first, fifth = np.mean(firsts, 0)
     expected = {"map": np.mean(precision), "recall1": first, "recall5": fifth}

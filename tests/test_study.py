@@ -46,6 +46,8 @@ mask, seed = flag("--mask", words=config), int(flag("--seed", words=config))
 tell(mask, seed, flag("--epochs", words=config), "resumed" if resumed else "new")
 while not resumed and os.environ.get("STOP_AT") == f"{mask} {seed}":
     time.sleep(0.05)
+if os.environ.get("EDIT"):
+    (here / "edited.py").write_text("x")
 if mask.startswith("grid"):
     sys.exit("error: no room is left on the disk")
 if mask.startswith("squares"):
@@ -132,6 +134,14 @@ def table_of(home, name="mine"):
 
 
 MINE = "mine --arms block --seeds 3"
+
+
+def test_a_run_whose_code_changed_meanwhile_gives_no_row(small, home, monkeypatch):
+    monkeypatch.setenv("EDIT", "1")
+    assert "the code changed" in refused(study(small, MINE, check=None))
+    assert not (folder_of(home) / "rows.jsonl").exists()
+    study(small, MINE)
+    assert len(rows_of(home)) == 6
 
 
 def test_a_mask_of_ones_own_against_random_is_one_command_and_one_table(home, small):
