@@ -36,6 +36,15 @@ SAMPLE = 1024  # images that the mean token of each place is taken from, for `ou
 HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 % after a tenth
 
 
+class Scores(dict):
+    """{need: score of the patches}, for a strategy of mask.py."""
+
+    def __missing__(self, need):
+        raise UserError(
+            f"a strategy reads {need!r}, which its entry in NEEDS does not name; add it"
+        )
+
+
 class Guide:
     """The scores that one strategy reads: from maps, a Teacher, a LossPredictor, or the views.
 
@@ -81,10 +90,10 @@ class Guide:
         or of its view where there is no map. A strategy without a need gets {}.
         """
         if self.need is None:
-            return {}
+            return Scores()
         if self.need in IN_FILES:
             rows = rows.roll(self.views) if self.shuffle else rows
-            return {self.need: self.map_scores(rows, boxes, flip)}
+            return Scores({self.need: self.map_scores(rows, boxes, flip)})
         ids = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
         if self.predictor:
             with self.autocast():
@@ -93,8 +102,8 @@ class Guide:
         elif self.need == "detail":
             score = patch_detail(view, ids, self.patch)
         else:
-            raise ValueError(f"nothing computes the score {self.need}: add it here")
-        return {self.need: score.roll(self.views, 0) if self.shuffle else score}
+            raise UserError(f"nothing computes the score {self.need}: add it to Guide.scores")
+        return Scores({self.need: score.roll(self.views, 0) if self.shuffle else score})
 
     def map_scores(self, rows, boxes, flip):
         """(B, N) or (B, N, P), cropped from the maps; 1 everywhere before there are any."""
