@@ -292,6 +292,8 @@ def check(args, arms):
     args.device = pick_device(asked[1] if asked else "auto")
     for arm in arms if "template" in plan else ():
         parse_keys(arm.split(" ")[0], masking.PARAMS, "--arms")
+        if given := {"--data", "--seed", "--out"} & {*arm.split()}:
+            raise UserError(f"--arms {arm}: the plan gives {min(given)}; leave it out")
         if "--maps truth" in arm and "fg" not in train:
             raise UserError(f"{args.data} has no true maps: {arm} can't run there")
 
