@@ -36,6 +36,7 @@ import segment
 import tags
 from common import guidance
 from common.checkpoints import ENCODER, about_model, beside, init_from, load_beside, load_teacher
+from common.classifier import is_recogniser
 from common.command import Parser, between, cli, need, parse_keys
 from common.evaluate import hide, predict
 from common.formats import read_checkpoint
@@ -92,25 +93,13 @@ def parse_args():
 
 
 def newest(folder, pattern):
-    """The folders of the files in a folder that fit a pattern, the newest file's first."""
+    """The folders of the files in a folder that fit a pattern, each once, the newest file's first."""
     files = sorted(Path(folder).glob(pattern), key=lambda path: -path.stat().st_mtime)
-    return [str(path.parent) for path in files]
+    return [*dict.fromkeys(str(path.parent) for path in files)]
 
 
 def has_decoder(run):
     return "decoder_dim" in about_model(run).get("config", {})
-
-
-def is_recogniser(run):
-    return Path(run, "head.safetensors").exists()
-
-
-def is_segmenter(run):
-    return "network" in about_model(run)
-
-
-def is_detector(run):
-    return Path(run, "detector.safetensors").exists()
 
 
 def encoders():
@@ -434,8 +423,8 @@ TABS = {  # its function, the runs that it takes, the command that makes such a 
     "Mask": (mask_page, has_decoder, "pretrain.py --mask attn_high --out {}", 5),
     "Recognise": (recognise_page, is_recogniser, "finetune_lora.py {} --method lora", 7),
     "Tags": (tags_page, tags.is_tagger, "tags.py {}", 4),
-    "Drawn or photographed": (segment_page, is_segmenter, "segment.py {}", 15),
-    "Pages": (pages_page, is_detector, "detect.py {}", 15),
+    "Drawn or photographed": (segment_page, segment.is_segmenter, "segment.py {}", 15),
+    "Pages": (pages_page, detect.is_detector, "detect.py {}", 15),
 }
 
 

@@ -377,9 +377,14 @@ def open_task(flags, device, autocast):
     return task
 
 
+def is_detector(path):
+    """Is this the folder of a detector?"""
+    return (Path(path) / "detector.safetensors").exists()
+
+
 def load_start(path, page=None):
     """-> an encoder for pages of this side, and {}; of a detector its encoder and its other weights."""
-    if not (Path(path) / "detector.safetensors").exists():
+    if not is_detector(path):
         return load_encoder(path, page), {}
     net, header = load(path)
     if page not in (None, header["page"]):

@@ -30,7 +30,7 @@ from torch import nn
 import data
 import tags
 from common import checkpoints
-from common.classifier import read_head
+from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, claim, cli, need
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
 from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
@@ -132,7 +132,7 @@ def save_half(source, out, image_size):
     """Write what stages read of a run into the folder `out`, its numbers in 16 bits."""
     if image_size:
         raise UserError(KEEPS_SIZE.format(image_size, source))
-    if (source / "head.safetensors").exists():
+    if is_recogniser(source):
         open_gallery(source)  # the copy does without the data set
     files = [source / f"{name}.safetensors" for name in TENSORS]
     there = {file.stem: file for file in files if file.exists()}
@@ -185,7 +185,7 @@ def tag(net, view):
 
 def graph_of(source, image_size=None):
     """A run or a checkpoint -> (Graph, what a reader of its file has to know)."""
-    if (Path(source) / "head.safetensors").exists():
+    if is_recogniser(source):
         net, header = load_classifier(source)
         gallery = open_gallery(source)
         answer = partial(recognise, gallery=gallery)
@@ -350,7 +350,7 @@ The code is MIT. The licence of its pictures ({pictures}) holds for the weights.
 
 def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
-    if (source / "head.safetensors").exists():
+    if is_recogniser(source):
         header = read_head(source)[1]
         flags = {"data": header["data"], "method": header["method"]} | header["config"]
         before = checkpoints.flags_of(header["base"]) if header.get("base") else {}

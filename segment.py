@@ -35,7 +35,7 @@ from torch import nn
 import data
 import mask as masking
 from common import fields, train
-from common.checkpoints import blank_encoder, load_encoder, load_exactly
+from common.checkpoints import about_model, blank_encoder, load_encoder, load_exactly
 from common.command import Flags, Parser, at_least, cli, command, need, parse_keys
 from common.features import hold_out, name_of, open_splits, split_suffix
 from common.io import UserError, read_safetensors, save_json, save_safetensors
@@ -338,6 +338,11 @@ def segformer(channels):
         outputs = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
         nn.init.normal_(conv.weight, std=math.sqrt(2 / outputs))
     return net
+
+
+def is_segmenter(path):
+    """Did segment.py write this run folder?"""
+    return "network" in about_model(path)
 
 
 def load(path):

@@ -30,7 +30,7 @@ BATCHES = (1, 16)  # pictures at once
 
 def torch_answer(run, device):
     """A run -> answer(images u8 (B, S, S, 3) of the CPU), S, and what the run is."""
-    if (Path(run) / "detector.safetensors").exists():
+    if detect.is_detector(run):
         net, header = detect.load(run)
         net.to(device)
         return lambda images: detect.detect(net, images.to(device)), header["page"], "detector"

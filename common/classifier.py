@@ -21,7 +21,7 @@ from common.fields import CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, 
 from common.io import UserError, read_safetensors
 
 # Keys of --head. Margins are the papers': an angle in radians, for cosface a cosine. A new name
-# needs a branch in Classifier, which otherwise takes the linear head.
+# needs a branch in Classifier, which otherwise refuses it.
 HEADS = {
     "linear": {},
     "mlp": {},
@@ -197,6 +197,11 @@ CONFIG |= {"margin?": number(0, 10), "scale": number(1e-6)}
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
 LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test"), "hold_out?": is_left_out}
 HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
+
+
+def is_recogniser(folder):
+    """Did finetune_lora.py write this run folder?"""
+    return (Path(folder) / "head.safetensors").exists()
 
 
 def read_head(folder):

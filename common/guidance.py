@@ -40,9 +40,7 @@ class Scores(dict):
     """{need: score of the patches}, for a strategy of mask.py."""
 
     def __missing__(self, need):
-        raise UserError(
-            f"a strategy reads {need!r}, which its entry in NEEDS does not name; add it"
-        )
+        raise UserError(f"a strategy reads {need!r}, which NEEDS does not name for it; add it")
 
 
 class Guide:

@@ -15,8 +15,8 @@ def retrieval(features, labels, groups, most=5000):
     """Each image queries all others for its class: {"map", "recall1", "recall5"} in [0, 1].
 
     features (n, D) are compared by cosine; images of one of the groups (n) never answer each other.
-    Queries without a right answer are left out; {} if all are. Recall@k: a right answer is among the first k.
-    map: mean over queries of the mean precision at the rank of each right answer.
+    Queries without a right answer are left out; {} if all are. Recall@k: a right answer is among
+    the first k. map: mean over queries of the mean precision at the rank of each right answer.
     """
     rows = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()  # evenly spaced
     features = F.normalize(features[rows].float(), dim=1)

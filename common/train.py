@@ -28,9 +28,9 @@ from common.io import UserError, atomic, parse_table, read_torch, reading, save_
 
 LOG_EVERY = 10  # steps
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
-SAVE_EVERY = 120  # seconds: the most that a killed run loses
+SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
-UNSAVED = {"log", "resume"}  # flags
+UNSAVED = {"log", "resume"}  # flags that are of one start, not of the run
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
 ANEW = "remove the folder of the run, or choose another --out"

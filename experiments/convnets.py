@@ -9,7 +9,6 @@ mean is in the place of the CLS token.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ import finetune_lora
 import recognize
 from common import checkpoints, features, lora
 from common.checkpoints import about_model, load_exactly, model_file
+from common.classifier import is_recogniser
 from common.command import cli, need
 from common.io import read_safetensors, save_safetensors
 from kernels.gather import MEAN, STD
@@ -118,7 +118,7 @@ def in_stages():
 
 def main():
     in_stages()
-    trained = len(sys.argv) > 1 and (Path(sys.argv[1]) / "head.safetensors").exists()
+    trained = len(sys.argv) > 1 and is_recogniser(sys.argv[1])
     stage = recognize if trained else finetune_lora
     stage.main()
 

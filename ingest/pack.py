@@ -239,8 +239,8 @@ def unlearned(records):
     outside = sorted({r.label for r in records} - inside - {None})
     if not inside or not outside:
         return []
-    few = f"{len(outside)} classes have no picture in train, such as {outside[0]}"
-    return [f"{few}; finetune_lora.py needs one of each"]
+    few = f"classes without a picture in train: {len(outside)}, such as {outside[0]}"
+    return [f"{few}; finetune_lora.py needs two of each"]
 
 
 # ---- packing -------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ def test_a_hugging_face_vit_is_ours(tmp_path, kind):
         close(encoder.patch_attention(some_view()), out.attentions[-1][:, :, 0, 1:])
         larger = C.load_encoder(tmp_path, image_size=48)
         out = vit(pixels(view, half, half), interpolate_pos_encoding=True)
+        assert larger.image_size == 48
         close(larger.features(view), out.last_hidden_state)
 
 
@@ -128,6 +129,7 @@ def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path):
     theirs, info = load(folder, add_pooling_layer=False, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     back = C.load_encoder(folder)
+    assert back.image_size == 48
     with torch.no_grad():
         close(theirs(pixels(view)).last_hidden_state, back.features(view))
 
@@ -170,9 +172,8 @@ def test_public_files_are_encoders(tmp_path):
     assert len(paths) == 2 * len(files) + 1
     for path in paths:
         encoder = C.load_encoder(path)
-        assert encoder.image_size == 32 and torch.equal(encoder.features(some_view()), features), (
-            path
-        )
+        assert encoder.image_size == 32, path
+        assert torch.equal(encoder.features(some_view()), features), path
 
 
 def test_dinov2_layer_scale_is_folded_exactly(tmp_path):

@@ -137,9 +137,8 @@ def test_broken_files_and_bombs_are_skipped_counted_and_named(tmp_path, monkeypa
     assert "decompression bomb" in skipped["class0/illust0_0.png"]
     assert skipped["class2/text.png"] == "cannot identify image file"  # without an address
     assert [decode.reason(ValueError(text)) for text in ("", "1 < 2")] == ["ValueError", "1 < 2"]
-    assert (
-        decode.reason(RuntimeError("File <ZipInfo name='a'> is encrypted")) == "File is encrypted"
-    )
+    locked = RuntimeError("File <ZipInfo name='a'> is encrypted")
+    assert decode.reason(locked) == "File is encrypted"
     assert all(f"{name} (" in said for name in broken)
     assert sum(len(split["images"]) for split in sets.values()) == 119
     check_labels(root, sets)
@@ -273,7 +272,7 @@ def test_a_class_that_nobody_can_learn_is_said():
     a, b = (sources.Record(f"{who}.png", None, who, split="train") for who in "ab")
     assert pack.unlearned([a, b, b._replace(label=None, split="val")]) == []
     (line,) = pack.unlearned([a, b._replace(split="val")])
-    assert line.startswith("1 classes have no picture in train, such as b")
+    assert line.startswith("classes without a picture in train: 1, such as b")
 
 
 @pytest.mark.parametrize("line", NEXT)

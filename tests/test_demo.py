@@ -148,7 +148,7 @@ def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(run, tmp_pa
     monkeypatch.setattr(demo.MACHINE, "given", str(tmp_path / "names"))
     assert demo.choose_run(tmp_path / "names") == "runs/a"  # as its file says
     assert demo.made_of("runs/a", demo.is_recogniser) == str(tmp_path / "names")
-    assert demo.made_of("runs/a", demo.is_detector) == "runs/a-det"
+    assert demo.made_of("runs/a", detect.is_detector) == "runs/a-det"
     shutil.copytree("runs/a", tmp_path / "weights" / "b")
     monkeypatch.chdir(tmp_path)
     assert demo.encoders() == [demo.choose_run(None)] == ["weights/b"]

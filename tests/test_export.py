@@ -75,11 +75,8 @@ def test_a_recogniser_and_its_reader_without_torch(at):
     run_line("export.py runs/a-lora --to onnx", at, check=0)
     ask, about = model_of(at / "runs/a-lora/model.onnx")
     assert about["names"] == ["class0", "class1", "class2", "somebody"] and about["learned"] == 3
-    faces = [f"images/class{c}/illust9_0.png" for c in range(3)] + [
-        "turned.jpg",
-        "clear.png",
-        "gray16.png",
-    ]
+    faces = [f"images/class{c}/illust9_0.png" for c in range(3)]
+    faces += ["turned.jpg", "clear.png", "gray16.png"]
     turn_and_clear(at / faces[1], *faces[3:5])
     gray = np.array(Image.open(faces[1]).convert("L"), np.uint16)
     Image.fromarray(gray * 257).save(faces[5])

@@ -185,7 +185,7 @@ def test_the_control_gets_the_score_of_the_next_image(batch):
     shares = guidance.crop_parts(guide.maps, rows, boxes, flip, 4, 4)
     assert torch.equal(guide.scores(*batch)["parts"], shares)
     assert guide_of("random").scores(*batch) == {}
-    with pytest.raises(UserError, match="reads 'detail', which its entry in NEEDS does not name"):
+    with pytest.raises(UserError, match="reads 'detail', which NEEDS does not name for it"):
         masking.STRATEGIES["detail"](guide_of("random").scores(*batch), every[:, :16] * 0.0, 0.5, 8)
     assert torch.equal(guide_of("attn_high").scores(*batch)["attn"], torch.ones(6, 16))
 
