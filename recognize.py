@@ -74,6 +74,7 @@ MOST_REJECTED = 0.09  # of known faces on dev: on new ones about a tenth
 OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
+SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
 HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (results/TRIED.md)
 ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less and 20 need more
 CENTRED = 0.5  # share of the mean of all faces that is taken away before grouping
@@ -772,17 +773,21 @@ def enrol(args, net, header, autocast):
 
 
 def add_faces(run, who, keys, embeddings):
-    """Add embeddings (n, D) of pictures `keys` to the run's gallery -> a line that says so."""
+    """Add embeddings (n, D) of pictures `keys`, each once, to the run's gallery -> a line that says so."""
     path = Path(run) / GALLERY
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
         names = gallery["names"] if who in gallery["names"] else [*gallery["names"], who]
-        labels = F.pad(gallery["labels"], (0, len(keys)), value=names.index(who))
-        total = int((labels == names.index(who)).sum())
+        label = names.index(who)
+        own = gallery["embeddings"][gallery["labels"] == label]
+        new = (F.normalize(embeddings) @ F.normalize(own).T < SAME).all(1)
+        keys = list(itertools.compress(keys, new))
+        labels = F.pad(gallery["labels"], (0, len(keys)), value=label)
+        total = int((labels == label).sum())
         if total < LEAST:
             raise UserError(f"{total} pictures of {who} are too few; give {LEAST} to {SHOTS}")
         header = gallery | {"names": names, "keys": gallery["keys"] + keys}
-        save_gallery(path, torch.cat([gallery["embeddings"], embeddings]), labels, header)
+        save_gallery(path, torch.cat([gallery["embeddings"], embeddings[new]]), labels, header)
     return f"{who} is enrolled with {total} pictures; the gallery knows {len(names)} characters"
 
 

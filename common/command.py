@@ -186,8 +186,8 @@ class Flags:
 def parse_keys(text, choices, flag):
     """ "lora:r=4,alpha=8" -> ("lora", {"r": 4, "alpha": 8}): a name, and values for its keys.
 
-    choices {name: {key: default}}: a value gets its default's type. Others are a UserError that
-    says what there is.
+    choices {name: {key: default}}: a value gets its default's type, and is a number where that is
+    None. Others are a UserError that says what there is.
     """
     name, _, pairs = text.partition(":")
     if name not in choices:
@@ -199,7 +199,7 @@ def parse_keys(text, choices, flag):
             known = ", ".join(values) or "no keys"
             raise UserError(f"{flag} {name} has no key {key!r}; it has {known}")
         kind = type(values[key])
-        kind = int if kind is bool else kind  # bool("0") is True
+        kind = {bool: int, type(None): float}.get(kind, kind)  # bool("0") is True
         try:
             values[key] = value if kind is str else between(-MOST, MOST, kind)(value)
         except (ValueError, argparse.ArgumentTypeError):

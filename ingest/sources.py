@@ -51,7 +51,8 @@ def find(path, layout=None):
         found, *notes = by_path(pictures, layout)
     if not found:
         looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
-        raise UserError(f"no image found in {path}; looked for {looked}; give an archive itself")
+        fix = "give an archive itself, or --detect with a file of boxes"
+        raise UserError(f"no image found in {path}; looked for {looked}; {fix}")
     if reader is open_folder and layout != ():
         found = [tags.with_caption(r, path) for r in found]
     records = {}
@@ -426,7 +427,8 @@ def read_posts(path, have):
             records += [record] if record else []
     lost = f"{len(broken)} of {count} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * count:
-        raise UserError(f"{path} is no metadata of pictures: {lost}; correct or remove them")
+        fix = "correct or remove them; a file of boxes needs --detect"
+        raise UserError(f"{path} is no metadata of pictures: {lost}; {fix}")
     notes = [f"{absent} lines of the metadata have no picture here"] if absent else []
     return records, notes + [lost] * bool(broken)
 

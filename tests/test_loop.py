@@ -46,6 +46,7 @@ def test_keys_of_a_name():
     assert parse_keys("lora:r=4,on=q", CHOICES, "--x") == ("lora", keys)
     assert CHOICES["lora"]["r"] == 8, "the defaults have changed"
     assert parse_keys("a:on=0", {"a": {"on": True}}, "--x") == ("a", {"on": 0})
+    assert parse_keys("a:on=0.5", {"a": {"on": None}}, "--x") == ("a", {"on": 0.5})
     with pytest.raises(UserError, match="--x"):
         parse_keys("lora:r=1.5", CHOICES, "--x")
 

@@ -168,6 +168,7 @@ def test_an_interval_is_above_zero_only_where_there_is_a_difference():
         low = min(row["t"]["low"], row["images"]["low"])
         assert (low > 0) == (row["pair"] == "good - plain")
     assert probe.summary(configs["plain"])["knn"]["n"] == 5
+    assert probe.differences({"a": configs["plain"], "b": {9: reports[0]}}, np.arange(400)) == []
     with pytest.raises(features.UserError, match="the same seed"):
         probe.by_config([reports[0], reports[0]])
 

@@ -360,6 +360,7 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
         return call(*NAME.split(), "--enrol", name, *some, cwd=base, check=0).stdout
 
     assert "enrolled with 4 pictures" in enrol("Zoë", *pictures[:4])
+    assert "enrolled with 4 pictures" in enrol("Zoë", *pictures[:2])  # each counts once
     rows = rows_of(base, f"{' '.join(pictures[4:])} --threshold -1")
     assert np.mean([r["name"] == "Zoë" for r in rows]) >= 0.75
     assert rows[0]["nearest"][0]["name"] == "Zoë"
