@@ -297,12 +297,12 @@ def unfreeze(net, trained, epoch, every):
 
 def pooled_of(task, images, rows):
     """The neck's input for whole images. A frozen encoder sees every picture of a split once."""
-    split, autocast = images.split, task.autocast
+    net, split, autocast = task.net.eval(), images.split, task.autocast
     if task.method != "linear":
-        return classifier.pooled_of(task.net.eval(), split, rows, autocast)
+        return classifier.pooled_of(net, split, rows, autocast)
     if images.name not in task.features:
         every = torch.arange(len(split["images"]))
-        pooled = classifier.pooled_of(task.net, split, every, autocast, "features")
+        pooled = classifier.pooled_of(net, split, every, autocast, "features")
         task.features[images.name] = pooled
     return task.features[images.name][rows]
 

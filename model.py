@@ -158,7 +158,7 @@ class Pooler(nn.Module):
         nn.init.xavier_uniform_(self.kv.weight)
 
     def keys_and_values(self, tokens):
-        """tokens (B, 1+N, D) -> attention (B, H, N) and values (B, H, N, d), fp32."""
+        """tokens (B, 1+N, D) -> attention (B, H, N), values (B, H, N, d); in autocast rounded to bf16."""
         kv = self.kv(tokens[:, 1:].detach().float())  # (B, N, 2 D)
         k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query = self.query_token * k.shape[3] ** -0.5  # (H, d)
@@ -217,7 +217,7 @@ class ViT(nn.Module):
         return self(*self.all_patches(view))
 
     def patch_attention(self, view, source="cls"):
-        """view u8 (B, S, S, 3) -> attention to each patch, (B, H, N) fp32.
+        """view u8 (B, S, S, 3) -> attention to each patch, (B, H, N).
 
         source  "cls": of the CLS token in the last block, as in DINO and AttMask; "rollout": of the
                 CLS token through all blocks, H = 1; "pooler": of the pooler's queries
@@ -226,6 +226,10 @@ class ViT(nn.Module):
             return self.pooler.keys_and_values(self.features(view))[0]
         if source == "rollout":
             return self.rollout(view)
+        if source != "cls":
+            raise UserError(
+                f"--attention {source}: patch_attention has no branch for it; write one"
+            )
         x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
         for block in self.blocks[:-1]:
             x = block(x)

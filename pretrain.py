@@ -280,7 +280,7 @@ def refresh_maps(guide, epoch, run, images):
 
 def log_evaluation(run, model, guide, splits, norm):
     """A row of the log: how good the encoder is, and where the attention that guides goes."""
-    row = evaluate(model, splits, norm, guide.autocast, run.step / run.per_epoch)
+    row = evaluate(model.eval(), splits, norm, guide.autocast, run.step / run.per_epoch)
     if splits[1]["header"].get("parts"):
         encoder = model.encoder
         source = guidance.default_source(run.config, "self")
@@ -289,6 +289,7 @@ def log_evaluation(run, model, guide, splits, norm):
             source = guide.teacher.source
         row["attention_on"] = attention_by_part(encoder, splits[1], source, guide.autocast)
     run.log(**row)
+    model.train()
 
 
 def finish(run, model, guide, held_set, norm):
@@ -299,7 +300,7 @@ def finish(run, model, guide, held_set, norm):
         old.unlink()
     save_beside(model, run.out)
     save_model(model, run.out / "model.safetensors", {"step": run.step, "run": run.config, **norm})
-    draw_run(run.out, model, held_set, norm, guide.autocast)
+    draw_run(run.out, model.eval(), held_set, norm, guide.autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")
 
@@ -321,10 +322,11 @@ def main():
     peak_lr = flags.blr * V * flags.batch_size / 256
     model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
-    strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast, V)
-    parts = {"model": model, **guide.networks()}
-    if V == 2:
+    parts = {"model": model}
+    if V == 2:  # before a mask draws weights, so that those of the projector are the same for all
         parts["agreement"] = Agreement(size["dim"], train_set, settings)
+    strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast, V)
+    parts |= guide.networks()
     optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
     cut_views, net = compiled(model, flags, device)
     agreement = share_gradients(parts.get("agreement"))

@@ -10,7 +10,7 @@ Writes: runs/NAME/ probe.json (by --headline probe-headline.json), attention.png
         suspects.csv and suspects.png; of another data set or split the same in
         runs/NAME/DATA-SPLIT/; of several runs compare/compare.json and curves.png
 
-The headline was chosen before any result: Top-1 of a linear probe (logistic regression) on the
+The headline was chosen on dev of faces20: Top-1 of a linear probe (logistic regression) on the
 largest and smallest values of the patch tokens. The same command gives the same digits, because
 features are fp16, classifiers run on the CPU, and all random numbers have fixed seeds.
 """

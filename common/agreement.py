@@ -6,7 +6,7 @@ Lehner et al. 2023, arXiv:2304.10520). Or it trains a pooler that reads the patc
 nothing in them (model.Pooler). Of the 2B views of a batch, let i and j be the views of one image:
 
     h = unit(projector(s))          s (2B, D): the CLS token, or the pooler over visible patches
-    L_i = -log exp(h_i h_j / T) / sum_k exp(h_i h_k / T)
+    L_i = -log( exp(h_i h_j / T) / sum_k exp(h_i h_k / T) )
 
 The projector is dropped afterwards. The sum over k != i is NT-Xent (SimCLR, Chen et al. 2020,
 arXiv:2002.05709). DCL leaves k = j out of the sum (Yeh et al. 2021, arXiv:2110.06848).

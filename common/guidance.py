@@ -173,7 +173,7 @@ def average_of(encoder, source, epochs, start):
     at = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
     if min(at) >= epochs:
         print(f"warning  {epochs} epochs end before the teacher makes a map: masks stay random")
-    return Teacher(copy.deepcopy(encoder), source, at, learns=True)
+    return Teacher(copy.deepcopy(encoder).eval(), source, at, learns=True)
 
 
 def ema_momentum(step, total):

@@ -161,7 +161,7 @@ def truth_and_scores(positive, negative):
 
 
 def equal_error_rate(positive, negative):
-    """Where the ROC curve has as many false accepts as false rejects, on straight lines."""
+    """Where the shares of false accepts and of false rejects are equal, on straight lines."""
     from sklearn.metrics import roc_curve
 
     false, true, _ = roc_curve(*truth_and_scores(positive, negative), drop_intermediate=False)

@@ -13,7 +13,11 @@ hypotheses    claims with a verdict; pilots: runs whose seeds are never reported
 made          {name: commands}: what {name} in an arm stands for, made once; its last folder
 trials        {name: flags}: one is chosen on dev (`dev`: file and path of the score)
 tuned_as      {name: another one whose choice it takes}
-set           values of words in braces; --set of run.py replaces them
+set           values of words in braces, `split` among them; --set of run.py replaces them
+right         {column: (command, file, path)}: which pictures were right; without it, intervals are
+              over seeds alone
+curve         the command whose log.jsonl tells the epochs to a threshold
+margin        of equivalence, in points
 needs         {word of a command: (extra of pyproject.toml, a library of it)}
 planes        {array that the data set has to have: the command that makes such a set}
 

@@ -112,7 +112,7 @@ def measure(test, study):
     row = test | {"claim": claim, "planned": len(study.plan["seeds"]), "over": "seeds alone"}
     if what == "variance":
         sides = [[r["metrics"]["top1"] for r in side] for side in zip(*pairs, strict=True)]
-        return row | stats.variance(*(sides or [[], []]))
+        return row | stats.variance(*(sides or [[], []]), claim)
     if "epochs" in what:
         limit = study.thresholds.get(test["against"])
         if limit is None:
@@ -207,8 +207,9 @@ def interval(test):
     """ "+0.23 (-0.90 to +1.35; n = 5)", with what else is to be said of it."""
     text = "-" if test["effect"] is None else f"{test['effect']:+.2f}"
     if test["low"] is not None:
+        some = f" of {test['planned']}" if test["n"] < test["planned"] else ""
         alone = ", over seeds alone" if test["over"] == "seeds alone" else ""
-        text += f" ({test['low']:+.2f} to {test['high']:+.2f}; n = {test['n']}{alone})"
+        text += f" ({test['low']:+.2f} to {test['high']:+.2f}; n = {test['n']}{some}{alone})"
     return "; ".join([text, *test["notes"]])
 
 

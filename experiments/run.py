@@ -292,7 +292,7 @@ def check(args, arms):
     args.device = pick_device(asked[1] if asked else "auto")
     for arm in arms if "template" in plan else ():
         parse_keys(arm.split(" ")[0], masking.PARAMS, "--arms")
-        if given := {"--data", "--seed", "--out"} & {*arm.split()}:
+        if given := {"--data", "--seed", "--out"} & {word.split("=")[0] for word in arm.split()}:
             raise UserError(f"--arms {arm}: the plan gives {min(given)}; leave it out")
         if "--maps truth" in arm and "fg" not in train:
             raise UserError(f"{args.data} has no true maps: {arm} can't run there")
@@ -311,7 +311,10 @@ def with_masks(plan, arms):
     commands = plan["arms"] | dict.fromkeys(own, plan["template"])
     for arm, templates in commands.items():
         commands[arm] = [template.replace("{arm}", arm) for template in templates]
-    return plan | {"arms": commands}, arms
+    against = plan["against"]
+    if isinstance(against, dict):
+        against = dict.fromkeys(own, arms[0]) | against
+    return plan | {"arms": commands, "against": against}, arms
 
 
 def chosen(args):

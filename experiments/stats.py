@@ -88,8 +88,11 @@ def paired(values, groups=None, claim=0.0, margin=None):
     return row
 
 
-def variance(values, baseline):
-    """F test -> percent less variance over seeds than the baseline's. Under ten seeds: no p."""
+def variance(values, baseline, claim=0.0):
+    """F test, as if unpaired -> percent less variance over seeds than the baseline's.
+
+    Under ten seeds: no p.
+    """
     for side in (values, baseline):
         if not varies(side):
             return empty(side) | {"effect": None}
@@ -103,7 +106,8 @@ def variance(values, baseline):
         note = f"variances need {TEN} seeds, there are {n}"
         return row | {"p": 1.0, "p_against": 1.0, "notes": [note]}
     p = min(1.0, 2 * float(f.cdf(ratio, *df)))
-    return row | {"p": p, "p_against": min(0.5, float(f.sf(ratio, *df))), "notes": []}
+    against = float(f.sf(ratio / (1 - claim / 100), *df))
+    return row | {"p": p, "p_against": min(0.5, against), "notes": []}
 
 
 # ---- epochs to a threshold -----------------------------------------------------------------------
@@ -189,17 +193,19 @@ def judge(hypotheses, family):
     one part excludes its claim, after Holm over all parts. Equivalent: every part lies within its
     margin. All else is undecided, and so is what lacks a planned run.
     """
-    p = {}
+    p = []
     for h in hypotheses:
         right_way = [x["p"] if whole(x) and x["effect"] > 0 else 1.0 for x in h["parts"]]
-        p[h["id"]] = max(right_way)
-    holm_p = dict(zip(family, holm([p.get(name, 1.0) for name in family]), strict=True))
+        p.append(max(right_way))
+    absent = [family[name] for name in family.keys() - {h["id"] for h in hypotheses}]
+    holm_p = holm(p + [1.0] * len(absent))
     tests = [test for h in hypotheses for test in h["parts"]]
     against = [test["p_against"] if whole(test) else 1.0 for test in tests]
-    against += [1.0] * (sum(family.values()) - len(tests))
+    against += [1.0] * sum(absent)
     for test, adjusted in zip(tests, holm(against), strict=False):
         test["holm_against"] = None if test["p"] is None else adjusted
-    return [h | verdict(h["parts"], p[h["id"]], holm_p[h["id"]]) for h in hypotheses]
+    of_each = zip(hypotheses, p, holm_p, strict=False)
+    return [h | verdict(h["parts"], own, adjusted) for h, own, adjusted in of_each]
 
 
 def verdict(tests, p, holm_p):

@@ -157,7 +157,8 @@ def read_flags():
 def main():
     flags = read_flags()
     device = train.pick_device(flags.device)
-    flags.autocast = train.autocast_of(device, train.pick_dtype(flags.dtype, device)[0])
+    flags.values["dtype"], _ = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
+    flags.autocast = train.autocast_of(device, flags.dtype)
     train_set = data.open_split(flags.data, "train")
     images = data.resident(train_set["images"], device)
     n = len(train_set["labels"])

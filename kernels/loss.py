@@ -282,7 +282,8 @@ def visible_stats(view, ids_keep, ids_mask, patch, floor=FLOOR):
     g = view.shape[2] // patch
     hidden = torch.stack([ids_mask // g, ids_mask % g], 2).float()
     seen = torch.stack([ids_keep // g, ids_keep % g], 2).float()
-    weight = torch.cdist(hidden, seen).pow(-3)  # (B, M, K); no place is both
+    exact = "donot_use_mm_for_euclid_dist"  # a matrix product in TF32 finds neighbours at 0
+    weight = torch.cdist(hidden, seen, compute_mode=exact).pow(-3)  # (B, M, K); no place is both
     _, stats = targets(view, ids_keep, patch, True, floor)  # (B, K, 2)
     return weight @ stats / weight.sum(2, keepdim=True)
 

@@ -1,10 +1,11 @@
 """pretrain.py as a user runs it, on a small packed set, and what its loop promises."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, draw_folder, state_of
+from conftest import call, draw_folder, equal, state_of
 from safetensors.torch import load_file
 
 import data
@@ -56,37 +57,51 @@ def test_a_run_writes_what_its_docstring_says(finished):
 
 
 def recipe(monkeypatch, small, *words):
-    """The flags of a run after every default is filled in; it stops before its first step."""
+    """The flags of a run after every default is filled in, and its networks; it stops before a step."""
 
     class Stop(Exception):
         pass
 
-    def stop(flags, *_):
-        raise Stop(flags.values)
+    def stop(flags, parts, *_):
+        raise Stop(flags.values, parts)
 
     monkeypatch.setattr(train, "Run", stop)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(small), "--out", "x", *words])
     with pytest.raises(Stop) as stopped:
         pretrain.main()
-    return stopped.value.args[0]
+    return stopped.value.args
 
 
 def test_a_mask_changes_nothing_but_the_mask(small, monkeypatch):
-    """Views, epochs, batch and second loss are one recipe."""
+    """Views, epochs, batch, second loss and all first weights are one recipe."""
     masks = [name for name in masking.STRATEGIES if masking.NEEDS.get(name) not in ("fg", "parts")]
     found = {m: recipe(monkeypatch, small, "--mask", m) for m in masks}
-    assert {flags.pop("mask") for flags in found.values()} == set(masks)
-    assert all(flags == found["random"] for flags in found.values())
+    assert {flags.pop("mask") for flags, _ in found.values()} == set(masks)
+    expected, networks = found["random"]
+    for flags, parts in found.values():
+        assert flags == expected
+        for name in ("model", "agreement"):
+            assert equal(parts[name].state_dict(), networks[name].state_dict())
 
 
 @pytest.mark.parametrize("contrast, V", [("none", 1), ("pooler", 2)])
 def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast, V):
-    flags = recipe(monkeypatch, small, "--contrast", contrast)
+    flags, _ = recipe(monkeypatch, small, "--contrast", contrast)
     images, default = len(data.open_split(small, "train")["images"]), pretrain.DEFAULTS["cpu"]
     assert abs(flags["epochs"] * images * V - default["views"]) <= images * V
     assert flags["batch_size"] * V == default["batch"]
-    flags = recipe(monkeypatch, small, "--model", "nano:simmim=1")
+    flags, _ = recipe(monkeypatch, small, "--model", "nano:simmim=1")
     assert (flags["mask"], flags["ratio"], flags["contrast"]) == ("squares", "0.6", "none")
+
+
+def test_what_is_random_in_training_is_not_in_evaluations(monkeypatch):
+    """Dropout, which a student may add to model.py."""
+    model = torch.nn.Dropout()
+    found = []
+    monkeypatch.setattr(pretrain, "evaluate", lambda model, *_: {"training": model.training})
+    run = SimpleNamespace(step=0, per_epoch=1, log=lambda **row: found.append(row["training"]))
+    pretrain.log_evaluation(run, model, SimpleNamespace(autocast=None), ({}, {"header": {}}), {})
+    assert found == [False] and model.training
 
 
 def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ REFUSED = (  # the command, and a telling word of its message
     ("probe.py runs/a --suspects --split test", "labels of train"),
     (f"{RUN} --arms 'fg_heavy --maps truth'", "no true maps"),
     (f"{RUN} --set recipe", "NAME=VALUE"),
-    (f"{RUN} --arms 'block --seed 7'", "the plan gives --seed"),
+    (f"{RUN} --arms 'block --seed=7'", "the plan gives --seed"),
     (f"{RUN} --set recipie=x", "recipie is unknown; mine has"),
     (f"{RUN} --set split=test2", "test2"),
     (f"{RUN} --set 'recipe=--device cuda'", "cuda"),

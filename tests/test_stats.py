@@ -121,6 +121,8 @@ def test_the_interval_of_a_ratio_of_variances_is_that_of_f():
     assert of(back, ("n", "p")) == [10, 1.0]
     assert back["p_against"] == pytest.approx(scipy.stats.f(9, 11).sf(1 / ratio))
     assert back["effect"] == pytest.approx(100 * (1 - 1 / ratio))
+    halved = scipy.stats.f(11, 9).sf(ratio / 0.5)  # the claim: half of the variance
+    assert stats.variance(calm, wild, 50)["p_against"] == pytest.approx(min(0.5, halved))
 
 
 def test_few_seeds_and_seeds_that_tie_have_no_variance_to_compare():
@@ -283,6 +285,12 @@ def test_a_test_that_lacks_a_run_counts_as_one_without_rows():
     wrong_way = part(effect=-0.5, low=-1.0, p=0.001)
     (found,) = stats.judge([{"id": "A", "parts": [wrong_way]}], {"A": 1})
     assert found["p"] == 1.0
+
+
+def test_two_studies_may_have_a_hypothesis_of_one_name():
+    twins = [{"id": "A", "parts": [part(p=p)]} for p in (0.04, 0.01)]
+    found = [of(h, ("p", "holm_p")) for h in stats.judge(twins, {"A": 1})]
+    assert found == [[0.04, 0.04], [0.01, 0.02]]
 
 
 def test_mean_and_deviation_are_of_samples():

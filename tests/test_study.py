@@ -155,6 +155,8 @@ def test_a_mask_of_ones_own_against_random_is_one_command_and_one_table(home, sm
     assert "| `block` | 3 | 100.00 ± 0.00 |" in table_of(home)
     assert "`block` against `random` | +50.00; 3 seeds: no interval" in table_of(home)
     assert (folder_of(home) / "figure.png").exists()
+    plan, _ = run.with_masks(plans.PLANS["h2"], ["block"])
+    assert run.against(plan, "block") == "random"  # where arms have several baselines, too
 
 
 def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small):
