@@ -41,6 +41,7 @@ from model import MAE
 from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
+TENSORS += ("patches",)  # stage 1 of segment.py
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
@@ -197,6 +198,7 @@ def graph_of(source, image_size=None):
             raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
         notes = {"is": "tagger", "names": header["classes"]}
         notes |= {"tags": header["words"], "thresholds": header["thresholds"]}
+        notes["least_confidence"] = header.get("least_confidence")
     else:
         encoder = checkpoints.load_encoder(source, image_size)
         side = encoder.image_size
@@ -314,19 +316,27 @@ FORMATS = {  # --to: what writes it, the name of the file or folder, the library
     "half": (save_half, "half", "pytorch"),
 }
 MADE_BY = ("data", "mask", "epochs", "seed", "command")  # flags of the encoder under an adapter
-OURS = ("datasets/toon", "datasets/scenes")  # pictures that the project's own program drew
+OURS = {"datasets/toon", "datasets/scenes"}  # pictures that the project's own program drew
 RESULTS = ("probe.json", "metrics.json", "recognize.json")
 NUMBERS = ("headline", "top1", "macro_f1", "ap", "ap50", "map", "roc_auc", "eer")  # of these files
+
+
+def pictures_of(source):
+    """The data sets behind a run, with those of the encoder that it began from, if that is there."""
+    flags = flags_of_run(source)
+    before = flags.get("encoder") or flags.get("init")
+    sets = pictures_of(Path(before)) if before and Path(before).exists() else []
+    return list(dict.fromkeys([flags.get("data", "not known here"), *sets]))
 
 
 def card_of(source, library, use):
     """The card of what was made from `source`; use: the line that loads it."""
     flags = flags_of_run(source)
-    pictures = flags.get("data", "not known here")
+    pictures = pictures_of(source)
     table = "\n".join(f"| {k} | `{value}` |" for k, value in flags.items() if value is not None)
     lines = "\n".join(measured(checkpoints.model_file(source).parent)) or "Nothing was measured."
     return f"""---
-license: {"mit" if pictures in OURS else "other"}
+license: {"mit" if {*pictures} <= OURS else "other"}
 library_name: {library}
 tags: [masked-autoencoder, vision-transformer, anime]
 ---
@@ -344,7 +354,7 @@ Written by export.py of AniMask. This loads it:
 {lines}
 
 Limits: it was judged on pictures like those that it learned from. Names, tags and boxes are guesses.
-The code is MIT. The licence of its pictures ({pictures}) holds for the weights.
+The code is MIT. The licence of its pictures ({", ".join(pictures)}) holds for the weights.
 """
 
 
@@ -352,7 +362,8 @@ def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
     if is_recogniser(source):
         header = read_head(source)[1]
-        flags = {"data": header["data"], "method": header["method"]} | header["config"]
+        flags = {"encoder": header.get("base")} | header["config"]
+        flags |= {"data": header["data"], "method": header["method"]}
         before = checkpoints.flags_of(header["base"]) if header.get("base") else {}
         return flags | {
             f"{name} of its encoder": before[name] for name in MADE_BY if name in before
@@ -386,7 +397,7 @@ def export(source, to, out=None, image_size=None):
         path = Path(folder) / out.name
         use = write(source, path, image_size).replace(str(path), str(out))
         text = card_of(source, library, use)
-        (Path(folder) / card.relative_to(out.parent)).write_text(text)
+        (Path(folder) / card.relative_to(out.parent)).write_text(text, "utf-8")
         for made in Path(folder).iterdir():
             made.rename(out.parent / made.name)
     return out, use

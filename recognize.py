@@ -423,10 +423,12 @@ def calibrate_by_folds(args, count):
     run, parts = args.run, args.folds
     path = Path(run) / GALLERY
     folds = []
-    if count - -(-count // parts) < 2:
-        raise UserError(f"{count} characters are too few for --folds {parts}: a training needs two")
+    if parts > count or count - -(-count // parts) < 2:
+        why = "a part needs one, a training two"
+        raise UserError(f"{count} characters are too few for --folds {parts}: {why}")
     for part in range(1, parts + 1):
-        faces = faces_learned(train_fold(run, f"{part}/{parts}"), args.device, args.dtype)
+        fold = train_fold(run, f"{part}/{parts}", args.device)
+        faces = faces_learned(fold, args.device, args.dtype)
         if faces.unknown is None:
             raise UserError(f"dev has no picture of part {part} of {parts}: pack it without --dev")
         folds.append(fold_of(faces))
@@ -440,7 +442,7 @@ def calibrate_by_folds(args, count):
     print(promised(found))
 
 
-def train_fold(run, part):
+def train_fold(run, part, device):
     """finetune_lora.py as for this run, without a part of the characters -> the folder of that run."""
     folder = Path(run) / f"fold-{part.replace('/', '-of-')}"
     made = [*Path(run).glob("metrics*.json")]
@@ -452,6 +454,7 @@ def train_fold(run, part):
     words += ["--hold-out", part, "--out", str(folder)]
     if (folder / "state.pt").exists():
         words = ["--resume", str(folder)]
+    words += ["--device", device] * (device != "auto")
     script = Path(finetune_lora.__file__)
     if not any(folder.glob("metrics*.json")) and subprocess.call([sys.executable, script, *words]):
         raise UserError(f"{folder} was not trained; the line above says why")
@@ -485,7 +488,8 @@ def promised(found):
     """folds.json -> the line that is printed."""
     count = found["characters"]
     if "unknown" not in found:
-        return f"unknown  {count} characters are too few to say how many new ones get a known name"
+        why = "are too few, or all alike, to say"
+        return f"unknown  {count} characters {why} how many new ones get a known name"
     low, high = found["interval"]
     return (
         f"unknown  {found['unknown']:.0f} % of the faces of new characters will be called unknown "
@@ -747,7 +751,8 @@ def copies_of(file, faces, name, folders, out):
         (out / copy).parent.mkdir(parents=True, exist_ok=True)
         with atomic(out / copy) as temporary:
             shutil.copyfile(file, temporary)
-        shutil.copystat(file, out / copy)  # it may forbid to write
+        with contextlib.suppress(OSError):  # not every disk keeps times and modes
+            shutil.copystat(file, out / copy)  # it may forbid to write
         numbers = face["similarity"], face["confidence"]
         rows.append(dict(zip(COLUMNS, (file, who, *numbers, copy), strict=True)))
     return rows
@@ -974,13 +979,13 @@ def measure(asked, own, learned):
 
 
 def verify(args, net, header, gallery, autocast):
-    """Write recognize.json. Where nobody is known, the known ones are the run's own val."""
+    """Write recognize.json. Where nobody is known, the known ones are those that the run reported on."""
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and Path(header["data"]).exists():
-        own = faces_of(net, gallery, header["data"], "val", autocast)
+        own = faces_of(net, gallery, header["data"], header.get("split", "val"), autocast)
     found = measure(asked, own, gallery["learned"])
     if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")

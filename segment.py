@@ -627,7 +627,7 @@ def use(flags, device, autocast):
     out, mixed = flags.out, flags.mixed
     flags.refuse_unread()
     problems = []
-    table = csv.writer(sys.stdout)
+    table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["picture", "drawn"])
     for key, picture in whole_pictures(flags.pictures, problems):
         found = mask_of(net, picture, header["image_size"], autocast, mixed)

@@ -778,16 +778,15 @@ def write_captions(flags, answer, header):
     without = {plain(word) for word in words_of(flags.without)}
     first = words_of(flags.prepend)
     escape = flags.escape
-    targets = {path: caption_files(path, flags.append) for path in flags.pictures}
+    files = caption_files(flags.pictures, flags.append)
     flags.refuse_unread()
     problems, done = [], []
-    for path, files in targets.items():
-        for row in each_answer(answer, [path], header, problems, most=len(header["words"])):
-            words = [word for word in caption_words(row) if plain(word) not in without]
-            words = [*first, *words]
-            if escape:
-                words = [re.sub(r"(?<!\\)([()])", r"\\\1", word) for word in words]
-            done.append(add_caption(files[row["picture"]], words))
+    for row in each_answer(answer, files, header, problems, most=len(header["words"])):
+        words = [word for word in caption_words(row) if plain(word) not in without]
+        words = [*first, *words]
+        if escape:
+            words = [re.sub(r"(?<!\\)([()])", r"\\\1", word) for word in words]
+        done.append(add_caption(files[row["picture"]], words))
     tell_problems(problems, header.get("data"))
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
 
@@ -813,9 +812,10 @@ def caption_words(row):
     return [readable(tag) for tag in [*names, *row.get("tags", {})]]
 
 
-def caption_files(path, append):
-    """-> {key: caption file} of the pictures at a path. Captions that are there are refused."""
-    found = {key: file.with_suffix(".txt") for key, file in picture_files(path).items()}
+def caption_files(paths, append):
+    """-> {picture: caption file} of the pictures at paths. Captions that are there are refused."""
+    files = [file for path in paths for file in picture_files(path).values()]
+    found = {str(file): file.with_suffix(".txt") for file in files}
     twice = [file for file, n in Counter(found.values()).items() if n > 1]
     if twice:
         raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")

@@ -32,6 +32,9 @@ def out_of_fold(x, labels, groups, classes):
         judged = fold == k
         choose = fold == (k + 1) % FOLDS
         fit = ~(judged | choose)
+        if not judged.any() or not choose.any() or len(labels[fit].unique()) < 2:
+            need = f"two classes of {FOLDS} illustrations or more each"
+            raise UserError(f"--suspects needs {need}: it looks at a fifth at a time")
         parts = x[fit].float(), labels[fit], x[choose].float(), labels[choose]
         classify, _ = metrics.logistic_probe(*parts, classes)
         found[judged] = classify(x[judged].float()).exp()
@@ -54,11 +57,12 @@ def open_train(flags):
     if len(flags.runs) > 1:
         raise UserError(f"--suspects is of one run; leave {flags.runs[1]} out")
     refuse_idle(flags.given & {"split"}, "on suspects, which are labels of train")
+    flags.values["split"] = "train"  # no other is read
     task = features.open_task(flags, flags.runs[0])
     if not task.labelled:
         raise UserError(f"{task.folder} has no two labelled classes; --suspects doubts labels")
     task.splits = {"train": task.train}
-    home = flags.out or features.results_folder(flags.runs[0], task.folder, flags.split)
+    home = flags.out or features.results_folder(flags.runs[0], task.folder, "val")
     flags.refuse_unread()
     return task, Path(home)
 

@@ -39,7 +39,6 @@ def each_picture(paths, work, problems, at_once=16):
     Where nothing can be read, it is an error.
     """
     count = 0
-    keys = set()
     for path in paths:
         try:
             records, fetch = found_at(path)
@@ -49,11 +48,8 @@ def each_picture(paths, work, problems, at_once=16):
                     problems.append((record.key, why))
                 else:
                     count += 1
-                    key = record.key
-                    if key in keys:  # two folders may have files of one name
-                        key = f"{Path(path).name}/{key}"
-                    keys.add(key)
-                    yield key, row
+                    among = len(paths) > 1 and record.key != path  # files may have one name
+                    yield f"{path}/{record.key}" if among else record.key, row
         except UserError as problem:  # a hostile or broken archive, a path that is not there
             problems.append((path, str(problem)))
     if not count:

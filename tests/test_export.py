@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -140,6 +141,15 @@ def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
         assert line in found.text
     assert "| mask | `attn_high` |" in found.text
     assert f"headline 0.414, val of datasets/{pictures}: `probe.py X`" in found.text
+
+
+def test_a_card_names_the_pictures_of_the_encoder_that_a_run_began_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, more in (("mine", {}), ("toon", {"init": "mine"})):
+        flags = {"data": f"datasets/{name}", **more}
+        save_model(MAE(32, 8, 32, 2, 2, 32, 1), Path(name, "model.safetensors"), {"run": flags})
+    text = export.card_of(Path("toon"), "pytorch", "")
+    assert "license: other" in text and "(datasets/toon, datasets/mine)" in text
 
 
 def test_cards_of_a_merged_encoder_and_of_its_copy_say_how_it_was_trained(at):

@@ -67,9 +67,18 @@ def test_a_caption_says_what_json_says(base):
         assert text.split(", ") == [word.replace("_", " ") for word in wanted]
 
 
+def test_pictures_given_one_by_one_get_captions_but_for_broken_ones(base):
+    files = sorted((base / FOLDER).glob("*.png"))[:3]
+    files[1].write_bytes(b"broken")
+    line = f"tags.py runs/a-tags {' '.join(map(str, files))} {CPU} --captions"
+    done = run_line(line, base, check=0)
+    assert "skipped" in done.stderr and "beside 2 pictures" in done.stdout
+    assert [file.with_suffix(".txt").exists() for file in files] == [True, False, True]
+
+
 def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    row = {"picture": "a.png", "name": None, "tags": {"saber_(fate)": 0.9}}
+    row = {"picture": str(tmp_path / "a.png"), "name": None, "tags": {"saber_(fate)": 0.9}}
     monkeypatch.setattr(tags, "each_answer", lambda *_, **__: [row])
     asked = {"without": "", "prepend": "a (x), \\(y\\)", "append": False, "pictures": [tmp_path]}
     flags = SimpleNamespace(**asked, escape=True, refuse_unread=lambda: None)
@@ -136,8 +145,11 @@ def test_pictures_of_one_name_in_two_folders_have_names_of_their_own(base):
     for folder in ("a", "b"):
         (base / folder).mkdir()
         shutil.copy(base / FOLDER / "illust0_0.png", base / folder / "1.png")
-    found = pictures.whole_pictures(["a", "b", "b"], [])
-    assert [key for key, _ in found] == ["1.png", "b/1.png", "b/1.png"]
+    found = pictures.whole_pictures(["a", "b", FOLDER], [])
+    assert [key for key, _ in found][:3] == ["a/1.png", "b/1.png", f"{FOLDER}/illust0_0.png"]
+    found = pictures.whole_pictures(["a", "b/1.png"], [])
+    assert [key for key, _ in found] == ["a/1.png", "b/1.png"]
+    assert [key for key, _ in pictures.whole_pictures(["a"], [])] == ["1.png"]
 
 
 def test_no_copy_is_replaced_by_another_folder_s_picture(base):

@@ -77,7 +77,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{TAGS} --data untagged", "val has no tags"),
     ("tags.py runs/a-tags --data datasets/packed", "is a run of tags.py"),
     ("tags.py runs/a images", "tags.py ENCODER"),
-    (f"tags.py runs/a-tags twins {CPU} --captions", "two pictures"),
+    (f"tags.py runs/a-tags twins/a.png twins/a.webp {CPU} --captions", "two pictures"),
     ("tags.py runs/a --resume runs/a-tags", "--resume RUN"),
     (f"{SEGMENT} --data datasets/packed", "no frames labelled 'photographed'"),
     ("segment.py runs/a images", "segment.py ENCODER --data DIR makes it"),

@@ -4,12 +4,15 @@ import csv
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import torch
 from conftest import call, refused
 from PIL import Image
 
 import data
-from common.io import lock_beside, locked
+from common.io import UserError, lock_beside, locked
 from common.lora import save_encoder
+from common.suspects import out_of_fold
 from experiments import report
 from model import ViT
 
@@ -56,6 +59,7 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     assert changed == new["train"]["header"]["planted"]
     assert len(changed) == round(len(old["labels"]) / 10)
     save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "run/model.safetensors", {})
+    (tmp_path / "wrong/val.safetensors").unlink()  # only train is read
     words = ["run", "--data", "wrong", "--suspects", "--out", "s", "--device", "cpu"]
     said = call("probe.py", *words, cwd=tmp_path, check=0).stdout
     with open(tmp_path / "s/suspects.csv") as file:
@@ -66,6 +70,8 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     assert all(row["label"] != row["better"] for row in rows)
     assert Image.open(tmp_path / "s/suspects.png").size[0] > 1000
     assert "suspects.csv is there already" in refused(call("probe.py", *words, cwd=tmp_path))
+    with pytest.raises(UserError, match="two classes of 5 illustrations"):
+        out_of_fold(torch.randn(8, 4), torch.tensor([0, 1] * 4), torch.zeros(8), 2)
 
 
 def test_a_folder_of_each_character_has_its_pictures(small, tmp_path):
