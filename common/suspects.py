@@ -34,7 +34,7 @@ def out_of_fold(x, labels, groups, classes):
         fit = ~(judged | choose)
         if not judged.any() or not choose.any() or len(labels[fit].unique()) < 2:
             need = f"two classes of {FOLDS} illustrations or more each"
-            raise UserError(f"--suspects needs {need}: it looks at a fifth at a time")
+            raise UserError(f"--suspects needs {need}, since it holds out a fifth of train")
         parts = x[fit].float(), labels[fit], x[choose].float(), labels[choose]
         classify, _ = metrics.logistic_probe(*parts, classes)
         found[judged] = classify(x[judged].float()).exp()
