@@ -16,6 +16,7 @@ The kept epoch is chosen on dev, or on a held-out tenth of train. Results are th
 
 import math
 import shlex
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,13 +298,12 @@ def unfreeze(net, trained, epoch, every):
 
 def pooled_of(task, images, rows):
     """The neck's input for whole images. A frozen encoder sees every picture of a split once."""
-    net, split, autocast = task.net.eval(), images.split, task.autocast
+    pooled = partial(classifier.pooled_of, task.net.eval(), images.split, autocast=task.autocast)
     if task.method != "linear":
-        return classifier.pooled_of(net, split, rows, autocast)
+        return pooled(rows)
     if images.name not in task.features:
-        every = torch.arange(len(split["images"]))
-        pooled = classifier.pooled_of(net, split, every, autocast, "features")
-        task.features[images.name] = pooled
+        every = torch.arange(len(images.split["images"]))
+        task.features[images.name] = pooled(every, name="features")
     return task.features[images.name][rows]
 
 

@@ -814,8 +814,10 @@ def caption_words(row):
 
 def caption_files(paths, append):
     """-> {picture: caption file} of the pictures at paths. Captions that are there are refused."""
-    files = [file for path in paths for file in picture_files(path).values()]
-    found = {str(file): file.with_suffix(".txt") for file in files}
+    found = {}
+    for path in paths:
+        for file in picture_files(path).values():
+            found[str(file)] = file.with_suffix(".txt")
     twice = [file for file, n in Counter(found.values()).items() if n > 1]
     if twice:
         raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")
