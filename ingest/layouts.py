@@ -154,11 +154,6 @@ def told(what, rows, aside=()):
     without = sum(label is None for _, label in rows)
     if labels and without:
         parts.append(f"{without} pictures without a label")
-    classes = {s: {label for split, label in rows if split == s} - {None} for s in splits}
-    learned = classes.pop("train", set())
-    others = set().union(*classes.values())
-    if learned and others and not learned & others:
-        parts.append(f"no class of train ({first(learned)}) is in another split ({first(others)})")
     if aside:
         parts.append(f"{len(aside)} pictures set aside ({first(aside, 2)})")
         parts.append("--layout reads folders in another way")

@@ -116,9 +116,9 @@ def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
 def test_the_line_names_splits_classes_and_what_is_set_aside():
     rows = [("test", "b"), ("train", "c"), ("train", "a"), ("train", "d"), ("train", None)]
     line = layouts.told("split/class", rows, ["z", "x", "y"])
-    classes = "train, test; 4 classes (a, b, c, ...); 1 pictures without a label; no class of train"
+    classes = "train, test; 4 classes (a, b, c, ...); 1 pictures without a label"
     others = "3 pictures set aside (x, y, ...); --layout reads folders in another way"
-    assert line == f"read as split/class: {classes} (a, c, d) is in another split (b); {others}"
+    assert line == f"read as split/class: {classes}; {others}"
     assert layouts.told("class", [(None, "a")]) == "read as class: 1 class (a)"
 
 
