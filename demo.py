@@ -378,8 +378,7 @@ def pages_page(run, picture):
         found = recognize.embed(known, np.stack(cut), MACHINE.autocast)
         rows = recognize.answers(names, *found, recognize.open_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
-    H, W = pixels.shape[:2]
-    marked = outlined(pixels, boxes.numpy() / np.array([W, H, W, H]))
+    marked = outlined(pixels, boxes)
     text = note_on(picture, about) or note_on(picture, header)
     text += figures([(f"{len(cut)} faces", marked)], "wide")
     text += figures(zip(names, cut, strict=True))

@@ -534,6 +534,7 @@ def write_results(flags, task, net, run):
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
     from ingest.pictures import save_pngs, tell_problems, whole_pictures
+    from ingest.scenes import outlined
 
     net, header = load(flags.encoder)
     net.to(device)
@@ -555,18 +556,11 @@ def use(flags, device, autocast):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
-            save_pngs(out, key, shown_of(picture, boxes, crop), in_folders=crop)
+            shown = {"": outlined(picture, boxes)}
+            if crop:
+                shown = {f"_{i}": cut_out(picture, box) for i, box in enumerate(boxes.tolist())}
+            save_pngs(out, key, shown, in_folders=crop)
     tell_problems(problems, (header.get("run") or {}).get("data"))
-
-
-def shown_of(picture, boxes, crop):
-    """{ending of a file's name: u8 (H, W, 3)}: the picture with outlines, or its faces."""
-    from ingest.scenes import outlined
-
-    if crop:
-        return {f"_{i}": cut_out(picture, b) for i, b in enumerate(boxes.tolist())}
-    size = [picture.shape[1], picture.shape[0]] * 2
-    return {"": outlined(picture, boxes.numpy() / size)}
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -155,12 +155,10 @@ def draw(item, size=256):
     return {"image": image, "boxes": padded(np.reshape(boxes, (-1, 4)), MOST), "names": names}
 
 
-def outlined(page, boxes, colour=(230, 60, 20)):
-    """page u8 (H, W, 3), boxes (k, 4) in shares of it -> the page with their outlines."""
+def outlined(page, boxes):
+    """page u8 (H, W, 3), boxes (k, 4) in its pixels -> the page with their outlines."""
     picture = Image.fromarray(page)
-    h, w = page.shape[:2]
     pen = ImageDraw.Draw(picture)
-    width = max(1, round(h / 150))
-    for box in np.asarray(boxes)[:, :4] * (w, h, w, h):
-        pen.rectangle(tuple(box), outline=colour, width=width)
+    for box in boxes.tolist():
+        pen.rectangle(box, outline=(230, 60, 20), width=max(1, round(len(page) / 150)))
     return np.asarray(picture)
