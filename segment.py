@@ -59,7 +59,6 @@ PIXELS = {
     "network": fields.one_of(*NETWORKS),
     "patches?": PATCHES,
     "image_size": fields.SIDE,
-    "seconds": fields.number(0, 1e9),
     "run?": {"data?": fields.TEXT},
 }
 
@@ -104,7 +103,7 @@ def blank_patches(config, weights, path, prefix=""):
 def load_patches(path):
     """patches.safetensors -> Patches in eval mode."""
     weights, header = read_safetensors(path, REMEDY)
-    fields.check_fields(header, {"patches": PATCHES, "stage": {}}, path, REMEDY)
+    fields.check_fields(header, {"patches": PATCHES}, path, REMEDY)
     net = blank_patches(header["patches"], weights, path)
     load_exactly(net, weights, path)
     return net.eval()
@@ -542,7 +541,7 @@ def learn_patches(task, run, one):
     row = {name: judge_frames(task, one.net, some) for name, some in task.judged.items()}
     row["seconds"] = run.seconds()
     run.save()
-    header = {"patches": one.net.config, "stage": row}
+    header = {"patches": one.net.config}
     save_safetensors(one.net.state_dict(), run.out / "patches.safetensors", header)
     print(f"stage 1  {row[task.held]} % of the frames of one kind in {task.held} are right")
     return row
@@ -560,9 +559,9 @@ def learn_pixels(task, run, one, three):
     fit(task, run, three)
     run.save()
     header = {"network": three.network, "patches": three.net.patches and one.net.config}
-    header |= {"image_size": task.S, "seconds": run.seconds() - start, "run": {"data": task.data}}
+    header |= {"image_size": task.S, "run": {"data": task.data}}
     save_safetensors(three.net.state_dict(), run.out / "model.safetensors", header)
-    return header["seconds"]
+    return run.seconds() - start
 
 
 def run_stages(flags, device, autocast):
