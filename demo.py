@@ -21,7 +21,6 @@ from collections import namedtuple
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -506,8 +505,8 @@ def main():
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     need("demo", "gradio")
-    with mock.patch("inspect.getfile", side_effect=OSError):  # no type stubs: 1 s less
-        import gradio as gr
+    import gradio as gr
+
     names = {"localhost", socket.gethostname().lower(), args.host.lower()}
     page = build(gr, run)
     settings = {"server_name": args.host, "server_port": args.port, "share": args.share}

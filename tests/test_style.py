@@ -128,7 +128,7 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2513, 2500),
-    "applications": (4573, 3900),
+    "applications": (4572, 3900),
     "kernels": (519, 520),
     "common": (3201, 2400),
     "ingest": (3765, 2700),
