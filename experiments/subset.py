@@ -35,12 +35,6 @@ def order_of(name, draw):
     return hashlib.blake2b(f"{draw}/{name}".encode()).digest()
 
 
-def characters_of(names, count, draw):
-    """-> so many of the names, in their old order."""
-    chosen = sorted(names, key=lambda name: order_of(name, draw))[:count]
-    return [name for name in names if name in chosen]
-
-
 def pictures_of(labels, keys, count, draw):
     """labels (n,), names of the pictures -> rows, ascending: at most `count` of each label."""
     chosen = []
@@ -106,7 +100,8 @@ def main():
     names = train["header"]["classes"]
     if args.characters and args.characters > len(names):
         raise UserError(f"--characters {args.characters}: {args.data} has {len(names)}")
-    classes = characters_of(names, args.characters or len(names), args.draw)
+    chosen = sorted(names, key=lambda name: order_of(name, args.draw))[: args.characters]
+    classes = [name for name in names if name in chosen]
     with written_aside(args.out) as folder:
         for name in ("train",) if args.folders else ORDER:
             path = args.data / f"{name}.safetensors"
