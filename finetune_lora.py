@@ -422,7 +422,6 @@ def results(flags, task, run, best_epoch):
     row["histograms_top1"] = controls.histogram_top1(*sets)
     row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
     row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}
-    row["gradient_and_optimizer_mb"] = round(12 * task.count / 2**20, 2)
     row |= train.cost_of_steps(task.out / "log.jsonl", run.batch_size)
     row |= {"seconds": run.seconds(), "config": run.config | task.keys, "command": flags.command}
     return row | {"commit": train.commit(), "machine": train.machine(task.device)}

@@ -253,13 +253,9 @@ def efficiency(rows, threshold):
     knn = [row["knn"] for row in evaluated]
     epochs, seconds = ([row[key] for row in evaluated] for key in ("epoch", "seconds"))
     return {
-        "untrained": knn[0],
-        "final": knn[-1],
         "threshold": threshold,
         "reached_epoch": metrics.first_crossing(epochs, knn, threshold),
         "reached_seconds": metrics.first_crossing(seconds, knn, threshold),
-        "epochs": epochs[-1],
-        "peak_memory_mb": max((r["memory_mb"] for r in rows if "memory_mb" in r), default=None),
     }
 
 
@@ -424,7 +420,6 @@ def summary(seeds):
         row[head] = stats.mean_std([100 * r["rows"][r["pool"]][head]["top1"] for r in reports])
     epochs = [r["efficiency"]["reached_epoch"] for r in reports if r["efficiency"]]
     epochs = [x for x in epochs if x is not None]
-    row["reached"] = len(epochs)
     row["reached_epoch"] = stats.mean_std(epochs) if epochs else None
     return row
 

@@ -127,14 +127,14 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2513, 2500),
+    "lesson": (2507, 2500),
     "applications": (4572, 3900),
     "kernels": (519, 520),
     "common": (3201, 2400),
     "ingest": (3765, 2700),
     "experiments": (2756, 1900),
     "benchmarks": (974, 900),
-    "tests": (10879, 8500),
+    "tests": (10878, 8500),
 }
 
 
