@@ -136,17 +136,13 @@ def read_flags():
     add("method", nargs="?", choices=METHODS)
     add("--data", metavar="DIR", help="packed set")
     add("--out", metavar="DIR", help="run folder")
-    add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
     add("--model", choices=SIZES, default="nano")
     add("--image-size", type=at_least(16), default=64, metavar="PX")
     add("--patch-size", type=at_least(4), default=8, metavar="PX")
     add("--epochs", type=at_least(1), default=20)
     add("--batch-size", type=at_least(2), default=64, metavar="B")
     add("--lr", type=between(1e-9, 1), default=1e-3, help="peak learning rate")
-    add("--seed", type=at_least(0), default=0)
-    add("--device", default="auto")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"])
-    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+    train.add_flags(add)
     flags = Flags(parser)
     train.take_up(flags)
     if not (flags.resume or (flags.method and flags.data and flags.out)):
@@ -156,9 +152,8 @@ def read_flags():
 
 def main():
     flags = read_flags()
-    device = train.pick_device(flags.device)
-    flags.values["dtype"], _ = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
-    flags.autocast = train.autocast_of(device, flags.dtype)
+    device, flags.autocast, machine = train.open_machine(flags)
+    print(machine)
     train_set = data.open_split(flags.data, "train")
     images = data.resident(train_set["images"], device)
     n = len(train_set["labels"])
