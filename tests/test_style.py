@@ -26,22 +26,15 @@ RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
 
 def test_no_exception_of_ruff_is_needless():
     """What pyproject.toml leaves out for a file is found in that file."""
-    settings = RUFF["lint"]
-    left_out = settings["per-file-ignores"]
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--output-format", "json"]
-    command += ["--select", "C901,PLR0913,PLR0915"]
-    for table, name in (
-        ("mccabe", "max-complexity"),
-        ("pylint", "max-args"),
-        ("pylint", "max-statements"),
-    ):
-        command += ["--config", f"lint.{table}.{name}={settings[table][name]}"]
-    done = subprocess.run([*command, "."], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "json"]
+    command += ["--select", "C901,PLR0913,PLR0915", "--config", "lint.per-file-ignores={}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = {}
     for row in json.loads(done.stdout):
         name = row["filename"].removeprefix(f"{ROOT}/")
         found.setdefault(name, set()).add(row["code"])
-    assert {name: sorted(codes) for name, codes in found.items()} == left_out
+    found = {name: sorted(codes) for name, codes in found.items()}
+    assert found == RUFF["lint"]["per-file-ignores"]
 
 
 # ---- what ruff does not know ---------------------------------------------------------------------
@@ -134,7 +127,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "ingest": (3772, 2700),
     "experiments": (2746, 1900),
     "benchmarks": (974, 900),
-    "tests": (10820, 8500),
+    "tests": (10813, 8500),
 }
 
 
