@@ -68,6 +68,15 @@ def run_line(line, cwd, check=None):
     return call(*line.split(), cwd=cwd, check=check)
 
 
+def python(*words, cwd=ROOT, check=0, **env):
+    """Python in a process of its own, which has to end with this status -> what it printed."""
+    command = [sys.executable, *map(str, words)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == check, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
 def refused(done):
     """The one line with which a stage refuses bad input."""
     assert done.returncode == 2, done.stdout + done.stderr
@@ -168,6 +177,15 @@ def at(base, monkeypatch):
     """The same, as the current folder."""
     monkeypatch.chdir(base)
     return base
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A home of a test's own, as the current folder."""
+    from made import home
+
+    monkeypatch.chdir(home(tmp_path))
+    return tmp_path / "home"
 
 
 def shared_file(name):

@@ -4,7 +4,6 @@ import io
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -12,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_folder, refused, run_line, shared_file
+from conftest import draw_folder, python, refused, run_line, shared_file
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -553,18 +552,10 @@ print(most - before)
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
-def printed(code, *words):
-    """The number that some code prints in a process of its own."""
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
-
-
 @linux_only
 def test_the_prefetch_thread_starts_no_threads_of_its_own():
     """A parallel operation there would bring a second team of OpenMP threads."""
-    assert printed(THREADS) == 1  # the prefetch thread itself
+    assert int(python("-c", THREADS)) == 1  # the prefetch thread itself
 
 
 @linux_only
@@ -578,4 +569,4 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
     with open(tmp_path / "train.safetensors", "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
         f.truncate(8 + len(head) + n * (side * side * 3 + 8))
-    assert printed(MEMORY, tmp_path) < 100
+    assert float(python("-c", MEMORY, tmp_path)) < 100

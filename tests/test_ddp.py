@@ -1,11 +1,8 @@
 """torchrun pretrain.py: two processes, views of their own, the same weights."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, equal
+from conftest import equal, python
 
 import pretrain
 from common.train import read_log
@@ -13,17 +10,16 @@ from common.train import read_log
 WORDS = ["--device", "cpu", "--dtype", "fp32", "--model", "nano:image_size=32", "--batch-size", 16]
 WORDS += ["--epochs", 2, "--mask", "learned:start=0"]
 # what each process ends with is written by the process itself, whatever pretrain.py writes
-NOTE = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
+NOTE = """
+import os
 import torch
 import pretrain
 from common.command import cli
 plain = pretrain.finish
 def finish(run, model, guide, *rest):
-    parts = {{"model": model, **guide.networks()}}
-    ends = {{name: part.state_dict() for name, part in parts.items()}}
-    torch.save(ends | {{"writes": run.writes}}, "rank" + os.environ["RANK"] + ".pt")
+    parts = {"model": model, **guide.networks()}
+    ends = {name: part.state_dict() for name, part in parts.items()}
+    torch.save(ends | {"writes": run.writes}, "rank" + os.environ["RANK"] + ".pt")
     plain(run, model, guide, *rest)
 pretrain.finish = finish
 cli(pretrain.main)
@@ -34,13 +30,10 @@ cli(pretrain.main)
 def test_two_processes_end_with_the_same_weights(small, tmp_path):
     """The mean gradient moves both from the same start, and only the first one writes."""
     (tmp_path / "noted.py").write_text(NOTE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command += ["noted.py", "--data", small, "--out", "run", *WORDS]
-    how = {"capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run([str(w) for w in command], cwd=tmp_path, **how)
-    assert done.returncode == 0, done.stdout + done.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    said = python(*torchrun, "noted.py", "--data", small, "--out", "run", *WORDS, cwd=tmp_path)
     one, two = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1))
-    assert one["writes"] and not two["writes"] and done.stdout.count("wrote") == 1
+    assert one["writes"] and not two["writes"] and said.count("wrote") == 1
     assert equal(one["model"], two["model"]) and equal(one["predictor"], two["predictor"])
     torch.manual_seed(0)
     start = pretrain.MAE(**pretrain.SIZES["nano"] | {"image_size": 32}, decoder_depth=1)

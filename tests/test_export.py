@@ -2,14 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, refused, run_line
+from conftest import ROOT, python, refused, run_line
 from made import CPU, QUICK
 from PIL import ExifTags, Image
 
@@ -62,10 +60,8 @@ def said_without_torch(at, faces):
     page = (ROOT / "docs/checkpoints.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
     (at / "who.py").write_text("import sys; sys.modules['torch'] = None\n" + code)
-    command = [sys.executable, "who.py", "runs/a-lora/model.onnx", *faces]
-    done = subprocess.run(command, cwd=at, text=True, capture_output=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(.*): (\S+), similarity (-?[\d.]+)$", done.stdout, re.M)
+    said = python("who.py", "runs/a-lora/model.onnx", *faces, cwd=at, PYTHONPATH="")
+    rows = re.findall(r"^(.*): (\S+), similarity (-?[\d.]+)$", said, re.M)
     return {picture: (name, float(similarity)) for picture, name, similarity in rows}
 
 

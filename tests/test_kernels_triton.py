@@ -5,15 +5,13 @@ So the interpreter works in processes of its own.
 """
 
 import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import python
 
 triton = pytest.importorskip("triton", reason="there is no Triton here: no kernels to test")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -21,14 +19,6 @@ from triton.compiler import ASTSource  # noqa: E402
 
 import kernels  # noqa: E402
 from kernels import gather, loss  # noqa: E402
-
-
-def python(*words, cwd=ROOT, **env):
-    command = [sys.executable, *map(str, words)]
-    env = os.environ | env
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -104,9 +94,8 @@ def test_no_kernel_spills_and_bytes_are_loaded_sixteen_at_a_time(
             assert narrowest == 2, "the test would not see narrow loads"
 
 
-PRETRAIN = f"""
+PRETRAIN = """
 import sys
-sys.path.insert(0, {str(ROOT)!r})
 import kernels
 import pretrain
 from common.command import cli
