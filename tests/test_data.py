@@ -192,7 +192,6 @@ def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
 
 @pytest.mark.slow
 def test_the_shared_faces_pack_whole(tmp_path):
-    """The shared faces pack whole, by illustration, with nothing lost."""
     faces = shared_file("faces20.zip")
     _, sets = packed(tmp_path, f"{faces} --group-by ^[^_]+ --dev .1 --test .5 --dedupe off")
     sizes = {name: len(split["images"]) for name, split in sets.items()}
@@ -297,8 +296,6 @@ def test_the_next_line_of_many_pictures_with_a_foreground_is_for_a_shell(tmp_pat
     assert words == learn
     said = run_line("data.py --show it's", tmp_path, check=0).stdout  # with a row of foregrounds
     assert "train 16" in said and "alpha is the foreground" in said
-    sheet = np.asarray(Image.open(tmp_path / "it's/sheet.png"))
-    assert min(sheet.shape[:2]) > 100 and sheet.std() > 10
     assert "sheet.png is there already" in refused(run_line("data.py --show it's", tmp_path))
 
 

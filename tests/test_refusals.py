@@ -59,6 +59,7 @@ REFUSED = (  # the command, and a telling word of its message
     (NAME, "give pictures"),
     (f"{NAME} {THREE} --threshold 3", "--threshold"),
     (f"{NAME} --verify images", "takes no pictures"),
+    (f"{NAME} --folds 2", "3 characters are too few for --folds 2"),
     (f"{NAME} --enrol class0 {THREE}", "known already"),
     (f"{NAME} --enrol new images/class0/illust0_0.png", "too few"),
     (f"{NAME} --enrol new {THREE.split()[0]} {THREE.split()[0]} {THREE.split()[1]}", "2 pictures"),
