@@ -107,12 +107,6 @@ def test_a_tagger(arm, at):
             near(found["characters"], characters.softmax(1))
 
 
-def test_a_tagger_that_reads_tags_is_refused(at):
-    words = f"tags.py runs/a --data datasets/packed --arm vilt --out runs/a-vilt {QUICK}"
-    run_line(words, at, check=0)
-    assert "--arm vilt" in refused(run_line("export.py runs/a-vilt --to onnx", at))
-
-
 @pytest.mark.parametrize(
     ("to", "card", "library", "pictures", "licence"),
     [

@@ -182,6 +182,9 @@ def test_every_arm_trains_and_is_used(base, arm):
     else:
         done = run_line(f"{asked} --threshold .3", base)
         assert (done.returncode == 0) == names_tags
+    if not names_tags:
+        exported = run_line(f"export.py runs/{arm} --to onnx", base)
+        assert f"--arm {arm}" in refused(exported)
 
 
 def test_it_learns_the_colours_and_their_names(base):
