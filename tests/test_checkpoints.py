@@ -242,9 +242,6 @@ def test_export_as_mae_holds_everything_that_is_public(tmp_path, kind):
     assert torch.equal(encoder.features(view), net.encoder.features(view))
 
 
-# ---- a start for pre-training --------------------------------------------------------------------
-
-
 def test_init_takes_the_encoder_and_leaves_the_decoder(tmp_path):
     """Positions are resized to the larger views."""
     mae, new = small_mae(heads=1), small_mae(heads=1, image_size=48, decoder_dim=32)

@@ -155,9 +155,6 @@ def test_histograms_count_colours_in_eight_cells_a_channel():
     np.testing.assert_allclose(found[0].square() * 81, counts.ravel(), atol=1e-4)
 
 
-# ---- runs ----------------------------------------------------------------------------------------
-
-
 def top1_of(out):
     """What the files of a run alone say of the pictures of val, in percent."""
     net, _ = finetune_lora.load_classifier(out)
@@ -194,9 +191,6 @@ def test_a_run_writes_what_its_docstring_says(at, method, no_pictures):
     near = [i for i, x in enumerate(scores) if x / 100 >= best - (best * (1 - best) / n) ** 0.5]
     # the latest epoch within a standard error of the best one
     assert state_of(out)["best"]["epoch"] == row["best_epoch"] == near[-1] + 1
-
-
-# ---- splits: what is learned, chosen on, and reported ---------------------------------------------
 
 
 @pytest.mark.parametrize("with_dev", [False, True])

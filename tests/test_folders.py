@@ -201,9 +201,6 @@ def test_every_character_has_a_folder_that_every_system_allows():
         assert folder.casefold() not in ("con", "unknown")
 
 
-# ---- the contract of WD taggers ------------------------------------------------------------------
-
-
 def asked_as_by_others(folder, path):
     """Probabilities by name, computed as programs do that know WD taggers alone."""
     model = onnxruntime.InferenceSession(str(folder / "model.onnx"))

@@ -42,9 +42,6 @@ ENROL = f"recognize.py runs/a-lora {CPU} images/class0/illust0_0.png images/clas
 ENROL += " images/class0/illust2_0.png --enrol"
 
 
-# ---- the lock ------------------------------------------------------------------------------------
-
-
 def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path):
     path = tmp_path / "run" / ".lock"
     with locked(path), pytest.raises(UserError, match="run is being written"), locked(path):
@@ -91,9 +88,6 @@ def test_a_second_process_is_one_line_and_writes_nothing(fresh, line, lock):
         assert files_of(fresh) == before
 
 
-# ---- galleries -----------------------------------------------------------------------------------
-
-
 def test_an_enrolment_meanwhile_is_not_lost(fresh, monkeypatch):
     """While one enrolment looks at its pictures, another is finished, as on the page."""
     predictions = recognize.predictions
@@ -109,6 +103,7 @@ def test_an_enrolment_meanwhile_is_not_lost(fresh, monkeypatch):
     assert recognize.load_gallery("runs/a-lora")["names"][-2:] == ["second", "first"]
 
 
+# dies before or after a move of a file
 KILL = """
 import os, signal, sys
 moment, moves, count = int(sys.argv[1]), {"replace": os.replace, "rename": os.rename}, []
@@ -137,9 +132,6 @@ def whole(tmp_path_factory):
     return {path.name: path.read_bytes() for path in (folder / "set").iterdir()}
 
 
-# ---- packing -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("moment", range(8))
 def test_a_kill_while_packing_leaves_a_whole_set_or_none(tmp_path, whole, moment):
     """Before or after each of the renames: of test, val and train, and of their folder."""
@@ -151,8 +143,6 @@ def test_a_kill_while_packing_leaves_a_whole_set_or_none(tmp_path, whole, moment
         assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "set"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == whole
 
-
-# ---- a run that is stopped -----------------------------------------------------------------------
 
 STOPPED = {  # a call, and the steps in which it is stopped, one after the other
     f"{PRETRAIN} --epochs 2 --mask learned:start=0,ramp_for=0,throw=.1 --ratio .5-.7": (6,),
@@ -187,8 +177,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(fresh, line, no_pictures
         assert (run / f"metrics-{other}.json").read_bytes() != first
         assert (run / "metrics.json").read_bytes() == first
 
-
-# ---- kills at any moment -------------------------------------------------------------------------
 
 READERS = {
     ".safetensors": read_safetensors,
