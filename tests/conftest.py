@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -75,6 +76,11 @@ def python(*words, cwd=ROOT, check=0, **env):
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == check, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
+
+
+def json_of(line, cwd):
+    """What a stage prints as JSON, a row in each line."""
+    return [json.loads(row) for row in run_line(line, cwd, check=0).stdout.splitlines()]
 
 
 def refused(done):

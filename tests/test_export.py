@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, python, refused, run_line
+from conftest import ROOT, json_of, python, refused, run_line
 from made import CPU, QUICK
 from PIL import ExifTags, Image
 
@@ -76,9 +76,8 @@ def test_a_recogniser_and_its_reader_without_torch(at):
     turn_and_clear(at / faces[1], *faces[3:5])
     gray = np.array(Image.open(faces[1]).convert("L"), np.uint16)
     Image.fromarray(gray * 257).save(faces[5])
-    said = run_line(f"recognize.py runs/a-lora {CPU} --json {' '.join(faces)}", at, check=0).stdout
     found = said_without_torch(at, faces)
-    for row in map(json.loads, said.splitlines()):
+    for row in json_of(f"recognize.py runs/a-lora {CPU} --json {' '.join(faces)}", at):
         name, similarity = found.pop(row["picture"])
         assert name == (row["name"] or "unknown")
         assert similarity == pytest.approx(row["similarity"], abs=3e-4)

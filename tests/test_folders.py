@@ -1,7 +1,6 @@
 """What is done with a folder of somebody's own: captions beside pictures, sorting, and files for other programs."""
 
 import csv
-import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run_line
+from conftest import json_of, refused, run_line
 from made import CPU, files_of
 from PIL import Image
 from sklearn.metrics import f1_score
@@ -52,8 +51,7 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
 
 def test_a_caption_says_what_json_says(fresh):
     captions(fresh, "--threshold 0 --without blue,Class0", check=0)
-    line = f"tags.py runs/a-tags {FOLDER} {CPU} --threshold 0 --json"
-    for row in map(json.loads, run_line(line, fresh, check=0).stdout.splitlines()):
+    for row in json_of(f"tags.py runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh):
         names = [row["name"]] if row["name"] else []
         wanted = [word for word in [*names, *row["tags"]] if word not in ("blue", "class0")]
         text = (fresh / FOLDER / row["picture"]).with_suffix(".txt").read_text()
@@ -98,8 +96,7 @@ def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh)
     line = f"{SORT} images --sort out"
     run_line(line, fresh, check=0)
     rows = table(fresh)
-    asked = run_line(f"{SORT} images --json", fresh, check=0).stdout.splitlines()
-    names = {row["picture"]: row["name"] or "" for row in map(json.loads, asked)}
+    names = {r["picture"]: r["name"] or "" for r in json_of(f"{SORT} images --json", fresh)}
     assert {r["picture"].removeprefix("images/"): r["name"] for r in rows} == names
     for row in rows:
         copy = fresh / "out" / row["copy"]
@@ -125,14 +122,6 @@ def test_a_kill_at_the_first_copy_leaves_a_folder_that_is_known_as_sorted(fresh,
     assert "0 of them done" in run_line(f"{SORT} images --sort killed", fresh, check=0).stdout
 
 
-def test_pictures_of_one_name_in_two_folders_have_names_of_their_own(fresh):
-    for folder in ("a", "b"):
-        (fresh / folder).mkdir()
-        shutil.copy(fresh / FOLDER / "illust0_0.png", fresh / folder / "1.png")
-    found = pictures.whole_pictures(["a", "b", "b"], [])
-    assert [key for key, _ in found] == ["1.png", "b/1.png", "b/1.png"]
-
-
 def test_no_copy_is_replaced_by_another_folder_s_picture(fresh):
     """Pictures may be read-only, and their names no text."""
     first = b"\xff-" + b"long" * 60 + b".png"
@@ -140,6 +129,8 @@ def test_no_copy_is_replaced_by_another_folder_s_picture(fresh):
         (fresh / folder).mkdir()
         shutil.copy(fresh / FOLDER / "illust0_0.png", fresh / folder / "1.png")
         os.chmod(fresh / folder / "1.png", 0o444)
+    found = pictures.whole_pictures(["a", "b", "b"], [])
+    assert [key for key, _ in found] == ["1.png", "b/1.png", "b/1.png"]
     shutil.copy(fresh / FOLDER / "illust1_0.png", os.fsencode(fresh / "a") + b"/" + first)
     for name in ("\u00e9.png", "e\u0301.png"):  # one name in two spellings
         shutil.copy(fresh / FOLDER / "illust2_0.png", fresh / "a" / name)
@@ -152,8 +143,8 @@ def test_no_copy_is_replaced_by_another_folder_s_picture(fresh):
 def test_a_threshold_moves_no_confidence(fresh):
     rows = []
     for words in ("", "--threshold 1", "--threshold -1"):
-        said = run_line(f"{SORT} {FOLDER} --json {words}", fresh, check=0).stdout
-        rows.append([json.loads(line)["confidence"] for line in said.splitlines()])
+        answers = json_of(f"{SORT} {FOLDER} --json {words}", fresh)
+        rows.append([row["confidence"] for row in answers])
     assert rows[0] == pytest.approx(rows[1], abs=1e-3) == rows[2]
 
 
@@ -228,14 +219,13 @@ def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(fresh, m
     for run in ("a-tags", "a-lora"):
         run_line(f"export.py runs/{run} --to wd", fresh, check=0)
     found = asked_as_by_others(fresh / "runs/a-tags/wd", fresh / "x.png")
-    line = f"tags.py runs/a-tags x.png {CPU} --threshold 0 --json"
-    row = json.loads(run_line(line, fresh, check=0).stdout)
+    (row,) = json_of(f"tags.py runs/a-tags x.png {CPU} --threshold 0 --json", fresh)
     for tag, p in row["tags"].items():
         assert found[tag, "0"] == pytest.approx(p, abs=1e-4)
     assert found[row["name"], "4"] == pytest.approx(row["confidence"], abs=1e-4)
     assert len(found) == len(row["tags"]) + 3
     found = asked_as_by_others(fresh / "runs/a-lora/wd", fresh / "x.png")
-    row = json.loads(run_line(f"{SORT} x.png --json", fresh, check=0).stdout)
+    (row,) = json_of(f"{SORT} x.png --json", fresh)
     wanted = row["confidence"] if row["known"] else 0.0
     assert max(found.values()) == pytest.approx(wanted, abs=1e-4)
     assert "names nothing" in refused(run_line("export.py runs/a --to wd --out wd", fresh))

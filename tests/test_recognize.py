@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, draw_folder, refused, run_line
+from conftest import call, draw_folder, json_of, refused, run_line
 from made import CPU
 from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
@@ -31,7 +31,7 @@ GALLERY = "runs/a-lora/gallery.safetensors"
 
 def rows_of(fresh, words):
     """The answers for the pictures of a line of words."""
-    return [json.loads(x) for x in said(fresh, f"{words} --json").stdout.splitlines()]
+    return json_of(f"{NAME} {words} --json", fresh)
 
 
 def said(fresh, words):
@@ -323,8 +323,8 @@ def test_a_run_of_half_the_size_says_the_same(fresh):
     run_line("export.py runs/a-lora --to half --out half", fresh, check=0)
     for path in fresh.glob("half/*.safetensors"):
         assert torch.float32 not in {x.dtype for x in read_safetensors(path)[0].values()}
-    lines = run_line(f"recognize.py half {CPU} images --json", fresh, check=0).stdout.splitlines()
-    for whole, half in zip(rows_of(fresh, "images"), map(json.loads, lines), strict=True):
+    others = json_of(f"recognize.py half {CPU} images --json", fresh)
+    for whole, half in zip(rows_of(fresh, "images"), others, strict=True):
         assert whole["best_guess"] == half["best_guess"]
         assert whole["similarity"] == pytest.approx(half["similarity"], abs=5e-3)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, refused, run_line
+from conftest import WORDS, json_of, refused, run_line
 from made import CPU, QUICK
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
@@ -222,7 +222,7 @@ def test_a_name_is_unknown_where_nine_of_a_hundred_known_faces_are_as_unsure(mon
 
 def test_pictures_get_a_name_and_tags(base):
     asked = f"tags.py runs/a-tags images/class0/illust0_0.png {CPU}"
-    row = json.loads(run_line(f"{asked} --json --threshold 0", base, check=0).stdout)
+    (row,) = json_of(f"{asked} --json --threshold 0", base)
     assert row["best_guess"].startswith("class") and 0 <= row["confidence"] <= 1
     assert list(row["tags"].values()) == sorted(row["tags"].values(), reverse=True)
     assert len(row["tags"]) == 5
