@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 from common.agreement import SETTINGS, Agreement, agreement_loss
 
 
@@ -55,11 +54,3 @@ def test_the_projector_is_a_normed_network_on_the_groups_of_the_data():
     assert found["agreement"] == pytest.approx(expected, rel=1e-4) and 0 <= found["found"] <= 1
     agreement(summary, rows).backward()
     assert all(w.grad.any() for w in agreement.parameters())
-
-
-def test_views_of_one_image_are_neighbours():
-    """Views 2i and 2i+1 of a batch of V*B are crops of image i."""
-    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3).numpy()
-    order = torch.tensor([4, 2, 0, 5])
-    ((rows, views),) = data.batches(images, order, 4, torch.device("cpu"), times=2)
-    assert rows.tolist() == views[:, 0, 0, 0].tolist() == [4, 4, 2, 2, 0, 0, 5, 5]

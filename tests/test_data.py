@@ -28,10 +28,6 @@ def packed(cwd, line, out="out"):
     return done.stdout, {name: data.open_split(cwd / out, name) for name in sorted(names)}
 
 
-def keys_of(sets):
-    return {name: split["header"]["keys"] for name, split in sets.items()}
-
-
 @pytest.fixture
 def images(tmp_path):
     """Three classes of 20 pictures; those of one illustration are near-duplicates of nothing."""
@@ -70,7 +66,7 @@ def test_archives_pack_like_their_folder_and_leave_nothing_behind(tmp_path, imag
     contents, names = [], []
     for source in ("images", "images", "images.zip", "images.tar.gz", "images --seed 1"):
         _, sets = packed(tmp_path, f"{source} --dev .1", f"{len(names)}.out")
-        names.append(keys_of(sets))
+        names.append({name: split["header"]["keys"] for name, split in sets.items()})
         found = []
         for split in sets.values():
             pixels = [image.tobytes() for image in split["images"]]
@@ -506,6 +502,10 @@ def test_batches_cover_an_epoch_once_and_start_anywhere():
     rest = list(data.batches(images, order, 8, cpu, start=4))
     assert [i.tolist() for i, _ in rest] == [i.tolist() for i, _ in whole[4:]]
     assert not torch.equal(order, data.epoch_order(50, seed=3, epoch=2))
+    twice = data.batches(images, order, 8, cpu, times=2)  # rows 2i and 2i + 1 are views of image i
+    for (index, batch), (once, shown) in zip(twice, whole, strict=True):
+        assert torch.equal(index, once.repeat_interleave(2))
+        assert torch.equal(batch, shown.repeat_interleave(2, 0))
 
 
 def test_what_goes_to_metal_is_sent_by_the_thread_that_computes(monkeypatch):

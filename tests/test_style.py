@@ -79,18 +79,14 @@ def all_nodes(kinds):
     return found
 
 
-def dense(kind):
-    """The number of places of one kind of density in the whole repository."""
-    nodes = all_nodes(ast.Assign if kind in OF_ASSIGNMENTS else COMPREHENSIONS)
-    return sum(kind(node) for node in nodes)
-
-
 TODAY = [(has_walrus, 0), (is_nested, 12), (assigns_many, 20), (assigns_unlike, 155)]
 
 
 @pytest.mark.parametrize("kind, today", TODAY)
 def test_dense_lines_only_become_fewer(kind, today):
-    assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
+    nodes = all_nodes(ast.Assign if kind in OF_ASSIGNMENTS else COMPREHENSIONS)
+    why = f"{kind.__doc__} write the new number here if it is smaller"
+    assert sum(kind(node) for node in nodes) == today, why
 
 
 LAID_OUT = re.compile("# fmt: " + r"(off|skip)(.*?)(?:# fmt: " + r"on|\Z)", re.DOTALL)
@@ -120,7 +116,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "ingest": (3772, 2700),
     "experiments": (2746, 1900),
     "benchmarks": (974, 900),
-    "tests": (10684, 8500),
+    "tests": (10671, 8500),
 }
 
 
