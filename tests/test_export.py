@@ -115,7 +115,6 @@ def test_a_tagger(arm, at):
     ],
 )
 def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
-    """It tells flags, figures, and whose pictures they were."""
     cards = pytest.importorskip("huggingface_hub")
     flags = {"data": f"datasets/{pictures}", "mask": "attn_high", "ratio": "0.75", "seed": 3}
     save_model(MAE(32, 8, 32, 2, 2, 32, 1), tmp_path / "run/model.safetensors", {"run": flags})

@@ -149,7 +149,6 @@ def test_a_threshold_moves_no_confidence(fresh):
 
 
 def test_faces_that_look_alike_are_one_group():
-    """Three directions far apart, seven, five and one face near each."""
     sizes = torch.tensor([5, 7, 1])
     centres = torch.eye(3, 16).repeat_interleave(sizes, 0)
     unit = F.normalize(centres + 0.1 * torch.randn(13, 16, generator=seeded(0)))

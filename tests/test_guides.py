@@ -119,7 +119,6 @@ def test_the_teachers_maps_are_its_attention(tmp_path):
 
 
 def test_what_is_unusual_for_its_place_is_found():
-    """Pictures alike but for one patch each: that patch has the highest score."""
     torch.manual_seed(0)
     encoder, images = ViT(32, 8, 32, 2, 1), np.full((24, 32, 32, 3), 90, np.uint8)
     images[:, :, 16:] = 200  # what is in all of them is usual

@@ -72,7 +72,6 @@ def recipe(monkeypatch, small, *words):
 
 
 def test_a_mask_changes_nothing_but_the_mask(small, monkeypatch):
-    """Views, epochs, batch and second loss are one recipe."""
     masks = [name for name in masking.STRATEGIES if masking.NEEDS.get(name) not in ("fg", "parts")]
     found = {m: recipe(monkeypatch, small, "--mask", m) for m in masks}
     assert {flags.pop("mask") for flags in found.values()} == set(masks)
@@ -90,7 +89,6 @@ def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast, V
 
 
 def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypatch):
-    """The views of every step, under random and under attn_high: only the masks differ."""
     view_images, sample = data.view_images, masking.sample
     views, kept = [], []
     monkeypatch.setattr(data, "view_images", lambda *args: noted(views, view_images(*args)))

@@ -58,7 +58,6 @@ def report_of(folder, name="probe.json"):
 
 
 def test_one_command_writes_what_its_docstring_says(runs):
-    """Numbers of all features, each beside its controls; two pictures."""
     base, done = runs
     pictures = {path.name for path in (base / "random-s0").glob("*.png")}
     assert pictures >= {"attention.png", "neighbours.png"}
@@ -87,7 +86,6 @@ def test_the_headline_alone_has_the_same_digits(runs, tmp_path):
 
 
 def test_features_are_those_of_the_encoder(small):
-    """Pools of the tokens of the whole image, and thumbnails of the same image."""
     encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_splits(small)["val"]
     cpu = torch.device("cpu")
     task = SimpleNamespace(splits={"val": split}, device=cpu, autocast=torch.no_grad)

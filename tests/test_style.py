@@ -23,7 +23,6 @@ RUFF = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
 
 
 def test_no_exception_of_ruff_is_needless():
-    """What pyproject.toml leaves out for a file is found in that file."""
     command = [sys.executable, "-m", "ruff", "check", "--output-format", "json"]
     command += ["--select", "C901,PLR0913,PLR0915", "--config", "lint.per-file-ignores={}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -116,7 +115,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "ingest": (3772, 2700),
     "experiments": (2746, 1900),
     "benchmarks": (974, 900),
-    "tests": (10660, 8500),
+    "tests": (10647, 8500),
 }
 
 

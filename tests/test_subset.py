@@ -24,7 +24,6 @@ def subset(small, tmp_path, name, *flags):
 
 
 def pictures_of(split):
-    """{key: pixels}"""
     return {k: x.tobytes() for k, x in zip(split["header"]["keys"], split["images"], strict=True)}
 
 
@@ -96,7 +95,6 @@ PEOPLE = 4
 
 
 def test_a_box_holds_a_person_of_its_split_alone(tmp_path):
-    """A person is a disc of one colour."""
     y, x = np.mgrid[:32, :32]
     for who in range(PEOPLE):
         picture = np.zeros((32, 32, 4), np.uint8)
