@@ -249,10 +249,14 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
 
 
 NEXT = {  # flags: the command that comes next, and words of what is said
-    "images --split .8,0,.2": ("python finetune_lora.py weights/toon --data out", "test 12"),
-    "images/class0": ("python pretrain.py --data out", "need labels of two classes"),
+    "images --split .8,0,.2": ("python finetune_lora.py weights/toon --data OUT", "test 12"),
+    "images/class0": ("python pretrain.py --data OUT", "need labels of two classes"),
+    "clear --split .8,0,.2 --dedupe off": (
+        "python pretrain.py --data OUT --mask fg_heavy --split test",
+        "need labels of two classes",
+    ),
     "images --split 0,0,1": (
-        "python recognize.py RUN --verify --data out --split test",
+        "python recognize.py RUN --verify --data OUT --split test",
         "no train: stages can measure",
     ),
     "few --split .9,.05,.05": (
@@ -270,28 +274,19 @@ def test_a_class_that_nobody_can_learn_is_said():
 
 
 @pytest.mark.parametrize("line", NEXT)
-def test_the_next_line_is_right(tmp_path, images, line):
+def test_the_next_line_is_right_and_for_a_shell(tmp_path, images, line):
     command, words = NEXT[line]
+    quoted = shlex.quote("it's")
+    command = command.replace("OUT", quoted)
     draw_folder(tmp_path / "few", classes=3, each=1)
-    said, _ = packed(tmp_path, line)
-    shown = run_line("data.py --show out", tmp_path, check=0).stdout
-    assert f"next: python data.py --show out, or {command}" in said
-    assert f"next: {command}" in shown and words in said + shown
-    assert ("need labels" in said) == ("need labels" in words)
-
-
-def test_the_next_line_of_many_pictures_with_a_foreground_is_for_a_shell(tmp_path, monkeypatch):
-    (tmp_path / "images").mkdir()
-    for i in range(20):
-        Image.new("RGBA", (16, 16), (9 * i, 0, 0, i)).save(tmp_path / f"images/{i}.png")
-    monkeypatch.setattr(data, "SMALL", 0)
-    line = "data.py images --out it's --dedupe off --split .8,0,.2"
-    said = run_line(line, tmp_path, check=0).stdout
-    words = shlex.split(said.splitlines()[-1].partition(", or ")[2].partition(";")[0])
-    learn = ["python", "pretrain.py", "--data", "it's", "--mask", "fg_heavy", "--split", "test"]
-    assert words == learn
-    said = run_line("data.py --show it's", tmp_path, check=0).stdout  # with a row of foregrounds
-    assert "train 16" in said and "alpha is the foreground" in said
+    (tmp_path / "clear").mkdir()
+    for i in range(20):  # their alpha is a foreground
+        Image.new("RGBA", (16, 16), (9 * i, 0, 0, i)).save(tmp_path / f"clear/{i}.png")
+    said, _ = packed(tmp_path, line, "it's")
+    shown = run_line("data.py --show it's", tmp_path, check=0).stdout
+    assert f"next: python data.py --show {quoted}, or {command}" in said
+    assert f"next: {command}" in shown
+    assert words in said + shown and ("need labels" in said) == ("need labels" in words)
     assert "sheet.png is there already" in refused(run_line("data.py --show it's", tmp_path))
 
 
