@@ -286,25 +286,20 @@ def complaints(case, base):
     return "\n".join([*found, f"# spoiled: {case.spoiled}", *case.lines]) if found else ""
 
 
-def judge(cases, base):
-    """All cases, one after the other; those that fail are printed together."""
-    failed = list(filter(None, [complaints(case, base) for case in cases]))
-    assert not failed, f"{len(failed)} of {len(cases)} calls:\n\n" + "\n\n".join(failed)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("line", WORK)
 def test_bad_calls(line, scratch):
     done = call(*shlex.split(line), cwd=scratch)
     put_back(scratch)
     assert not done.returncode, done.stderr
-    judge(cases_of(line, scratch), scratch)
+    failed = [*filter(None, [complaints(case, scratch) for case in cases_of(line, scratch)])]
+    assert not failed, f"{len(failed)} calls:\n\n" + "\n\n".join(failed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), LOST)
 def test_no_result_is_replaced_by_another(first, second, scratch):
-    judge([Case([first, second])], scratch)
+    assert not complaints(Case([first, second]), scratch)
 
 
 def test_every_stage_is_called():

@@ -78,9 +78,7 @@ def test_the_first_map_is_made_by_a_teacher_that_learned(total):
         ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
     ],
 )
-def test_a_teacher_is_read_by_what_was_trained(
-    tmp_path, monkeypatch, flags, teacher, files, source
-):
+def test_a_teacher_is_read_by_its_training(tmp_path, monkeypatch, flags, teacher, files, source):
     """By runs of any age. A plain run's own file is no foreign checkpoint; a pooler may be removed."""
     monkeypatch.chdir(tmp_path)
     for name in ["run/e.safetensors", "dino.pth", *files]:
@@ -204,9 +202,8 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
                 total -= math.log(p if e[i] > e[j] else 1 - p)
     assert first.item() == pytest.approx(total / (6 * 12 * 12), rel=1e-4)
     first.backward()
-    assert all(
-        w.grad.any() for w in guide.predictor.parameters() if w is not guide.predictor.score.bias
-    )
+    learned = [w for w in guide.predictor.parameters() if w is not guide.predictor.score.bias]
+    assert all(w.grad.any() for w in learned)
     assert not score.requires_grad
     assert guide.predictor(torch.zeros(1, 16, 192)).unique().numel() == 16  # places differ
     assert guide_of("detail").loss(ids, error) == 0 and set(guide.networks()) == {"predictor"}
