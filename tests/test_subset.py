@@ -63,7 +63,6 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     found = [i for i in changed if new["train"]["header"]["keys"][i] in worst]
     assert len(found) >= 0.7 * len(changed) and f"planted  {len(found)} of the first" in said
     assert all(row["label"] != row["better"] for row in rows)
-    assert Image.open(tmp_path / "s/suspects.png").size[0] > 1000
     assert "suspects.csv is there already" in refused(call("probe.py", *words, cwd=tmp_path))
 
 
@@ -86,7 +85,6 @@ def test_arms_named_by_a_number_become_lines_and_others_dots(tmp_path):
     assert lines["min"] == {"vit": {6.0: both, 12.0: both}, "resnet10": {6.0: both}}
     assert lines["labels"] == {"vit": {5.0: both}}
     report.draw_lines(tmp_path / "lines.png", study, lines)
-    assert Image.open(tmp_path / "lines.png").size == (1560, 630)
     study.rows["random"] = rows
     assert report.lines_of(study) == {}
 
