@@ -142,18 +142,14 @@ def write_more(base):
         spoil(base / "broken" / name, how)
 
 
-def save_stub(figure, path, **_):
-    """In the place of Figure.savefig, which takes half a second."""
-    Path(path).write_bytes(os.urandom(8))
-
-
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     """The folder that calls work in; beside it, in home/, the same again."""
     base = tmp_path_factory.mktemp("fuzz") / "scratch"
     write_more(home(base.parent))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matplotlib.figure.Figure, "savefig", save_stub)
+        save = lambda figure, path, **_: Path(path).write_bytes(os.urandom(8))  # noqa: E731
+        patch.setattr(matplotlib.figure.Figure, "savefig", save)  # it takes half a second
         patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | SIZE)
         patch.setattr("tempfile.tempdir", str(base / "temporary"))
         put_back(base)
