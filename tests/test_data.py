@@ -409,9 +409,7 @@ def test_small_classes_are_left_out_and_train_becomes_long_tailed(tmp_path):
     for path in sorted((tmp_path / "images/class3").iterdir())[5:]:
         path.unlink()
     line = "images --split .5,.1,.4 --dedupe off --min-per-class 6 --tail 1.2"
-    said, sets = packed(tmp_path, line)
-    assert "5 images left out: 1 classes have fewer than 6" in said
-    assert "26 training images left out: class sizes follow rank^-1.2" in said
+    _, sets = packed(tmp_path, line)
     sizes = {name: split["labels"].bincount().tolist() for name, split in sets.items()}
     assert sizes == {"train": [20, 9, 5], "val": [4, 4, 4], "test": [16, 16, 16]}
 
