@@ -37,7 +37,6 @@ ATTENTION = f"{MAPS} --map attn --run runs/a --out maps/new"
 TUNE = f"finetune_lora.py runs/a {TINY} --out runs/new"
 NAME, PICTURE = f"recognize.py runs/a-lora {CPU}", "images/class0/illust0_0.png"
 PROBE = f"probe.py runs/a --data datasets/packed {CPU}"
-OTHER_MAPS, SHOW = "maps.py --data datasets/other --map saliency", "data.py --show datasets/packed"
 STRESS = f"experiments.stress runs/a --only cutout --images 8 {CPU}"
 WORK = (  # calls that work, from which every bad one is made
     "data.py images --out datasets/new --size 32",
@@ -83,8 +82,6 @@ LOST = (  # two calls, of which the second must not write over what the first ha
     (f"{NAME} --verify", f"{NAME} --verify --split dev"),
     (f"{NAME} --verify", f"{NAME} --verify --data datasets/other"),
     (ATTENTION, f"{ATTENTION} --attention cls"),
-    (OTHER_MAPS, OTHER_MAPS),
-    (SHOW, SHOW),
 )
 HOW = ("gone", "empty", "half", "random", "pickle", "foreign", "text", "folder")
 HOPELESS = ("nan", "inf", "-inf", "1e400", "1" + "0" * 30, "", " ", "½", "1e", "notes.txt", "--")

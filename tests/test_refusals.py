@@ -133,7 +133,7 @@ TAKEN = (  # what would be written, and is there
     "data.py images --out .",
     "data.py images --out ../home",
     f"{PRE} --out runs/a",
-    f"{MAPS} --map saliency --out maps/packed",
+    "maps.py --data datasets/packed --map saliency",
     f"{TAGS} --out runs/a-tags",
     f"{SEGMENT} --out runs/a-seg",
     f"{DETECT} --out runs/a-det",

@@ -83,10 +83,6 @@ def use_encoder(base):
     return encoder.features(VIEW)
 
 
-def use_state(base):
-    return steps(base / "runs/new", resume=base / "runs/new")
-
-
 def use_recogniser(base):
     known = recognize.load_gallery(base / "runs/a-lora")
     net, header = finetune_lora.load_classifier(base / "runs/a-lora")
@@ -120,7 +116,7 @@ def use_patches(base):
 
 FILES = {  # file: how many cases, and what reads it
     "runs/a/model.safetensors": (80, use_encoder),
-    "runs/new/state.pt": (80, use_state),
+    "runs/new/state.pt": (80, lambda base: steps(base / "runs/new", base / "runs/new")),
     "runs/a-lora/head.safetensors": (60, use_recogniser),
     "runs/a-lora/gallery.safetensors": (80, use_recogniser),
     "runs/a-lora/adapter_model.safetensors": (60, use_recogniser),

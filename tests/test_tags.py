@@ -33,7 +33,7 @@ IDS = torch.tensor([[1, 2], [3, -1], [-1, -1], [0, 9], [5, 6]])  # of the pictur
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def test_words_stand_in_order_between_cls_and_sep():
+def test_words_stand_in_order_between_cls_and_sep_and_of_too_many_a_subset():
     mask, pad, cls, sep = (V + x for x in (tags.MASK, tags.PAD, tags.CLS, tags.SEP))
     ids = torch.tensor([[7, 2, -1], [-1, -1, -1], [0, 9, 4]])
     assert tags.to_words(ids, V, L).tolist() == [
@@ -42,10 +42,7 @@ def test_words_stand_in_order_between_cls_and_sep():
         [cls, 0, 4, 9, sep, pad, pad, pad],
     ]
     assert tags.all_masked(V, L).tolist() == [[cls, *[mask] * 6, sep]]
-
-
-def test_of_too_many_tags_a_random_subset_is_read_and_the_most_frequent_without_a_generator():
-    ids = torch.arange(10).expand(500, 10)
+    ids = torch.arange(10).expand(500, 10)  # too many: the most frequent, or a random subset
     assert (tags.to_words(ids, V, L)[:, 1:-1] == torch.arange(6)).all()
     words = tags.to_words(ids, V, L, seeded(0))
     assert (words[:, 1:-1].diff(dim=1) > 0).all() and (words[:, -1] == V + tags.SEP).all()
