@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import some_view
-from safetensors import safe_open
 from safetensors.torch import save_file
+from test_poison import contents
 
 import detect
 import finetune_lora
@@ -130,13 +130,7 @@ FILES = {  # file: how many cases, and what reads it
 
 def read(path):
     """-> its tensors, and its fields; of state.pt all are fields."""
-    if path.suffix == ".json":
-        return {}, json.loads(path.read_text())
-    if path.suffix == ".pt":
-        return {}, torch.load(path, weights_only=True)
-    with safe_open(path, "pt") as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        return tensors, json.loads((f.metadata() or {}).get("animask", "{}"))
+    return contents(path) if path.suffix == ".safetensors" else ({}, contents(path))
 
 
 def write(path, tensors, fields):
