@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from common.command import cli  # noqa: E402
 
 def pytest_collection_modifyitems(items):
     """The longest test begins first, so that two processes end at about the same time."""
-    items.sort(key=lambda item: item.path.stem != "test_tour")
+    items.sort(key=lambda item: item.name != "test_the_tour_runs_from_top_to_bottom")
 
 
 # ---- running a stage -----------------------------------------------------------------------------
@@ -66,6 +67,20 @@ def call(script, *words, cwd, check=None):
 def run_line(line, cwd, check=None):
     """The same by a line of words without spaces in them, such as "data.py images --out packed"."""
     return call(*line.split(), cwd=cwd, check=check)
+
+
+def python(*words, cwd=ROOT, check=0, **env):
+    """Python in a process of its own, which has to end with this status -> what it printed."""
+    command = [sys.executable, *map(str, words)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == check, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def json_of(line, cwd):
+    """What a stage prints as JSON, a row in each line."""
+    return [json.loads(row) for row in run_line(line, cwd, check=0).stdout.splitlines()]
 
 
 def refused(done):
@@ -168,6 +183,15 @@ def at(base, monkeypatch):
     """The same, as the current folder."""
     monkeypatch.chdir(base)
     return base
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A home of a test's own, as the current folder."""
+    from made import home
+
+    monkeypatch.chdir(home(tmp_path))
+    return tmp_path / "home"
 
 
 def shared_file(name):

@@ -245,7 +245,7 @@ def arrays_of(path):
     text = path.read_text()
     rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else []
     found = leaves(rows or [json.loads(text)])
-    return {".".join(keys): np.float64(x) for keys, x in found.items() if is_number(x)}
+    return {".".join(keys): np.float64(x) for keys, x in found.items() if type(x) in (int, float)}
 
 
 def leaves(value, *at):
@@ -257,10 +257,6 @@ def leaves(value, *at):
         if not re.search(TIMES, str(key)):
             found |= leaves(part, *at, str(key))
     return found
-
-
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def digests(found):

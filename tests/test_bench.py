@@ -41,16 +41,12 @@ def test_flops_are_those_of_the_formula():
     assert bench.least_seconds(100, 10, 50, 10) == 2  # 2 s of operations, 1 s of bytes
 
 
-@pytest.mark.parametrize(
-    ("kernel", "way", "count"),
-    [
-        ("gather", "forward", 768 + 8 + 2 * 768),  # bf16: two bytes a number; 8 a patch's place
-        ("detail", "forward", 768 + 8 + 4),
-        ("loss", "both", 768 + 8 + 4 * 768 + 4),  # and 4 for its weight
-    ],
-)
-def test_bytes_of_the_kernels_are_those_of_their_docstrings(kernel, way, count):
-    assert kernels.bytes_to_move((kernel, way), 10, 768, 2) == 10 * count
+def test_bytes_of_the_kernels_are_those_of_their_docstrings():
+    """bf16 has two bytes a number; 8 are a patch's place, and 4 its weight or its detail."""
+    moved = {("gather", "forward"): 768 + 8 + 2 * 768, ("detail", "forward"): 768 + 8 + 4}
+    moved |= {("loss", "both"): 768 + 8 + 4 * 768 + 4}
+    for kernel, count in moved.items():
+        assert kernels.bytes_to_move(kernel, 10, 768, 2) == 10 * count
 
 
 def test_percentiles_are_of_all_turns_and_ratios_within_each():

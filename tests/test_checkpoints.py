@@ -194,14 +194,10 @@ def test_dinov2_layer_scale_is_folded_exactly(tmp_path):
         C.load_encoder(tmp_path / "dinov2.pth")
 
 
-def test_heads_of_the_public_sizes():
+def test_heads_are_those_of_the_public_sizes_or_of_a_config(tmp_path):
     """MAE's ViT-H is 1280 wide and has 16 heads: with width / 64, features would be 86 % off."""
     expected = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
     assert {width: formats.HEADS[width] for width in expected} == expected
-
-
-def test_a_width_that_no_public_network_has_needs_a_config(tmp_path):
-    """Nothing but the features would show wrong heads."""
     torch.save(public(M.ViT(16, 16, 128, 1, 16)), tmp_path / "x.pth")
     with pytest.raises(UserError, match="num_attention_heads"):
         C.load_encoder(tmp_path / "x.pth")
@@ -240,9 +236,6 @@ def test_export_as_mae_holds_everything_that_is_public(tmp_path, kind):
     assert not [k for k in load_file(out) if "stats_head" in k]
     encoder, view = C.load_encoder(out), some_view()
     assert torch.equal(encoder.features(view), net.encoder.features(view))
-
-
-# ---- a start for pre-training --------------------------------------------------------------------
 
 
 def test_init_takes_the_encoder_and_leaves_the_decoder(tmp_path):

@@ -4,7 +4,6 @@ import io
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -12,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_folder, refused, run_line, shared_file
+from conftest import draw_folder, python, refused, run_line, shared_file
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,10 +26,6 @@ def packed(cwd, line, out="out"):
     done = run_line(f"data.py {line} --out {out} --size 16", cwd, check=0)
     names = [path.stem for path in (cwd / out).glob("*.safetensors")]
     return done.stdout, {name: data.open_split(cwd / out, name) for name in sorted(names)}
-
-
-def keys_of(sets):
-    return {name: split["header"]["keys"] for name, split in sets.items()}
 
 
 @pytest.fixture
@@ -71,7 +66,7 @@ def test_archives_pack_like_their_folder_and_leave_nothing_behind(tmp_path, imag
     contents, names = [], []
     for source in ("images", "images", "images.zip", "images.tar.gz", "images --seed 1"):
         _, sets = packed(tmp_path, f"{source} --dev .1", f"{len(names)}.out")
-        names.append(keys_of(sets))
+        names.append({name: split["header"]["keys"] for name, split in sets.items()})
         found = []
         for split in sets.values():
             pixels = [image.tobytes() for image in split["images"]]
@@ -193,7 +188,6 @@ def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
 
 @pytest.mark.slow
 def test_the_shared_faces_pack_whole(tmp_path):
-    """The shared faces pack whole, by illustration, with nothing lost."""
     faces = shared_file("faces20.zip")
     _, sets = packed(tmp_path, f"{faces} --group-by ^[^_]+ --dev .1 --test .5 --dedupe off")
     sizes = {name: len(split["images"]) for name, split in sets.items()}
@@ -255,10 +249,14 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
 
 
 NEXT = {  # flags: the command that comes next, and words of what is said
-    "images --split .8,0,.2": ("python finetune_lora.py weights/toon --data out", "test 12"),
-    "images/class0": ("python pretrain.py --data out", "need labels of two classes"),
+    "images --split .8,0,.2": ("python finetune_lora.py weights/toon --data OUT", "test 12"),
+    "images/class0": ("python pretrain.py --data OUT", "need labels of two classes"),
+    "clear --split .8,0,.2 --dedupe off": (
+        "python pretrain.py --data OUT --mask fg_heavy --split test",
+        "need labels of two classes",
+    ),
     "images --split 0,0,1": (
-        "python recognize.py RUN --verify --data out --split test",
+        "python recognize.py RUN --verify --data OUT --split test",
         "no train: stages can measure",
     ),
     "few --split .9,.05,.05": (
@@ -276,30 +274,19 @@ def test_a_class_that_nobody_can_learn_is_said():
 
 
 @pytest.mark.parametrize("line", NEXT)
-def test_the_next_line_is_right(tmp_path, images, line):
+def test_the_next_line_is_right_and_for_a_shell(tmp_path, images, line):
     command, words = NEXT[line]
+    quoted = shlex.quote("it's")
+    command = command.replace("OUT", quoted)
     draw_folder(tmp_path / "few", classes=3, each=1)
-    said, _ = packed(tmp_path, line)
-    shown = run_line("data.py --show out", tmp_path, check=0).stdout
-    assert f"next: python data.py --show out, or {command}" in said
-    assert f"next: {command}" in shown and words in said + shown
-    assert ("need labels" in said) == ("need labels" in words)
-
-
-def test_the_next_line_of_many_pictures_with_a_foreground_is_for_a_shell(tmp_path, monkeypatch):
-    (tmp_path / "images").mkdir()
-    for i in range(20):
-        Image.new("RGBA", (16, 16), (9 * i, 0, 0, i)).save(tmp_path / f"images/{i}.png")
-    monkeypatch.setattr(data, "SMALL", 0)
-    line = "data.py images --out it's --dedupe off --split .8,0,.2"
-    said = run_line(line, tmp_path, check=0).stdout
-    words = shlex.split(said.splitlines()[-1].partition(", or ")[2].partition(";")[0])
-    learn = ["python", "pretrain.py", "--data", "it's", "--mask", "fg_heavy", "--split", "test"]
-    assert words == learn
-    said = run_line("data.py --show it's", tmp_path, check=0).stdout  # with a row of foregrounds
-    assert "train 16" in said and "alpha is the foreground" in said
-    sheet = np.asarray(Image.open(tmp_path / "it's/sheet.png"))
-    assert min(sheet.shape[:2]) > 100 and sheet.std() > 10
+    (tmp_path / "clear").mkdir()
+    for i in range(20):  # their alpha is a foreground
+        Image.new("RGBA", (16, 16), (9 * i, 0, 0, i)).save(tmp_path / f"clear/{i}.png")
+    said, _ = packed(tmp_path, line, "it's")
+    shown = run_line("data.py --show it's", tmp_path, check=0).stdout
+    assert f"next: python data.py --show {quoted}, or {command}" in said
+    assert f"next: {command}" in shown
+    assert words in said + shown and ("need labels" in said) == ("need labels" in words)
     assert "sheet.png is there already" in refused(run_line("data.py --show it's", tmp_path))
 
 
@@ -422,9 +409,7 @@ def test_small_classes_are_left_out_and_train_becomes_long_tailed(tmp_path):
     for path in sorted((tmp_path / "images/class3").iterdir())[5:]:
         path.unlink()
     line = "images --split .5,.1,.4 --dedupe off --min-per-class 6 --tail 1.2"
-    said, sets = packed(tmp_path, line)
-    assert "5 images left out: 1 classes have fewer than 6" in said
-    assert "26 training images left out: class sizes follow rank^-1.2" in said
+    _, sets = packed(tmp_path, line)
     sizes = {name: split["labels"].bincount().tolist() for name, split in sets.items()}
     assert sizes == {"train": [20, 9, 5], "val": [4, 4, 4], "test": [16, 16, 16]}
 
@@ -510,6 +495,10 @@ def test_batches_cover_an_epoch_once_and_start_anywhere():
     rest = list(data.batches(images, order, 8, cpu, start=4))
     assert [i.tolist() for i, _ in rest] == [i.tolist() for i, _ in whole[4:]]
     assert not torch.equal(order, data.epoch_order(50, seed=3, epoch=2))
+    twice = data.batches(images, order, 8, cpu, times=2)  # rows 2i and 2i + 1 are views of image i
+    for (index, batch), (once, shown) in zip(twice, whole, strict=True):
+        assert torch.equal(index, once.repeat_interleave(2))
+        assert torch.equal(batch, shown.repeat_interleave(2, 0))
 
 
 def test_what_goes_to_metal_is_sent_by_the_thread_that_computes(monkeypatch):
@@ -553,18 +542,10 @@ print(most - before)
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
-def printed(code, *words):
-    """The number that some code prints in a process of its own."""
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
-
-
 @linux_only
 def test_the_prefetch_thread_starts_no_threads_of_its_own():
     """A parallel operation there would bring a second team of OpenMP threads."""
-    assert printed(THREADS) == 1  # the prefetch thread itself
+    assert int(python("-c", THREADS)) == 1  # the prefetch thread itself
 
 
 @linux_only
@@ -578,4 +559,4 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
     with open(tmp_path / "train.safetensors", "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
         f.truncate(8 + len(head) + n * (side * side * 3 + 8))
-    assert printed(MEMORY, tmp_path) < 100
+    assert float(python("-c", MEMORY, tmp_path)) < 100

@@ -23,17 +23,11 @@ import mask as masking
 WHO = "akika"
 
 
-@pytest.fixture
-def run(at):
-    """A run in the current folder, as the page names it."""
-    return "runs/a"
-
-
 def drawing(number=0):
     return demo.drawing(WHO, number)
 
 
-def mask_page(run, words="random", ratio=0.75, t=1.0, seed=0, picture=None):
+def mask_page(words="random", ratio=0.75, t=1.0, seed=0, picture=None, run="runs/a"):
     return demo.answer("Mask", run, picture or drawing(), words, ratio, t, seed)
 
 
@@ -48,40 +42,40 @@ def own(path, size=(50, 40)):
 
 
 @pytest.mark.parametrize("strategy", [s for s in masking.STRATEGIES if s != "learned"])
-def test_every_strategy_is_shown_and_of_ones_own_picture_what_is_known(run, strategy, tmp_path):
-    text = mask_page(run, strategy)
+def test_every_strategy_is_shown_and_of_ones_own_picture_what_is_known(at, strategy, tmp_path):
+    text = mask_page(strategy)
     assert "seen: 4 of 16 patches" in text and text.count("<img") == 6
     assert f"--mask {strategy}" in text
-    text = mask_page(run, strategy, picture=own(tmp_path / "mine.png"))
+    text = mask_page(strategy, picture=own(tmp_path / "mine.png"))
     assert ("not known" in text) == (strategy == "parts")
 
 
-def test_sliders_change_what_is_hidden(run):
-    assert "seen: 8 of 16" in mask_page(run, ratio=0.5)
-    once = mask_page(run)
-    assert once == mask_page(run) != mask_page(run, seed=1)
-    assert mask_page(run, "attn_high:beta=3") != mask_page(run, "attn_low:beta=3")
-    assert mask_page(run, "attn_high", t=0) == mask_page(run).replace("random", "attn_high")
+def test_sliders_change_what_is_hidden(at):
+    assert "seen: 8 of 16" in mask_page(ratio=0.5)
+    once = mask_page()
+    assert once == mask_page() != mask_page(seed=1)
+    assert mask_page("attn_high:beta=3") != mask_page("attn_low:beta=3")
+    assert mask_page("attn_high", t=0) == mask_page().replace("random", "attn_high")
 
 
-def test_who_it_is_with_what_tags_and_what_is_drawn(run, tmp_path):
-    said = demo.answer("Recognise", run, drawing())
+def test_who_it_is_with_what_tags_and_what_is_drawn(at, tmp_path):
+    said = demo.answer("Recognise", "runs/a", drawing())
     assert re.search("<h2>class|Nearest: class", said)
     assert "similarity" in said and "recognize.py" in said
-    assert re.search(r"<h2>(class\d|unknown), \d+%</h2>", demo.answer("Tags", run, drawing()))
-    text = demo.answer("Drawn or photographed", run, own(tmp_path / "mine.png", (64, 64)))
+    assert re.search(r"<h2>(class\d|unknown), \d+%</h2>", demo.answer("Tags", "runs/a", drawing()))
+    text = demo.answer("Drawn or photographed", "runs/a", own(tmp_path / "mine.png", (64, 64)))
     assert text.count("<img") == 2 and "% drawn" in text
 
 
 @pytest.mark.parametrize("threshold", [1.1, -1.1])
-def test_a_picture_unlike_all_characters_is_said_to_be(run, monkeypatch, threshold):
+def test_a_picture_unlike_all_characters_is_said_to_be(at, monkeypatch, threshold):
     gallery = demo.recognize.open_gallery("runs/a-lora") | {"threshold": threshold}
     monkeypatch.setattr(demo.recognize, "open_gallery", lambda run: gallery)
     said = demo.recognise_page("runs/a-lora", drawing())
     assert ("<h2>unknown</h2>" in said) == (threshold > 1)
 
 
-def test_faces_of_a_page_are_shown_and_named(run, monkeypatch):
+def test_faces_of_a_page_are_shown_and_named(at, monkeypatch):
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     text = demo.pages_page("runs/a-det", drawing())
@@ -120,26 +114,26 @@ def test_a_bad_file_is_a_sentence_and_the_picture_stays(tmp_path, bad):
     assert ("&lt;i&gt;bad.png" if path.exists() else "drop") in said
 
 
-def test_there_are_so_many_drawings_and_no_more_and_a_bad_strategy_is_a_sentence(run):
+def test_there_are_so_many_drawings_and_no_more_and_a_bad_strategy_is_a_sentence(at):
     before = drawing(1)
     for number in (-1, demo.DRAWINGS):
         picture, _, said = demo.chosen(before, demo.drawing, WHO, number)
         assert picture is before and "no drawing" in said
     for bad in ("nothing", "attn_high:x=1", "attn_high:shuffle=1", None):
-        assert "<img" not in mask_page(run, bad) and "<p>" in mask_page(run, bad)
+        assert "<img" not in mask_page(bad) and "<p>" in mask_page(bad)
 
 
-def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(run):
+def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(at):
     before = sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
     for tab in demo.TABS.keys() - {"Mask"}:
-        demo.answer(tab, run, drawing())
+        demo.answer(tab, "runs/a", drawing())
         text = demo.answer(tab, "runs/none", drawing())
         assert "python " in text and "minutes" in text
-    assert "pretrain.py" in mask_page("runs/none")
+    assert "pretrain.py" in mask_page(run="runs/none")
     assert before == sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
 
 
-def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(run, tmp_path, monkeypatch):
+def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at, tmp_path, monkeypatch):
     assert demo.choose_run(None) == demo.choose_run("runs/a") == "runs/a"
     for made in ("runs/a-lora", "runs/a-tags/", "runs/a-det"):
         assert demo.choose_run(made) == "runs/a"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import equal, refused, run_line
+from conftest import equal, json_of, refused, run_line
 from made import CPU, QUICK
 from PIL import Image
 from test_mps import OperatorLog
@@ -197,22 +197,18 @@ def finding(monkeypatch, *boxes):
     monkeypatch.setattr(detect, "detect", lambda net, view: [found])
 
 
-def lines_of(line, base):
-    return [json.loads(x) for x in run_line(line, base, check=0).stdout.splitlines()]
-
-
 def test_it_is_used_on_pictures_of_any_size(base, monkeypatch):
     """A face's cut has room around it; what has no pixel on the picture is no face."""
     Image.new("RGB", (200, 100), (90, 90, 90)).save(base / "wide.png")
     Image.new("RGB", (1, 1)).save(base / "dot.png")
     use = f"detect.py runs/a-det wide.png {CPU}"
     finding(monkeypatch, [0.25, 0.25, 0.5, 0.5], [0.2, 0.6, 0.4, 0.9])  # the second: below it
-    wide, dot = lines_of(f"{use} dot.png --out found --crop", base)
+    wide, dot = json_of(f"{use} dot.png --out found --crop", base)
     assert wide["faces"] == [{"box": [50, 50, 100, 100], "score": 0.9}] and dot["width"] == 1
     assert Image.open(base / "found/wide_0.png").size == (70, 70)
     assert "already" in refused(run_line(f"{use} --out found --crop", base))
     Image.new("RGB", (64, 64)).save(base / "wide.jpg")
-    wide, other = lines_of(f"{use} wide.jpg --out shown --threshold 0.95", base)
+    wide, other = json_of(f"{use} wide.jpg --out shown --threshold 0.95", base)
     assert wide["faces"] == other["faces"] == []  # a page without a face is fine
     assert Image.open(base / "shown/wide.png").size == (200, 100)
     assert len([*(base / "shown").glob("*.png")]) == 2  # of one name
@@ -234,7 +230,7 @@ def test_a_page_s_faces_are_named_one_by_one(base, monkeypatch):
     Image.new("RGB", (64, 64), (200, 90, 90)).save(base / "page.png")
     use = f"recognize.py runs/a-lora {CPU} --detect runs/a-det page.png --json"
     finding(monkeypatch, [0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3])
-    found = [row["picture"] for row in lines_of(use, base)]
+    found = [row["picture"] for row in json_of(use, base)]
     assert found == ["page.png[6,6,19,19]", "page.png[32,16,48,32]"]
     finding(monkeypatch)
-    assert lines_of(use, base) == [{"picture": "page.png", "faces": []}]
+    assert json_of(use, base) == [{"picture": "page.png", "faces": []}]

@@ -41,7 +41,6 @@ def thumbnail(picture):
 
 @pytest.mark.slow
 def test_planted_copies_are_found_and_other_pictures_are_not():
-    """240 drawn faces, and of the first 60 a copy of each kind."""
     rng = np.random.default_rng(0)
     items = [toon.plan(2400)[i] for i in rng.permutation(2400)[:240]]
     faces = [Image.fromarray(toon.draw(item, 96)["image"]) for item in items]

@@ -2,15 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, refused, run_line
+from conftest import ROOT, json_of, python, refused, run_line
 from made import CPU, QUICK
 from PIL import ExifTags, Image
 
@@ -63,10 +61,8 @@ def said_without_torch(at, faces):
     page = (ROOT / "docs/checkpoints.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
     (at / "who.py").write_text("import sys; sys.modules['torch'] = None\n" + code)
-    command = [sys.executable, "who.py", "runs/a-lora/model.onnx", *faces]
-    done = subprocess.run(command, cwd=at, text=True, capture_output=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(.*): (\S+), similarity (-?[\d.]+)$", done.stdout, re.M)
+    said = python("who.py", "runs/a-lora/model.onnx", *faces, cwd=at, PYTHONPATH="")
+    rows = re.findall(r"^(.*): (\S+), similarity (-?[\d.]+)$", said, re.M)
     return {picture: (name, float(similarity)) for picture, name, similarity in rows}
 
 
@@ -81,9 +77,8 @@ def test_a_recogniser_and_its_reader_without_torch(at):
     turn_and_clear(at / faces[1], *faces[3:5])
     gray = np.array(Image.open(faces[1]).convert("L"), np.uint16)
     Image.fromarray(gray * 257).save(faces[5])
-    said = run_line(f"recognize.py runs/a-lora {CPU} --json {' '.join(faces)}", at, check=0).stdout
     found = said_without_torch(at, faces)
-    for row in map(json.loads, said.splitlines()):
+    for row in json_of(f"recognize.py runs/a-lora {CPU} --json {' '.join(faces)}", at):
         name, similarity = found.pop(row["picture"])
         assert name == (row["name"] or "unknown")
         assert similarity == pytest.approx(row["similarity"], abs=3e-4)
@@ -112,12 +107,6 @@ def test_a_tagger(arm, at):
             near(found["characters"], characters.softmax(1))
 
 
-def test_a_tagger_that_reads_tags_is_refused(at):
-    words = f"tags.py runs/a --data datasets/packed --arm vilt --out runs/a-vilt {QUICK}"
-    run_line(words, at, check=0)
-    assert "--arm vilt" in refused(run_line("export.py runs/a-vilt --to onnx", at))
-
-
 @pytest.mark.parametrize(
     ("to", "card", "library", "pictures", "licence"),
     [
@@ -127,7 +116,6 @@ def test_a_tagger_that_reads_tags_is_refused(at):
     ],
 )
 def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
-    """It tells flags, figures, and whose pictures they were."""
     cards = pytest.importorskip("huggingface_hub")
     flags = {"data": f"datasets/{pictures}", "mask": "attn_high", "ratio": "0.75", "seed": 3}
     save_model(MAE(32, 8, 32, 2, 2, 32, 1), tmp_path / "run/model.safetensors", {"run": flags})

@@ -155,18 +155,6 @@ def test_histograms_count_colours_in_eight_cells_a_channel():
     np.testing.assert_allclose(found[0].square() * 81, counts.ravel(), atol=1e-4)
 
 
-# ---- runs ----------------------------------------------------------------------------------------
-
-
-def top1_of(out):
-    """What the files of a run alone say of the pictures of val, in percent."""
-    net, _ = finetune_lora.load_classifier(out)
-    held = data.open_split("datasets/packed", "val")
-    autocast = train.autocast_of(torch.device("cpu"), "fp32")
-    pooled = classifier.pooled_of(net, held, torch.arange(len(held["images"])), autocast)
-    return 100 * (net(pooled).argmax(1) == held["labels"]).float().mean().item()
-
-
 OWN = {  # files of each method: full moves the encoder, so it is saved, too
     "linear": set(),
     "lora": {"adapter_model.safetensors", "adapter_config.json"},
@@ -182,10 +170,15 @@ def test_a_run_writes_what_its_docstring_says(at, method, no_pictures):
     files = OWN[method] | {"state.pt", "head.safetensors", "metrics.json", "log.jsonl"}
     assert {path.name for path in out.iterdir()} == files
     row = json.loads((out / "metrics.json").read_text())
-    assert top1_of(out) == pytest.approx(row["top1"], abs=1e-4)
+    net, _ = finetune_lora.load_classifier(out)
+    held = data.open_split("datasets/packed", "val")
+    autocast = train.autocast_of(torch.device("cpu"), "fp32")
+    pooled = classifier.pooled_of(net, held, torch.arange(len(held["images"])), autocast)
+    said = net(pooled).argmax(1) == held["labels"]
+    assert 100 * said.float().mean().item() == pytest.approx(row["top1"], abs=1e-4)
     low, high = row["top1_interval"]
     assert 0 <= low <= row["top1"] <= high <= 100 and 0 < row["thumbnails_top1"] <= 100
-    right = stats.from_bits(row["right"], len(data.open_split("datasets/packed", "val")["labels"]))
+    right = stats.from_bits(row["right"], len(held["labels"]))
     assert 100 * right.mean() == pytest.approx(row["top1"], abs=1e-4)
     assert (row["share_trained_percent"] == 100) == (method == "full")
     scores = [x["dev_macro_f1"] for x in read_log(out / "log.jsonl") if "dev_top1" in x]
@@ -194,9 +187,6 @@ def test_a_run_writes_what_its_docstring_says(at, method, no_pictures):
     near = [i for i, x in enumerate(scores) if x / 100 >= best - (best * (1 - best) / n) ** 0.5]
     # the latest epoch within a standard error of the best one
     assert state_of(out)["best"]["epoch"] == row["best_epoch"] == near[-1] + 1
-
-
-# ---- splits: what is learned, chosen on, and reported ---------------------------------------------
 
 
 @pytest.mark.parametrize("with_dev", [False, True])

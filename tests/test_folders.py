@@ -1,7 +1,6 @@
 """What is done with a folder of somebody's own: captions beside pictures, sorting, and files for other programs."""
 
 import csv
-import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -11,8 +10,8 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run_line
-from made import CPU, files_of, home
+from conftest import json_of, refused, run_line
+from made import CPU, files_of
 from PIL import Image
 from sklearn.metrics import f1_score
 
@@ -26,52 +25,44 @@ FOLDER = "images/class0"
 SORT = f"recognize.py runs/a-lora {CPU}"
 
 
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    """A home of its own, which is the current folder."""
-    monkeypatch.chdir(home(tmp_path))
-    return tmp_path / "home"
-
-
 # ---- captions ------------------------------------------------------------------------------------
 
 
-def captions(base, *words, check=None):
+def captions(fresh, *words, check=None):
     line = f"tags.py runs/a-tags {FOLDER} {CPU} --captions {' '.join(words)}"
-    return run_line(line, base, check=check)
+    return run_line(line, fresh, check=check)
 
 
-def test_captions_are_written_once_and_what_is_there_stays(base):
-    first = base / FOLDER / "illust0_0.txt"
+def test_captions_are_written_once_and_what_is_there_stays(fresh):
+    first = fresh / FOLDER / "illust0_0.txt"
     first.write_text("a sentence.\nSolo, Blue_Hair,\n")
-    before = files_of(base / FOLDER)
-    assert "--append" in refused(captions(base))
-    assert files_of(base / FOLDER) == before
-    captions(base, "--append --threshold 0 --prepend my_style", check=0)
-    pictures = sorted((base / FOLDER).glob("*.png"))
+    before = files_of(fresh / FOLDER)
+    assert "--append" in refused(captions(fresh))
+    assert files_of(fresh / FOLDER) == before
+    captions(fresh, "--append --threshold 0 --prepend my_style", check=0)
+    pictures = sorted((fresh / FOLDER).glob("*.png"))
     texts = [path.with_suffix(".txt").read_text() for path in pictures]
     assert texts[0].startswith("a sentence.\nSolo, Blue_Hair, my_style, ")
     assert all(text.startswith("my_style, ") for text in texts[1:])
-    after = files_of(base / FOLDER)
-    assert "wrote 0 captions" in captions(base, "--append --threshold 0", check=0).stdout
-    assert files_of(base / FOLDER) == after
+    after = files_of(fresh / FOLDER)
+    assert "wrote 0 captions" in captions(fresh, "--append --threshold 0", check=0).stdout
+    assert files_of(fresh / FOLDER) == after
 
 
-def test_a_caption_says_what_json_says(base):
-    captions(base, "--threshold 0 --without blue,Class0", check=0)
-    line = f"tags.py runs/a-tags {FOLDER} {CPU} --threshold 0 --json"
-    for row in map(json.loads, run_line(line, base, check=0).stdout.splitlines()):
+def test_a_caption_says_what_json_says(fresh):
+    captions(fresh, "--threshold 0 --without blue,Class0", check=0)
+    for row in json_of(f"tags.py runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh):
         names = [row["name"]] if row["name"] else []
         wanted = [word for word in [*names, *row["tags"]] if word not in ("blue", "class0")]
-        text = (base / FOLDER / row["picture"]).with_suffix(".txt").read_text()
+        text = (fresh / FOLDER / row["picture"]).with_suffix(".txt").read_text()
         assert text.split(", ") == [word.replace("_", " ") for word in wanted]
 
 
-def test_pictures_given_one_by_one_get_captions_but_for_broken_ones(base):
-    files = sorted((base / FOLDER).glob("*.png"))[:3]
+def test_pictures_given_one_by_one_get_captions_but_for_broken_ones(fresh):
+    files = sorted((fresh / FOLDER).glob("*.png"))[:3]
     files[1].write_bytes(b"broken")
     line = f"tags.py runs/a-tags {' '.join(map(str, files))} {CPU} --captions"
-    done = run_line(line, base, check=0)
+    done = run_line(line, fresh, check=0)
     assert "skipped" in done.stderr and "beside 2 pictures" in done.stdout
     assert [file.with_suffix(".txt").exists() for file in files] == [True, False, True]
 
@@ -104,80 +95,69 @@ def test_two_spellings_of_a_tag_are_one(tmp_path):
 # ---- sorting -------------------------------------------------------------------------------------
 
 
-def table(base):
-    with open(base / "out/sorted.csv", newline="", encoding="utf-8") as file:
+def table(fresh):
+    with open(fresh / "out/sorted.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(base):
-    before = files_of(base / "images")
+def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh):
+    before = files_of(fresh / "images")
     line = f"{SORT} images --sort out"
-    run_line(line, base, check=0)
-    rows = table(base)
-    asked = run_line(f"{SORT} images --json", base, check=0).stdout.splitlines()
-    names = {row["picture"]: row["name"] or "" for row in map(json.loads, asked)}
+    run_line(line, fresh, check=0)
+    rows = table(fresh)
+    names = {r["picture"]: r["name"] or "" for r in json_of(f"{SORT} images --json", fresh)}
     assert {r["picture"].removeprefix("images/"): r["name"] for r in rows} == names
     for row in rows:
-        copy = base / "out" / row["copy"]
-        assert copy.parts[len(base.parts) + 1] == (row["name"] or "unknown")
-        assert copy.read_bytes() == (base / row["picture"]).read_bytes()
-    assert files_of(base / "images") == before
-    lines = (base / "out/sorted.csv").read_text().splitlines(keepends=True)
-    (base / "out/sorted.csv").write_text("".join(lines[:41]))
-    gone = base / "out" / rows[0]["copy"]
+        copy = fresh / "out" / row["copy"]
+        assert copy.parts[len(fresh.parts) + 1] == (row["name"] or "unknown")
+        assert copy.read_bytes() == (fresh / row["picture"]).read_bytes()
+    assert files_of(fresh / "images") == before
+    lines = (fresh / "out/sorted.csv").read_text().splitlines(keepends=True)
+    (fresh / "out/sorted.csv").write_text("".join(lines[:41]))
+    gone = fresh / "out" / rows[0]["copy"]
     gone.unlink()
-    assert "40 of them done" in run_line(line, base, check=0).stdout
-    assert table(base) == rows and not gone.exists()
+    assert "40 of them done" in run_line(line, fresh, check=0).stdout
+    assert table(fresh) == rows and not gone.exists()
 
 
-def test_a_kill_at_the_first_copy_leaves_a_folder_that_is_known_as_sorted(base, monkeypatch):
+def test_a_kill_at_the_first_copy_leaves_a_folder_that_is_known_as_sorted(fresh, monkeypatch):
     def killed(*_):
         shutil.copytree("out", "killed")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(recognize, "copies_of", killed)
-        run_line(f"{SORT} images --sort out", base)
-    assert "0 of them done" in run_line(f"{SORT} images --sort killed", base, check=0).stdout
+        run_line(f"{SORT} images --sort out", fresh)
+    assert "0 of them done" in run_line(f"{SORT} images --sort killed", fresh, check=0).stdout
 
 
-def test_pictures_of_one_name_in_two_folders_have_names_of_their_own(base):
-    for folder in ("a", "b"):
-        (base / folder).mkdir()
-        shutil.copy(base / FOLDER / "illust0_0.png", base / folder / "1.png")
-    found = pictures.whole_pictures(["a", "b", FOLDER], [])
-    assert [key for key, _ in found][:3] == ["a/1.png", "b/1.png", f"{FOLDER}/illust0_0.png"]
-    found = pictures.whole_pictures(["a", "b/1.png"], [])
-    assert [key for key, _ in found] == ["a/1.png", "b/1.png"]
-    assert [key for key, _ in pictures.whole_pictures(["a"], [])] == ["1.png"]
-
-
-def test_no_copy_is_replaced_by_another_folder_s_picture(base):
+def test_no_copy_is_replaced_by_another_folder_s_picture(fresh):
     """Pictures may be read-only, and their names no text."""
     first = b"\xff-" + b"long" * 60 + b".png"
     for folder in ("a", "b"):
-        (base / folder).mkdir()
-        shutil.copy(base / FOLDER / "illust0_0.png", base / folder / "1.png")
-        os.chmod(base / folder / "1.png", 0o444)
-    shutil.copy(base / FOLDER / "illust1_0.png", os.fsencode(base / "a") + b"/" + first)
+        (fresh / folder).mkdir()
+        shutil.copy(fresh / FOLDER / "illust0_0.png", fresh / folder / "1.png")
+        os.chmod(fresh / folder / "1.png", 0o444)
+    for paths, keys in ((["a"], ["1.png"]), (["a", "b"], ["a/1.png", "b/1.png"])):
+        assert [key for key, _ in pictures.whole_pictures(paths, [])] == keys
+    shutil.copy(fresh / FOLDER / "illust1_0.png", os.fsencode(fresh / "a") + b"/" + first)
     for name in ("\u00e9.png", "e\u0301.png"):  # one name in two spellings
-        shutil.copy(base / FOLDER / "illust2_0.png", base / "a" / name)
-    run_line(f"{SORT} a --sort out", base, check=0)
-    assert "4 of them done" in run_line(f"{SORT} a --sort out", base, check=0).stdout
-    assert "rename one of them" in refused(run_line(f"{SORT} b --sort out", base))
-    assert "4 pictures" in run_line(f"{SORT} a {base}/a --sort twice", base, check=0).stdout
+        shutil.copy(fresh / FOLDER / "illust2_0.png", fresh / "a" / name)
+    run_line(f"{SORT} a --sort out", fresh, check=0)
+    assert "4 of them done" in run_line(f"{SORT} a --sort out", fresh, check=0).stdout
+    assert "rename one of them" in refused(run_line(f"{SORT} b --sort out", fresh))
+    assert "4 pictures" in run_line(f"{SORT} a {fresh}/a --sort twice", fresh, check=0).stdout
 
 
-def test_a_threshold_moves_no_confidence(base):
+def test_a_threshold_moves_no_confidence(fresh):
     rows = []
     for words in ("", "--threshold 1", "--threshold -1"):
-        said = run_line(f"{SORT} {FOLDER} --json {words}", base, check=0).stdout
-        rows.append([json.loads(line)["confidence"] for line in said.splitlines()])
+        answers = json_of(f"{SORT} {FOLDER} --json {words}", fresh)
+        rows.append([row["confidence"] for row in answers])
     assert rows[0] == pytest.approx(rows[1], abs=1e-3) == rows[2]
 
 
 def test_faces_that_look_alike_are_one_group():
-    """Three directions far apart, seven, five and one face near each."""
     sizes = torch.tensor([5, 7, 1])
     centres = torch.eye(3, 16).repeat_interleave(sizes, 0)
     unit = F.normalize(centres + 0.1 * torch.randn(13, 16, generator=seeded(0)))
@@ -197,17 +177,17 @@ def test_faces_that_look_alike_are_one_group():
     assert names == {0: "a", 1: "group-002"}
 
 
-def test_a_folder_is_grouped_and_what_is_known_has_its_name(base):
-    run_line(f"{SORT} images --group out", base, check=0)
-    rows = table(base)
+def test_a_folder_is_grouped_and_what_is_known_has_its_name(fresh):
+    run_line(f"{SORT} images --group out", fresh, check=0)
+    rows = table(fresh)
     assert len(rows) == 72
     for row in rows:
-        assert (base / "out" / row["copy"]).read_bytes() == (base / row["picture"]).read_bytes()
+        assert (fresh / "out" / row["copy"]).read_bytes() == (fresh / row["picture"]).read_bytes()
         assert row["copy"].split("/")[0] == row["name"]
     named = [row for row in rows if not row["name"].startswith("group-")]
     right = [row["name"] in row["picture"] for row in named]
     assert named and np.mean(right) > 0.8
-    assert "groups already" in refused(run_line(f"{SORT} images --group out", base))
+    assert "groups already" in refused(run_line(f"{SORT} images --group out", fresh))
 
 
 def test_every_character_has_a_folder_that_every_system_allows():
@@ -218,9 +198,6 @@ def test_every_character_has_a_folder_that_every_system_allows():
     for folder in folders.values():
         assert not set('<>:"/\\|?*') & set(folder) and folder[-1] not in ". "
         assert folder.casefold() not in ("con", "unknown")
-
-
-# ---- the contract of WD taggers ------------------------------------------------------------------
 
 
 def asked_as_by_others(folder, path):
@@ -242,22 +219,21 @@ def asked_as_by_others(folder, path):
 
 
 @pytest.mark.slow
-def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(base, monkeypatch):
+def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(fresh, monkeypatch):
     """Sides of 96 and 32 px: Pillow resizes to a fourth or less in other steps."""
     monkeypatch.setattr(export, "WD_SIDE", 96)
-    picture = Image.open(base / FOLDER / "illust0_0.png").convert("RGB")
-    picture.resize((96, 96), Image.Resampling.BICUBIC).save(base / "x.png")
+    picture = Image.open(fresh / FOLDER / "illust0_0.png").convert("RGB")
+    picture.resize((96, 96), Image.Resampling.BICUBIC).save(fresh / "x.png")
     for run in ("a-tags", "a-lora"):
-        run_line(f"export.py runs/{run} --to wd", base, check=0)
-    found = asked_as_by_others(base / "runs/a-tags/wd", base / "x.png")
-    line = f"tags.py runs/a-tags x.png {CPU} --threshold 0 --json"
-    row = json.loads(run_line(line, base, check=0).stdout)
+        run_line(f"export.py runs/{run} --to wd", fresh, check=0)
+    found = asked_as_by_others(fresh / "runs/a-tags/wd", fresh / "x.png")
+    (row,) = json_of(f"tags.py runs/a-tags x.png {CPU} --threshold 0 --json", fresh)
     for tag, p in row["tags"].items():
         assert found[tag, "0"] == pytest.approx(p, abs=1e-4)
     assert found[row["name"], "4"] == pytest.approx(row["confidence"], abs=1e-4)
     assert len(found) == len(row["tags"]) + 3
-    found = asked_as_by_others(base / "runs/a-lora/wd", base / "x.png")
-    row = json.loads(run_line(f"{SORT} x.png --json", base, check=0).stdout)
+    found = asked_as_by_others(fresh / "runs/a-lora/wd", fresh / "x.png")
+    (row,) = json_of(f"{SORT} x.png --json", fresh)
     wanted = row["confidence"] if row["known"] else 0.0
     assert max(found.values()) == pytest.approx(wanted, abs=1e-4)
-    assert "names nothing" in refused(run_line("export.py runs/a --to wd --out wd", base))
+    assert "names nothing" in refused(run_line("export.py runs/a --to wd --out wd", fresh))

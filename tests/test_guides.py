@@ -78,9 +78,7 @@ def test_the_first_map_is_made_by_a_teacher_that_learned(total):
         ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
     ],
 )
-def test_a_teacher_is_read_by_what_was_trained(
-    tmp_path, monkeypatch, flags, teacher, files, source
-):
+def test_a_teacher_is_read_by_its_training(tmp_path, monkeypatch, flags, teacher, files, source):
     """By runs of any age. A plain run's own file is no foreign checkpoint; a pooler may be removed."""
     monkeypatch.chdir(tmp_path)
     for name in ["run/e.safetensors", "dino.pth", *files]:
@@ -119,7 +117,6 @@ def test_the_teachers_maps_are_its_attention(tmp_path):
 
 
 def test_what_is_unusual_for_its_place_is_found():
-    """Pictures alike but for one patch each: that patch has the highest score."""
     torch.manual_seed(0)
     encoder, images = ViT(32, 8, 32, 2, 1), np.full((24, 32, 32, 3), 90, np.uint8)
     images[:, :, 16:] = 200  # what is in all of them is usual
@@ -205,9 +202,8 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
                 total -= math.log(p if e[i] > e[j] else 1 - p)
     assert first.item() == pytest.approx(total / (6 * 12 * 12), rel=1e-4)
     first.backward()
-    assert all(
-        w.grad.any() for w in guide.predictor.parameters() if w is not guide.predictor.score.bias
-    )
+    learned = [w for w in guide.predictor.parameters() if w is not guide.predictor.score.bias]
+    assert all(w.grad.any() for w in learned)
     assert not score.requires_grad
     assert guide.predictor(torch.zeros(1, 16, 192)).unique().numel() == 16  # places differ
     assert guide_of("detail").loss(ids, error) == 0 and set(guide.networks()) == {"predictor"}

@@ -1,7 +1,6 @@
 """One process writes a folder, and a kill loses nothing: locks, two processes at once, kill -9 at many moments."""
 
 import json
-import os
 import random
 import shlex
 import signal
@@ -11,8 +10,8 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, draw_folder, refused, run_line, stopped
-from made import CPU, NANO, files_of, home
+from conftest import ROOT, draw_folder, python, refused, run_line, stopped
+from made import CPU, NANO, files_of
 from PIL import Image
 from test_poison import differences, written
 
@@ -43,21 +42,6 @@ ENROL = f"recognize.py runs/a-lora {CPU} images/class0/illust0_0.png images/clas
 ENROL += " images/class0/illust2_0.png --enrol"
 
 
-@pytest.fixture
-def base(tmp_path):
-    return home(tmp_path)
-
-
-def python(code, cwd, *words):
-    """Some code in a process of its own -> the finished process."""
-    command = [sys.executable, "-c", code, *map(str, words)]
-    shell = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=shell, capture_output=True, text=True, timeout=100)
-
-
-# ---- the lock ------------------------------------------------------------------------------------
-
-
 def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path):
     path = tmp_path / "run" / ".lock"
     with locked(path), pytest.raises(UserError, match="run is being written"), locked(path):
@@ -69,7 +53,8 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = "import os, sys; from common.io import locked\n"
     code += "with locked(sys.argv[1]): os.kill(os.getpid(), 9)"
     path = tmp_path / ".lock"
-    assert python(code, tmp_path, path).returncode == -signal.SIGKILL and path.exists()
+    python("-c", code, path, cwd=tmp_path, check=-signal.SIGKILL)
+    assert path.exists()
     with locked(path):
         assert path.exists()
     assert not path.exists()
@@ -96,31 +81,29 @@ def test_who_waits_for_a_lock_that_is_removed_gets_a_new_one(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "lock"), STAGES)
-def test_a_second_process_is_one_line_and_writes_nothing(base, line, lock):
-    with locked(base / lock):
-        before = files_of(base)
-        assert "is being written by another process" in refused(run_line(line, base))
-        assert files_of(base) == before
+def test_a_second_process_is_one_line_and_writes_nothing(fresh, line, lock):
+    with locked(fresh / lock):
+        before = files_of(fresh)
+        assert "is being written by another process" in refused(run_line(line, fresh))
+        assert files_of(fresh) == before
 
 
-# ---- galleries -----------------------------------------------------------------------------------
-
-
-def test_an_enrolment_meanwhile_is_not_lost(base, monkeypatch):
+def test_an_enrolment_meanwhile_is_not_lost(fresh, monkeypatch):
     """While one enrolment looks at its pictures, another is finished, as on the page."""
     predictions = recognize.predictions
 
     def slow(*words):
         monkeypatch.setattr(recognize, "predictions", predictions)
-        run_line(f"{ENROL} second", base, check=0)
+        run_line(f"{ENROL} second", fresh, check=0)
         return predictions(*words)
 
     monkeypatch.setattr(recognize, "predictions", slow)
-    run_line(f"{ENROL} first", base, check=0)
-    monkeypatch.chdir(base)
+    run_line(f"{ENROL} first", fresh, check=0)
+    monkeypatch.chdir(fresh)
     assert recognize.load_gallery("runs/a-lora")["names"][-2:] == ["second", "first"]
 
 
+# dies before or after a move of a file
 KILL = """
 import os, signal, sys
 moment, moves, count = int(sys.argv[1]), {"replace": os.replace, "rename": os.rename}, []
@@ -149,23 +132,17 @@ def whole(tmp_path_factory):
     return {path.name: path.read_bytes() for path in (folder / "set").iterdir()}
 
 
-# ---- packing -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("moment", range(8))
 def test_a_kill_while_packing_leaves_a_whole_set_or_none(tmp_path, whole, moment):
     """Before or after each of the renames: of test, val and train, and of their folder."""
     draw_folder(tmp_path / "images")
-    done = python(KILL + PACK, tmp_path, moment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    python("-c", KILL + PACK, moment, cwd=tmp_path, check=-signal.SIGKILL)
     assert (tmp_path / "set").exists() == (moment == 7)
     if moment < 7:
         run_line(AGAIN, tmp_path, check=0)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "set"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == whole
 
-
-# ---- a run that is stopped -----------------------------------------------------------------------
 
 STOPPED = {  # a call, and the steps in which it is stopped, one after the other
     f"{PRETRAIN} --epochs 2 --mask learned:start=0,ramp_for=0,throw=.1 --ratio .5-.7": (6,),
@@ -179,29 +156,27 @@ STOPPED = {  # a call, and the steps in which it is stopped, one after the other
 
 
 @pytest.mark.parametrize("line", STOPPED)
-def test_a_run_that_was_stopped_ends_with_the_same_bits(base, line, no_pictures):
+def test_a_run_that_was_stopped_ends_with_the_same_bits(fresh, line, no_pictures):
     """It goes on where it was, is refused where it would begin again, and is judged on test."""
-    run, whole = base / "new/run", base / "new/whole"
-    run_line(line, base, check=0)
+    run, whole = fresh / "new/run", fresh / "new/whole"
+    run_line(line, fresh, check=0)
     run.rename(whole)
     resumed = f"{line.split()[0]} --resume new/run"
     for step, number in zip(STOPPED[line], (signal.SIGTERM, signal.SIGINT), strict=False):
         with stopped(step, number):
-            run_line(resumed if run.exists() else line, base, check=128 + number)
-            assert "is there already" in refused(run_line(line, base))
+            run_line(resumed if run.exists() else line, fresh, check=128 + number)
+            assert "is there already" in refused(run_line(line, fresh))
     with stopped(step):  # whatever began again would be stopped again
-        run_line(resumed, base, check=0)
+        run_line(resumed, fresh, check=0)
     found = differences(written(whole), written(run))
     assert {file for file, *_ in found} <= {"log.jsonl"}  # its rows are means since the last one
     if not line.startswith("pretrain.py"):
         other = "dev" if line.startswith("detect.py") else "test"
         first = (run / "metrics.json").read_bytes()
-        run_line(f"{resumed} --split {other}", base, check=0)
+        run_line(f"{resumed} --split {other}", fresh, check=0)
         assert (run / f"metrics-{other}.json").read_bytes() != first
         assert (run / "metrics.json").read_bytes() == first
 
-
-# ---- kills at any moment -------------------------------------------------------------------------
 
 READERS = {
     ".safetensors": read_safetensors,
@@ -220,26 +195,26 @@ def check_whole(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line, _ in STAGES])
-def test_a_kill_of_each_stage_loses_nothing(base, line):
+def test_a_kill_of_each_stage_loses_nothing(fresh, line):
     """At a seeded moment after it begins to write; a run then ends with the bits of a whole one."""
-    run, whole = base / "new/run", base / "new/whole"
+    run, whole = fresh / "new/run", fresh / "new/whole"
     if "new/run" in line:
-        run_line(line, base, check=0)
+        run_line(line, fresh, check=0)
         run.rename(whole)
-    before, paths = files_of(base), set(base.rglob("*"))
+    before, paths = files_of(fresh), set(fresh.rglob("*"))
     script, *words = shlex.split(line)
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=base)
-    while process.poll() is None and set(base.rglob("*")) == paths:
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=fresh)
+    while process.poll() is None and set(fresh.rglob("*")) == paths:
         time.sleep(0.05)
     time.sleep(random.Random(line).uniform(0, 2))
     process.kill()
     process.wait()
-    check_whole(base)
+    check_whole(fresh)
     again = f"{script} --resume new/run" if (run / "state.pt").exists() else line
-    done = run_line(again, base)
+    done = run_line(again, fresh)
     assert not done.returncode or "is there already" in refused(done)
-    assert done.returncode or not [*base.rglob("*.tmp")]
-    check_whole(base)
-    assert before.items() <= files_of(base).items()
+    assert done.returncode or not [*fresh.rglob("*.tmp")]
+    check_whole(fresh)
+    assert before.items() <= files_of(fresh).items()
     found = differences(written(whole), written(run)) if whole.exists() else ()
     assert {file for file, *_ in found} <= {"log.jsonl"}

@@ -15,7 +15,7 @@ from common.checkpoints import load_encoder
 from common.io import UserError
 from common.lora import save_adapter, save_encoder
 from export import export
-from finetune_lora import LoRA, add_lora, load_lora, lora_layers, merge_lora
+from finetune_lora import LoRA, add_lora, load_lora, lora_layers
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
 ATTN = ["attn.qkv", "attn.proj"]
@@ -65,14 +65,6 @@ def test_the_fused_layer_does_what_three_adapters_would():
     parts = lora.base(x).chunk(3, 2)
     parts = [y + 6 / 4 * x @ lora.A[i].T @ lora.B[i].T for i, y in enumerate(parts)]
     torch.testing.assert_close(lora(x), torch.cat(parts, 2))
-
-
-def test_a_merged_encoder_is_plain_and_does_the_same():
-    vit, view = adapted(), some_view()
-    before = vit.features(view)
-    merge_lora(vit)
-    assert vit.state_dict().keys() == small_vit().state_dict().keys()
-    close(vit.features(view), before)
 
 
 def count(size, rank):

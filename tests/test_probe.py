@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, draw_folder, refused
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import data
 import probe
 from common import evaluate, features, stats
+from common.io import read_safetensors, save_safetensors
 from ingest import pack
 from model import ViT
 
@@ -28,11 +27,10 @@ def run_probe(*words, cwd, check=0):
 def relative(run, other, **flags):
     """A copy of a run as if it had been made with other flags: slightly other weights."""
     shutil.copytree(run, other)
-    with safe_open(run / "model.safetensors", "pt") as f:
-        about = json.loads(f.metadata()["animask"])
-        weights = {k: f.get_tensor(k) * (1 + 0.01 * len(other.name)) for k in f.keys()}  # noqa: SIM118
-    about["run"] |= flags
-    save_file(weights, other / "model.safetensors", {"animask": json.dumps(about)})
+    weights, header = read_safetensors(run / "model.safetensors")
+    weights = {name: w * (1 + 0.01 * len(other.name)) for name, w in weights.items()}
+    header["run"] |= flags
+    save_safetensors(weights, other / "model.safetensors", header)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,6 @@ def report_of(folder, name="probe.json"):
 
 
 def test_one_command_writes_what_its_docstring_says(runs):
-    """Numbers of all features, each beside its controls; two pictures."""
     base, done = runs
     pictures = {path.name for path in (base / "random-s0").glob("*.png")}
     assert pictures >= {"attention.png", "neighbours.png"}
@@ -87,7 +84,6 @@ def test_the_headline_alone_has_the_same_digits(runs, tmp_path):
 
 
 def test_features_are_those_of_the_encoder(small):
-    """Pools of the tokens of the whole image, and thumbnails of the same image."""
     encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_splits(small)["val"]
     cpu = torch.device("cpu")
     task = SimpleNamespace(splits={"val": split}, device=cpu, autocast=torch.no_grad)

@@ -173,7 +173,6 @@ def test_pictures_are_few_and_each_is_shown():
 
 
 def test_rows_stay():
-    """As many rows of runs as were ever published."""
     files = tracked(["results/**/rows.jsonl"])
     assert len(files) == 28
     assert sum(len((ROOT / p).read_text().splitlines()) for p in files) >= 584 + 72 + 20

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, draw_folder, refused, run_line
-from made import CPU, home
+from conftest import call, draw_folder, json_of, refused, run_line
+from made import CPU
 from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
@@ -29,20 +29,13 @@ FACE = "images/class1/illust3_0.png"
 GALLERY = "runs/a-lora/gallery.safetensors"
 
 
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    """A home of its own, which is the current folder."""
-    monkeypatch.chdir(home(tmp_path))
-    return tmp_path / "home"
-
-
-def rows_of(base, words):
+def rows_of(fresh, words):
     """The answers for the pictures of a line of words."""
-    return [json.loads(x) for x in said(base, f"{words} --json").stdout.splitlines()]
+    return json_of(f"{NAME} {words} --json", fresh)
 
 
-def said(base, words):
-    return run_line(f"{NAME} {words}", base, check=0)
+def said(fresh, words):
+    return run_line(f"{NAME} {words}", fresh, check=0)
 
 
 # ---- rates ---------------------------------------------------------------------------------------
@@ -88,11 +81,7 @@ def test_unknown_characters_are_counted_by_their_margins():
     assert (row["known"], row["strangers"], row["enrolled"]) == (400, 300, 134)
     nobody = recognize.open_set(known, right, enrolled & False, unknown[:0])
     assert not nobody.keys() & {"enrolled_named_rightly", "strangers_unknown", "auroc_unknown"}
-
-
-def test_detection_rate_is_what_its_words_say():
-    known, right, unknown = margins()
-    for far in (0.01, 0.1, 0.5):
+    for far in (0.01, 0.1, 0.5):  # the share of unknown ones that pass
         cuts = [cut for cut in unknown if (unknown > cut).double().mean() <= far]
         best = max(((known > cut) & right).double().mean().item() for cut in cuts)
         assert recognize.detection_rate(known, right, unknown, far) == pytest.approx(best, abs=1e-6)
@@ -109,12 +98,10 @@ def test_detection_rate_is_what_its_words_say():
         ([0.95, 0.05], [0, 1], [], 0.95),  # too sure and not sure enough do not cancel
     ],
 )
-def test_calibration_error_is_the_mean_gap_of_its_bins_where_half_are_unknown(
-    known, right, unknown, error
-):
-    row = recognize.reliability(
-        torch.tensor(known), torch.tensor(right).bool(), torch.tensor(unknown)
-    )
+def test_calibration_error_is_the_mean_gap_of_its_bins(known, right, unknown, error):
+    """Known and unknown characters weigh the same."""
+    right = torch.tensor(right).bool()
+    row = recognize.reliability(torch.tensor(known), right, torch.tensor(unknown))
     assert row["calibration_error"] == pytest.approx(100 * error, abs=1e-3)
 
 
@@ -167,9 +154,8 @@ def test_similarity_is_the_mean_cosine_with_the_three_nearest_faces_of_a_charact
     for c in range(5):
         cosine = (world.unit @ unit[world.labels == c].T).sort(1, descending=True)[0]
         best.append(cosine[:, :3].mean(1))
-    torch.testing.assert_close(
-        recognize.best_similarity(world.unit, world.gallery), torch.stack(best).amax(0)
-    )
+    found = recognize.best_similarity(world.unit, world.gallery)
+    torch.testing.assert_close(found, torch.stack(best).amax(0))
     sums = torch.stack([unit[world.labels == c].sum(0) for c in range(5)])
     torch.testing.assert_close(world.gallery["means"], F.normalize(sums))
 
@@ -188,10 +174,7 @@ def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(wo
     assert (who == world.labels).float().mean() > 0.99 and sure.mean() > 0.8
     low, high = torch.tensor([0.3, 0.6, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.4, 0.65])
     assert 0.4 < recognize.balance(low, high) < 0.61  # one of four is on the wrong side, either way
-
-
-def test_no_more_known_faces_are_rejected_than_promised_however_alike_unknown_ones_are(world):
-    twins = [x[:50] for x in world.held_out]
+    twins = [x[:50] for x in world.held_out]  # no more are rejected, however alike they are
     found = recognize.calibrate(world.faces, world.labels, world.held_out, twins)
     rejected = (world.score < found["threshold"]).float().mean().item()
     assert rejected == pytest.approx(int(recognize.MOST_REJECTED * 200) / 200, abs=1e-6)
@@ -257,11 +240,11 @@ def test_confidences_are_fitted_to_what_was_drawn():
 # ---- the gallery ---------------------------------------------------------------------------------
 
 
-def test_a_missing_gallery_is_built_of_the_training_pictures(base, monkeypatch):
-    first, about = read_safetensors(base / GALLERY)
-    (base / GALLERY).unlink()
-    assert "faces of 3 characters" in said(base, FACE).stderr
-    tensors, header = read_safetensors(base / GALLERY)
+def test_a_missing_gallery_is_built_of_the_training_pictures(fresh, monkeypatch):
+    first, about = read_safetensors(fresh / GALLERY)
+    (fresh / GALLERY).unlink()
+    assert "faces of 3 characters" in said(fresh, FACE).stderr
+    tensors, header = read_safetensors(fresh / GALLERY)
     assert header == about and all(torch.equal(tensors[name], first[name]) for name in tensors)
     net, _ = finetune_lora.load_classifier("runs/a-lora")
     train = data.open_split("datasets/packed", "train")
@@ -269,27 +252,20 @@ def test_a_missing_gallery_is_built_of_the_training_pictures(base, monkeypatch):
     autocast = autocast_of(torch.device("cpu"), "fp32")
     expected = net.neck(pooled_of(net, train, rows, autocast, mirrored=True))
     torch.testing.assert_close(tensors["embeddings"], expected, atol=1e-4, rtol=1e-4)
-    (base / GALLERY).unlink()
+    (fresh / GALLERY).unlink()
     monkeypatch.setattr(recognize, "FACES", 3)
     assert recognize.open_gallery("runs/a-lora")["labels"].bincount().tolist() == [3, 3, 3]
 
 
 @pytest.mark.slow
-def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(base):
-    before, numbers = read_safetensors(base / GALLERY)
-    words = f"runs/a-lora --folds 3 {CPU}"
-    for parts in (2, 4):
-        wrong = words.replace("folds 3", f"folds {parts}")
-        error = run_line(f"recognize.py {wrong}", base, check=2).stderr
-        assert f"3 characters are too few for --folds {parts}" in error
-    line = run_line(f"recognize.py {words}", base, check=0).stdout.splitlines()[-1]
-    after, header = read_safetensors(base / GALLERY)
+def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(fresh):
+    before, numbers = read_safetensors(fresh / GALLERY)
+    line = said(fresh, "--folds 3").stdout.splitlines()[-1]
+    after, header = read_safetensors(fresh / GALLERY)
     assert torch.equal(before["embeddings"], after["embeddings"])
     assert header["platt"] != numbers["platt"] and header["names"] == numbers["names"]
-    learned = [
-        read_head(base / f"runs/a-lora/fold-{part}-of-3")[1]["classes"] for part in (1, 2, 3)
-    ]
-    left_out = [sorted({*numbers["names"]} - {*classes}) for classes in learned]
+    folds = [read_head(fresh / f"runs/a-lora/fold-{part}-of-3")[1] for part in (1, 2, 3)]
+    left_out = [sorted({*numbers["names"]} - {*fold["classes"]}) for fold in folds]
     assert sorted(sum(left_out, [])) == sorted(numbers["names"])
     assert line.startswith("unknown  ") and "3 characters left out in turn" in line
 
@@ -309,25 +285,25 @@ def test_what_is_promised_is_the_mean_share_over_characters():
 # ---- names, enrolment, verification --------------------------------------------------------------
 
 
-def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(base, monkeypatch):
-    (row,) = rows_of(base, FACE)
+def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(fresh, monkeypatch):
+    (row,) = rows_of(fresh, FACE)
     assert row["name"] == "class1" and row["known"] and 0.5 < row["confidence"] <= 1
     assert [face["name"] for face in row["nearest"]] == ["class1"] * 3
     assert row["similarity"] > row["threshold"]
-    guesses = [(r["picture"].split("/")[0], r["best_guess"]) for r in rows_of(base, "images")]
+    guesses = [(r["picture"].split("/")[0], r["best_guess"]) for r in rows_of(fresh, "images")]
     assert len(guesses) == 72 and np.mean([true == guess for true, guess in guesses]) > 0.9
-    shutil.make_archive(base / "faces", "zip", base / "images")
-    assert [r["best_guess"] for r in rows_of(base, "faces.zip")] == [x for _, x in guesses]
+    shutil.make_archive(fresh / "faces", "zip", fresh / "images")
+    assert [r["best_guess"] for r in rows_of(fresh, "faces.zip")] == [x for _, x in guesses]
     monkeypatch.setattr(sys, "stdin", iter([f"{FACE}\n", "images/class0/illust0_0.png\n"]))
-    assert [r["name"] for r in rows_of(base, "- --threshold 2")] == [None] * 2
-    (base / "text.png").write_text("no picture")
-    found = said(base, f"text.png no.png {FACE}")  # the others go on
+    assert [r["name"] for r in rows_of(fresh, "- --threshold 2")] == [None] * 2
+    (fresh / "text.png").write_text("no picture")
+    found = said(fresh, f"text.png no.png {FACE}")  # the others go on
     assert "text.png" in found.stderr and "no.png" in found.stderr
     assert found.stdout.split(": ")[1].startswith("class1, confidence")
-    assert "unknown (unlike all known" in said(base, f"{FACE} --threshold 2").stdout
+    assert "unknown (unlike all known" in said(fresh, f"{FACE} --threshold 2").stdout
 
 
-def test_pictures_are_cut_as_those_it_learned_from(base, monkeypatch):
+def test_pictures_are_cut_as_those_it_learned_from(fresh, monkeypatch):
     cuts = []
 
     def noted(*words):
@@ -335,83 +311,80 @@ def test_pictures_are_cut_as_those_it_learned_from(base, monkeypatch):
         return decode(*words)
 
     monkeypatch.setattr(ingest.pictures, "decode", noted)
-    said(base, FACE)
+    said(fresh, FACE)
     net, header = finetune_lora.load_classifier("runs/a-lora")
     changed = net, header | {"crop": "figure", "margin": 0.3}
     monkeypatch.setattr(recognize, "load_classifier", lambda _: changed)
-    said(base, FACE)
+    said(fresh, FACE)
     assert cuts == [("centre", 0.1), ("figure", 0.3)]
 
 
-def test_a_run_of_half_the_size_says_the_same(base):
-    run_line("export.py runs/a-lora --to half --out half", base, check=0)
-    for path in base.glob("half/*.safetensors"):
+def test_a_run_of_half_the_size_says_the_same(fresh):
+    run_line("export.py runs/a-lora --to half --out half", fresh, check=0)
+    for path in fresh.glob("half/*.safetensors"):
         assert torch.float32 not in {x.dtype for x in read_safetensors(path)[0].values()}
-    lines = run_line(f"recognize.py half {CPU} images --json", base, check=0).stdout.splitlines()
-    for whole, half in zip(rows_of(base, "images"), map(json.loads, lines), strict=True):
+    others = json_of(f"recognize.py half {CPU} images --json", fresh)
+    for whole, half in zip(rows_of(fresh, "images"), others, strict=True):
         assert whole["best_guess"] == half["best_guess"]
         assert whole["similarity"] == pytest.approx(half["similarity"], abs=5e-3)
 
 
-def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_forgotten(base):
+def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_forgotten(fresh):
     before = recognize.load_gallery("runs/a-lora")
-    draw_folder(base / "new", 1, 8, seed=5)
-    pictures = [str(path) for path in sorted((base / "new/class0").iterdir())]
+    draw_folder(fresh / "new", 1, 8, seed=5)
+    pictures = [str(path) for path in sorted((fresh / "new/class0").iterdir())]
 
     def enrol(name, *some):
-        return call(*NAME.split(), "--enrol", name, *some, cwd=base, check=0).stdout
+        return call(*NAME.split(), "--enrol", name, *some, cwd=fresh, check=0).stdout
 
     assert "enrolled with 4 pictures" in enrol("Zoë", *pictures[:4])
     assert "enrolled with 4 pictures" in enrol("Zoë", *pictures[:2])  # each counts once
-    rows = rows_of(base, f"{' '.join(pictures[4:])} --threshold -1")
+    rows = rows_of(fresh, f"{' '.join(pictures[4:])} --threshold -1")
     assert np.mean([r["name"] == "Zoë" for r in rows]) >= 0.75
     assert rows[0]["nearest"][0]["name"] == "Zoë"
     assert rows[0]["confidence"] is None  # a similarity is no probability
-    assert ": Zoë, enrolled, similarity" in said(base, f"{pictures[4]} --threshold -1").stdout
-    known = rows_of(base, "images/class1 --threshold -1")
+    assert ": Zoë, enrolled, similarity" in said(fresh, f"{pictures[4]} --threshold -1").stdout
+    known = rows_of(fresh, "images/class1 --threshold -1")
     assert np.mean([r["name"] == "class1" for r in known]) > 0.9
     assert "enrolled with 5 pictures" in enrol("Zoe\u0308", pictures[5])  # the same name
-    listed = run_line("recognize.py runs/a-lora --list", base, check=0).stdout
+    listed = run_line("recognize.py runs/a-lora --list", fresh, check=0).stdout
     assert "Zoë: enrolled, 5 pictures" in listed and "class0: learned in training" in listed
     enrol("Ann", *pictures[:3])
     for name, last in (("Zoë", "Ann"), ("Ann", "class2")):
-        run_line(f"recognize.py runs/a-lora --forget {name}", base, check=0)
+        run_line(f"recognize.py runs/a-lora --forget {name}", fresh, check=0)
         after = recognize.load_gallery("runs/a-lora")
         assert after["names"][-1] == last
     assert after["keys"] == before["keys"] and torch.equal(after["unit"], before["unit"])
 
 
-def verified(base, words, folder):
+def verified(fresh, words, folder):
     """What is printed, and recognize.json."""
-    text = said(base, f"--verify {words}").stdout
-    return text, json.loads((base / "runs/a-lora" / folder / "recognize.json").read_text())
+    text = said(fresh, f"--verify {words}").stdout
+    return text, json.loads((fresh / "runs/a-lora" / folder / "recognize.json").read_text())
 
 
-def pack_with(base, name, classes):
+def pack_with(fresh, name, classes):
     """datasets/NAME of new classes beside those of NAME/, by the names of the folders."""
-    draw_folder(base / "drawn", len(classes), 20, seed=5)
+    draw_folder(fresh / "drawn", len(classes), 20, seed=5)
     for i, new in enumerate(classes):
-        shutil.move(base / f"drawn/class{i}", base / name / new)
-    run_line(f"data.py {name} --out datasets/{name} --size 32", base, check=0)
+        shutil.move(fresh / f"drawn/class{i}", fresh / name / new)
+    run_line(f"data.py {name} --out datasets/{name} --size 32", fresh, check=0)
     return f"--data datasets/{name} --split train", f"{name}-train"
 
 
-def test_unknown_characters_are_measured_and_counted_apart_once_enrolled(base):
-    shutil.copytree(base / "images", base / "more")
-    place = pack_with(base, "more", ["somebody"])
-    text, row = verified(base, *place)
+def test_unknown_characters_are_measured_and_counted_apart_once_enrolled(fresh):
+    shutil.copytree(fresh / "images", fresh / "more")
+    place = pack_with(fresh, "more", ["somebody"])
+    text, row = verified(fresh, *place)
     found = row["open_set"]
     assert found["known"] > 30 and found["strangers"] > 5 and 0 <= found["auroc_unknown"] <= 100
     assert f"{found['strangers_unknown']:.1f} % called unknown" in text
-    assert "is there already" in refused(run_line(f"{NAME} --verify {place[0]}", base))
-    (base / "runs/a-lora" / place[1] / "recognize.json").unlink()
-    said(base, "--enrol somebody more/somebody")
-    found = verified(base, *place)[1]["open_set"]
+    assert "is there already" in refused(run_line(f"{NAME} --verify {place[0]}", fresh))
+    (fresh / "runs/a-lora" / place[1] / "recognize.json").unlink()
+    said(fresh, "--enrol somebody more/somebody")
+    found = verified(fresh, *place)[1]["open_set"]
     assert found["strangers"] == 0 and "strangers_unknown" not in found
     assert found["enrolled"] > 5 and found["enrolled_named_rightly"] > 60
-
-
-def test_unknown_characters_of_another_set_are_measured_against_the_own_pictures(base):
-    _, row = verified(base, *pack_with(base, "others", ["x", "y"]))
+    _, row = verified(fresh, *pack_with(fresh, "others", ["x", "y"]))  # of no known character
     assert row["open_set"]["known"] > 10 and row["open_set"]["strangers"] > 20
     assert 0 <= row["calibration_error"] <= 100

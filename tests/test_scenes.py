@@ -1,7 +1,8 @@
-"""Pages with boxes: those that are drawn, and those that others publish."""
+"""What is drawn, pictures and pages with boxes, and the boxes that others publish."""
 
 import json
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +11,51 @@ from PIL import Image
 
 import data
 from ingest import boxes, scenes, toon
+
+PUBLISHED = {  # of four of the 2,400: mean colour, pixels of each part, how far the head is turned
+    0: ([141.3, 135.2, 161.2], [1421, 1672, 190, 135, 20, 544, 114], "frontal"),
+    500: ([177.7, 156.0, 170.0], [1829, 1010, 338, 159, 4, 338, 418], "far turned"),
+    800: ([151.0, 151.1, 151.9], [1352, 1713, 336, 120, 31, 56, 488], "turned"),
+    1600: ([210.7, 219.3, 217.1], [904, 2341, 366, 112, 5, 266, 102], "turned"),
+}
+
+
+def test_the_pictures_are_those_that_were_published():
+    """Every result on the demo set stands on these."""
+    items = toon.plan(2400)
+    for i, (colour, pixels, yaw) in PUBLISHED.items():
+        drawn = toon.draw(items[i], 64)
+        assert drawn["image"].mean((0, 1)) == pytest.approx(colour, abs=0.2)
+        assert np.bincount(drawn["parts"].ravel(), minlength=7) == pytest.approx(pixels, abs=3)
+        assert ((drawn["parts"] > 0) == (drawn["fg"] >= 128)).mean() > 0.985  # all but the rim
+        assert drawn["style"]["yaw"] == yaw
+
+
+def test_wardrobe_is_complete():
+    behind = {a + " behind" for a in toon.ATTRIBUTES["accessory"]} & set(toon.DRAWINGS)
+    names = {name.removesuffix(" behind") for name in behind} | set(toon.DRAWINGS)
+    for attribute in ("hair_style", "fringe", "ahoge", "mark", "glasses", "accessory", "outfit"):
+        assert {v for v in toon.ATTRIBUTES[attribute] if not v.startswith("no_")} <= names
+    assert {f"{style} locks" for style in toon.ATTRIBUTES["hair_style"]} <= names
+    assert {f"{mouth} mouth" for _, _, mouth, _ in toon.MOODS.values()} <= names
+    assert {"hand", *toon.FOOD, *(sign for *_, sign in toon.MOODS.values() if sign)} <= names
+
+
+def test_plan_is_balanced_or_long_tailed():
+    items = toon.plan(2400)
+    assert set(Counter(item["label"] for item in items).values()) == {50}
+    assert len({item["key"] for item in items}) == 2400 and items == toon.plan(2400)
+    assert all(item["key"].startswith(item["who"]["name"] + "/") for item in items)
+    count = Counter(item["label"] for item in toon.plan(2400, tail=5))
+    sizes = [count[label] for label in sorted(count)]
+    assert sum(sizes) == 2400 and len(sizes) == 48 and min(sizes) == 5
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 10 * sizes[1]
+
+
+def test_the_command_draws_one_character_in_a_picture_that_the_set_has_not(tmp_path):
+    words = ("--who", "yukina", "--size", 16)
+    assert "yukina.png written" in call("ingest.toon", *words, cwd=tmp_path, check=0).stdout
+    assert Image.open(tmp_path / "yukina.png").size == (16, 16)
 
 
 def test_characters_stay_in_their_split():

@@ -270,7 +270,6 @@ def test_stage_1_of_another_run_is_used_and_not_written_again(base):
 
 
 def test_folders_of_ones_own_frames_are_enough(base):
-    """Without masks, without mixed frames, without a split dev."""
     draw_folder(base / "own", classes=2, each=16)
     for i, name in enumerate(segment.KINDS):
         shutil.move(base / f"own/class{i}", base / "own" / name)

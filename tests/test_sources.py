@@ -15,7 +15,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from conftest import ROOT, call, draw_folder
+from conftest import CODE, ROOT, call, draw_folder
 from PIL import Image
 
 import data
@@ -74,6 +74,7 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("a", "b"), "class", "-/a -/b", 0),
     (many("a/x"), "-/class", "-/x", 0),
     (SPLITS, "split/class", ALL, 0),
+    (many("train/a", "test/b"), "split/class", "train/a test/b", 0),
     (OWN, "split/-/class", ALL, 0),
     (many("a/train", "b/train", "a/test", "b/test"), "class/split", ALL, 0),
     (["x.png", *SPLITS], "split/class", ALL, 1),
@@ -111,15 +112,6 @@ def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
     assert (f"; {aside} pictures set aside (" in line) == (aside > 0)
     assert ("without a label" in line) == (bool(labels) and None in {r.label for r in records})
     assert len(sources.find(tmp_path, layout=())[0]) == len(names)
-
-
-def test_the_line_names_splits_classes_and_what_is_set_aside():
-    rows = [("test", "b"), ("train", "c"), ("train", "a"), ("train", "d"), ("train", None)]
-    line = layouts.told("split/class", rows, ["z", "x", "y"])
-    classes = "train, test; 4 classes (a, b, c, ...); 1 pictures without a label"
-    others = "3 pictures set aside (x, y, ...); --layout reads folders in another way"
-    assert line == f"read as split/class: {classes}; {others}"
-    assert layouts.told("class", [(None, "a")]) == "read as class: 1 class (a)"
 
 
 SPLIT_NAMES = {
@@ -302,18 +294,14 @@ def test_published_data_sets_and_tables_keep_their_names_splits_and_tags(tmp_pat
     assert first.startswith(f"read as {sources.reader_of(path)[1] or NUMBERED}: ") and more == notes
 
 
-def test_a_layout_of_pictures_only_takes_those_too_that_no_metadata_name(tmp_path):
-    lay(tmp_path, DANBOORU | {"metadata.jsonl": POSTS, "more.png": b""})
-    assert "more.png" in [r.key for r in sources.find(tmp_path, layout=())[0]]
-
-
 def test_tables_give_groups_and_boxes_and_so_do_posts(tmp_path):
     rows = "path,group,x1,y1,x2,y2\na.png,7,1,2,20,21.5\nb.png,,,,,\n"
     records = sources.find(lay(tmp_path / "list", {"list.csv": rows}) / "list.csv")[0]
     assert [(r.group, r.box) for r in records] == [("7", (1, 2, 20, 21.5)), (None, None)]
-    lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS})
-    groups = [r.group for r in sources.find(tmp_path / "posts")[0]]
+    posts = lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS, "more.png": b""})
+    groups = [r.group for r in sources.find(posts)[0]]
     assert groups == ["263159", "263159", "8", "10", "11"]
+    assert "more.png" in [r.key for r in sources.find(posts, layout=())[0]]  # which no post names
 
 
 class Table:
@@ -530,18 +518,14 @@ def test_large_pictures_are_decoded_one_at_a_time(monkeypatch):
     assert not decode.ONE_LARGE.locked()
 
 
-def test_a_program_is_no_picture(tmp_path):
-    """Pillow would hand an EPS to Ghostscript."""
+def test_a_program_is_no_picture_and_pictures_are_opened_in_one_place(tmp_path):
+    """Pillow without a list of formats would hand an EPS to Ghostscript."""
     lay(tmp_path, {"x.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"})
     with pytest.raises(UserError, match=r"x\.png is not .* cannot identify"):
         list(pictures.whole_pictures([tmp_path / "x.png"], []))
-
-
-def test_pictures_are_opened_in_one_place():
-    """Pillow without a list of formats would hand an EPS to Ghostscript."""
-    code = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if p.parent.name != "tests"]
-    found = [p for p in code if re.search(r"Image\.open\(|imread|mpimg", p.read_text())]
-    assert [p.relative_to(ROOT).as_posix() for p in found] == ["ingest/decode.py"]
+    found = [p for p in CODE if re.search(r"Image\.open\(|imread|mpimg", p.read_text())]
+    others = [p.relative_to(ROOT).as_posix() for p in found if p.parent.name != "tests"]
+    assert others == ["ingest/decode.py"]
 
 
 # ---- tags ----------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import some_view
-from safetensors import safe_open
 from safetensors.torch import save_file
+from test_poison import contents
 
 import detect
 import finetune_lora
@@ -83,10 +83,6 @@ def use_encoder(base):
     return encoder.features(VIEW)
 
 
-def use_state(base):
-    return steps(base / "runs/new", resume=base / "runs/new")
-
-
 def use_recogniser(base):
     known = recognize.load_gallery(base / "runs/a-lora")
     net, header = finetune_lora.load_classifier(base / "runs/a-lora")
@@ -120,7 +116,7 @@ def use_patches(base):
 
 FILES = {  # file: how many cases, and what reads it
     "runs/a/model.safetensors": (80, use_encoder),
-    "runs/new/state.pt": (80, use_state),
+    "runs/new/state.pt": (80, lambda base: steps(base / "runs/new", base / "runs/new")),
     "runs/a-lora/head.safetensors": (60, use_recogniser),
     "runs/a-lora/gallery.safetensors": (80, use_recogniser),
     "runs/a-lora/adapter_model.safetensors": (60, use_recogniser),
@@ -134,13 +130,7 @@ FILES = {  # file: how many cases, and what reads it
 
 def read(path):
     """-> its tensors, and its fields; of state.pt all are fields."""
-    if path.suffix == ".json":
-        return {}, json.loads(path.read_text())
-    if path.suffix == ".pt":
-        return {}, torch.load(path, weights_only=True)
-    with safe_open(path, "pt") as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        return tensors, json.loads((f.metadata() or {}).get("animask", "{}"))
+    return contents(path) if path.suffix == ".safetensors" else ({}, contents(path))
 
 
 def write(path, tensors, fields):

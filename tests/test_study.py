@@ -328,9 +328,6 @@ def test_a_run_that_diverges_is_a_row_once(home, small):
     assert len((folder_of(home) / "rows.jsonl").read_text().splitlines()) == 9
 
 
-# ---- the plans -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", plans.PLANS)
 def test_every_plan_is_whole(name, home, small, monkeypatch):
     """It says what it would run. What it names is there: arms, flags of stages, words in braces."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, refused, run_line
+from conftest import WORDS, json_of, refused, run_line
 from made import CPU, QUICK
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
@@ -33,7 +33,7 @@ IDS = torch.tensor([[1, 2], [3, -1], [-1, -1], [0, 9], [5, 6]])  # of the pictur
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def test_words_stand_in_order_between_cls_and_sep():
+def test_words_stand_in_order_between_cls_and_sep_and_of_too_many_a_subset():
     mask, pad, cls, sep = (V + x for x in (tags.MASK, tags.PAD, tags.CLS, tags.SEP))
     ids = torch.tensor([[7, 2, -1], [-1, -1, -1], [0, 9, 4]])
     assert tags.to_words(ids, V, L).tolist() == [
@@ -42,10 +42,7 @@ def test_words_stand_in_order_between_cls_and_sep():
         [cls, 0, 4, 9, sep, pad, pad, pad],
     ]
     assert tags.all_masked(V, L).tolist() == [[cls, *[mask] * 6, sep]]
-
-
-def test_of_too_many_tags_a_random_subset_is_read_and_the_most_frequent_without_a_generator():
-    ids = torch.arange(10).expand(500, 10)
+    ids = torch.arange(10).expand(500, 10)  # too many: the most frequent, or a random subset
     assert (tags.to_words(ids, V, L)[:, 1:-1] == torch.arange(6)).all()
     words = tags.to_words(ids, V, L, seeded(0))
     assert (words[:, 1:-1].diff(dim=1) > 0).all() and (words[:, -1] == V + tags.SEP).all()
@@ -182,6 +179,9 @@ def test_every_arm_trains_and_is_used(base, arm):
     else:
         done = run_line(f"{asked} --threshold .3", base)
         assert (done.returncode == 0) == names_tags
+    if not names_tags:
+        exported = run_line(f"export.py runs/{arm} --to onnx", base)
+        assert f"--arm {arm}" in refused(exported)
 
 
 def test_it_learns_the_colours_and_their_names(base):
@@ -219,7 +219,7 @@ def test_a_name_is_unknown_where_nine_of_a_hundred_known_faces_are_as_unsure(mon
 
 def test_pictures_get_a_name_and_tags(base):
     asked = f"tags.py runs/a-tags images/class0/illust0_0.png {CPU}"
-    row = json.loads(run_line(f"{asked} --json --threshold 0", base, check=0).stdout)
+    (row,) = json_of(f"{asked} --json --threshold 0", base)
     assert row["best_guess"].startswith("class") and 0 <= row["confidence"] <= 1
     assert list(row["tags"].values()) == sorted(row["tags"].values(), reverse=True)
     assert len(row["tags"]) == 5
