@@ -292,9 +292,8 @@ def kept(N, ratio, throw=0.0):
     K = int(N * (1 - ratio) + 1e-9)
     M = N - K - round(throw * N)
     if K < 1 or M < 1 or throw < 0:
-        left = f"leaves {K} visible and {M} hidden of {N} patches"
-        thrown = f", with {throw:g} of them thrown," if throw else ""
-        raise ValueError(f"{ratio:g}{thrown} {left}; at least 1 of each is needed, as with 0.75")
+        left = f"{K} visible and {M} hidden of {N} patches, {throw:g} of them thrown"
+        raise ValueError(f"{ratio:g} leaves {left}; at least 1 of each is needed, as with 0.75")
     return K
 
 

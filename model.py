@@ -257,8 +257,7 @@ def check_sizes(image_size, patch_size, dim, heads):
         fix = f"choose one up to {LARGEST} that divides it, such as 8 or 16"
         raise UserError(f"patch size {patch_size} does not fit image size {image_size}; {fix}")
     if dim % heads or dim % 4:
-        fix = f"choose a multiple of {math.lcm(heads, 4)}"
-        raise UserError(f"width {dim} with {heads} heads; {fix}")
+        raise UserError(f"width {dim}, {heads} heads; choose a multiple of {math.lcm(heads, 4)}")
 
 
 def shape_of(encoder):

@@ -271,13 +271,6 @@ def efficiency_line(found, how):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def draw(home, encoder, task, found):
-    """attention.png and neighbours.png; found: features of the mean token."""
-    rows = data.evenly_spaced(len(task.split["images"]), 8)
-    draw_attention(home / "attention.png", encoder, task, rows[:5])
-    draw_neighbours(home / "neighbours.png", found, task, rows[:6])
-
-
 @torch.no_grad()
 def draw_attention(path, encoder, task, rows):
     """A line for each picture: each head of the last block, their mean, the rollout."""
@@ -340,8 +333,10 @@ def probe(run, task, threshold):
         "images": {name: len(x) for name, x in task.labels.items()},
     }
     if not task.headline:
+        rows = data.evenly_spaced(len(task.split["images"]), 8)
         with drawing("attention.png and others"):
-            draw(task.home[run], encoder, task, found["mean"])
+            draw_attention(task.home[run] / "attention.png", encoder, task, rows[:5])
+            draw_neighbours(task.home[run] / "neighbours.png", found["mean"], task, rows[:6])
     right = {}
     log = read_log(features.home_of(run) / "log.jsonl")
     if task.labelled:

@@ -103,7 +103,7 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2507, 2500),
+    "lesson": (2500, 2500),
     "applications": (4572, 3900),
     "kernels": (519, 520),
     "common": (3201, 2400),
