@@ -198,7 +198,7 @@ def graph_of(source, image_size=None):
             raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
         notes = {"is": "tagger", "names": header["classes"]}
         notes |= {"tags": header["words"], "thresholds": header["thresholds"]}
-        notes["least_confidence"] = header.get("least_confidence")
+        notes["least_confidence"] = header.get("least_confidence") or tags.LIKELY
     else:
         encoder = checkpoints.load_encoder(source, image_size)
         side = encoder.image_size
@@ -321,18 +321,24 @@ RESULTS = ("probe.json", "metrics.json", "recognize.json")
 NUMBERS = ("headline", "top1", "macro_f1", "ap", "ap50", "map", "roc_auc", "eer")  # of these files
 
 
-def pictures_of(source):
-    """The data sets behind a run, with those of the encoder that it began from, if that is there."""
+def sets_behind(source, later=()):
+    """The data sets behind a run, with those of the encoders that it and they began from.
+
+    later: the runs that began from this one; a run that comes twice was replaced by another one.
+    """
+    if not source.exists() or source.resolve() in later:
+        return ["not known here"]
     flags = flags_of_run(source)
-    before = flags.get("encoder") or flags.get("init")
-    sets = pictures_of(Path(before)) if before and Path(before).exists() else []
-    return list(dict.fromkeys([flags.get("data", "not known here"), *sets]))
+    found = [flags.get("data", "not known here")]
+    if before := flags.get("encoder") or flags.get("init"):
+        found += sets_behind(Path(before), (*later, source.resolve()))
+    return list(dict.fromkeys(found))
 
 
 def card_of(source, library, use):
     """The card of what was made from `source`; use: the line that loads it."""
     flags = flags_of_run(source)
-    pictures = pictures_of(source)
+    pictures = sets_behind(source)
     table = "\n".join(f"| {k} | `{value}` |" for k, value in flags.items() if value is not None)
     lines = "\n".join(measured(checkpoints.model_file(source).parent)) or "Nothing was measured."
     return f"""---
@@ -368,8 +374,10 @@ def flags_of_run(source):
         return flags | {
             f"{name} of its encoder": before[name] for name in MADE_BY if name in before
         }
-    found = checkpoints.flags_of(source / "detector.safetensors") or checkpoints.flags_of(source)
-    return found or checkpoints.about_model(source).get("origin", {})
+    file = source / "detector.safetensors"
+    header = checkpoints.about_model(file if file.exists() else source)
+    flags = header.get("run") or header.get("origin", {})
+    return flags | ({"encoder": header["base"]} if "base" in header else {})
 
 
 def measured(folder):

@@ -322,11 +322,10 @@ def main():
     peak_lr = flags.blr * V * flags.batch_size / 256
     model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
-    parts = {"model": model}
-    if V == 2:  # before a mask draws weights, so that those of the projector are the same for all
-        parts["agreement"] = Agreement(size["dim"], train_set, settings)
+    # before a mask draws weights, so that those of the projector are the same for all masks
+    contrastive = {"agreement": Agreement(size["dim"], train_set, settings)} if V == 2 else {}
     strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast, V)
-    parts |= guide.networks()
+    parts = {"model": model, **guide.networks(), **contrastive}
     optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
     cut_views, net = compiled(model, flags, device)
     agreement = share_gradients(parts.get("agreement"))

@@ -454,8 +454,9 @@ def compare(reports, task, threshold):
         cells = [stats.plus_minus(row[key]) for key in ("logistic", "knn", "reached_epoch")]
         print(f"{name[:27]:28}{row['runs']:>5}" + "".join(f"{cell:>14}" for cell in cells))
     rows = differences(configs, task.groups.numpy())
-    lines = [difference_line(row) for row in rows]
-    print("\n".join(lines or ["no difference: no other configuration has a seed of the first"]))
+    print(*map(difference_line, rows), sep="\n")
+    if len(configs) > 1 and not rows:
+        print("no difference: no other configuration has a seed of the first")
     about = {"command": command(), "machine": machine(task.device), "commit": commit()}
     about |= {"split": task.held, "pool": task.pool, "threshold": threshold}
     save_json(about | {"configurations": summaries, "pairs": rows}, task.out / "compare.json")

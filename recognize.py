@@ -766,7 +766,6 @@ def enrol(args, net, header, autocast):
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     problems, keys, embeddings = [], [], []
-    args.images = [*dict.fromkeys(args.images)]  # a picture that is given twice is one
     for some, _, more in predictions(args, net, header, autocast, problems):
         keys += some
         embeddings.append(more)
@@ -785,7 +784,9 @@ def add_faces(run, who, keys, embeddings):
         names = gallery["names"] if who in gallery["names"] else [*gallery["names"], who]
         label = names.index(who)
         own = gallery["embeddings"][gallery["labels"] == label]
-        new = (F.normalize(embeddings) @ F.normalize(own).T < SAME).all(1)
+        unit = F.normalize(torch.cat([own, embeddings]))
+        is_known = (unit @ unit.T > SAME).tril(-1).any(1)  # as a face before it
+        new = ~is_known[len(own) :]
         keys = list(itertools.compress(keys, new))
         labels = F.pad(gallery["labels"], (0, len(keys)), value=label)
         total = int((labels == label).sum())

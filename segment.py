@@ -559,7 +559,8 @@ def learn_pixels(task, run, one, three):
     fit(task, run, three)
     run.save()
     header = {"network": three.network, "patches": three.net.patches and one.net.config}
-    header |= {"image_size": task.S, "run": {"data": task.data}}
+    header |= {"image_size": task.S}
+    header["run"] = {"data": task.data, "encoder": run.config["encoder"]}
     save_safetensors(three.net.state_dict(), run.out / "model.safetensors", header)
     return run.seconds() - start
 

@@ -818,6 +818,8 @@ def caption_files(paths, append):
     for path in paths:
         for file in picture_files(path).values():
             found[str(file)] = file.with_suffix(".txt")
+    if not found:
+        raise UserError(f"no picture was found in {', '.join(paths)}")
     twice = [file for file, n in Counter(found.values()).items() if n > 1]
     if twice:
         raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")

@@ -74,7 +74,7 @@ def open_task(args, run):
 def open_splits(folder, held="val"):
     """-> {"train", "dev" where there is one, held: split}, all with the same classes and tags."""
     names = ["train", held]
-    if held != "dev" and (Path(folder) / "dev.safetensors").exists():
+    if held in ("val", "test") and (Path(folder) / "dev.safetensors").exists():
         names.insert(1, "dev")
     splits = {name: data.open_split(folder, name) for name in names}
     for name, split in splits.items():

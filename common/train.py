@@ -38,9 +38,10 @@ ANEW = "remove the folder of the run, or choose another --out"
 # ---- flags of all stages that train --------------------------------------------------------------
 
 
-def add_flags(add):
-    """add: the method add_argument of a parser, or of a group of it."""
-    add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
+def add_flags(add, reports=True):
+    """add: the method add_argument of a parser, or of a group of it; reports: on a split."""
+    if reports:
+        add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
     add("--seed", type=at_least(0), default=0, help="of all random numbers")
     add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
     add("--device", default="auto", help="auto, cpu, cuda, mps")

@@ -311,10 +311,10 @@ def with_masks(plan, arms):
     commands = plan["arms"] | dict.fromkeys(own, plan["template"])
     for arm, templates in commands.items():
         commands[arm] = [template.replace("{arm}", arm) for template in templates]
-    against = plan["against"]
-    if isinstance(against, dict):
-        against = dict.fromkeys(own, arms[0]) | against
-    return plan | {"arms": commands, "against": against}, arms
+    baselines = plan["against"]
+    if isinstance(baselines, dict):
+        baselines = dict.fromkeys(own, arms[0]) | baselines
+    return plan | {"arms": commands, "against": baselines}, arms
 
 
 def chosen(args):

@@ -142,7 +142,7 @@ def read_flags():
     add("--epochs", type=at_least(1), default=20)
     add("--batch-size", type=at_least(2), default=64, metavar="B")
     add("--lr", type=between(1e-9, 1), default=1e-3, help="peak learning rate")
-    train.add_flags(add)
+    train.add_flags(add, reports=False)
     flags = Flags(parser)
     train.take_up(flags)
     if not (flags.resume or (flags.method and flags.data and flags.out)):

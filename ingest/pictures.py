@@ -42,14 +42,16 @@ def each_picture(paths, work, problems, at_once=16):
     for path in paths:
         try:
             records, fetch = found_at(path)
+            # two folders may have files of one name; a list holds paths
+            below = len(paths) > 1 and path != "-" and not is_picture(Path(path))
             for record, row in decode_records(records, fetch, work, at_once):
+                key = str(Path(path, record.key)) if below else record.key
                 if isinstance(row, Exception):
-                    why = f"{record.key} is not a picture that can be read: {reason(row)}"
-                    problems.append((record.key, why))
+                    why = f"{key} is not a picture that can be read: {reason(row)}"
+                    problems.append((key, why))
                 else:
                     count += 1
-                    among = len(paths) > 1 and record.key != path  # files may have one name
-                    yield f"{path}/{record.key}" if among else record.key, row
+                    yield key, row
         except UserError as problem:  # a hostile or broken archive, a path that is not there
             problems.append((path, str(problem)))
     if not count:
@@ -73,7 +75,7 @@ def is_picture(path):
 
 
 def picture_files(path):
-    """-> {key: the file} of the pictures at a path, a picture or a folder; keys as above."""
+    """-> {key: the file} of the pictures at a path, a picture or a folder; keys as above, of one path."""
     folder = Path(path)
     if folder.is_dir():
         found = {}

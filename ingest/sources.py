@@ -51,7 +51,7 @@ def find(path, layout=None):
         found, *notes = by_path(pictures, layout)
     if not found:
         looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
-        fix = "give an archive itself, or --detect with a file of boxes"
+        fix = "give an archive itself; data.py reads a file of boxes with --detect"
         raise UserError(f"no image found in {path}; looked for {looked}; {fix}")
     if reader is open_folder and layout != ():
         found = [tags.with_caption(r, path) for r in found]
@@ -427,7 +427,7 @@ def read_posts(path, have):
             records += [record] if record else []
     lost = f"{len(broken)} of {count} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * count:
-        fix = "correct or remove them; a file of boxes needs --detect"
+        fix = "correct or remove them; data.py reads a file of boxes with --detect"
         raise UserError(f"{path} is no metadata of pictures: {lost}; {fix}")
     notes = [f"{absent} lines of the metadata have no picture here"] if absent else []
     return records, notes + [lost] * bool(broken)

@@ -16,6 +16,7 @@ import data
 import export
 import tags
 from common.checkpoints import load_encoder, save_model
+from common.io import save_safetensors
 from common.train import seeded
 from model import MAE
 
@@ -133,11 +134,17 @@ def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
 
 def test_a_card_names_the_pictures_of_the_encoder_that_a_run_began_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, more in (("mine", {}), ("toon", {"init": "mine"})):
+    runs = {"mine": {}, "toon": {"init": "mine"}, "lost": {"init": "gone"}, "own": {"init": "own"}}
+    for name, more in runs.items():
         flags = {"data": f"datasets/{name}", **more}
         save_model(MAE(32, 8, 32, 2, 2, 32, 1), Path(name, "model.safetensors"), {"run": flags})
     text = export.card_of(Path("toon"), "pytorch", "")
     assert "license: other" in text and "(datasets/toon, datasets/mine)" in text
+    for name in ("lost", "own"):  # its encoder is gone, or another run has its folder
+        assert export.sets_behind(Path(name)) == [f"datasets/{name}", "not known here"]
+    header = {"base": "mine", "run": {"data": "datasets/scenes", "encoder": "d4df7a6c05a8"}}
+    save_safetensors({"x": torch.zeros(1)}, Path("det/detector.safetensors"), header)
+    assert export.sets_behind(Path("det")) == ["datasets/scenes", "datasets/mine"]
 
 
 def test_cards_of_a_merged_encoder_and_of_its_copy_say_how_it_was_trained(at):

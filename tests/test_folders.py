@@ -138,8 +138,11 @@ def test_no_copy_is_replaced_by_another_folder_s_picture(fresh):
         (fresh / folder).mkdir()
         shutil.copy(fresh / FOLDER / "illust0_0.png", fresh / folder / "1.png")
         os.chmod(fresh / folder / "1.png", 0o444)
-    for paths, keys in ((["a"], ["1.png"]), (["a", "b"], ["a/1.png", "b/1.png"])):
-        assert [key for key, _ in pictures.whole_pictures(paths, [])] == keys
+    (fresh / "b/2.png").write_text("hello")
+    for paths, keys in ((["a"], ["1.png"]), (["a/", "b"], ["a/1.png", "b/1.png"])):
+        problems = []
+        assert [key for key, _ in pictures.whole_pictures(paths, problems)] == keys
+        assert [key for key, _ in problems] == ["b/2.png"] * (len(paths) > 1)
     shutil.copy(fresh / FOLDER / "illust1_0.png", os.fsencode(fresh / "a") + b"/" + first)
     for name in ("\u00e9.png", "e\u0301.png"):  # one name in two spellings
         shutil.copy(fresh / FOLDER / "illust2_0.png", fresh / "a" / name)

@@ -99,6 +99,12 @@ def test_what_is_explained_or_to_be_changed_is_where_the_docs_say(page, pattern,
             assert known, f"{file} has no {name}"
 
 
+@pytest.mark.parametrize("script", STAGES)
+def test_every_stage_says_what_it_reads_and_writes(script):
+    text = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    assert re.search(r"^Reads:", text, re.M) and re.search(r"^Writes:", text, re.M)
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 NUMBER = r"(?<![\w.])[-+]?(?:\d+[\d,]*(?:\.\d+)?|\.\d+)(?:e-?\d+)?"

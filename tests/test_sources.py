@@ -381,7 +381,7 @@ REFUSED = [  # files, a word of the refusal
     ({"icartoonface_rectrain_det.txt": "a/b.jpg\t20\t1\t2\t2"}, "x1 < x2"),
     ({"list.csv": "path,x1,y1,x2,y2\na.png,1,2,3,nose"}, "1,2,3,nose is no box"),
     ({"metadata.jsonl": "[1, 2]\nhello\n"}, "2 of 2 lines are no JSON objects"),
-    ({"metadata.jsonl": '{\n"images": [],\n"annotations": []\n}\n'}, "boxes needs --detect"),
+    ({"metadata.jsonl": '{\n"images": [],\n"annotations": []\n}\n'}, "boxes with --detect"),
     ({"metadata.jsonl": "{}\n" * 18 + "hello\n"}, "metadata.jsonl, line 19"),
     ({"metadata.jsonl": "[" * 99999}, "1 of 1 lines are no JSON objects"),
     ({"list.csv": f'"{"x" * 200_000}.png"'}, "not a table"),

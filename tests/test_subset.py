@@ -67,6 +67,7 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     found = [i for i in changed if new["train"]["header"]["keys"][i] in worst]
     assert len(found) >= 0.7 * len(changed) and f"planted  {len(found)} of the first" in said
     assert all(row["label"] != row["better"] for row in rows)
+    assert (tmp_path / "s/suspects.png").exists()
     assert "suspects.csv is there already" in refused(call("probe.py", *words, cwd=tmp_path))
     with pytest.raises(UserError, match="two classes of 5 illustrations"):
         out_of_fold(torch.randn(8, 4), torch.tensor([0, 1] * 4), torch.zeros(8), 2)
