@@ -31,11 +31,18 @@ def noise_images(n, S=32):
 
 @pytest.mark.parametrize(
     "epochs, start, expected",
-    [(12, 0.1, {2, 3, 6}), (400, 0.1, {40, 100, 200}), (8, 0.4, {4}), (8, 0, {0, 2, 4})],
+    [
+        (12, 0.1, {2, 3, 6}),
+        (400, 0.1, {40, 100, 200}),
+        (8, 0.4, {4}),
+        (8, 0, {0, 2, 4}),
+        (8, 1, {8}),
+    ],
 )
-def test_a_teacher_makes_new_maps_while_it_learns_fast(epochs, start, expected):
+def test_a_teacher_makes_new_maps_while_it_learns_fast(epochs, start, expected, capsys):
     teacher = guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", epochs, start)
     assert teacher.epochs == expected and teacher.learns and not teacher.encoder.training
+    assert ("masks stay random" in capsys.readouterr().out) == (start == 1)
 
 
 def test_the_teacher_is_the_moving_average_of_the_encoder():
@@ -70,6 +77,7 @@ def test_the_first_map_is_made_by_a_teacher_that_learned(total):
     [
         ({}, "dino.pth", [], "cls"),
         ({"contrast": "none"}, "run", [], "outlier"),
+        ({"contrast": "none"}, "self", [], "outlier"),
         ({"contrast": "pooler"}, "self", [], "pooler"),
         ({"contrast": "pooler"}, "run", ["run/pooler.safetensors"], "pooler"),
         ({"contrast": "pooler"}, "run", [], "outlier"),

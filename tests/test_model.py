@@ -139,6 +139,13 @@ def test_pixels_survive_the_round_trip_with_and_without_statistics():
     assert torch.equal(painted, torch.full((3,), 11 / 16))
 
 
+@pytest.mark.parametrize("sizes", [(0, 8, 32, 1), (32, 7, 32, 1), (32, 8, 32, 3), (32, 8, 6, 3)])
+def test_sizes_that_do_not_fit_are_refused(sizes):
+    """Side of the view and of a patch, width, heads."""
+    with pytest.raises(M.UserError):
+        M.check_sizes(*sizes)
+
+
 def test_sizes_are_those_of_the_literature():
     """ViT-S has 22 and ViT-B 86 million parameters; the names are also in saved flags."""
     millions = {}
