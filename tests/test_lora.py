@@ -126,7 +126,7 @@ def test_peft_loads_ours_with_the_same_output(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"target_modules": [*ATTN, "fc1", "fc2"], "use_rslora": True},
+        {"target_modules": [*ATTN, "fc1", "fc2"], "use_rslora": True, "r": 3},
         {"target_modules": r".*\.1\.mlp\.fc[12]"},
         {"target_modules": "all-linear", "kind": "gaussian"},
         {"rank_pattern": {"fc1": 2}, "alpha_pattern": {r"blocks\.1\.attn\.qkv": 3}},
