@@ -1,6 +1,7 @@
 """finetune_lora.py: heads against plain formulas, what its loop promises, and runs on a small packed set."""
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from made import QUICK
 
 import data
 import finetune_lora
-from common import classifier, controls, features, stats, train
+from common import classifier, controls, features, metrics, stats, train
 from common.train import read_log, seeded
 from model import ViT
 
@@ -187,6 +188,14 @@ def test_a_run_writes_what_its_docstring_says(at, method, no_pictures):
     near = [i for i, x in enumerate(scores) if x / 100 >= best - (best * (1 - best) / n) ** 0.5]
     # the latest epoch within a standard error of the best one
     assert state_of(out)["best"]["epoch"] == row["best_epoch"] == near[-1] + 1
+
+
+def test_a_late_epoch_that_is_much_worse_is_not_kept(at, monkeypatch, no_pictures):
+    scores = itertools.chain((0.5, 0.9, 0.88, 0.2), itertools.repeat(0.2))
+    monkeypatch.setattr(metrics, "macro_f1", lambda *_: next(scores))
+    out = at / "runs" / "late"
+    run_line(f"{TUNE} --method linear --epochs 4 --out {out}", at, check=0)
+    assert state_of(out)["best"]["epoch"] == 3
 
 
 @pytest.mark.parametrize("with_dev", [False, True])
