@@ -42,7 +42,7 @@ def each_picture(paths, work, problems, at_once=16):
     for path in paths:
         try:
             records, fetch = found_at(path)
-            # two folders may have files of one name; a list holds paths
+            # files of two folders may have one name; a list on standard input holds paths
             below = len(paths) > 1 and path != "-" and not is_picture(Path(path))
             for record, row in decode_records(records, fetch, work, at_once):
                 key = str(Path(path, record.key)) if below else record.key
