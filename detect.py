@@ -556,8 +556,10 @@ def use(flags, device, autocast):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
-            shown = {f"_{i}": cut_out(picture, box) for i, box in enumerate(boxes.tolist())}
-            shown = shown if crop else {"": outlined(picture, boxes)}
+            if crop:
+                shown = {f"_{i}": cut_out(picture, box) for i, box in enumerate(boxes.tolist())}
+            else:
+                shown = {"": outlined(picture, boxes)}
             save_pngs(out, key, shown, in_folders=crop)
     tell_problems(problems, (header.get("run") or {}).get("data"))
 

@@ -104,7 +104,7 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2500, 2500),
-    "applications": (4583, 3900),
+    "applications": (4585, 3900),
     "kernels": (519, 520),
     "common": (3202, 2400),
     "ingest": (3767, 2700),
