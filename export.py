@@ -374,8 +374,8 @@ def flags_of_run(source):
         return flags | {
             f"{name} of its encoder": before[name] for name in MADE_BY if name in before
         }
-    file = source / "detector.safetensors"
-    header = checkpoints.about_model(file if file.exists() else source)
+    detector = checkpoints.about_model(source / "detector.safetensors")
+    header = detector or checkpoints.about_model(source)
     flags = header.get("run") or header.get("origin", {})
     return flags | ({"encoder": header["base"]} if "base" in header else {})
 

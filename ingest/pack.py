@@ -327,9 +327,8 @@ def write_split(path, rows, dims, records, labels, about):
                 continue
             kept.append(record)
             pixels.update(np.ascontiguousarray(row["images"]).data)
-            yield {p: row[p][None] for p in dims} | {
-                "labels": np.array([labels[record.label]], np.int64)
-            }
+            label = np.array([labels[record.label]], np.int64)
+            yield {p: row[p][None] for p in dims} | {"labels": label}
 
     def header():
         some = kept or records  # before the first row: of all, so that there is room for it
