@@ -185,7 +185,7 @@ def build_network(kind, size, flags):
 def compiled(model, flags, device):
     """`make_views` and the network for the loop: compiled, or unchanged.
 
-    Two CUDA graphs start 1,400 kernels. One by one, a host starts them slower than a GPU runs them.
+    Two CUDA graphs start 720 kernels. One by one, a host starts them slower than a GPU runs them.
     """
     can = device.type == "cuda" and kernels.why_not_triton(device) is None  # torch.compile needs it
     default = can and not re.search("[:-]", flags.ratio)  # one ratio, one graph

@@ -23,6 +23,7 @@ NO_MEMORY = (
 QUIET = 10  # seconds between two states of a bar where output is piped
 LOCKS = contextlib.ExitStack()  # of what this command writes; `cli` lets go of them
 HELD = set()  # their paths
+BATCH = []  # images of a step, from where a training loop begins
 
 
 def cli(main):
@@ -66,6 +67,9 @@ def in_one_line(problem):
     if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
         return f"{problem}: a link leads back to itself"
     if re.search(NO_MEMORY, f"{type(problem).__name__} {problem}"):
+        if BATCH and BATCH[-1] > 1:
+            half = BATCH[-1] // 2
+            return f"memory is full; give --batch-size {half}, or smaller --image-size or --model"
         return "memory is full; give smaller --image-size, --batch-size or --model"
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import at_least, claim, launched, progress, refuse_overwrite
+from common.command import BATCH, at_least, claim, launched, progress, refuse_overwrite
 from common.fields import check_fields, number, whole
 from common.io import UserError, atomic, parse_table, read_torch, reading, save_text
 
@@ -274,6 +274,7 @@ class Run:
         self.config = {k: v for k, v in flags.values.items() if k not in UNSAVED}
         self.parts = parts
         self.batch_size = flags.batch_size  # images of a step
+        BATCH.append(self.batch_size)
         self.step = 0
         self.total = total
         self.per_epoch = per_epoch

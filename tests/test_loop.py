@@ -12,7 +12,7 @@ from torch import nn
 
 from common import train
 from common.classifier import Classifier, make_optimizer
-from common.command import LOCKS, Flags, Parser, UserError, parse_keys
+from common.command import LOCKS, Flags, Parser, UserError, cli, parse_keys
 from common.io import save_text
 from model import MAE, SIZES, Pooler, ViT
 
@@ -126,6 +126,16 @@ def test_a_run_never_goes_on_with_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(UserError, match="temperature"):
         run.losses = run.norms = [torch.tensor(1.0)]
         run.log_step(temperature=float("nan"))
+
+
+def test_full_memory_in_a_loop_names_a_batch_of_half_the_size(tmp_path, capsys):
+    def step():
+        steps(flags_of("--out", str(tmp_path / "run"), "--batch-size", "6"), 1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli(step)
+    assert "error: memory is full; give --batch-size 3," in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):

@@ -60,6 +60,21 @@ def test_masked_pixels_never_reach_the_network(kind):
     assert torch.equal(first[0], second[0])
 
 
+@pytest.mark.parametrize("kind", [M.MAE, M.SimMIM])
+def test_the_network_is_one_graph_for_the_compiler(kind):
+    """What CUDA replays: no break, and the same results and gradients (here without its code)."""
+    ids = some_ids()
+    x = torch.randn(3, 5, 192)
+    found = []
+    for compiled in (False, True):
+        net = small_mae(kind)
+        run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+        outputs = [o for o in run(x, *ids) if o is not None]
+        sum(o.square().sum() for o in outputs).backward()
+        found.append([*outputs, *(w.grad for w in net.parameters() if w.grad is not None)])
+    torch.testing.assert_close(*found)
+
+
 def test_the_statistics_head_and_the_pooler_give_no_gradient_to_the_rest():
     mae, (keep, mask) = small_mae(), some_ids()
     mae.encoder.pooler = M.Pooler(64, 4)
