@@ -56,7 +56,7 @@ PLANES = {  # arrays of a split; a name that ends in ? may be missing
     "style?": "uint8 n Q",
 }
 SPLITS = ("train", "val", "test", "dev")  # some sets have no train
-MAP_DTYPE = {"attn": "float16", "saliency": "uint8", "parts": "uint8", "drawn": "uint8"}
+MAP_DTYPE = {"attn": "float16", "saliency": "uint8", "parts": "uint8"}
 
 
 # ---- a split -------------------------------------------------------------------------------------
@@ -66,10 +66,10 @@ def open_split(folder, name):
     """{"images": u8 (n, S, S, 3), "labels": i64 (n), "header", ...}; PLANES as memory maps."""
     path = Path(folder) / f"{name}.safetensors"
     fix = f"python data.py IMAGES --out {shlex.quote(str(folder))} makes it"
-    there = sorted(file.stem for file in Path(folder).glob("*.safetensors"))
-    if name not in there:
-        known = f"{folder} has no split {name}, only {', '.join(there)}; choose one of them"
-        raise UserError(known if there else f"{path} does not exist; {fix}")
+    names = sorted(file.stem for file in Path(folder).glob("*.safetensors"))
+    if name not in names:
+        known = f"{folder} has no split {name}, only {', '.join(names)}; choose one of them"
+        raise UserError(known if names else f"{path} does not exist; {fix}")
     split = open_tensors(path)
     check_split(split, path, fix)
     split["labels"] = torch.from_numpy(np.array(split["labels"]))
@@ -134,7 +134,8 @@ def hold_apart(groups, labels, share, seed=0):
     label_of = np.unique(np.asarray(labels), return_inverse=True)[1]
     left = np.bincount(label_of)  # images of each class that stay
     held = np.zeros(len(label_of), bool)
-    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))[:-1])
+    ends = np.cumsum(np.bincount(group_of))
+    members = np.split(np.argsort(group_of, kind="stable"), ends[:-1])  # rows of each group
     for group in np.random.default_rng(seed).permutation(len(members)):
         taken = np.bincount(label_of[members[group]], minlength=len(left))
         fits = held.sum() + taken.sum() <= share * len(label_of)
@@ -185,10 +186,10 @@ def resident(images, device):
         return images
     if images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return images
-    there = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for i in range(0, len(images), 4096):
-        there[i : i + 4096] = torch.from_numpy(np.array(images[i : i + 4096]))
-    return there
+        copy[i : i + 4096] = torch.from_numpy(np.array(images[i : i + 4096]))
+    return copy
 
 
 def send(x, device):
@@ -247,7 +248,7 @@ def draw_boxes(n, generator, min_area):
     """Random resized crops (MAE): boxes (n, 4) and flips (n,) bool, drawn on the CPU.
 
     A box is top, left, height, width in [0, 1]: area uniform in [min_area, 1], aspect log-uniform
-    in [3/4, 4/3]. Sides are cut at 1, so from min_area 0.75 on some crops are smaller.
+    in [3/4, 4/3]. Sides are cut at 1, so from 0.75 on some crops are smaller than min_area.
     """
     u = torch.rand(5, n, generator=generator)
     area = min_area + (1 - min_area) * u[0]
@@ -294,13 +295,13 @@ def view_images(images, boxes, flip, side):
 
 
 def jitter_colour(images, draws, level, colourless=0.0):
-    """images u8 (B, S, S, 3) with brightness, contrast and saturation times 1 +- level.
+    """images u8 (B, S, S, 3): brightness, contrast, saturation times 1 +- level. The hue stays.
 
     draws (B, 3) in [0, 1], or (B, 4), where a share `colourless` of the images loses its colours.
-    The hue stays: it tells characters apart.
     """
     factors = 1 - level + 2 * level * draws[:, :3]
-    factors[draws[:, -1] < colourless, 2] = 0.0
+    if colourless:
+        factors[draws[:, 3] < colourless, 2] = 0.0
     factors = send(factors, images.device)
     light, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
     x = images.float()
@@ -323,7 +324,7 @@ def swap_backgrounds(view, fg, draws, share, views):
     bg = 1 - fg
     colour = (bg * x).sum((1, 2), keepdim=True) / bg.sum((1, 2), keepdim=True).clamp(min=1e-3)
     background = (bg * x + fg * colour).round().to(torch.uint8)  # the figure is painted over
-    background = background.roll(2 * views - 1, 0)
+    background = background.roll(2 * views - 1, 0)  # of 2 views: from images i - 2 and i - 1
     mixed = (fg * x + bg * background).round().to(torch.uint8)
     swapped = (draws < share)[:, None, None, None]
     return torch.where(swapped, mixed, view)

@@ -38,7 +38,7 @@ from kernels.gather import masked_patch_gather
 METHODS = {
     "linear": {},
     "lora": {"r": 8, "alpha": 0.0},  # alpha 0 is 2r
-    "full": {"layer_decay": 0.9},  # a block learns at this times the rate of the block above
+    "full": {"layer_decay": 0.9},  # a block's learning rate over that of the block above
 }
 RISING = 0.25, 0.75  # share of the patches that is shown, from the first step to the last
 RECIPE = {
@@ -53,8 +53,8 @@ MIN_CROP = 0.5  # smallest share of an image in a crop; "linear" has no augmenta
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
-NECK_MANY = 20  # pictures of each character give the neck its statistics at the end
-NECK_FEW = 256  # at most so many of these pictures do so after an epoch
+NECK_OF_CLASS = 20  # pictures of each character give the neck its statistics at the end
+NECK_IN_ALL = 256  # at most so many of these pictures do so after an epoch
 
 
 def shares(text):
@@ -71,11 +71,11 @@ def read_flags():
     add("--data", metavar="DIR", help="labelled set (default: the encoder's, else datasets/toon)")
     add("--out", metavar="RUN", help="run folder (default: runs/ENCODER-METHOD)")
     add("--method", default="lora", help="linear, lora:r=8,alpha=16 or full:layer_decay=0.9")
-    add("--head", default="linear", help="linear, mlp, ifa, cosface, arcface:margin=0.5,scale=32")
+    add("--head", default="linear", help=", ".join(classifier.HEADS))
     add("--pool", default="mean", choices=classifier.POOLS, help="mean patch token, or CLS token")
     add("--from-scratch", action="store_true", help="random weights in the encoder: the control")
-    add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="one more block")
-    add("--hold-out", type=some_characters, default=0, metavar="N", help="held-out; 1/3: a third")
+    add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="epochs per block")
+    add("--hold-out", type=some_characters, default=0, metavar="N", help="leave out N, or 1/3")
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (the encoder's)")
     add("--epochs", type=at_least(1), help="passes over the data (default: of the method)")
     add("--batch-size", type=at_least(2), metavar="B", help="images of a step")
@@ -245,7 +245,7 @@ def open_task(flags, device, autocast):
     task.head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
     if task.method == "lora" and (flags.from_scratch or keys["alpha"] < 0):
         raise UserError("--method lora needs a trained encoder and alpha=0 or more; choose full")
-    if task.method != "linear":  # whose features are of whole pictures
+    if task.method != "linear":  # linear reads whole pictures, in colour
         task.keep, task.colourless = flags.keep, flags.colourless
 
     encoder = load_encoder(flags.encoder, flags.image_size)
@@ -259,7 +259,8 @@ def open_task(flags, device, autocast):
     if flags.from_scratch:
         encoder = untrained_like(encoder, flags.seed)
         keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
-    if flags.values.setdefault("fingerprint", fingerprint(encoder)) != fingerprint(encoder):
+    digest = fingerprint(encoder)
+    if flags.values.setdefault("fingerprint", digest) != digest:
         raise UserError(f"{flags.encoder} has changed since {task.out} began; put the old one back")
     torch.manual_seed(flags.seed)
     encoder.requires_grad_(task.method == "full")
@@ -310,14 +311,14 @@ def pooled_of(task, images, rows):
 def predict(task, images, most=None):
     """-> logits (n, C) and labels (n,) of whole pictures: the rows of task.dev or report.
 
-    The neck first gets mean and variance of whole training pictures, NECK_MANY of each class. In
+    The neck first gets mean and variance of whole training pictures, NECK_OF_CLASS of each class. In
     training it averaged over pictures that were cropped and in part hidden.
     """
-    if task.head != "ifa":  # its neck has no statistics
+    if task.head != "ifa":  # the neck of ifa has no statistics
         rows = task.train.rows
         labels = task.train.labels[rows]
         of_class = [rows[labels == c] for c in range(len(task.classes))]
-        some = torch.cat([one[data.evenly_spaced(len(one), NECK_MANY)] for one in of_class])
+        some = torch.cat([one[data.evenly_spaced(len(one), NECK_OF_CLASS)] for one in of_class])
         some = some[data.evenly_spaced(len(some), most or len(some))]
         pooled = pooled_of(task, task.train, some)
         task.net.neck.running_mean.copy_(pooled.mean(0))
@@ -384,16 +385,18 @@ def finetune(flags, task):
             # log, evaluate, save
             right.append((logits.argmax(1) == y).float().mean())
             if run.logs_now:
-                run.log_step(lr=group["lr"], train_top1=100 * torch.stack(right).mean().item())
+                top1 = 100 * torch.stack(right).mean().item()
+                run.log_step(lr=optimizer.param_groups[-1]["lr"], train_top1=top1)
                 right = []
             if run.step % per_epoch == 0:
-                scores, truth = predict(task, task.dev, NECK_FEW)
+                scores, truth = predict(task, task.dev, NECK_IN_ALL)
                 top1 = 100 * evaluate.topk(scores, truth, 1)
                 f1 = 100 * metrics.macro_f1(scores.argmax(1), truth)
                 run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1)
                 highest = max(f1, best["macro_f1"])
                 best["macro_f1"] = highest
-                if f1 >= highest - math.sqrt(highest * (100 - highest) / len(truth)):
+                error = math.sqrt(highest * (100 - highest) / len(truth))  # standard error
+                if f1 >= highest - error:
                     weights = {name: w.cpu().clone() for name, w in task.trained.items()}
                     best.update(epoch=epoch + 1, weights=weights)
             run.save_if_due()
@@ -466,8 +469,7 @@ def draw_confusion(path, table, names, title):
     table = torch.tensor(table).double()
     percents = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
     with plots.panels(path, title, 1, 1, (7.2, 6.4)) as axis:
-        # the square root of the share: mistakes are a few percent each
-        image = axis.imshow(percents.numpy(), norm=PowerNorm(0.5, 0, 100))
+        image = axis.imshow(percents.numpy(), norm=PowerNorm(0.5, 0, 100))  # shows small shares
         axis.figure.colorbar(image, label="% of the true class")
         axis.set(xlabel="predicted class", ylabel="true class")
         if len(names) <= 50:

@@ -1,4 +1,4 @@
-"""Maps of a data set that guide masks: attention, foreground (saliency) and parts, stored in files.
+"""Stage 1: maps of a data set that guide masks: attention, foreground (saliency) and parts, stored in files.
 
     python maps.py --data datasets/toon --map saliency
     python maps.py --data datasets/toon --map attn --run runs/NAME
@@ -253,7 +253,7 @@ def part_rows(images, encoder, K):
     sample = list(chunks(data.evenly_spaced(len(images), SAMPLE)))
     total = sum(tokens.double().sum(0) for tokens, _ in sample)
     place = (total / min(len(images), SAMPLE)).float()  # the mean token of each place, (N, D)
-    points = torch.cat([relative_to_foreground(*chunk, place)[chunk[1]] for chunk in sample])
+    points = torch.cat([relative_to_foreground(x, fg, place)[fg] for x, fg in sample])
     if len(points) < K:
         raise UserError(f"--parts {K} are more than the {len(points)} patches of foreground found")
     centres = kmeans(points, K)
@@ -354,8 +354,8 @@ def advice(args, folder, out, split):
     words = ["python", "pretrain.py", "--data", str(folder), "--mask", *GUIDES[args.map]]
     if need in split or out.resolve() != (Path("maps") / folder.name).resolve():
         words += ["--maps", str(out)]
-    exact = f"{folder} has exact {guidance.TRUTH.get(need)}: pretrain.py prefers them\n"
-    return f"{exact if need in split else ''}next: {shlex.join(words)}"
+    known = f"{folder} has true {guidance.TRUTH.get(need)}: pretrain.py prefers them\n"
+    return f"{known if need in split else ''}next: {shlex.join(words)}"
 
 
 def main():

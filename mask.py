@@ -80,7 +80,7 @@ def squares(patches, noise, t, hidden, unit=2):
     row, column = rows_and_columns(noise)
     unit = max(1, int(unit))
     # all patches of a square share the rank of its first patch
-    corner = row // unit * unit * column.numel() + column // unit * unit
+    corner = unit * (row // unit * column.numel() + column // unit)
     return ranks(noise)[:, corner.flatten()] + 1e-3 * noise  # ranks are whole: noise breaks ties
 
 
@@ -88,7 +88,8 @@ def block(patches, noise, t, hidden, size=0.3):
     """Large squares at random places; size is their side as a share of the grid's (MAE, fig. 6)."""
     g = math.isqrt(noise.shape[1])
     b = min(g, max(2, round(size * g)))
-    padded = F.pad(ranks(noise).unflatten(1, (1, g, g)), ((b - 1) // 2, b // 2) * 2)
+    rank = ranks(noise).unflatten(1, (1, g, g))
+    padded = F.pad(rank, ((b - 1) // 2, b // 2) * 2)
     highest = F.max_pool2d(padded, b, 1).flatten(1)  # a high rank spreads over its square
     return highest + 1e-3 * noise
 
@@ -97,7 +98,7 @@ def grid(patches, noise, t, hidden):
     """Keeps one patch of every 2 x 2, the same one in all of them (MAE, fig. 6)."""
     row, column = rows_and_columns(noise)
     place = (row % 2 * 2 + column % 2).flatten()  # (N,) in 0 to 3
-    return ranks(noise[:, :4])[:, place] + 1e-3 * noise
+    return ranks(noise[:, :4])[:, place] + 1e-3 * noise  # four noises order the four places
 
 
 def green(patches, noise, t, hidden, fine=1.0, coarse=2.0):
@@ -155,12 +156,13 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
 
     The share of the mask that is whole parts is t^power, or `whole`, if that is 0 to 1.
     """
-    easy = 1 - (t ** max(power, 0) if whole < 0 else min(whole, 1.0))
+    hard = t ** max(power, 0) if whole < 0 else min(whole, 1.0)
+    easy = 1 - hard
     largest = patches["parts"].argmax(2)  # (B, N)
     member = F.one_hot(largest, patches["parts"].shape[2])  # (B, N, P)
     area = member.sum(1)  # (B, P), patches of each part
     P = area.shape[1]
-    turn = noise.repeat(1, P)[:, :P].argsort(1)  # a random order of the parts
+    turn = noise.repeat(1, P)[:, :P].argsort(1)  # a random order; P may be larger than N
     in_turn = area.gather(1, turn)
     before = in_turn.cumsum(1) - in_turn
     taken = (hidden - before).clamp(min=0).minimum(in_turn)  # until M patches are hidden
@@ -234,7 +236,8 @@ def show_some(priority, M, share, noise):
     count = max(0, min(round(share * M), priority.shape[1] - M))
     order = priority.argsort(dim=1, descending=True, stable=True)
     top = order[:, :M]
-    shown = top.gather(1, noise.gather(1, top).argsort(dim=1, stable=True)[:, :count])
+    lowest = noise.gather(1, top).argsort(dim=1, stable=True)[:, :count]
+    shown = top.gather(1, lowest)
     rank = order.argsort(1).float()  # 0 is hidden first
     return -rank.scatter(1, shown, M + count - 0.5)  # behind the patches that replace them
 
@@ -251,7 +254,7 @@ def ranks(noise):
 
 
 def blur_matrix(g, std, device):
-    """(g, g): a Gaussian around each place of a line; rows sum to 1. B @ x @ B.T blurs an image x."""
+    """(g, g): a Gaussian around each place of a line; rows sum to 1. W @ x @ W.T blurs an image x."""
     distance = torch.arange(g, device=device)[:, None] - torch.arange(g, device=device)
     weight = torch.exp(-0.5 * (distance / max(std, 1e-3)) ** 2)
     return weight / weight.sum(1, keepdim=True)
@@ -273,14 +276,14 @@ def by_quota(quota, member, noise):
 def side_quota(side, M, noise, share, spare):
     """Priority that hides `share` of one side, (B, N) bool, and takes the rest from the other side.
 
-    Of a patches on this side, n = round(share * a) are hidden, and M - n of the b on the other side.
+    Of `here` patches on this side, n = round(share * here) are hidden, and M - n of `there` others.
     The number n is clipped so that `spare` patches of each side stay visible, if it has any.
     """
-    a = side.sum(1)  # (B,)
-    b = side.shape[1] - a
-    low = (M - b + (b > 0) * spare).clamp(min=0)
-    high = (a - (a > 0) * spare).clamp(min=0, max=M)
-    n = (share * a).round().maximum(low).minimum(high)
+    here = side.sum(1)  # (B,)
+    there = side.shape[1] - here
+    low = (M - there + (there > 0) * spare).clamp(min=0)
+    high = (here - (here > 0) * spare).clamp(min=0, max=M)
+    n = (share * here).round().maximum(low).minimum(high)
     return by_quota(torch.stack([M - n, n], 1), F.one_hot(side.long(), 2), noise)
 
 

@@ -132,8 +132,7 @@ def init_weights(module):
 def shrink_branches(blocks):
     """Scale what a branch adds to the residual stream by 1/sqrt(2 depth) (GPT-2; Radford 2019).
 
-    MAE warms up for 40 epochs instead. Short runs learn faster with this scaling (results/TRIED.md,
-    "the demo recipe").
+    MAE warms up for 40 epochs instead. Short runs learn faster with this scaling (results/TRIED.md).
     """
     with torch.no_grad():
         for block in blocks:
@@ -145,7 +144,7 @@ def shrink_branches(blocks):
 
 
 class Pooler(nn.Module):
-    """Reads the patch tokens by one learned query a head. Its attention is a map of what matters.
+    """Reads the patch tokens by one learned query per head. Its attention is a map of what matters.
 
     Gradients stop at the tokens: the pooler learns, and changes nothing in the encoder.
     """
@@ -158,14 +157,14 @@ class Pooler(nn.Module):
         nn.init.xavier_uniform_(self.kv.weight)
 
     def keys_and_values(self, tokens):
-        """tokens (B, 1+N, D) -> attention (B, H, N), values (B, H, N, d); in autocast rounded to bf16."""
-        kv = self.kv(tokens[:, 1:].detach().float())  # (B, N, 2 D)
+        """tokens (B, 1+K, D) -> attention (B, H, K), values (B, H, K, d); in autocast rounded to bf16."""
+        kv = self.kv(tokens[:, 1:].detach().float())  # (B, K, 2 D)
         k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query = self.query_token * k.shape[3] ** -0.5  # (H, d)
         return torch.einsum("bhnd,hd->bhn", k, query).softmax(2), v
 
     def forward(self, tokens):
-        """tokens (B, 1+N, D) -> (B, D). The CLS token comes first, and is not read."""
+        """tokens (B, 1+K, D) -> (B, D). The CLS token comes first, and is not read."""
         A, v = self.keys_and_values(tokens)
         return torch.einsum("bhn,bhnd->bhd", A, v).flatten(1)
 
@@ -227,9 +226,7 @@ class ViT(nn.Module):
         if source == "rollout":
             return self.rollout(view)
         if source != "cls":
-            raise UserError(
-                f"--attention {source}: patch_attention has no branch for it; write one"
-            )
+            raise UserError(f"--attention {source}: patch_attention lacks this branch; write it")
         x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -239,8 +236,7 @@ class ViT(nn.Module):
     def rollout(self, view):
         """Attention of the CLS token through all blocks: view u8 (B, S, S, 3) -> (B, 1, N).
 
-        The product over blocks of (A + I) / 2, A the mean over heads (Abnar and Zuidema 2020,
-        arXiv:2005.00928).
+        The product over blocks of (A + I) / 2, A the mean over heads (arXiv:2005.00928).
         """
         x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
         path = torch.eye(x.shape[1], device=x.device)
@@ -289,7 +285,7 @@ class Decoder(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
-        self.stats_head = nn.Linear(decoder_dim, 2)  # mean and log std of a patch, for pictures
+        self.stats_head = nn.Linear(decoder_dim, 2)  # corrects `visible_stats`, for pictures
         self.apply(init_weights)
         shrink_branches(self.decoder_blocks)
         nn.init.zeros_(self.stats_head.weight)
@@ -300,7 +296,7 @@ class Decoder(nn.Module):
 
         Tokens carry their positions, so their order does not matter. Mask tokens are appended
         instead of put back into image order, as the code of MAE does: the prediction is the same.
-        The last block updates the mask tokens only, which saves a quarter of its MLP. The
+        The last block updates the mask tokens only, which at ratio 0.75 saves a quarter of its MLP. The
         statistics head gives no gradient to the rest of the network (kernels/loss.py).
         """
         pos = self.decoder_pos_embed[0]  # (1+N, W)
@@ -308,7 +304,7 @@ class Decoder(nn.Module):
         cls_pos = pos[:1].expand(len(x), 1, -1)
         visible = x + torch.cat([cls_pos, pos[1:][ids_keep]], 1)
         hidden = self.mask_token + pos[1:][ids_mask]  # (B, M, W)
-        x = torch.cat([visible, hidden.to(visible.dtype)], 1)  # (B, 1+N, W)
+        x = torch.cat([visible, hidden.to(visible.dtype)], 1)  # (B, 1+K+M, W)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
         x = self.decoder_blocks[-1](x, start=latent.shape[1])  # (B, M, W)
@@ -368,8 +364,7 @@ class LinearDecoder(nn.Module):
 class SimMIM(nn.Module):
     """The baseline whose encoder also sees hidden places (Xie et al. 2021, arXiv:2111.09886).
 
-    The interface is that of MAE; arguments of a decoder are ignored. The encoder works on all N
-    tokens, not on K.
+    Its interface is that of MAE, without the decoder's sizes. The encoder works on all N tokens.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, **_):
@@ -382,7 +377,7 @@ class SimMIM(nn.Module):
         """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats, None."""
         x = self.encoder.embed(patches, ids_keep)  # (B, 1+K, D)
         hidden = self.decoder.mask_token + self.encoder.pos_embed[0, 1:][ids_mask]  # (B, M, D)
-        x = torch.cat([x, hidden.to(x.dtype)], 1)  # (B, 1+N, D)
+        x = torch.cat([x, hidden.to(x.dtype)], 1)  # (B, 1+K+M, D)
         for block in self.encoder.blocks:
             x = block(x)
         x = self.encoder.norm(x[:, -ids_mask.shape[1] :])  # (B, M, D)
@@ -407,7 +402,8 @@ def put_patches(view, ids, patches):
     B, S = view.shape[:2]
     p = math.isqrt(patches.shape[2] // 3)
     g = S // p
-    out = view.clone().view(B, g, p, g, 3 * p)  # (image, row, pixel row, column, pixels)
+    out = view.clone()
+    grid = out.view(B, g, p, g, 3 * p).transpose(2, 3)  # (image, row, column, pixel row, pixels)
     image = torch.arange(B, device=view.device)[:, None]
-    out[image, ids // g, :, ids % g] = patches.unflatten(2, (p, 3 * p))
-    return out.view(B, S, S, 3)
+    grid[image, ids // g, ids % g] = patches.unflatten(2, (p, 3 * p))
+    return out

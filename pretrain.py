@@ -12,7 +12,7 @@ Random numbers are drawn on the CPU from (seed, epoch, step, process). So two ma
 the same images with the same crops. On a CPU, a run resumed by the same code ends with the same bits.
 
     V views of an image, neighbours in a batch   b images of a process   B images of all processes
-    S image side   p patch side   N patches of a view   K visible   M hidden   D encoder width
+    s view side   p patch side   N patches of a view   K visible   M hidden   D encoder width
 """
 
 import argparse
@@ -81,13 +81,13 @@ def parse_flags():
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--maps", default="auto", metavar="auto|truth|DIR", help="maps of foreground and parts")
     add("--contrast", metavar="NAME[:key=value,...]", help="pooler, cls, or none for plain MAE")
-    add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="of flat patches")
+    add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="loss of flat patches")
     add("--no-norm-pix", action="store_true", help="predict raw pixels, not normalised patches")
     add("--epochs", type=at_least(1), help="default: by the number of views of the device")
     add("--batch-size", type=at_least(1), metavar="B", help="images of a step, of all processes")
     add("--blr", type=between(1e-9, 10), metavar="LR", help="lr = blr * views of a step / 256")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
-    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 10, or 2 to 20 of them")
+    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 2 to 20 in a run")
     train.add_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     flags = Flags(parser)
@@ -143,6 +143,8 @@ def parse_model(flags, device):
         raise UserError(f"--model {flags.model}: {low[0]} must be at least 1")
     flags.fill(**RECIPES["simmim" if simmim else "mae"])
     contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
+    if simmim and "decoder_" in flags.model:
+        raise UserError(f"--model {flags.model}: SimMIM has a decoder of one layer; drop decoder_*")
     if simmim and contrast != "none":
         raise UserError(f"--contrast {contrast}: SimMIM has no contrastive loss; choose none")
     return SimMIM if simmim else MAE, size, settings
@@ -247,10 +249,11 @@ def ratio_at(text, t, stream):
 
     The last is drawn for each step, uniformly, and all processes draw the same number.
     """
+    at = t
     if "-" in text:
-        t = torch.rand((), generator=train.seeded(*stream[:3], RATIO_STREAM)).item()
+        at = torch.rand((), generator=train.seeded(*stream[:3], RATIO_STREAM)).item()
     ends = [float(word) for word in re.split("[:-]", text)]  # one or two
-    return ends[0] + (ends[-1] - ends[0]) * t
+    return ends[0] + (ends[-1] - ends[0]) * at
 
 
 def make_views(images, fg, boxes, flip, side, draws):
@@ -313,8 +316,8 @@ def main():
     autocast = train.autocast_of(device, flags.dtype)
     kind, size, settings = parse_model(flags, device)
     V = 2 if settings else 1
-    S, p = size["image_size"], size["patch_size"]
-    train_set, held_set = open_data(flags, S, rank)
+    s, p = size["image_size"], size["patch_size"]
+    train_set, held_set = open_data(flags, s, rank)
     images = data.resident(train_set["images"], device)
     figures = data.resident(train_set.get("fg") if V == 2 else None, device)
     b, per_epoch = set_length(flags, len(images), V, device, world)
@@ -354,12 +357,12 @@ def main():
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
         batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch, times=V)
         for rows, batch in batches:
-            # 1. a view of each picture
+            # 1. V views of each image
             t = run.step / total  # progress of the run
             stream = (flags.seed, epoch, run.step, rank)
             boxes, flip, noise, draws = draw(stream, V * b, N, flags.min_crop, device)
             fg = None if figures is None else data.take(figures, rows, device)
-            view = cut_views(batch, fg, boxes, flip, S, draws if agreement else None)
+            view = cut_views(batch, fg, boxes, flip, s, draws if agreement else None)
 
             # 2. which patches are hidden
             K = masking.kept(N, ratio_at(flags.ratio, t, stream))
@@ -384,8 +387,9 @@ def main():
 
             # 5. update
             grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
-            for group in optimizer.param_groups:  # all have one learning rate
-                group["lr"] = lr = train.lr_at(run.step, total, WARMUP * total, peak_lr)
+            lr = train.lr_at(run.step, total, WARMUP * total, peak_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
             guide.update_teacher(model.encoder, run.step, total)

@@ -28,7 +28,7 @@ import data
 from common import evaluate, features, metrics, stats
 from common.checkpoints import flags_of, load_encoder
 from common.command import Flags, Parser, claim, cli, command, drawing
-from common.io import UserError, save_json, save_text
+from common.io import UserError, save_json
 from common.suspects import write_suspects
 from common.train import commit, machine, read_log, seeded
 from model import shape_of
@@ -111,8 +111,8 @@ def open_labels(task):
     task.counts = torch.bincount(bank[fit], minlength=len(task.names))
     if lost := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
         fix = "pack it again: python data.py IMAGES --min-per-class 10"
-        lost = f"{task.held} has classes that train has not ({', '.join(lost[:4])})"
-        raise UserError(f"{task.folder}: {lost}; {fix}")
+        problem = f"{task.held} has classes that train has not ({', '.join(lost[:4])})"
+        raise UserError(f"{task.folder}: {problem}; {fix}")
     task.episodes = {}
     for ways, shots in FEW_SHOT:
         drawn = metrics.draw_episodes(bank, queries, ways, shots, seeded(0, ways, shots))
@@ -345,7 +345,8 @@ def probe(run, task, threshold):
         print(efficiency_line(report["efficiency"], threshold[1]))
     else:
         print(f"{run}: no numbers: accuracy needs two classes, and a label on every picture")
-    write(task.home[run] / task.result, report)
+    save_json(report, task.home[run] / task.result)
+    print(f"wrote    {task.home[run] / task.result}")
     return report | {"right": right, "log": log, "path": str(run)}
 
 
@@ -375,14 +376,6 @@ def slim(row, whole):
         head: {k: v for k, v in numbers.items() if whole or k not in ("per_class", "confusion")}
         for head, numbers in row.items()
     }
-
-
-def write(path, report):
-    """The report as JSON, each list on one line."""
-    text = json.dumps(report, indent=1)
-    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-    save_text(text + "\n", path)
-    print(f"wrote    {path}")
 
 
 # ---- several runs --------------------------------------------------------------------------------
@@ -437,7 +430,7 @@ def differences(configs, groups):
 
 
 def difference_line(row):
-    """ "b - a, kNN: +1.20 points; 95 %: +0.10 to +2.30 over illustrations, ... over 3 seeds"."""
+    """ "b - a, kNN: +1.20 points; 95 %: ... over seeds and illustrations, ... by t over seeds"."""
     t = f"{len(row['seeds'])} seed(s): no t interval"
     if row["t"]:
         t = f"{INTERVAL.format(**row['t'])} by t over seeds"
@@ -497,7 +490,7 @@ def main():
     task = open_task(flags)
     images = len(task.labels[task.held])
     print(f"data     {task.folder}: {task.held}, {images:,} images, {len(task.names)} classes")
-    if task.labelled:
+    if task.labelled:  # so do two runs of one seed
         by_config([{"config": flags_of(r), "run": r, "path": r} for r in map(str, flags.runs)])
     threshold = threshold_of(flags.runs)
     reports = [probe(run, task, threshold) for run in flags.runs]

@@ -6,7 +6,7 @@
     python recognize.py runs/NAME FOLDER --group OUT       the same, one folder for faces that look alike
     python recognize.py runs/NAME --enrol WHO IMAGE...     three to five pictures, no training
     python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
-    python recognize.py runs/NAME --folds 3                trains three times more, to know unknown faces
+    python recognize.py runs/NAME --folds 3                trains three more times, to know unknown faces
     python recognize.py runs/NAME --verify                 measures verification and unknown faces
 
 Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
@@ -68,14 +68,14 @@ GALLERY = "gallery.safetensors"
 FACES = 500  # training pictures of a character in a gallery, at most
 NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
 WHITENED = 20  # faces of a character that the whitening is fitted to
-LIFT = 0.1  # of similarity, a standard deviation of the best logit (results/TRIED.md)
+LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED.md)
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
-MOST_REJECTED = 0.09  # of known faces on dev: on new ones about a tenth
+MOST_REJECTED = 0.09  # share of known faces on dev called unknown; on new ones a tenth
 OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
-HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (results/TRIED.md)
+HANDICAP = 0.1  # so much less similar are new faces to a mean of few faces (results/TRIED.md)
 ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less and 20 need more
 CENTRED = 0.5  # share of the mean of all faces that is taken away before grouping
 GROUPED = 10_000  # faces at most: memory holds all pairs
@@ -183,7 +183,7 @@ def best_similarity(unit, gallery):
 def similarity_of(logits, embeddings, gallery):
     """(n, C), (n, D) -> (n,): `best_similarity`, higher where the head is surer than usual.
 
-    LIFT for each standard deviation of the best logit of known faces. Either alone knows less.
+    LIFT for each standard deviation of the best logit of known faces. Together they separate best.
     """
     usual, per_logit = gallery["lift"] or (0.0, 0.0)
     similarity = best_similarity(compared(embeddings, gallery), gallery)
@@ -203,7 +203,8 @@ def decide(logits, embeddings, gallery):
     similarity = similarity_of(logits, embeddings, gallery)
     margin = similarity - gallery["threshold"]
     a, b = gallery["platt"]
-    sure = (logits / gallery["temperature"]).softmax(1).amax(1) * (a * margin + b).sigmoid()
+    right_name = (logits / gallery["temperature"]).softmax(1).amax(1)
+    sure = right_name * (a * margin + b).sigmoid()
     to_mean = unit @ gallery["means"].T  # (n, characters)
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
@@ -272,7 +273,8 @@ def as_unknown(gallery, held_out):
         asked = known_labels % FOLDS == fold
         count = int(labels.max()) + 1
         less = make_gallery(embeddings[stay], labels[stay], count, gallery["lift"])
-        heads = logits[asked][:, torch.arange(logits.shape[1]) % FOLDS != fold]
+        others = torch.arange(logits.shape[1]) % FOLDS != fold
+        heads = logits[asked][:, others]
         found[asked] = similarity_of(heads, known[asked], less)
     return found
 
@@ -322,8 +324,8 @@ HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.nu
 HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
 REMEDY = "remove it, and recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
-    "most new characters may get a known name; recognize.py {run} --folds 3 trains three times "
-    "more, each time without a third of the characters, and measures it"
+    "most new characters may get a known name; recognize.py {run} --folds 3 trains three more "
+    "times, each time without a third of the characters, and measures it"
 )
 
 
@@ -608,7 +610,9 @@ def sort(args, net, header, gallery, autocast):
     args.images = not_listed(wanted, rows)
     problems = []
     if args.sort:
-        print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
+        done = len(wanted) - len(args.images)
+        again = f"; another --sort sorts all again, as {args.run} does" if done else ""
+        print(f"sort     {len(wanted)} pictures, {done} of them done{again}")
     found = ()
     names = gallery["names"]
     if args.group:
@@ -651,12 +655,12 @@ def alike(unit):
 
 
 def centred(unit):
-    """Around the gallery's mean alone, faces of another style are all alike."""
+    """Unit vectors less a share of their mean: else all faces of a new style are alike."""
     return F.normalize(unit - CENTRED * unit.mean(0))
 
 
 def names_of(groups, names):
-    """Group and name (None: unknown) of each face -> {group: its name}: what half of its faces are called."""
+    """Group and name (None: unknown) of each face -> {group: its name}, as most of its faces."""
     names_in, found = {}, {}
     for number, name in zip(groups, names, strict=True):
         names_in.setdefault(number, []).append(name)
@@ -866,7 +870,7 @@ def verification(same, other):
 def open_set(known, right, enrolled, unknown):
     """Which pictures show unknown characters? In percent, of margins over the threshold.
 
-    Margins of known (n,) and unknown (m,) ones; right, enrolled (n,): is the name true, never trained on?
+    Margins of known (n,) and unknown (m,) ones; right (n,): is the name true; enrolled (n,): is it enrolled?
     """
     from sklearn.metrics import roc_auc_score
 
@@ -955,8 +959,8 @@ def as_ccip(unit, labels):
 def measure(asked, own, learned):
     """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
 
-    asked: of the set that is measured; pairs are of its labelled pictures. own: where known
-    characters are. learned: by the head.
+    asked: of the set that is measured; pairs are of its labelled pictures. own: of a set
+    with known characters. learned: by the head.
     """
     row = {}
     labelled = asked.labels >= 0
@@ -980,7 +984,7 @@ def measure(asked, own, learned):
 
 
 def verify(args, net, header, gallery, autocast):
-    """Write recognize.json. Where nobody is known, the known ones are those that the run reported on."""
+    """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
@@ -1001,12 +1005,12 @@ def verify(args, net, header, gallery, autocast):
 
 LINES = (  # of --verify, from the numbers of recognize.json; a line whose number is missing is left out
     "{data}, {split}",
-    "pairs of the same character or not: ROC-AUC {roc_auc:.1f} %, equal error rate {eer:.1f} %",
+    "pairs of the same character or not: AUROC {roc_auc:.1f} %, equal error rate {eer:.1f} %",
     "{known:,} pictures of known characters: "
     "{known_named_rightly:.1f} % named correctly, {known_rejected:.1f} % called unknown",
     "{enrolled:,} of them of enrolled ones: {enrolled_named_rightly:.1f} % named correctly",
     "{strangers:,} pictures of unknown characters: {strangers_unknown:.1f} % called unknown, "
-    "ROC-AUC against known ones {auroc_unknown:.1f} %",
+    "AUROC against known ones {auroc_unknown:.1f} %",
     "faces of unknown characters in groups: pair F1 {pair_f1:.1f} %, "
     "adjusted Rand index {adjusted_rand:.1f} %",
     "by CCIP's measures, at the best threshold for these faces: pair F1 {ccip_f1:.1f} %, "

@@ -506,7 +506,7 @@ def fit(task, run, part):
 
 
 def patch_stage(flags, task):
-    """Stage 1: its network, rows of train, loss, first step, number of steps and learning rate."""
+    """The first step: its network, rows of train, loss, first step, number of steps and learning rate."""
     rows = task.train.plain
     stage = SimpleNamespace(stage=1, rows=rows, loss=patch_loss, first=0, steps=0)
     if flags.patches:
@@ -535,7 +535,7 @@ def pixel_stage(flags, task, one):
 
 
 def learn_patches(task, run, one):
-    """Stage 1: train, set the centroids, write patches.safetensors -> its accuracies."""
+    """The first step: train, set the centroids, write patches.safetensors -> its accuracies."""
     fit(task, run, one)
     set_centroids(task, one.net)
     row = {name: judge_frames(task, one.net, some) for name, some in task.judged.items()}

@@ -1,6 +1,6 @@
 """The contrastive loss: two crops of an image, masked independently, get similar vectors.
 
-No loss of a masked autoencoder trains its CLS token, so the attention of that token depends mostly
+A masked autoencoder has no loss on its CLS token, so the attention of that token depends mostly
 on the place of a patch. This second loss trains it (CAN, Mishra et al. 2022, arXiv:2210.16870; MAE-CT,
 Lehner et al. 2023, arXiv:2304.10520). Or it trains a pooler that reads the patch tokens and changes
 nothing in them (model.Pooler). Of the 2B views of a batch, let i and j be the views of one image:
@@ -60,7 +60,7 @@ def agreement_loss(h, groups, temperature, dcl):
     Views 2i and 2i+1 are of one image; groups (2B,).
     """
     logits = h @ h.T / temperature
-    other = (torch.arange(len(h), device=h.device) ^ 1)[:, None]
+    other = (torch.arange(len(h), device=h.device) ^ 1)[:, None]  # 0 <-> 1, 2 <-> 3, ...
     positive = logits.gather(1, other)  # (2B, 1)
     same = groups[:, None] == groups  # a view is of its own group, too
     negatives = logits.masked_fill(same, -1e4)

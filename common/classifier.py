@@ -116,7 +116,7 @@ class Classifier(nn.Module):
         """patches (B, K, P) at places ids (B, K) -> fp32 (B, D); for ifa the CLS tokens (B, D, L)."""
         if self.config["head"] != "ifa":
             tokens = self.encoder(patches, ids).float()
-            return {"mean": tokens[:, 1:].mean(1), "cls": tokens[:, 0]}[self.config["pool"]]
+            return tokens[:, 0] if self.config["pool"] == "cls" else tokens[:, 1:].mean(1)
         x = self.encoder.embed(patches, ids)
         cls_tokens = []
         for block in self.encoder.blocks:

@@ -67,10 +67,8 @@ def in_one_line(problem):
     if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
         return f"{problem}: a link leads back to itself"
     if re.search(NO_MEMORY, f"{type(problem).__name__} {problem}"):
-        if BATCH and BATCH[-1] > 1:
-            half = BATCH[-1] // 2
-            return f"memory is full; give --batch-size {half}, or smaller --image-size or --model"
-        return "memory is full; give smaller --image-size, --batch-size or --model"
+        batch = f"--batch-size {BATCH[-1] // 2 or 1}" if BATCH else "a smaller --batch-size"
+        return f"memory is full; give {batch}, or a smaller --image-size or --model"
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def standardise(train, *others):
 def ridge(x, labels, classes, penalty):
     """Least squares onto one-hot labels -> (W (D, C), b (C)); x (n, D) float64, standardised.
 
-    W = (X^T X + penalty I)^-1 X^T Y (Hoerl and Kennard 1970): a linear probe in closed form.
+    W = (X^T X + penalty I)^-1 X^T Y (Hoerl and Kennard 1970): linear regression in closed form.
     """
     Y = F.one_hot(labels, classes).to(x.dtype)
     gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype)
@@ -93,9 +93,8 @@ def masked_views(model, split, most):
     rows = data.evenly_spaced(len(split["images"]), most)
     N = model.encoder.side**2
     noise = masking.gumbel_noise(len(rows), N, seeded(0)).split(data.CHUNK)
-    side = model.config["image_size"]
     device = model.encoder.cls_token.device
-    views = data.whole_views(split["images"], rows, side, device)
+    views = data.whole_views(split["images"], rows, model.config["image_size"], device)
     for (_, view), chunk in zip(views, noise, strict=True):
         yield view, *masking.sample(chunk.to(device), masking.kept(N, EVAL_RATIO))
 
@@ -131,7 +130,7 @@ def small_thumbnails(split, rows):
 
 
 def recognition(features, train, held):
-    """Top-1 in percent: {"knn", "linear" (ridge regression), "mean_rank" (1 is a collapse)}.
+    """{"knn", "linear" (ridge): Top-1 in percent, "mean_rank": effective rank (1 is a collapse)}.
 
     features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
@@ -169,17 +168,14 @@ def attention_by_part(encoder, split, source, autocast):
 
 
 def evaluate(model, splits, norm, autocast, epoch):
-    """The row of the log after `epoch` epochs: masked error and, with labels, Top-1. It is printed.
-
-    splits: the training split and the one that is judged.
-    """
+    """The row of the log, printed: masked error and, with labels, Top-1. splits: train, the judged."""
     train, held = splits
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
-    text = f"epoch {epoch:<4g} masked MSE {row['val_mse']:.4f}"
+    text = f"epoch {epoch:<4g} masked error {row['val_mse']:.4f}"
     if data.has_labels(train) and data.has_labels(held):
         features = functools.partial(pooled_tokens, model.encoder, autocast)
         row |= recognition(features, train, held)
-        text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
+        text += f", Top-1 kNN {row['knn']:.1f} %, ridge {row['linear']:.1f} %"
         if epoch == 0:
             small = recognition(small_thumbnails, train, held)
             row |= {f"{key}_thumbnail": value for key, value in small.items()}

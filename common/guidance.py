@@ -1,8 +1,8 @@
 """Scores that guide masks: a teacher's attention, maps from files, and predicted losses.
 
     attn        attention of a teacher: the average of the run, another encoder, or maps.py
-    fg          share of foreground: exact masks of the data, or maps.py --map saliency
-    parts       shares of eyes, hair, clothes, ...: exact parts of the data, or maps.py --map parts
+    fg          share of foreground: true masks of the data, or maps.py --map saliency
+    parts       shares of eyes, hair, clothes, ...: true parts of the data, or maps.py --map parts
     detail      contrast of the pixels (kernels/loss.py)
     difficulty  loss that a small head predicts, which learns during the run
 
@@ -30,7 +30,7 @@ from kernels.loss import patch_detail
 from model import Block, init_weights, sincos_positions
 
 IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of maps.py
-TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # exact maps that a data set may hold
+TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # true maps that a data set may hold
 SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
 SAMPLE = 1024  # images that the mean token of each place is taken from, for `outlier`
 HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 % after a tenth
@@ -46,7 +46,7 @@ class Scores(dict):
 class Guide:
     """The scores that one strategy reads: from maps, a Teacher, a LossPredictor, or the views.
 
-    maps: (n, G, G) of the training images, None before the teacher's first; parts: their number.
+    maps: (n, G, G) of the training images, None before the teacher's first; parts: how many a map has.
     """
 
     def __init__(self, strategy, params, encoder, out, autocast, views=1):
@@ -177,10 +177,7 @@ def average_of(encoder, source, epochs, start):
 
 
 def ema_momentum(step, total):
-    """The share of the teacher that stays; it rises to 1 by half a cosine (arXiv:2203.12719).
-
-    step: a number, or an array of them.
-    """
+    """The share of the teacher that stays at a step, or at steps: half a cosine to 1 (arXiv:2203.12719)."""
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
     return 1 - new * (np.cos(np.pi * step / total) + 1) / 2
 
@@ -192,7 +189,7 @@ def initial_share(step, total):
 
 def default_source(flags, teacher):
     """How to read the attention of a teacher ("self", a run or a file): by what its run trained."""
-    contrast = str(flags.get("contrast"))  # runs of early versions saved a number
+    contrast = str(flags.get("contrast"))  # a public checkpoint has no flags
     if contrast.startswith("cls"):
         return "rollout"
     has_pooler = teacher != "self" and beside(teacher, "pooler").exists()
@@ -216,7 +213,7 @@ def attention(encoder, images, rows, source, autocast):
     """Yield (index, (b, N) fp32): an encoder's attention to the patches of whole images `rows`.
 
     pooler, rollout and cls are means over heads of ViT.patch_attention. outlier is the distance of
-    a token from the mean of its place: nothing trains the CLS token of a plain MAE to attend.
+    a token from the mean of its place: a plain MAE has no loss on its CLS token.
     """
     if source == "outlier":
         some = data.evenly_spaced(len(images), SAMPLE)

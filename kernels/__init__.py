@@ -22,9 +22,9 @@ except ImportError:  # on macOS: a kernel is then a plain function that nobody c
 
 
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-TILE = 2**16 if INTERPRET else 2**11  # numbers of a program; the interpreter is slow per program
-COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # of launchers
-LARGEST = 104  # px of a patch: from 105 on, a sum of squared bytes needs more than 32 bits
+TILE = 2**16 if INTERPRET else 2**11  # numbers per program; the interpreter is slow per program
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton needs it
+LARGEST = 104  # px of a patch: from 105 on, a sum of squared bytes overflows int32
 
 IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you change there trains
 

@@ -23,7 +23,7 @@ STD = (0.229, 0.224, 0.225)
 # (byte / 255 - mean) / std = byte * SCALE + SHIFT
 SCALE = tuple(1 / (255 * s) for s in STD)
 SHIFT = tuple(-m / s for m, s in zip(MEAN, STD, strict=True))
-RED, GREEN, BLUE = map(constexpr or tuple, zip(SCALE, SHIFT, strict=True))  # for a kernel
+RED, GREEN, BLUE = map(constexpr or tuple, zip(SCALE, SHIFT, strict=True))  # pairs, for a kernel
 
 
 def check_patches(view, ids, patch):
@@ -144,5 +144,5 @@ def masked_patch_gather(view, ids, patch, dtype=torch.float32, impl="auto"):
     do not fit. Not differentiable.
     """
     check_patches(view, ids, patch)
-    chosen = choose_impl(impl, view.device)
-    return (gather_op if chosen == "triton" else gather_reference)(view, ids, patch, dtype)
+    operation = gather_op if choose_impl(impl, view.device) == "triton" else gather_reference
+    return operation(view, ids, patch, dtype)

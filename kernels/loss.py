@@ -202,7 +202,8 @@ def backward(ctx, by, *_):
     if torch.is_grad_enabled():
         raise NotImplementedError("the Triton loss gives no second derivative (create_graph=True)")
     (gradient,) = ctx.saved_tensors
-    return None if by is None else gradient * by, *[None] * 7
+    by_pred = None if by is None else gradient * by
+    return by_pred, *[None] * 7  # none for the other inputs
 
 
 loss_op.register_autograd(backward, setup_context=remember_gradient)
@@ -214,8 +215,8 @@ loss_op.register_autograd(backward, setup_context=remember_gradient)
 def patch_detail(view, ids, patch, impl="auto"):
     """view u8 (B, S, S, 3), ids (B, M) -> detail (B, M) in [0, 1]."""
     check_patches(view, ids, patch)
-    chosen = choose_impl(impl, view.device)
-    return (detail_op if chosen == "triton" else detail_reference)(view, ids, patch)
+    operation = detail_op if choose_impl(impl, view.device) == "triton" else detail_reference
+    return operation(view, ids, patch)
 
 
 def detail_weight(detail, flat_weight, tau=TAU):
@@ -253,9 +254,9 @@ def reconstruction_loss(
     return_error  -> (L, e (B, M)); the errors give no gradient
     """
     weight = check_loss(pred, view, ids_mask, patch, weight)
-    chosen = choose_impl(impl, pred.device)
-    if chosen == "triton" and error_of is None:
-        settings = patch, norm_pix, floor, torch.is_grad_enabled() and pred.requires_grad
+    if choose_impl(impl, pred.device) == "triton" and error_of is None:
+        need_gradient = torch.is_grad_enabled() and pred.requires_grad
+        settings = patch, norm_pix, floor, need_gradient
         loss, _, error = loss_op(pred, view, ids_mask, weight, *settings)
     else:
         target, _ = targets(view, ids_mask, patch, norm_pix, floor)

@@ -103,10 +103,10 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2500, 2500),
-    "applications": (4585, 3900),
-    "kernels": (519, 520),
-    "common": (3207, 2400),
+    "lesson": (2499, 2500),
+    "applications": (4589, 3900),
+    "kernels": (520, 520),
+    "common": (3199, 2400),
     "ingest": (3766, 2700),
     "experiments": (2751, 1900),
     "benchmarks": (974, 900),
