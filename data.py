@@ -38,7 +38,7 @@ from common.command import progress
 from common.fields import check_arrays, check_range
 from common.io import UserError, open_tensors
 
-SMALL = 3000  # training pictures; with so many, an own encoder was worse than weights/toon
+SMALL = 3000  # training pictures: with 3,000, a new encoder was worse than weights/toon
 APART = 0.1  # share of train that is held out for choices, if there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)

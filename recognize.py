@@ -1,10 +1,10 @@
 """Stage 5: who is in a picture? It names characters, calls others unknown, and enrols new ones.
 
-    python recognize.py runs/NAME IMAGE...                 files, folders, archives; - reads a list
+    python recognize.py runs/NAME PICTURE...               files, folders, archives; - reads a list
     python recognize.py runs/NAME PAGE --detect runs/DET   each face that a run of detect.py finds
     python recognize.py runs/NAME FOLDER --sort OUT        copies them into OUT/WHO and OUT/unknown
     python recognize.py runs/NAME FOLDER --group OUT       the same, one folder for faces that look alike
-    python recognize.py runs/NAME --enrol WHO IMAGE...     three to five pictures, no training
+    python recognize.py runs/NAME --enrol WHO PICTURE...   three to five pictures, no training
     python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
     python recognize.py runs/NAME --folds 3                trains three more times, to know unknown faces
     python recognize.py runs/NAME --verify                 measures verification and unknown faces
@@ -100,7 +100,7 @@ def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
-    add("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar; - for a list of files")
+    add("images", nargs="*", metavar="PICTURE", help="file, folder, zip, tar; - for a list")
     add("--threshold", type=between(-2, 2), metavar="LEAST", help="similarity of a known face")
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")

@@ -2,8 +2,8 @@
 
     B batch   N patches   D width of the encoder   L its blocks   C characters
 
-The encoder's tokens are pooled to one vector a picture. The neck turns it into the embedding, by
-which pictures are compared. The head turns the embedding into one logit a character. The neck is a
+The encoder's tokens are pooled to one vector per picture. The neck turns it into the embedding, by
+which pictures are compared. The head turns the embedding into one logit per character. The neck is a
 batch norm without parameters, as in the linear probe of MAE (He et al. 2021) and in BNNeck (Luo et
 al. 2019, arXiv:1903.07071).
 """

@@ -136,17 +136,17 @@ def recognition(features, train, held):
     """
     bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
     queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)
-    near, flat = features(train, bank)
-    query, query_flat = features(held, queries)
+    knn_bank, ridge_bank = features(train, bank)
+    knn_queries, ridge_queries = features(held, queries)
     labels, truth = train["labels"][bank], held["labels"][queries]
     classes = int(labels.max()) + 1
-    x, q = standardise(flat, query_flat)
+    x, q = standardise(ridge_bank, ridge_queries)
     W, b = ridge(x, labels, classes, penalty=1.0)
-    right = knn_votes(near, labels, query, classes).argmax(1) == truth
+    right = knn_votes(knn_bank, labels, knn_queries, classes).argmax(1) == truth
     return {
         "knn": 100 * right.float().mean().item(),
         "linear": 100 * topk(q @ W + b, truth, 1),
-        "mean_rank": effective_rank(flat),
+        "mean_rank": effective_rank(ridge_bank),
     }
 
 
