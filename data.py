@@ -22,7 +22,6 @@ if __name__ == "__main__":  # packing needs no torch, and starts in a third of t
 
     sys.exit(cli(main))
 
-
 import hashlib
 import json
 import math

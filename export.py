@@ -32,12 +32,12 @@ import tags
 from common import checkpoints
 from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, claim, cli, need
-from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
+from common.formats import HF, QKV, encoder_of, read_checkpoint, renamed
 from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_files, save_encoder
 from finetune_lora import load_classifier, load_lora, merge_lora
 from kernels.gather import MEAN, STD
-from model import MAE
+from model import EPS, MAE
 from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")

@@ -30,7 +30,7 @@ from common import classifier, controls, evaluate, metrics, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
 from common.features import name_of, open_rows, some_characters, split_suffix, untrained_like
-from common.io import UserError, save_json, save_safetensors
+from common.io import UserError, reading, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 
@@ -51,7 +51,7 @@ WARMUP = 0.1  # share of the run in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient
 MIN_CROP = 0.5  # smallest share of an image in a crop; "linear" has no augmentation
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
-CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
+CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray (of stress tests, too)
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
 NECK_OF_CLASS = 20  # pictures of each character give the neck its statistics at the end
 NECK_IN_ALL = 256  # at most so many of these pictures do so after an epoch
@@ -176,8 +176,9 @@ def load_classifier(folder):
         raise UserError(f"{base} is not the encoder that {folder} was trained on; restore it")
     if header["method"] == "lora":
         load_lora(encoder, folder)
-    config = (header["config"][k] for k in ("head", "pool", "margin", "scale"))
-    net = classifier.Classifier(encoder, len(header["classes"]), *config)
+    config = {k: value for k, value in header["config"].items() if k != "dim"}
+    with reading(folder / "head.safetensors", "head", classifier.REMEDY):
+        net = classifier.Classifier(encoder, len(header["classes"]), **config)
     whole = {f"encoder.{k}": w for k, w in encoder.state_dict().items()} | weights
     load_exactly(net, whole, folder / "head.safetensors")
     return net.eval(), header
@@ -363,6 +364,7 @@ def finetune(flags, task):
         for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
             # view: all random numbers are drawn here, on the CPU
             generator = train.seeded(seed, epoch, run.step)
+            torch.manual_seed(generator.initial_seed())  # for dropout, or whatever else you add
             if task.method != "linear":
                 batch = pooled_views(task, batch, run.step / total, generator)  # (B, D)
 

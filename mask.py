@@ -156,8 +156,7 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
 
     The share of the mask that is whole parts is t^power, or `whole`, if that is 0 to 1.
     """
-    hard = t ** max(power, 0) if whole < 0 else min(whole, 1.0)
-    easy = 1 - hard
+    whole = t ** max(power, 0) if whole < 0 else min(whole, 1.0)
     largest = patches["parts"].argmax(2)  # (B, N)
     member = F.one_hot(largest, patches["parts"].shape[2])  # (B, N, P)
     area = member.sum(1)  # (B, P), patches of each part
@@ -167,7 +166,7 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
     before = in_turn.cumsum(1) - in_turn
     taken = (hidden - before).clamp(min=0).minimum(in_turn)  # until M patches are hidden
     wholes = torch.zeros_like(area).scatter(1, turn, taken)
-    quota = easy * area * hidden / noise.shape[1] + (1 - easy) * wholes
+    quota = (1 - whole) * area * hidden / noise.shape[1] + whole * wholes
     return by_quota(quota, member, noise)
 
 
@@ -213,7 +212,7 @@ STRATEGIES = {
 
 
 def keywords(strategy):
-    """{key: default} of the parameters that a user can set."""
+    """{key: default} of the parameters that a user can set; `throw` and `shuffle` are taken."""
     parameters = inspect.signature(strategy).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 

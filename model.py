@@ -28,6 +28,7 @@ SIZES = {
     "small": dict(dim=384, depth=12, heads=6, image_size=128, patch_size=16, decoder_dim=256),
     "base": dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, decoder_dim=256),
 }
+EPS = 1e-6  # of each LayerNorm; files of runs do not keep it
 MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens
 
 
@@ -37,8 +38,8 @@ MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens
 def attention(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, N, d); bias -inf hides a key.
 
-    The fused kernel of a GPU never writes the (N, N) probabilities. On a CPU, two matrix products
-    are faster at the short lengths of an MAE (results/TRIED.md, "attention on a CPU").
+    A GPU's fused kernel writes no (N, N) probabilities; maps come from `Attention.probabilities`. On
+    a CPU, two matrix products are faster at the short lengths of an MAE (results/TRIED.md).
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, bias)
@@ -80,7 +81,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a GELU between them. `init_weights` sets their first weights."""
 
     def __init__(self, dim, hidden):
         super().__init__()
@@ -96,9 +97,9 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
         self.mlp = MLP(dim, MLP_RATIO * dim)
 
     def forward(self, x, start=0, bias=None):
@@ -182,7 +183,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("pos_embed", sincos_positions(dim, self.side))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
         self.pooler = None  # or a Pooler, which pre-training adds
         self.apply(init_weights)
         shrink_branches(self.blocks)
@@ -283,7 +284,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, heads) for _ in range(decoder_depth))
-        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=EPS)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
         self.stats_head = nn.Linear(decoder_dim, 2)  # corrects `visible_stats`, for pictures
         self.apply(init_weights)

@@ -34,7 +34,7 @@ import kernels
 import mask as masking
 from common import guidance, train
 from common.agreement import SETTINGS, Agreement
-from common.checkpoints import flags_of, init_from, load_teacher, save_beside, save_model
+from common.checkpoints import flags_of, init_from, load_teacher, public_weights, save_model
 from common.command import Flags, Parser, at_least, between, cli, launched, parse_keys
 from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
 from common.io import UserError
@@ -179,6 +179,7 @@ def build_network(kind, size, flags):
     model = kind(**size)
     if flags.contrast.startswith("pooler"):
         model.encoder.pooler = Pooler(size["dim"], size["heads"])
+    public_weights(model)  # what could not be saved is refused now
     if flags.init and not flags.resume:
         print(f"init     {init_from(model, flags.init)}")
     return model
@@ -238,6 +239,7 @@ def make_teacher(encoder, flags, start):
 def draw(stream, n, N, min_crop, device):
     """Random numbers of n views: crops (n, 4), flips (n,), noise (n, N), colours and swap (n, 4)."""
     generator = train.seeded(*stream)
+    torch.manual_seed(generator.initial_seed())  # for dropout, or whatever else you add
     boxes, flip = data.draw_boxes(n, generator, min_crop)
     noise = masking.gumbel_noise(n, N, generator)
     draws = torch.rand(n, 4, generator=generator)
@@ -249,9 +251,8 @@ def ratio_at(text, t, stream):
 
     The last is drawn for each step, uniformly, and all processes draw the same number.
     """
-    at = t
-    if "-" in text:
-        at = torch.rand((), generator=train.seeded(*stream[:3], RATIO_STREAM)).item()
+    generator = train.seeded(*stream[:3], RATIO_STREAM)
+    at = torch.rand((), generator=generator).item() if "-" in text else t
     ends = [float(word) for word in re.split("[:-]", text)]  # one or two
     return ends[0] + (ends[-1] - ends[0]) * at
 
@@ -301,7 +302,6 @@ def finish(run, model, guide, held_set, norm):
         return
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(guide.file)}:
         old.unlink()
-    save_beside(model, run.out)
     save_model(model, run.out / "model.safetensors", {"step": run.step, "run": run.config, **norm})
     draw_run(run.out, model.eval(), held_set, norm, guide.autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")

@@ -27,14 +27,24 @@ def as_convolution(weights):
 
 
 def public_weights(model):
-    """MAE -> {public name: tensor}; what no public MAE has is left out."""
+    """MAE -> {public name: tensor}; what no public MAE has is left out. Names have to differ."""
     ours = ("decoder.stats_head", "encoder.pooler")
-    state = model.state_dict().items()
-    return as_convolution({k.split(".", 1)[1]: w for k, w in state if not k.startswith(ours)})
+    state = [(k, w) for k, w in model.state_dict().items() if not k.startswith(ours)]
+    public = {k.split(".", 1)[-1]: w for k, w in state}
+    if len(public) < len(state):
+        raise UserError("two weights get one public name; call those of a decoder decoder_...")
+    return as_convolution(public)
 
 
 def save_model(model, path, notes):
-    """Write an MAE under its public names; notes (plain values: run, step, data) join the header."""
+    """Write an MAE under its public names; notes (plain values: run, step, data) join the header.
+
+    Beside it, what public files have no place for: pooler, by which a teacher's attention is read,
+    and stats_head, which predicts mean and contrast of hidden patches.
+    """
+    for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
+        if part is not None:
+            save_safetensors(part.state_dict(), beside(path, name), {})
     save_safetensors(public_weights(model), path, {"config": model.config, **notes})
 
 
@@ -61,16 +71,6 @@ def flags_of(run):
 def beside(path, name):
     """The file of a part (pooler, stats_head) that a run keeps apart; it may be missing."""
     return model_file(path).with_name(f"{name}.safetensors")
-
-
-def save_beside(model, run):
-    """Write the parts that public files have no place for, each to a file of its own.
-
-    pooler: a teacher's attention is read by it. stats_head: mean and contrast of hidden patches.
-    """
-    for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
-        if part is not None:
-            save_safetensors(part.state_dict(), Path(run) / f"{name}.safetensors", {})
 
 
 def load_beside(part, path, name):

@@ -67,9 +67,9 @@ class Gray:
         return len(self.images)
 
     def __getitem__(self, index):
-        images = torch.from_numpy(self.images[index])
-        draws = torch.zeros(len(index), 4)
-        return data.jitter_colour(images, draws, 0.0, 1.0).numpy()  # as training makes them
+        images = torch.from_numpy(self.images[index]).float()
+        gray = (images @ torch.tensor(data.LUMA)).round().to(torch.uint8)
+        return gray[..., None].expand(-1, -1, -1, 3).numpy()
 
 
 def in_gray(images):

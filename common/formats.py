@@ -17,9 +17,8 @@ import torch
 from common import fields
 from common.io import UserError, read_json, read_safetensors, read_torch, reading, regular
 from kernels.gather import MEAN, STD
-from model import MLP_RATIO
+from model import EPS, MLP_RATIO
 
-EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
 WRAPPERS = ("teacher", "model", "state_dict")  # keys of training checkpoints that hold weights
 PREFIX = r"^((module|teacher|backbone|vit)\.)+"
 DROPPED = r"(student|head|pre_logits|fc_norm|(dino|ibot)_head|classifier|pooler"

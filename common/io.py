@@ -22,7 +22,6 @@ try:
 except ImportError:  # there is none on Windows, and so no lock
     fcntl = None
 
-
 # what safetensors calls the dtypes of memory maps
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 

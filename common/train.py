@@ -174,7 +174,7 @@ def peak_memory_mb(device):
 
 
 def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
-    """AdamW in one fused pass. Weights of one dimension, or named *_token, are not decayed."""
+    """AdamW in one fused pass. Weights of one dimension, or named *_token, are not decayed. A stage sets lr."""
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -335,15 +335,23 @@ def chosen(args):
     return plan, arms, seeds, jobs + [(arm, seed) for seed in seeds for arm in arms]
 
 
+def unlike(old, new):
+    """The names that two tables share with other values."""
+    return [name for name, value in new.items() if old.get(name, value) != value]
+
+
 def save_plan(args, arms, seeds, folder):
     """PLAN.json: what the rows are compared by. Arms and seeds of earlier calls stay."""
     path = folder / "PLAN.json"
     with locked(lock_beside(path), wait=True):
         now = {"set": args.set, "digest": args.digest}
-        commands = {arm: args.plan["arms"][arm] for arm in arms}
-        old = read_json(path) if path.exists() else {"arms": {}, "seeds": [], "commands": {}} | now
-        same = all(old["commands"].get(arm, words) == words for arm, words in commands.items())
-        if not same or {name: old[name] for name in now} != now:
+        tables = {
+            "commands": {arm: args.plan["arms"][arm] for arm in arms},
+            "made": args.plan.get("made", {}),
+            "sources": {name: list(column[1:]) for name, column in args.plan["columns"].items()},
+        }
+        old = read_json(path) if path.exists() else {"arms": {}, "seeds": []} | now
+        if unlike(old, now) or any(unlike(old.get(k, {}), table) for k, table in tables.items()):
             other = f"other settings, data or commands ({old['set']})"
             raise UserError(f"{folder} has rows by {other}; give those again, or another --out")
         plan = {name: args.plan[name] for name in KEPT if name in args.plan} | now
@@ -351,7 +359,7 @@ def save_plan(args, arms, seeds, folder):
         plan["columns"] = {name: column[0] for name, column in args.plan["columns"].items()}
         plan["arms"] = old["arms"] | {arm: against(args.plan, arm) for arm in arms}
         plan["seeds"] = sorted({*old["seeds"], *seeds})
-        plan["commands"] = old["commands"] | commands
+        plan |= {k: old.get(k, {}) | table for k, table in tables.items()}
         save_json(plan, path, None)
         if args.plan.get("right"):
             found = {"split": args.set["split"], "groups": args.groups}

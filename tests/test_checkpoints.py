@@ -238,6 +238,13 @@ def test_export_as_mae_holds_everything_that_is_public(tmp_path, kind):
     assert torch.equal(encoder.features(view), net.encoder.features(view))
 
 
+def test_two_weights_never_share_a_public_name():
+    net = small_mae()
+    net.decoder.norm = torch.nn.LayerNorm(8)
+    with pytest.raises(UserError, match="decoder_"):
+        C.public_weights(net)
+
+
 def test_init_takes_the_encoder_and_leaves_the_decoder(tmp_path):
     """Positions are resized to the larger views."""
     mae, new = small_mae(heads=1), small_mae(heads=1, image_size=48, decoder_dim=32)

@@ -19,7 +19,7 @@ STAGES = {
     "attn_high": f"{TRAIN} --mask attn_high:start=0 --out runs/attn",
     "fg_heavy": f"{TRAIN} --mask fg_heavy --out runs/fg",
     "learned": f"{TRAIN} --mask learned --out runs/learned",
-    "simmim": f"{TRAIN.replace(NANO, NANO + ',simmim=1')} --out runs/simmim",
+    "simmim": f"{TRAIN.replace('decoder_dim=32', 'simmim=1')} --out runs/simmim",
     "maps": "maps.py --data datasets/packed --map attn --run runs/a --out maps/gpu",
     "probe": "probe.py runs/a",
     "linear": f"{TUNE} --method linear --out runs/linear",

@@ -29,6 +29,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{PRE} --mask attn_high:betta=1", "no key 'betta'"),
     (f"{PRE} --mask attn_high:beta=wide", "'wide' must be a number"),
     (f"{PRE} --model nano:simmim=1 --contrast pooler", "SimMIM"),
+    (f"{PRE} --model nano:simmim=1,decoder_depth=3", "SimMIM"),
     (f"{PRE} --model nano:image_size=30", "30"),
     (f"{PRE} --model nano:heads=5", "heads"),
     (f"{PRE} --model nano:decoder_depth=0", "at least 1"),

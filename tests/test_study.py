@@ -159,7 +159,7 @@ def test_a_mask_of_ones_own_against_random_is_one_command_and_one_table(home, sm
     assert run.against(plan, "block") == "random"  # where arms have several baselines, too
 
 
-def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small):
+def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small, monkeypatch):
     study(small, MINE)
     before = len(calls(home))
     path = folder_of(home) / "rows.jsonl"
@@ -170,6 +170,10 @@ def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small):
     assert len(calls(home)) == before + 5  # a seed of random, four of green
     other = study(small, "mine --set 'recipe=--epochs 2' --arms block", check=2)
     assert "by other settings" in refused(other)
+    plan = plans.PLANS["mine"]
+    column = ("Top-1, %", 1, "probe-headline.json", "rows/extremes/knn/top1", 100)
+    monkeypatch.setitem(run.PLANS, "mine", plan | {"columns": plan["columns"] | {"top1": column}})
+    assert "by other settings" in refused(study(small, MINE, check=2))
     plan = json.loads((folder_of(home) / "PLAN.json").read_text())
     assert list(plan["arms"]) == ["random", "block", "green"] and plan["seeds"][-1] == 2003
 
