@@ -611,7 +611,7 @@ def sort(args, net, header, gallery, autocast):
     problems = []
     if args.sort:
         done = len(wanted) - len(args.images)
-        again = f"; another --sort sorts all again, as {args.run} does" if done else ""
+        again = ", by whatever run; a new folder sorts them anew" if done else ""
         print(f"sort     {len(wanted)} pictures, {done} of them done{again}")
     found = ()
     names = gallery["names"]
