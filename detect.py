@@ -468,7 +468,7 @@ def learn(task, net, optimizer, run, lr):
         start = run.step % run.per_epoch
         batches = data.batches(images, order, run.batch_size, task.device, start)
         for rows, pages in batches:
-            generator = train.seeded(task.seed, epoch, run.step)
+            generator = train.seeded_step(task.seed, epoch, run.step)
             loss = step_loss(task, net.train(), rows, pages, epoch >= first_late, generator)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)

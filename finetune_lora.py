@@ -363,8 +363,7 @@ def finetune(flags, task):
         order = epoch_rows(train_rows, labels, balanced, seed, epoch)
         for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
             # view: all random numbers are drawn here, on the CPU
-            generator = train.seeded(seed, epoch, run.step)
-            torch.manual_seed(generator.initial_seed())  # for dropout, or whatever else you add
+            generator = train.seeded_step(seed, epoch, run.step)
             if task.method != "linear":
                 batch = pooled_views(task, batch, run.step / total, generator)  # (B, D)
 

@@ -28,7 +28,7 @@ SIZES = {
     "small": dict(dim=384, depth=12, heads=6, image_size=128, patch_size=16, decoder_dim=256),
     "base": dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, decoder_dim=256),
 }
-EPS = 1e-6  # of each LayerNorm; files of runs do not keep it
+EPS = 1e-6  # of each LayerNorm, as in public ViTs; files of runs do not keep it
 MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens
 
 

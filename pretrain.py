@@ -238,8 +238,7 @@ def make_teacher(encoder, flags, start):
 
 def draw(stream, n, N, min_crop, device):
     """Random numbers of n views: crops (n, 4), flips (n,), noise (n, N), colours and swap (n, 4)."""
-    generator = train.seeded(*stream)
-    torch.manual_seed(generator.initial_seed())  # for dropout, or whatever else you add
+    generator = train.seeded_step(*stream)
     boxes, flip = data.draw_boxes(n, generator, min_crop)
     noise = masking.gumbel_noise(n, N, generator)
     draws = torch.rand(n, 4, generator=generator)

@@ -490,7 +490,7 @@ def main():
     task = open_task(flags)
     images = len(task.labels[task.held])
     print(f"data     {task.folder}: {task.held}, {images:,} images, {len(task.names)} classes")
-    if task.labelled:  # so do two runs of one seed
+    if task.labelled:  # two runs of one seed are refused
         by_config([{"config": flags_of(r), "run": r, "path": r} for r in map(str, flags.runs)])
     threshold = threshold_of(flags.runs)
     reports = [probe(run, task, threshold) for run in flags.runs]

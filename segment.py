@@ -489,7 +489,7 @@ def fit(task, run, part):
         order = order[: B * (part.steps - epoch * per_epoch)]
         batches = data.batches(images, order, B, task.device, done % per_epoch)
         for rows, frames in batches:
-            generator = train.seeded(task.seed, part.stage, epoch, done)
+            generator = train.seeded_step(task.seed, part.stage, epoch, done)
             with task.autocast():
                 loss = part.loss(task, part.net.train(), rows, frames, generator)
             loss.backward()
@@ -506,7 +506,7 @@ def fit(task, run, part):
 
 
 def patch_stage(flags, task):
-    """The first step: its network, rows of train, loss, first step, number of steps and learning rate."""
+    """Learning patches: its network, rows of train, loss, first step, number of steps and learning rate."""
     rows = task.train.plain
     stage = SimpleNamespace(stage=1, rows=rows, loss=patch_loss, first=0, steps=0)
     if flags.patches:
@@ -535,7 +535,7 @@ def pixel_stage(flags, task, one):
 
 
 def learn_patches(task, run, one):
-    """The first step: train, set the centroids, write patches.safetensors -> its accuracies."""
+    """Learn patches: train, set the centroids, write patches.safetensors -> its accuracies."""
     fit(task, run, one)
     set_centroids(task, one.net)
     row = {name: judge_frames(task, one.net, some) for name, some in task.judged.items()}

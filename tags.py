@@ -518,7 +518,8 @@ def fit(task, run, optimizer, seed):
         for rows, some in data.batches(images, order, run.batch_size, device, start):
             # view and hidden tags: all random numbers are drawn here, on the CPU
             share = curriculum(run.step, run.total) if task.share is None else task.share
-            batch = make_batch(task, rows, some, share, train.seeded(seed, epoch, run.step))
+            generator = train.seeded_step(seed, epoch, run.step)
+            batch = make_batch(task, rows, some, share, generator)
             # forward, loss, backward
             y = data.send(labels[rows], device)  # (B,)
             with task.autocast():

@@ -21,7 +21,7 @@ import data
 HIDDEN, OUT = 1024, 128  # widths of the projector
 # Keys of --contrast; ViT.summary is what is compared. The pooler's gradient ends at the tokens.
 SETTINGS = {
-    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0},  # to AdamW, 2.0 is as 1.0
+    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0},  # AdamW: weight 2 is as 1
     "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0.0},
     "none": {},
 }

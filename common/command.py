@@ -67,7 +67,7 @@ def in_one_line(problem):
     if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
         return f"{problem}: a link leads back to itself"
     if re.search(NO_MEMORY, f"{type(problem).__name__} {problem}"):
-        batch = f"--batch-size {BATCH[-1] // 2 or 1}" if BATCH else "a smaller --batch-size"
+        batch = f"--batch-size {BATCH[-1] // 2}" if BATCH and BATCH[-1] > 3 else "a lower --batch-size"
         return f"memory is full; give {batch}, or a smaller --image-size or --model"
 
 

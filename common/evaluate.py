@@ -168,7 +168,7 @@ def attention_by_part(encoder, split, source, autocast):
 
 
 def evaluate(model, splits, norm, autocast, epoch):
-    """The row of the log, printed: masked error and, with labels, Top-1. splits: train, the judged."""
+    """The row of the log, printed: masked error and, with labels, Top-1. splits: (train, judged)."""
     train, held = splits
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
     text = f"epoch {epoch:<4g} masked error {row['val_mse']:.4f}"

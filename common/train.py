@@ -191,12 +191,16 @@ def lr_at(step, total, warmup, peak):
 
 
 def seeded(*numbers):
-    """A CPU generator for (seed, epoch, step, purpose). Neighbouring numbers: independent draws.
-
-    Zeros at the end change nothing: seeded(1, 0) draws as seeded(1).
-    """
+    """A CPU generator for (seed, epoch, step, purpose): independent draws, but (1, 0) is as (1,)."""
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1
     return torch.Generator().manual_seed(int(seed))
+
+
+def seeded_step(*numbers):
+    """`seeded`, for a step of a loop: dropout, or whatever else you add, begins anew with it, too."""
+    generator = seeded(*numbers)
+    torch.manual_seed(generator.initial_seed())
+    return generator
 
 
 # ---- what surrounds a loop -----------------------------------------------------------------------

@@ -166,7 +166,7 @@ def main():
     for epoch in range(run.step // per_epoch, flags.epochs):
         order = data.epoch_order(n, flags.seed, epoch)
         for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
-            generator = train.seeded(flags.seed, epoch, run.step)
+            generator = train.seeded_step(flags.seed, epoch, run.step)
             loss = METHODS[flags.method](flags, net, rows, batch, generator, run.step / total)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), CLIP)

@@ -128,6 +128,15 @@ def test_a_run_never_goes_on_with_a_loss_that_is_not_finite(tmp_path):
         run.log_step(temperature=float("nan"))
 
 
+def test_a_step_begins_all_random_numbers_anew():
+    draws = []
+    for _ in range(2):
+        generator = train.seeded_step(1, 2)
+        draws.append([torch.rand(3, generator=generator), torch.rand(3)])
+    assert equal(*(dict(enumerate(x)) for x in draws))
+    assert draws[0][0].equal(torch.rand(3, generator=train.seeded(1, 2)))
+
+
 def test_full_memory_in_a_loop_names_a_batch_of_half_the_size(tmp_path, capsys):
     def step():
         steps(flags_of("--out", str(tmp_path / "run"), "--batch-size", "6"), 1)

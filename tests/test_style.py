@@ -103,14 +103,14 @@ def test_the_formatter_lays_out_all_code_but_the_painters_tables():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2500, 2500),
-    "applications": (4589, 3900),
+    "lesson": (2498, 2500),
+    "applications": (4590, 3900),
     "kernels": (520, 520),
-    "common": (3197, 2400),
+    "common": (3201, 2400),
     "ingest": (3766, 2700),
     "experiments": (2759, 1900),
     "benchmarks": (974, 900),
-    "tests": (10666, 8500),
+    "tests": (10675, 8500),
 }
 
 
