@@ -23,7 +23,7 @@ NO_MEMORY = (
 QUIET = 10  # seconds between two states of a bar where output is piped
 LOCKS = contextlib.ExitStack()  # of what this command writes; `cli` lets go of them
 HELD = set()  # their paths
-BATCH = []  # images of a step, from where a training loop begins
+BATCH = [0]  # and the images of a step, from where a training loop begins
 
 
 def cli(main):
@@ -67,7 +67,7 @@ def in_one_line(problem):
     if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
         return f"{problem}: a link leads back to itself"
     if re.search(NO_MEMORY, f"{type(problem).__name__} {problem}"):
-        batch = f"--batch-size {BATCH[-1] // 2}" if BATCH and BATCH[-1] > 3 else "a lower --batch-size"
+        batch = f"--batch-size {BATCH[-1] // 2}" if BATCH[-1] > 3 else "a smaller --batch-size"
         return f"memory is full; give {batch}, or a smaller --image-size or --model"
 
 
