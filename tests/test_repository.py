@@ -209,7 +209,6 @@ LOADS = {  # a stage that uses what another makes: its networks, its adapters
     ("probe", "tags"),
 }
 PACKING = ("ingest.pack", "ingest.rows")  # data.py imports them in the functions that write
-SURROUNDINGS = {"common.plots", "ingest.toon"}  # pictures and the painter are no part of the lesson
 
 
 def floor_of(name):
@@ -257,21 +256,6 @@ def test_no_cycle():
     # in a function: packing imports data only to show a set
     graph = arrows() | {"data": arrows()["data"] - {"ingest.pack"}}
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names them
-
-
-def test_what_a_student_reads_for_pretrain_is_short():
-    """pretrain.py and all that it imports at the top, one after the other."""
-    known, found = module_files(), {}
-    left = ["pretrain"]
-    while left:
-        name = left.pop()
-        text = known[name].read_text()
-        if name not in found and text:
-            found[name] = text
-            left += imports(known[name], lambda tree: tree.body) - SURROUNDINGS
-    assert len(found) <= 15, sorted(found)  # 12 files are wanted
-    assert sum(len(text.splitlines()) for text in found.values()) <= 3806  # 1,900 are wanted
-    assert not any("matplotlib" in text.split("\ndef ")[0] for text in found.values())
 
 
 # ---- what is installed and what is given away ----------------------------------------------------
