@@ -144,7 +144,7 @@ def hold_apart(groups, labels, share, seed=0):
     return held
 
 
-# ---- maps: what maps.py makes of train, one row per image ----------------------------------------
+# ---- maps: what apps/maps.py makes of train, one row per image ----------------------------------------
 
 
 def write_maps(path, name, chunks, shape, dtype, header=None):
@@ -164,7 +164,7 @@ def open_map(path, name, split):
     if path.suffix != ".safetensors":
         path = path / f"{name}.safetensors"
     folder = Path(split["images"].filename).parent
-    fix = f"python maps.py --data {shlex.quote(str(folder))} --map {name}"
+    fix = f"python -m apps.maps --data {shlex.quote(str(folder))} --map {name}"
     fix += " --run RUN" * (name != "saliency")
     if not path.exists():
         raise UserError(f"no {name} maps at {path}: {fix} --out {path.parent} makes them")

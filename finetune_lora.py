@@ -100,7 +100,7 @@ def read_flags():
 
 # ---- LoRA: low-rank adapters ---------------------------------------------------------------------
 
-# Layers that get LoRA, here and in detect.py, and how many matrices each stacks: q, k and v are 3.
+# Layers that get LoRA, here and in apps/detect.py, and how many matrices each stacks: q, k and v are 3.
 LAYERS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
 
 
@@ -497,7 +497,7 @@ def write_results(flags, task, run, best_epoch):
         f"{row['macro_f1']:.2f} %; without colour Top-1 {row['colourless_top1']:.1f} %\n"
         f"controls thumbnails {row['thumbnails_top1']:.1f} %, histograms {row['histograms_top1']:.1f} %\n"
         f"wrote    {out}/ after {row['seconds']:.0f} s, epoch {best_epoch} kept\n"
-        f"next: python recognize.py {shlex.quote(str(out))} PICTURE"
+        f"next: python -m apps.recognize {shlex.quote(str(out))} PICTURE"
     )
 
 

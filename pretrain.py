@@ -4,7 +4,7 @@
     python pretrain.py --resume runs/NAME
     torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75       (a GPU each)
 
-Reads:  datasets/NAME (drawn or packed first if it is not there), maps/NAME (maps.py makes them)
+Reads:  datasets/NAME (drawn or packed first if it is not there), maps/NAME (apps/maps.py makes them)
 Writes: runs/NAME/ state.pt and attn-*.safetensors (what a resumed run needs), model.safetensors,
         pooler.safetensors, stats_head.safetensors, log.jsonl, pictures
 

@@ -82,10 +82,16 @@ def drawing(what):
 
 def command():
     """The command line that this is, for results: the script by its name, wherever it lies."""
-    script = Path(sys.argv[0])
-    module = script.parent.name in ("experiments", "benchmarks", "ingest")
-    words = ["-m", f"{script.parent.name}.{script.stem}"] if module else [script.name]
+    words = [Path(word).name for word in started_as()]
     return shlex.join(["python", *words, *sys.argv[1:]])
+
+
+def started_as():
+    """What follows `python` to start this script again: its path, or -m apps.tags of one in a folder."""
+    script = Path(sys.argv[0])
+    if script.parent.name in ("apps", "ingest", "lab"):
+        return ["-m", f"{script.parent.name}.{script.stem}"]
+    return [sys.argv[0]]
 
 
 # ---- flags ---------------------------------------------------------------------------------------

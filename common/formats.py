@@ -1,4 +1,4 @@
-"""The checkpoint formats of the field: any of them -> our names and shapes. export.py writes them.
+"""The checkpoint formats of the field: any of them -> our names and shapes. apps/export.py writes them.
 
 Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et
         al. 2023) without registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or
@@ -74,7 +74,7 @@ def encoder_file(given):
     if path.exists():
         return path
     if (given / "adapter_config.json").exists():
-        raise UserError(f"{given} holds only an adapter: python export.py {given} --to merged")
+        raise UserError(f"{given} holds only an adapter: python -m apps.export {given} --to merged")
     run = given.parent if given.suffix else given
     raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
 

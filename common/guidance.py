@@ -1,8 +1,8 @@
 """Scores that guide masks: a teacher's attention, maps from files, and predicted losses.
 
-    attn        attention of a teacher: the average of the run, another encoder, or maps.py
-    fg          share of foreground: true masks of the data, or maps.py --map saliency
-    parts       shares of eyes, hair, clothes, ...: true parts of the data, or maps.py --map parts
+    attn        attention of a teacher: the average of the run, another encoder, or apps/maps.py
+    fg          share of foreground: true masks of the data, or apps.maps --map saliency
+    parts       shares of eyes, hair, clothes, ...: true parts of the data, or apps.maps --map parts
     detail      contrast of the pixels (kernels/loss.py)
     difficulty  loss that a small head predicts, which learns during the run
 
@@ -29,7 +29,7 @@ from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
 from model import Block, init_weights, sincos_positions
 
-IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of maps.py
+IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of apps/maps.py
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # true maps that a data set may hold
 SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
 SAMPLE = 1024  # images that the mean token of each place is taken from, for `outlier`
@@ -278,7 +278,7 @@ def ranking_loss(score, error):
 def open_maps(need, where, folder, train):
     """The maps (n, G, G) of the training images, the number of parts, and a line about them.
 
-    where: a folder or file of maps.py; "truth": masks in the data; "auto": those, else maps/NAME.
+    where: a folder or file of apps/maps.py; "truth": masks in the data; "auto": those, else maps/NAME.
     """
     name = IN_FILES[need]
     has_truth = need in TRUTH and need in train
@@ -286,7 +286,7 @@ def open_maps(need, where, folder, train):
         count = len(train["header"].get("parts") or [])
         return train[need], count, f"the true {TRUTH[need]} of {folder}"
     if where == "truth":
-        fix = f"python maps.py --data {folder} --map {name} makes maps without"
+        fix = f"python -m apps.maps --data {folder} --map {name} makes maps without"
         raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; {fix}")
     default = Path("maps") / Path(folder).name / f"{name}.safetensors"
     path = default if where == "auto" else where

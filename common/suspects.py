@@ -83,7 +83,7 @@ def write_suspects(flags):
     with drawing("suspects.png"):
         draw(sheet, split, rows, better)
     line = f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first"
-    planted = split["header"].get("planted")  # by experiments/subset.py
+    planted = split["header"].get("planted")  # by lab/subset.py
     if not planted:
         return line
     right = {*rows[: len(planted)].tolist()} & {*planted}

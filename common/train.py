@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import BATCH, at_least, claim, launched, progress, refuse_overwrite
+from common.command import BATCH, at_least, claim, launched, progress, refuse_overwrite, started_as
 from common.fields import check_fields, number, whole
 from common.io import UserError, atomic, parse_table, read_torch, reading, save_text
 
@@ -386,7 +386,7 @@ class Run:
             self.bar.close()
         if self.stop:
             print(f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with:")
-            print(f"  python {shlex.join([sys.argv[0], '--resume', str(self.out)])}", flush=True)
+            print(f"  python {shlex.join([*started_as(), '--resume', str(self.out)])}", flush=True)
             sys.exit(128 + self.stop[0])
         self.since = time.perf_counter()  # evaluations do not count
 

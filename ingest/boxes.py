@@ -1,4 +1,4 @@
-"""Pictures with any number of boxes each: what detect.py learns from, as people publish it.
+"""Pictures with any number of boxes each: what apps/detect.py learns from, as people publish it.
 
     python data.py PATH --detect --out datasets/NAME
 

@@ -1,4 +1,4 @@
-"""Frames that are drawn, photographed, or both: what segment.py learns to tell apart, for anybody to make.
+"""Frames that are drawn, photographed, or both: what apps/segment.py learns to tell apart, for anybody to make.
 
     python data.py hybrid --out datasets/hybrid
 

@@ -454,13 +454,13 @@ def to_learn(out):
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
     of_split = ["--split", have[0]] if have and have[0] != "val" else []
     if not Path(out, "train.safetensors").exists():
-        words = ["python", "recognize.py", "RUN", "--verify", "--data", str(out)]
+        words = ["python", "-m", "apps.recognize", "RUN", "--verify", "--data", str(out)]
         return shlex.join(words + of_split)
     tensors = open_tensors(Path(out) / "train.safetensors")
     header = tensors["header"]
     labelled = len(header["classes"]) > 1
     if "boxes" in tensors:
-        return shlex.join(["python", "detect.py", "weights/toon", "--data", str(out)])
+        return shlex.join(["python", "-m", "apps.detect", "weights/toon", "--data", str(out)])
     if not have:
         return "pack it again with a val: pretrain.py needs one, to evaluate on"
     small = len(tensors["images"]) < SMALL and header["source"] not in DRAWN

@@ -1,4 +1,4 @@
-"""Pages with drawn figures on them: what detect.py learns from, for anybody to make.
+"""Pages with drawn figures on them: what apps/detect.py learns from, for anybody to make.
 
     python data.py scenes --out datasets/scenes
 

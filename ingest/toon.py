@@ -866,7 +866,7 @@ def main():
     picture = draw(unseen(people[args.who], 1, args.seed)[0], args.size)["image"]
     with atomic(out) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")
-    print(f"{out} written; next: python recognize.py weights/toon-lora {out}")
+    print(f"{out} written; next: python -m apps.recognize weights/toon-lora {out}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 def call(script, *words, cwd, check=None):
     """Run a stage in the folder cwd -> returncode, stdout, stderr; without the seconds of a start.
 
-    script: a stage, or a module as after `python -m`, such as experiments.run.
+    script: a stage, or a module as after `python -m`, such as lab.run.
     """
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, errors = io.StringIO(), io.StringIO()

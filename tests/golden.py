@@ -37,8 +37,8 @@ PRETRAIN += " --model nano:image_size=32"
 TUNE = f"finetune_lora.py runs/random --data packed --batch-size 16 --epochs 2 {CPU}"
 PACK = "data.py {} --size 32 --split .6,.2,.2 --dev 0.1 --dedupe off"
 SHORT = f"runs/random --batch-size 8 --epochs 2 {CPU}"
-SEGMENT = "segment.py runs/random --data frames"
-MAPS = "maps.py --data packed --device cpu"
+SEGMENT = "apps.segment runs/random --data frames"
+MAPS = "apps.maps --data packed --device cpu"
 
 PRETRAINED = {  # case: flags of pretrain.py
     **{mask: f"--mask {mask}" for mask in ("random", "block", "grid", "green", "detail", "parts")},
@@ -76,19 +76,19 @@ CASES |= {
     "headline": [f"probe.py runs/block --data packed --headline {CPU}"],
     "part_maps": [f"{MAPS} --map parts --run runs/random --parts 3 --out maps/part_maps"],
     "attn_maps": [f"{MAPS} --map attn --run runs/random --out maps/attn_maps"],
-    "recognize": [f"recognize.py runs/lora --verify --data packed {CPU}"],
-    "strangers": [f"recognize.py runs/scratch --verify --data packed {CPU}"],
+    "recognize": [f"apps.recognize runs/lora --verify --data packed {CPU}"],
+    "strangers": [f"apps.recognize runs/scratch --verify --data packed {CPU}"],
     "segment": [f"{SEGMENT} --out runs/segment --epochs 2 --pixel-steps 40 {CPU}"],
-    "export": ["export.py runs/random --to mae --out runs/export/mae.safetensors"],
+    "export": ["apps.export runs/random --to mae --out runs/export/mae.safetensors"],
     "detect": [
         PACK.format("boxes.json --detect --out datasets/detect"),
-        f"detect.py {SHORT} --data datasets/detect --out runs/detect --view 32 --method full",
+        f"apps.detect {SHORT} --data datasets/detect --out runs/detect --view 32 --method full",
     ],
 }
 for name, arm in (("tags", ""), ("vilt", " --arm vilt")):
     CASES[name] = [
         PACK.format(f"list.csv --out datasets/{name}"),
-        f"tags.py {SHORT} --data datasets/{name} --out runs/{name}{arm}",
+        f"apps.tags {SHORT} --data datasets/{name} --out runs/{name}{arm}",
     ]
 
 

@@ -24,11 +24,11 @@ COMMANDS = (  # of home, in their order
     f"data.py list.csv --out datasets/other {PACKED} --seed 1",
     f"pretrain.py --data datasets/packed --model {NANO} --out runs/a {QUICK}",
     f"finetune_lora.py runs/a --method lora --epochs 12 --keep 1 --batch-size 16 {CPU}",
-    f"recognize.py runs/a-lora images/class0/illust0_0.png {CPU}",
-    f"tags.py runs/a --data datasets/packed {QUICK}",
-    f"segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2 {CPU}",
-    f"detect.py runs/a --data datasets/scenes --method lora --view 48 {QUICK}",
-    "maps.py --data datasets/packed --map saliency --device cpu",
+    f"apps.recognize runs/a-lora images/class0/illust0_0.png {CPU}",
+    f"apps.tags runs/a --data datasets/packed {QUICK}",
+    f"apps.segment runs/a --data datasets/frames --pixel-steps 1 --epochs 2 {CPU}",
+    f"apps.detect runs/a --data datasets/scenes --method lora --view 48 {QUICK}",
+    "apps.maps --data datasets/packed --map saliency --device cpu",
 )
 
 

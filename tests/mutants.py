@@ -1,6 +1,6 @@
 """Would the tests notice a mistake? Make small mistakes in a file, one at a time, and run tests on each.
 
-    python tests/mutants.py experiments/stats.py --tests tests/test_stats.py --count 40
+    python tests/mutants.py lab/stats.py --tests tests/test_stats.py --count 40
 
 Works on a copy of the repository in a temporary folder. A mutant is killed when the tests fail
 or do not end. The survivors are printed. Exit status 1: fewer than 90 % are killed.
@@ -119,7 +119,7 @@ def passes(copy, tests):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", help="such as experiments/stats.py")
+    parser.add_argument("file", help="such as lab/stats.py")
     parser.add_argument("--tests", nargs="+", required=True, metavar="TEST", help="for pytest")
     parser.add_argument("--count", type=int, default=40, help="mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0)

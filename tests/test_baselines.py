@@ -9,8 +9,8 @@ from conftest import call
 from common.checkpoints import load_encoder
 from common.lora import fingerprint
 from common.train import seeded
-from experiments import views
-from experiments.convnets import NETWORKS, ConvNet, load_any, save_any
+from lab import views
+from lab.convnets import NETWORKS, ConvNet, load_any, save_any
 from model import ViT
 
 
@@ -50,7 +50,7 @@ def test_small_crops_lie_in_the_picture_and_are_small(monkeypatch):
 @pytest.mark.parametrize("method", views.METHODS)
 def test_what_they_write_is_an_encoder(small, tmp_path, method):
     words = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--device", "cpu"]
-    command = ("experiments.views", method, "--data", small, "--out", "run", *words)
+    command = ("lab.views", method, "--data", small, "--out", "run", *words)
     call(*command, cwd=tmp_path, check=0)
     encoder = load_encoder(tmp_path / "run")
     assert encoder.image_size == 32 and encoder.side == 4
@@ -81,7 +81,7 @@ def test_a_network_in_a_file_comes_back(tmp_path):
 def test_it_learns_and_recognises_as_a_vit_does(small, tmp_path, no_pictures):
     words = ["--method", "full", "--from-scratch", "--data", small, "--epochs", 2]
     words += ["--image-size", 32, "--batch-size", 16, "--device", "cpu", "--dtype", "fp32"]
-    stage = "experiments.convnets"
+    stage = "lab.convnets"
     call(stage, "resnet10", *words, "--out", tmp_path / "run", cwd=tmp_path, check=0)
     pictures = sorted((small.parent / "images").rglob("*.png"))[:4]
     lines = call(stage, tmp_path / "run", *pictures, cwd=tmp_path, check=0).stdout.splitlines()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import ROOT, call
 
-import benchmarks as bench
-import benchmarks.data
-from benchmarks import kernels, latency, step
 from common.io import UserError, save_csv
+from lab import bench
+from lab import bench_kernels as kernels
+from lab import bench_latency as latency
+from lab import bench_step as step
 from model import MAE
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_the_gate_lets_through_what_agrees_and_nothing_else():
 def test_a_wrong_kernel_ends_the_run_before_any_speed(monkeypatch, tmp_path):
     wrong = lambda *args, **_: 1.001 * kernels.obvious_loss(*args)  # noqa: E731
     monkeypatch.setattr(kernels, "reconstruction_loss", wrong)
-    done = call("benchmarks.kernels", "--device", "cpu", "--out", tmp_path, cwd=tmp_path)
+    done = call("lab.bench_kernels", "--device", "cpu", "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 2 and "no speed is reported" in done.stderr
     assert not list(tmp_path.glob("*.csv"))
 
@@ -112,7 +113,7 @@ def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
 
 
 def test_the_loader_and_a_model_are_measured(tmp_path):
-    call("benchmarks.data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT, check=0)
+    call("lab.bench_data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT, check=0)
     assert bench.read_table(tmp_path / "bench_data.csv")[0]["images"] == "2048"
     assert latency.torch_answer(ROOT / "weights/toon", CPU)[1:] == (96, "encoder")
 

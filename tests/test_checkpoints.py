@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import common.checkpoints as C
 import model as M
+from apps.export import export
 from common import formats
 from common.io import UserError
 from common.lora import save_encoder
-from export import export
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import reconstruction_loss
 

@@ -115,7 +115,7 @@ def test_the_boxes_of_a_list_are_what_the_figure_crop_keeps(tmp_path):
 
 def test_broken_files_and_bombs_are_skipped_counted_and_named(tmp_path, monkeypatch):
     """What comes after a gap stands beside its own label."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 178 * 10**6 / 2)  # demo.py sets a lower limit
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 178 * 10**6 / 2)  # apps.demo sets a lower limit
     root = draw_folder(tmp_path / "images", classes=3, each=40)
     bomb = io.BytesIO()
     Image.new("1", (14000, 14000)).save(bomb, "PNG")  # kilobytes that unpack to 196 megapixels
@@ -256,7 +256,7 @@ NEXT = {  # flags: the command that comes next, and words of what is said
         "need labels of two classes",
     ),
     "images --split 0,0,1": (
-        "python recognize.py RUN --verify --data OUT --split test",
+        "python -m apps.recognize RUN --verify --data OUT --split test",
         "no train: stages can measure",
     ),
     "few --split .9,.05,.05": (

@@ -16,9 +16,8 @@ from conftest import ROOT
 from made import CPU
 from PIL import Image
 
-import demo
-import detect
 import mask as masking
+from apps import demo, detect
 
 WHO = "akika"
 
@@ -61,7 +60,7 @@ def test_sliders_change_what_is_hidden(at):
 def test_who_it_is_with_what_tags_and_what_is_drawn(at, tmp_path):
     said = demo.answer("Recognise", "runs/a", drawing())
     assert re.search("<h2>class|Nearest: class", said)
-    assert "similarity" in said and "recognize.py" in said
+    assert "similarity" in said and "apps.recognize" in said
     assert re.search(r"<h2>(class\d|unknown), \d+%</h2>", demo.answer("Tags", "runs/a", drawing()))
     text = demo.answer("Drawn or photographed", "runs/a", own(tmp_path / "mine.png", (64, 64)))
     assert text.count("<img") == 2 and "% drawn" in text
@@ -82,7 +81,7 @@ def test_faces_of_a_page_are_shown_and_named(at, monkeypatch):
     assert text.count("<img") == 3 and "score" not in text and "--detect runs/a-det" in text
     monkeypatch.setattr(demo, "is_recogniser", lambda run: False)  # without a recogniser: scores
     text = demo.pages_page("runs/a-det", drawing())
-    assert "score 0.80" in text and "detect.py runs/a-det PICTURE" in text
+    assert "score 0.80" in text and "apps.detect runs/a-det PICTURE" in text
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
     assert "0 faces" in demo.pages_page("runs/a-det", drawing())
 
@@ -180,9 +179,9 @@ def test_only_the_page_itself_is_answered(host, origin, status):
 
 @pytest.fixture(scope="module")
 def address(base):
-    """demo.py, started as a user would -> its address."""
+    """apps/demo.py, started as a user would -> its address."""
     pytest.importorskip("gradio", reason="pip install -e '.[demo]'")
-    words = [sys.executable, ROOT / "demo.py", *CPU.split()]
+    words = [sys.executable, "-m", "apps.demo", *CPU.split()]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=base)
     try:
         yield re.search(r"http://\S+?:\d+", server.stdout.readline()).group()
@@ -214,9 +213,9 @@ def test_the_server_refuses_other_sites_and_files_of_this_machine_and_huge_pictu
         assert client.get("/", headers={"Host": "evil.example:7860"}).status_code == 403
         assert upload(client, b"x", Origin="http://evil.example").status_code == 403
         assert upload(client, b"x", Origin=address).status_code == 200
-        for path in (base / "runs/a/model.safetensors", ROOT / "demo.py", "/etc/passwd"):
+        for path in (base / "runs/a/model.safetensors", ROOT / "apps/demo.py", "/etc/passwd"):
             assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
-        assert '"success":false' in show(client, ROOT / "demo.py")
+        assert '"success":false' in show(client, ROOT / "apps/demo.py")
         for side, words in ((4990, "mine.png"), (5100, "exceeds limit")):
             file = io.BytesIO()
             Image.new("1", (side, side)).save(file, "PNG")
@@ -251,7 +250,7 @@ def says(page, where, words, seconds=20):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(page, tmp_path):
-    tabs = {"Recognise": "similarity", "Tags": "tags.py", "Drawn": "segment.py"}
+    tabs = {"Recognise": "similarity", "Tags": "apps.tags", "Drawn": "apps.segment"}
     tabs |= {"Pages": "--detect runs/a-det", "Mask": "pretrain.py --mask"}
     for name, words in tabs.items():
         page.get_by_role("tab", name=name).first.click()

@@ -1,4 +1,4 @@
-"""detect.py: what it learns from boxes, how answers are judged, and a run from its beginning to its use."""
+"""apps/detect.py: what it learns from boxes, how answers are judged, and a run from its beginning to its use."""
 
 import json
 
@@ -11,14 +11,14 @@ from PIL import Image
 from test_mps import OperatorLog
 
 import data
-import detect
+from apps import detect
 from common.io import read_safetensors
 from common.train import seeded
 from model import ViT
 
 pytest.importorskip("pycocotools", reason="pip install -e '.[detect]': it is the judge")
 BOXES = torch.tensor([[[8.0, 8, 24, 24], [30, 10, 62, 60], [2, 40, 5, 60]], [[-1] * 4] * 3])
-TRAIN = f"detect.py runs/a --data datasets/scenes --method lora --view 48 {QUICK}"
+TRAIN = f"apps.detect runs/a --data datasets/scenes --method lora --view 48 {QUICK}"
 
 
 def tiny():
@@ -166,7 +166,7 @@ def test_a_run_writes_what_it_says(base):
     net, header = detect.load(base / "runs/a-det")
     names = [name for name, _ in net.named_parameters()]
     assert header["page"] == 80 and not [x for x in names if x.endswith((".A", ".B"))]
-    run_line("export.py runs/a-det --to half --out half", base, check=0)
+    run_line("apps.export runs/a-det --to half --out half", base, check=0)
     assert detect.load(base / "half")[1] == header
 
 
@@ -183,7 +183,7 @@ def test_the_last_quarter_of_the_epochs_learns_from_nearly_whole_pages(base, mon
 
 
 def test_a_detector_goes_on_with_all_of_its_weights(base):
-    more = f"detect.py runs/a-det --data datasets/scenes --epochs 1 {CPU} --lr 0 --batch-size 8"
+    more = f"apps.detect runs/a-det --data datasets/scenes --epochs 1 {CPU} --lr 0 --batch-size 8"
     run_line(f"{more} --view 48 --out runs/more", base, check=0)
     files = [base / f"runs/{name}/detector.safetensors" for name in ("a-det", "more")]
     assert equal(*(read_safetensors(file)[0] for file in files))
@@ -201,7 +201,7 @@ def test_it_is_used_on_pictures_of_any_size(base, monkeypatch):
     """A face's cut has room around it; what has no pixel on the picture is no face."""
     Image.new("RGB", (200, 100), (90, 90, 90)).save(base / "wide.png")
     Image.new("RGB", (1, 1)).save(base / "dot.png")
-    use = f"detect.py runs/a-det wide.png {CPU}"
+    use = f"apps.detect runs/a-det wide.png {CPU}"
     finding(monkeypatch, [0.25, 0.25, 0.5, 0.5], [0.2, 0.6, 0.4, 0.9])  # the second: below it
     wide, dot = json_of(f"{use} dot.png --out found --crop", base)
     assert wide["faces"] == [{"box": [50, 50, 100, 100], "score": 0.9}] and dot["width"] == 1
@@ -216,7 +216,7 @@ def test_it_is_used_on_pictures_of_any_size(base, monkeypatch):
 
 def test_the_largest_face_of_each_picture_keeps_its_folder(base, monkeypatch):
     finding(monkeypatch, [0.1, 0.3, 0.3, 0.5], [0.4, 0.3, 0.9, 0.7])
-    use = f"detect.py runs/a-det images {CPU} --out cut"
+    use = f"apps.detect runs/a-det images {CPU} --out cut"
     run_line(f"{use} --largest", base, check=0)
     cuts = sorted(path.relative_to(base / "cut") for path in (base / "cut").rglob("*.png"))
     there = (path.relative_to(base / "images") for path in (base / "images").rglob("*.png"))
@@ -226,9 +226,9 @@ def test_the_largest_face_of_each_picture_keeps_its_folder(base, monkeypatch):
 
 
 def test_a_page_s_faces_are_named_one_by_one(base, monkeypatch):
-    """recognize.py --detect: a line for each face, by a recogniser of whole drawings."""
+    """apps.recognize --detect: a line for each face, by a recogniser of whole drawings."""
     Image.new("RGB", (64, 64), (200, 90, 90)).save(base / "page.png")
-    use = f"recognize.py runs/a-lora {CPU} --detect runs/a-det page.png --json"
+    use = f"apps.recognize runs/a-lora {CPU} --detect runs/a-det page.png --json"
     finding(monkeypatch, [0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3])
     found = [row["picture"] for row in json_of(use, base)]
     assert found == ["page.png[6,6,19,19]", "page.png[32,16,48,32]"]

@@ -1,4 +1,4 @@
-"""export.py: the same answers from onnxruntime as from torch, a reader without torch, and the card beside it."""
+"""apps/export.py: the same answers from onnxruntime as from torch, a reader without torch, and the card beside it."""
 
 import json
 import re
@@ -13,8 +13,7 @@ from made import CPU, QUICK
 from PIL import ExifTags, Image
 
 import data
-import export
-import tags
+from apps import export, tags
 from common.checkpoints import load_encoder, save_model
 from common.io import save_safetensors
 from common.train import seeded
@@ -40,7 +39,7 @@ def near(found, expected):
 
 @pytest.mark.slow
 def test_an_encoder(at):
-    run_line("export.py runs/a --to onnx --out encoder.onnx --image-size 16", at, check=0)
+    run_line("apps.export runs/a --to onnx --out encoder.onnx --image-size 16", at, check=0)
     net = load_encoder("runs/a", 16)
     ask, about = model_of(at / "encoder.onnx")
     assert about == {"is": "encoder", "side": 16}
@@ -69,8 +68,8 @@ def said_without_torch(at, faces):
 
 @pytest.mark.slow
 def test_a_recogniser_and_its_reader_without_torch(at):
-    run_line(f"recognize.py runs/a-lora {CPU} --enrol somebody images/class0", at, check=0)
-    run_line("export.py runs/a-lora --to onnx", at, check=0)
+    run_line(f"apps.recognize runs/a-lora {CPU} --enrol somebody images/class0", at, check=0)
+    run_line("apps.export runs/a-lora --to onnx", at, check=0)
     ask, about = model_of(at / "runs/a-lora/model.onnx")
     assert about["names"] == ["class0", "class1", "class2", "somebody"] and about["learned"] == 3
     faces = [f"images/class{c}/illust9_0.png" for c in range(3)]
@@ -79,7 +78,7 @@ def test_a_recogniser_and_its_reader_without_torch(at):
     gray = np.array(Image.open(faces[1]).convert("L"), np.uint16)
     Image.fromarray(gray * 257).save(faces[5])
     found = said_without_torch(at, faces)
-    for row in json_of(f"recognize.py runs/a-lora {CPU} --json {' '.join(faces)}", at):
+    for row in json_of(f"apps.recognize runs/a-lora {CPU} --json {' '.join(faces)}", at):
         name, similarity = found.pop(row["picture"])
         assert name == (row["name"] or "unknown")
         assert similarity == pytest.approx(row["similarity"], abs=3e-4)
@@ -94,8 +93,10 @@ def test_a_recogniser_and_its_reader_without_torch(at):
 @pytest.mark.parametrize("arm", ["mfdn", "bce"])  # an answer and characters, or tags alone
 def test_a_tagger(arm, at):
     run = f"runs/a-{arm}"
-    run_line(f"tags.py runs/a --data datasets/packed --arm {arm} --out {run} {QUICK}", at, check=0)
-    run_line(f"export.py {run} --to onnx", at, check=0)
+    run_line(
+        f"apps.tags runs/a --data datasets/packed --arm {arm} --out {run} {QUICK}", at, check=0
+    )
+    run_line(f"apps.export {run} --to onnx", at, check=0)
     ask, about = model_of(at / run / "model.onnx")
     net, header = tags.load_tagger(run)
     assert about["tags"] == header["words"] and len(about["thresholds"]) == len(header["words"])
@@ -123,7 +124,7 @@ def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
     probe = {"headline": 0.414, "split": "val", "data": flags["data"], "command": "probe.py X"}
     (tmp_path / "run/probe.json").write_text(json.dumps(probe))
     (tmp_path / "run/metrics.json").write_text("{}")  # another program's
-    said = run_line(f"export.py run --to {to}", tmp_path, check=0).stdout
+    said = run_line(f"apps.export run --to {to}", tmp_path, check=0).stdout
     found = cards.ModelCard.load(tmp_path / "run" / card)
     assert (found.data.library_name, found.data.license) == (library, licence)
     for line in said.split("load it  ")[1].splitlines():
@@ -148,8 +149,8 @@ def test_a_card_names_the_pictures_of_the_encoder_that_a_run_began_from(tmp_path
 
 
 def test_cards_of_a_merged_encoder_and_of_its_copy_say_how_it_was_trained(at):
-    run_line("export.py runs/a-lora --to merged --out merged.st", at, check=0)
-    run_line("export.py merged.st --to timm --out new/folder/copy.st", at, check=0)
+    run_line("apps.export runs/a-lora --to merged --out merged.st", at, check=0)
+    run_line("apps.export merged.st --to timm --out new/folder/copy.st", at, check=0)
     for card in ("merged.md", "new/folder/copy.md"):
         text = (at / card).read_text()
         assert "| mask of its encoder | `random` |" in text
@@ -161,5 +162,5 @@ def test_a_folder_is_written_whole_or_not_at_all(at, tmp_path, monkeypatch):
         raise OSError("no room")
 
     monkeypatch.setattr(export, "save_json", full_disk)  # behind the weights
-    assert "no room" in refused(run_line(f"export.py runs/a --to hf --out {tmp_path}/hf", at))
+    assert "no room" in refused(run_line(f"apps.export runs/a --to hf --out {tmp_path}/hf", at))
     assert not list(tmp_path.iterdir())

@@ -15,21 +15,19 @@ from made import CPU, files_of
 from PIL import Image
 from sklearn.metrics import f1_score
 
-import export
-import recognize
-import tags
+from apps import export, recognize, tags
 from common.train import seeded
 from ingest import pictures
 
 FOLDER = "images/class0"
-SORT = f"recognize.py runs/a-lora {CPU}"
+SORT = f"apps.recognize runs/a-lora {CPU}"
 
 
 # ---- captions ------------------------------------------------------------------------------------
 
 
 def captions(fresh, *words, check=None):
-    line = f"tags.py runs/a-tags {FOLDER} {CPU} --captions {' '.join(words)}"
+    line = f"apps.tags runs/a-tags {FOLDER} {CPU} --captions {' '.join(words)}"
     return run_line(line, fresh, check=check)
 
 
@@ -51,7 +49,7 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
 
 def test_a_caption_says_what_json_says(fresh):
     captions(fresh, "--threshold 0 --without blue,Class0", check=0)
-    for row in json_of(f"tags.py runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh):
+    for row in json_of(f"apps.tags runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh):
         names = [row["name"]] if row["name"] else []
         wanted = [word for word in [*names, *row["tags"]] if word not in ("blue", "class0")]
         text = (fresh / FOLDER / row["picture"]).with_suffix(".txt").read_text()
@@ -61,7 +59,7 @@ def test_a_caption_says_what_json_says(fresh):
 def test_pictures_given_one_by_one_get_captions_but_for_broken_ones(fresh):
     files = sorted((fresh / FOLDER).glob("*.png"))[:3]
     files[1].write_bytes(b"broken")
-    line = f"tags.py runs/a-tags {' '.join(map(str, files))} {CPU} --captions"
+    line = f"apps.tags runs/a-tags {' '.join(map(str, files))} {CPU} --captions"
     done = run_line(line, fresh, check=0)
     assert "skipped" in done.stderr and "beside 2 pictures" in done.stdout
     assert [file.with_suffix(".txt").exists() for file in files] == [True, False, True]
@@ -228,9 +226,9 @@ def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(fresh, m
     picture = Image.open(fresh / FOLDER / "illust0_0.png").convert("RGB")
     picture.resize((96, 96), Image.Resampling.BICUBIC).save(fresh / "x.png")
     for run in ("a-tags", "a-lora"):
-        run_line(f"export.py runs/{run} --to wd", fresh, check=0)
+        run_line(f"apps.export runs/{run} --to wd", fresh, check=0)
     found = asked_as_by_others(fresh / "runs/a-tags/wd", fresh / "x.png")
-    (row,) = json_of(f"tags.py runs/a-tags x.png {CPU} --threshold 0 --json", fresh)
+    (row,) = json_of(f"apps.tags runs/a-tags x.png {CPU} --threshold 0 --json", fresh)
     for tag, p in row["tags"].items():
         assert found[tag, "0"] == pytest.approx(p, abs=1e-4)
     assert found[row["name"], "4"] == pytest.approx(row["confidence"], abs=1e-4)
@@ -239,4 +237,4 @@ def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(fresh, m
     (row,) = json_of(f"{SORT} x.png --json", fresh)
     wanted = row["confidence"] if row["known"] else 0.0
     assert max(found.values()) == pytest.approx(wanted, abs=1e-4)
-    assert "names nothing" in refused(run_line("export.py runs/a --to wd --out wd", fresh))
+    assert "names nothing" in refused(run_line("apps.export runs/a --to wd --out wd", fresh))

@@ -32,12 +32,12 @@ SEED, OF_EACH = 0, 15  # cases of each call that works
 
 TINY = f"--data datasets/packed --epochs 1 --batch-size 16 {CPU}"
 PRE = f"pretrain.py {TINY} --model {NANO} --out runs/new"
-MAPS = "maps.py --data datasets/packed --device cpu"
+MAPS = "apps.maps --data datasets/packed --device cpu"
 ATTENTION = f"{MAPS} --map attn --run runs/a --out maps/new"
 TUNE = f"finetune_lora.py runs/a {TINY} --out runs/new"
-NAME, PICTURE = f"recognize.py runs/a-lora {CPU}", "images/class0/illust0_0.png"
+NAME, PICTURE = f"apps.recognize runs/a-lora {CPU}", "images/class0/illust0_0.png"
 PROBE = f"probe.py runs/a --data datasets/packed {CPU}"
-STRESS = f"experiments.stress runs/a --only cutout --images 8 {CPU}"
+STRESS = f"lab.stress runs/a --only cutout --images 8 {CPU}"
 WORK = (  # calls that work, from which every bad one is made
     "data.py images --out datasets/new --size 32",
     "data.py list.csv --out datasets/new --size 32",
@@ -57,23 +57,23 @@ WORK = (  # calls that work, from which every bad one is made
     f"{NAME} {PICTURE} --detect runs/a-det",
     f"{NAME} --verify --split test",
     f"{NAME} --enrol newcomer images/class0",
-    f"tags.py runs/a --data datasets/packed --epochs 2 --out runs/new {CPU}",
-    f"tags.py runs/a-tags images/class0 {CPU}",
-    f"segment.py runs/a --data datasets/frames --out runs/new --epochs 1 --pixel-steps 1 {CPU}",
-    f"segment.py runs/a-seg {PICTURE} --out new {CPU}",
-    f"detect.py runs/a {TINY} --data datasets/scenes --view 48 --out runs/new",
-    f"detect.py runs/a-det {PICTURE} --out new {CPU}",
-    "export.py runs/a --to timm --out exports/timm.safetensors",
-    "export.py runs/a-lora --to merged --out exports/merged.safetensors",
-    "export.py runs/a-tags --to half --out exports/half",
+    f"apps.tags runs/a --data datasets/packed --epochs 2 --out runs/new {CPU}",
+    f"apps.tags runs/a-tags images/class0 {CPU}",
+    f"apps.segment runs/a --data datasets/frames --out runs/new --epochs 1 --pixel-steps 1 {CPU}",
+    f"apps.segment runs/a-seg {PICTURE} --out new {CPU}",
+    f"apps.detect runs/a {TINY} --data datasets/scenes --view 48 --out runs/new",
+    f"apps.detect runs/a-det {PICTURE} --out new {CPU}",
+    "apps.export runs/a --to timm --out exports/timm.safetensors",
+    "apps.export runs/a-lora --to merged --out exports/merged.safetensors",
+    "apps.export runs/a-tags --to half --out exports/half",
     "ingest.toon --who yukina --size 32 --out new.png",
-    "experiments.run mine --arms block --data datasets/packed --threads 1 --dry",
-    "experiments.report study/minutes",
+    "lab.run mine --arms block --data datasets/packed --threads 1 --dry",
+    "lab.report study/minutes",
     STRESS,
 )
 LOST = (  # two calls, of which the second must not write over what the first has written
-    ("export.py runs/a --to mae --out x.st", "export.py runs/a --to timm --out x.st"),
-    ("export.py runs/a --to mae", "export.py runs/a --to mae --image-size 16"),
+    ("apps.export runs/a --to mae --out x.st", "apps.export runs/a --to timm --out x.st"),
+    ("apps.export runs/a --to mae", "apps.export runs/a --to mae --image-size 16"),
     (f"{PROBE} --headline", f"{PROBE} --headline --split dev"),
     (PROBE, f"{PROBE} --headline"),
     (f"{PROBE} --headline", f"{PROBE} --headline --data datasets/other"),
@@ -296,5 +296,9 @@ def test_no_result_is_replaced_by_another(first, second, scratch):
 
 
 def test_every_stage_is_called():
-    stages = {path.name for path in ROOT.glob("*.py")} - {"mask.py", "model.py", "demo.py"}
+    stages = {path.name for path in ROOT.glob("*.py")} - {"mask.py", "model.py"}
+    stages |= {f"apps.{path.stem}" for path in ROOT.glob("apps/*.py")} - {
+        "apps.__init__",
+        "apps.demo",
+    }
     assert stages <= {line.split()[0] for line in WORK}

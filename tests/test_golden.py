@@ -13,7 +13,7 @@ FAST = ("random", "block", "attn_high", "learned", "parts", "pooler", "simmim", 
 FAST += ("linear", "lora_arcface", "full_curricular", "headline")
 SCORES = "map|eer|roc_auc|auroc|knn|linear|threshold|temperature"
 COUNTED = re.compile(rf"top[15]|macro_f1|\.({SCORES})")  # of 48 pictures
-# Convolutions round otherwise on each kind of CPU, and steps of segment.py enlarge that.
+# Convolutions round otherwise on each kind of CPU, and steps of apps.segment enlarge that.
 SHARE = {"segment": 0.2}
 
 

@@ -13,21 +13,23 @@ from common import train
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 TRAIN = f"pretrain.py --data datasets/packed --model {NANO} --batch-size 16 --epochs 2"
 TUNE = "finetune_lora.py runs/a --batch-size 4 --epochs 2"  # with steps that log nothing
-SEGMENT = "segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2"
-DETECT = "detect.py runs/a --data datasets/scenes --method lora --view 48 --batch-size 8 --epochs 2"
+SEGMENT = "apps.segment runs/a --data datasets/frames --pixel-steps 1 --epochs 2"
+DETECT = (
+    "apps.detect runs/a --data datasets/scenes --method lora --view 48 --batch-size 8 --epochs 2"
+)
 STAGES = {
     "attn_high": f"{TRAIN} --mask attn_high:start=0 --out runs/attn",
     "fg_heavy": f"{TRAIN} --mask fg_heavy --out runs/fg",
     "learned": f"{TRAIN} --mask learned --out runs/learned",
     "simmim": f"{TRAIN.replace('decoder_dim=32', 'simmim=1')} --out runs/simmim",
-    "maps": "maps.py --data datasets/packed --map attn --run runs/a --out maps/gpu",
+    "maps": "apps.maps --data datasets/packed --map attn --run runs/a --out maps/gpu",
     "probe": "probe.py runs/a",
     "linear": f"{TUNE} --method linear --out runs/linear",
     "lora": f"{TUNE} --method lora --out runs/lora",
     "full": f"{TUNE} --method full --out runs/full",
-    "recognize": "recognize.py runs/a-lora images/class0/illust0_0.png",
-    "verify": "recognize.py runs/a-lora --verify",
-    "tags": "tags.py runs/a --data datasets/packed --epochs 2 --out runs/tags",
+    "recognize": "apps.recognize runs/a-lora images/class0/illust0_0.png",
+    "verify": "apps.recognize runs/a-lora --verify",
+    "tags": "apps.tags runs/a --data datasets/packed --epochs 2 --out runs/tags",
     "segment": f"{SEGMENT} --out runs/cut",
     "detect": f"{DETECT} --out runs/faces",
 }

@@ -15,7 +15,7 @@ from made import CPU, NANO, files_of
 from PIL import Image
 from test_poison import differences, written
 
-import recognize
+from apps import recognize
 from common.io import UserError, locked, read_safetensors
 from common.train import load_state
 
@@ -23,22 +23,22 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no lo
 QUICK = f"--batch-size 8 --epochs 6 {CPU} --out new/run"
 PRETRAIN = f"pretrain.py --data datasets/packed --model {NANO} --mask attn_high:start=.3 {QUICK}"
 TUNE = f"finetune_lora.py runs/a --data datasets/packed {QUICK}"
-TAGS = f"tags.py runs/a --data datasets/packed {QUICK}"
-SEGMENT = f"segment.py runs/a --data datasets/frames --pixel-steps 4 {QUICK}"
-DETECT = f"detect.py runs/a --data datasets/scenes --view 48 {QUICK}"
-MAPS = "maps.py --data datasets/packed --map saliency"
+TAGS = f"apps.tags runs/a --data datasets/packed {QUICK}"
+SEGMENT = f"apps.segment runs/a --data datasets/frames --pixel-steps 4 {QUICK}"
+DETECT = f"apps.detect runs/a --data datasets/scenes --view 48 {QUICK}"
+MAPS = "apps.maps --data datasets/packed --map saliency"
 PROBE = f"probe.py runs/a --data datasets/packed --headline {CPU}"
-NAMES = f"recognize.py runs/a-lora --verify --split test {CPU}"
+NAMES = f"apps.recognize runs/a-lora --verify --split test {CPU}"
 STAGES = [  # a call of each stage that writes, and its lock
     ("data.py images --out new/set --size 16", "new/.set.lock"),
     ("data.py --show datasets/packed", "datasets/packed/.sheet.png.lock"),
     (f"{MAPS} --out new/m", "new/m/.saliency.safetensors.lock"),
     (PROBE, "runs/a/.probe-headline.json.lock"),
-    ("export.py runs/a --to hf --out new/hf", "new/.hf.lock"),
+    ("apps.export runs/a --to hf --out new/hf", "new/.hf.lock"),
     (NAMES, "runs/a-lora/packed-test/.recognize.json.lock"),
     *((line, "new/run/.lock") for line in (PRETRAIN, TUNE, TAGS, SEGMENT, DETECT)),
 ]
-ENROL = f"recognize.py runs/a-lora {CPU} images/class0/illust0_0.png images/class0/illust1_0.png"
+ENROL = f"apps.recognize runs/a-lora {CPU} images/class0/illust0_0.png images/class0/illust1_0.png"
 ENROL += " images/class0/illust2_0.png --enrol"
 
 
@@ -171,7 +171,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(fresh, line, no_pictures
     found = differences(written(whole), written(run))
     assert {file for file, *_ in found} <= {"log.jsonl"}  # its rows are means since the last one
     if not line.startswith("pretrain.py"):
-        other = "dev" if line.startswith("detect.py") else "test"
+        other = "dev" if line.startswith("apps.detect") else "test"
         first = (run / "metrics.json").read_bytes()
         run_line(f"{resumed} --split {other}", fresh, check=0)
         assert (run / f"metrics-{other}.json").read_bytes() != first

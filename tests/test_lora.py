@@ -11,10 +11,10 @@ from conftest import ROOT, some_view
 from safetensors.torch import load_file, save_file
 
 import model as M
+from apps.export import export
 from common.checkpoints import load_encoder
 from common.io import UserError
 from common.lora import save_adapter, save_encoder
-from export import export
 from finetune_lora import LoRA, add_lora, load_lora, lora_layers
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}

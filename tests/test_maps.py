@@ -1,4 +1,4 @@
-"""maps.py as a user runs it, and its algorithms on pictures whose truth is drawn; how true maps are."""
+"""apps.maps as a user runs it, and its algorithms on pictures whose truth is drawn; how true maps are."""
 
 import csv
 import json
@@ -13,12 +13,12 @@ from safetensors import safe_open
 from sklearn.metrics import jaccard_score, roc_auc_score
 
 import data
-import maps
+from apps import maps
 from common import guidance
 from common.io import UserError
 from common.train import seeded
-from experiments import map_quality
 from ingest import toon
+from lab import map_quality
 
 ATTN, PARTS = "--map attn --run runs/a", "--map parts --run runs/a --parts 3"
 
@@ -29,7 +29,7 @@ def base(base):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.plots.image_grid", lambda *_: None)  # sheets take most of the time
         for words in (f"{ATTN} --attention cls", PARTS):
-            run_line(f"maps.py --data datasets/packed --device cpu {words}", base, check=0)
+            run_line(f"apps.maps --data datasets/packed --device cpu {words}", base, check=0)
         yield base
 
 
@@ -130,7 +130,7 @@ def test_files_hold_what_the_docstring_says(at, name, grid, dtype):
 )
 def test_the_next_command_finds_these_maps(at, words, flags):
     line = shlex.split(f"--data datasets/packed --device cpu {words}")
-    text = call("maps.py", *line, cwd=at, check=0).stdout
+    text = call("apps.maps", *line, cwd=at, check=0).stdout
     assert text.splitlines()[-1].endswith(f"python pretrain.py --data datasets/packed {flags}")
     need, train = maps.NEEDED_AS[line[5]], data.open_split("datasets/packed", "train")
     found = guidance.open_maps(need, line[-1], "datasets/packed", train)[0]
@@ -169,7 +169,7 @@ def test_the_command_writes_scores_in_their_range_to_one_file(at, monkeypatch):
     planes = (np.stack([d[name] for d in drawn]) for name in ("image", "fg", "parts"))
     images, fg, parts = map(torch.from_numpy, planes)
     monkeypatch.setattr(map_quality, "true_set", lambda folder, split: (images, fg / 255, parts))
-    words = "experiments.map_quality runs/a --data datasets/packed"
+    words = "lab.map_quality runs/a --data datasets/packed"
     run_line(words, at, check=0)
     (file,) = (at / "runs/a").rglob("map_quality.json")
     found = json.loads(file.read_text())

@@ -19,11 +19,11 @@ from sklearn.metrics import (
 )
 from sklearn.neighbors import KNeighborsClassifier
 
-import demo
+from apps import demo
 from common import evaluate, metrics
 from common.train import seeded
-from experiments import stress
 from kernels.loss import visible_stats
+from lab import stress
 from mask import gumbel_noise
 from model import MAE, ViT
 

@@ -20,9 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import demo
 import model as M
-import tags
+from apps import demo, tags
 
 KEYS = torch._C.DispatchKey
 COMPOSED = [KEYS.CompositeImplicitAutograd, KEYS.CompositeExplicitAutograd]
@@ -94,11 +93,14 @@ def test_what_mps_lacks_is_seen():
 PRETRAIN = f"pretrain.py --data true --ratio .6-.8 --model {NANO},dim=64,depth=2,heads=2"
 OURS = "runs/a --data datasets/packed"
 STEPS = [f"{PRETRAIN} --mask {mask}" for mask in ("attn_high:start=0", "parts", "learned")]
-STEPS += [f"tags.py {OURS} --arm {arm}" for arm in tags.ARMS]
+STEPS += [f"apps.tags {OURS} --arm {arm}" for arm in tags.ARMS]
 STEPS += [f"finetune_lora.py {OURS} --method {method}" for method in ("lora", "full")]
-REPORTS = {"tags.write_results": None, "finetune_lora.write_results": None}  # and what they return
+REPORTS = {
+    "apps.tags.write_results": None,
+    "finetune_lora.write_results": None,
+}  # and what they return
 REPORTS |= {"pretrain.evaluate": {}, "pretrain.draw_masks": None, "pretrain.finish": None}
-REPORTS |= {"tags.topk": 0.0, "common.evaluate.topk": 0.0, "common.metrics.macro_f1": 0.0}
+REPORTS |= {"apps.tags.topk": 0.0, "common.evaluate.topk": 0.0, "common.metrics.macro_f1": 0.0}
 
 
 @pytest.mark.parametrize("line", STEPS)

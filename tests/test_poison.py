@@ -114,11 +114,11 @@ OF_BOXES = {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "precisio
 OF_BOXES |= {"gray_ap", "gray_ap50", "gray_ap75"}
 OF_BOXES |= {"ar", "ar_small", "ar_medium", "ar_large"}
 OF_UNKNOWN = {"verification", "open_set", "calibration_error", "right_when_sure", "right"}
-TAGS = f"tags.py encoder --data packed --out run --epochs 4 --batch-size 8 {FAST}"
-SEGMENT = f"segment.py encoder --data frames --out run --epochs 2 --pixel-steps 4 {FAST}"
-DETECT = f"detect.py encoder --data scenes --out run --epochs 12 --batch-size 8 --view 48 {FAST}"
+TAGS = f"apps.tags encoder --data packed --out run --epochs 4 --batch-size 8 {FAST}"
+SEGMENT = f"apps.segment encoder --data frames --out run --epochs 2 --pixel-steps 4 {FAST}"
+DETECT = f"apps.detect encoder --data scenes --out run --epochs 12 --batch-size 8 --view 48 {FAST}"
 OF_TWO = f"{TUNE} --data packed --method linear --hold-out 1"
-HEAD = f"{OF_TWO} && recognize.py run --verify {FAST}"
+HEAD = f"{OF_TWO} && apps.recognize run --verify {FAST}"
 SLOW = ("detect",)
 CASES = {  # the commands, their folder of results, keys of what they report
     "pretrain": (f"{PRETRAIN} --epochs 3 --eval-every 1 --batch-size 16", "run", OF_LOG),

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, call
 
 from common import metrics
-from experiments import report
+from lab import report
 
 RESULTS = ROOT / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("study/*/verdicts.json"))
@@ -78,7 +78,7 @@ def test_every_published_table_follows_from_its_rows(folder, judged, tmp_path):
 def test_the_command_writes_a_published_table_again(tmp_path):
     old = RESULTS / "baselines/faces20-tail"
     folder = shutil.copytree(old, tmp_path / old.name, ignore=shutil.ignore_patterns("table.*"))
-    call("experiments.report", folder, "--figure", cwd=tmp_path, check=0)
+    call("lab.report", folder, "--figure", cwd=tmp_path, check=0)
     again = (folder / "table.md").read_text()
     assert again.startswith((old / "table.md").read_text()) and "figure.png" in again
     assert (folder / "figure.png").exists()

@@ -1,4 +1,4 @@
-"""recognize.py: names, unknown characters, enrolment, verification; its numbers against scikit-learn and by hand."""
+"""apps/recognize.py: names, unknown characters, enrolment, verification; numbers against scikit-learn, by hand."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ from sklearn.metrics import roc_auc_score
 import data
 import finetune_lora
 import ingest.pictures
-import recognize
+from apps import recognize
 from common import metrics
 from common.classifier import pooled_of, read_head
 from common.io import read_safetensors
 from common.train import autocast_of, seeded
 from ingest.decode import decode
 
-NAME = f"recognize.py runs/a-lora {CPU}"
+NAME = f"apps.recognize runs/a-lora {CPU}"
 FACE = "images/class1/illust3_0.png"
 GALLERY = "runs/a-lora/gallery.safetensors"
 
@@ -320,10 +320,10 @@ def test_pictures_are_cut_as_those_it_learned_from(fresh, monkeypatch):
 
 
 def test_a_run_of_half_the_size_says_the_same(fresh):
-    run_line("export.py runs/a-lora --to half --out half", fresh, check=0)
+    run_line("apps.export runs/a-lora --to half --out half", fresh, check=0)
     for path in fresh.glob("half/*.safetensors"):
         assert torch.float32 not in {x.dtype for x in read_safetensors(path)[0].values()}
-    others = json_of(f"recognize.py half {CPU} images --json", fresh)
+    others = json_of(f"apps.recognize half {CPU} images --json", fresh)
     for whole, half in zip(rows_of(fresh, "images"), others, strict=True):
         assert whole["best_guess"] == half["best_guess"]
         assert whole["similarity"] == pytest.approx(half["similarity"], abs=5e-3)
@@ -347,11 +347,11 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
     known = rows_of(fresh, "images/class1 --threshold -1")
     assert np.mean([r["name"] == "class1" for r in known]) > 0.9
     assert "enrolled with 5 pictures" in enrol("Zoe\u0308", pictures[5])  # the same name
-    listed = run_line("recognize.py runs/a-lora --list", fresh, check=0).stdout
+    listed = run_line("apps.recognize runs/a-lora --list", fresh, check=0).stdout
     assert "Zoë: enrolled, 5 pictures" in listed and "class0: learned in training" in listed
     enrol("Ann", *pictures[:3])
     for name, last in (("Zoë", "Ann"), ("Ann", "class2")):
-        run_line(f"recognize.py runs/a-lora --forget {name}", fresh, check=0)
+        run_line(f"apps.recognize runs/a-lora --forget {name}", fresh, check=0)
         after = recognize.load_gallery("runs/a-lora")
         assert after["names"][-1] == last
     assert after["keys"] == before["keys"] and torch.equal(after["unit"], before["unit"])

@@ -13,12 +13,12 @@ from common.io import read_safetensors, save_safetensors
 PRE = f"pretrain.py --data datasets/packed --out new {CPU} --epochs 1 --batch-size 8"
 TUNE = f"finetune_lora.py runs/a --data datasets/packed --out new {CPU} --epochs 1 --batch-size 8"
 PROBE = f"probe.py runs/a --data datasets/packed {CPU}"
-MAPS = "maps.py --data datasets/packed --out new"
-NAME = f"recognize.py runs/a-lora {CPU}"
-TAGS = f"tags.py runs/a --data datasets/packed --out new {QUICK}"
-SEGMENT = f"segment.py runs/a --data datasets/frames --out new {CPU}"
-DETECT = f"detect.py runs/a --data datasets/scenes --out new --view 48 {CPU}"
-PLAN = "experiments.run --threads 1"
+MAPS = "apps.maps --data datasets/packed --out new"
+NAME = f"apps.recognize runs/a-lora {CPU}"
+TAGS = f"apps.tags runs/a --data datasets/packed --out new {QUICK}"
+SEGMENT = f"apps.segment runs/a --data datasets/frames --out new {CPU}"
+DETECT = f"apps.detect runs/a --data datasets/scenes --out new --view 48 {CPU}"
+PLAN = "lab.run --threads 1"
 RUN = f"{PLAN} mine --data datasets/packed"
 IMAGES, TOON = "data.py images --out new", "data.py toon --out new"
 FACE = "ingest.toon --who yukina --size 16"
@@ -40,8 +40,8 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{TUNE} --head cosface:scale=0", "scale"),
     ("finetune_lora.py --resume runs/a", "another command"),
     ("finetune_lora.py --resume runs/a-tags", "another command"),
-    ("tags.py --resume runs/a-lora", "another command"),
-    ("tags.py --resume weights/toon-tags", "give a run that has one"),
+    ("apps.tags --resume runs/a-lora", "another command"),
+    ("apps.tags --resume weights/toon-tags", "give a run that has one"),
     (f"{PRE} --data datasets/other --mask fg_heavy", "--map saliency"),
     (f"{PRE} --mask parts", "--map parts"),
     (f"{PRE} --mask bg_heavy --maps truth", "foreground masks"),
@@ -71,26 +71,26 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{NAME} images --sort runs/a", "new folder"),
     (f"{NAME} list.csv --sort new", "unpack it"),
     (f"{NAME} nowhere --sort new", "nowhere does not exist"),
-    ("recognize.py runs/a-lora --forget nobody", "not enrolled"),
-    ("recognize.py runs/a-lora --forget class1", "learned in training"),
-    ("recognize.py runs/none images", "finetune_lora.py"),
-    ("recognize.py other-encoder images", "not the encoder"),
+    ("apps.recognize runs/a-lora --forget nobody", "not enrolled"),
+    ("apps.recognize runs/a-lora --forget class1", "learned in training"),
+    ("apps.recognize runs/none images", "finetune_lora.py"),
+    ("apps.recognize other-encoder images", "not the encoder"),
     (f"{TAGS} --data datasets/frames", "has no tags"),
     (f"{TAGS} --data other-words", "val has other tags than train"),
     (f"{TAGS} --data untagged", "val has no tags"),
-    ("tags.py runs/a-tags --data datasets/packed", "is a run of tags.py"),
-    ("tags.py runs/a images", "tags.py ENCODER"),
-    (f"tags.py runs/a-tags twins/a.png twins/a.webp {CPU} --captions", "two pictures"),
-    ("tags.py runs/a --resume runs/a-tags", "--resume RUN"),
+    ("apps.tags runs/a-tags --data datasets/packed", "is a run of apps/tags.py"),
+    ("apps.tags runs/a images", "apps.tags ENCODER"),
+    (f"apps.tags runs/a-tags twins/a.png twins/a.webp {CPU} --captions", "two pictures"),
+    ("apps.tags runs/a --resume runs/a-tags", "--resume RUN"),
     (f"{SEGMENT} --data datasets/packed", "no frames labelled 'photographed'"),
-    ("segment.py runs/a images", "segment.py ENCODER --data DIR makes it"),
+    ("apps.segment runs/a images", "apps.segment ENCODER --data DIR makes it"),
     (f"{DETECT} --data datasets/packed", "has no boxes"),
     (f"{DETECT} --view 40", "multiple of 16"),
-    ("detect.py runs/a images", "detector.safetensors does not exist"),
-    ("detect.py runs/a-det images --crop", "--out DIR says where"),
-    ("export.py runs/a-lora --to onnx --image-size 64 --out new.onnx", "keeps the size"),
-    ("export.py images --to half", "is no run"),
-    ("demo.py runs/none", "no run"),
+    ("apps.detect runs/a images", "detector.safetensors does not exist"),
+    ("apps.detect runs/a-det images --crop", "--out DIR says where"),
+    ("apps.export runs/a-lora --to onnx --image-size 64 --out new.onnx", "keeps the size"),
+    ("apps.export images --to half", "is no run"),
+    ("apps.demo runs/none", "no run"),
     ("probe.py runs/a --suspects --split test", "labels of train"),
     (f"{RUN} --arms 'fg_heavy --maps truth'", "no true maps"),
     (f"{RUN} --set recipe", "NAME=VALUE"),
@@ -100,9 +100,9 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{RUN} --set 'recipe=--device cuda'", "cuda"),
     (f"{PLAN} detection --data datasets/packed --set encoder=runs/a", "data.py scenes"),
     (f"{PLAN} adapt --data datasets/packed --set encoder=runs/none", "runs/none"),
-    ("experiments.report images", "PLAN.json"),
-    ("experiments.map_quality runs/a --data datasets/packed", "no true fg and parts"),
-    ("experiments.subset datasets/packed --out new --characters 9", "has 3"),
+    ("lab.report images", "PLAN.json"),
+    ("lab.map_quality runs/a --data datasets/packed", "no true fg and parts"),
+    ("lab.subset datasets/packed --out new --characters 9", "has 3"),
     ("data.py nowhere --out new", "nowhere does not exist"),
     ("data.py empty --out new", "no image found"),
     ("data.py broken --out new", "3 of 40 images can't be read"),
@@ -120,10 +120,10 @@ REPEATED = (  # the command, and what it refuses one by one: each is repeated in
     (NAME, "text.txt"),
     (TAGS, "--epochs 1"),
     (f"{SEGMENT} --patches", "nowhere"),
-    ("segment.py runs/a-seg", "nowhere.png"),
-    ("export.py runs/a --to mae --out new.st --image-size", "1000000, 30"),
+    ("apps.segment runs/a-seg", "nowhere.png"),
+    ("apps.export runs/a --to mae --out new.st --image-size", "1000000, 30"),
     (f"{RUN} --arms", "nonsense"),
-    ("experiments.stress runs/a --only", "cutot"),
+    ("lab.stress runs/a --only", "cutot"),
     ("data.py --show", "nowhere"),
     (IMAGES, "--size 0, --split .5,.1, --split nan,0,0, --split inf,0,0, --split 2,-1,0"),
     (IMAGES, "--group-by (, --crop nose, --crop figure:margin=-1, --tail 6"),
@@ -135,15 +135,15 @@ TAKEN = (  # what would be written, and is there
     "data.py images --out .",
     "data.py images --out ../home",
     f"{PRE} --out runs/a",
-    "maps.py --data datasets/packed --map saliency",
+    "apps.maps --data datasets/packed --map saliency",
     f"{TAGS} --out runs/a-tags",
     f"{SEGMENT} --out runs/a-seg",
     f"{DETECT} --out runs/a-det",
-    "export.py runs/a --to hf --out runs/a-lora",
-    "export.py runs/a --to mae --out text.st",  # text.md would be its card
-    "experiments.subset datasets/packed --out images",
+    "apps.export runs/a --to hf --out runs/a-lora",
+    "apps.export runs/a --to mae --out text.st",  # text.md would be its card
+    "lab.subset datasets/packed --out images",
     f"{FACE} --out text.png",
-    "experiments.views dino --data datasets/packed --image-size 32 --out runs/a",
+    "lab.views dino --data datasets/packed --image-size 32 --out runs/a",
 )
 IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{PRE} --mask random", "--teacher runs/a, --attention cls, --maps truth, --maps maps/packed"),
@@ -159,17 +159,17 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{NAME} {THREE}", "--data datasets/packed, --split dev"),
     (f"{NAME} --verify", "--detect runs/a-det"),
     (f"{NAME} --enrol new {THREE}", "--data datasets/packed, --threshold .5, --json, --verify"),
-    ("recognize.py runs/a-lora --list", "--device cpu, --json"),
-    ("recognize.py runs/a-lora --forget class1", "--json"),
+    ("apps.recognize runs/a-lora --list", "--device cpu, --json"),
+    ("apps.recognize runs/a-lora --forget class1", "--json"),
     (TAGS, "--json, --threshold .5"),
     (f"{TAGS} --arm tags", "--min-crop .5"),
-    ("tags.py runs/a-tags images", "--arm vilt, --epochs 3, --data datasets/packed, --seed 1"),
+    ("apps.tags runs/a-tags images", "--arm vilt, --epochs 3, --data datasets/packed, --seed 1"),
     (SEGMENT, "--mixed"),
     (f"{SEGMENT} --patches runs/a-seg", "--epochs 2"),
     (DETECT, "--crop"),
-    ("detect.py runs/a-det images", "--epochs 3"),
-    ("benchmarks.data --pack=4", "--images 999"),
-    ("benchmarks.step --small", "--batch 999"),
+    ("apps.detect runs/a-det images", "--epochs 3"),
+    ("lab.bench_data --pack=4", "--images 999"),
+    ("lab.bench_step --small", "--batch 999"),
     (IMAGES, "--drawings 9"),
     (SPLITS, "--split .8,.1,.1, --dev .1, --seed 1, --test .5"),
     (SHOW, "--out x, --dev .1, --seed 1, --layout class, --crop figure"),
@@ -178,9 +178,9 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
 )
 LIBRARIES = (  # the command, and a library that it needs
     (f"{SEGMENT} --network segformer", "transformers"),
-    ("experiments.convnets resnet10 --data datasets/packed --out new", "transformers"),
+    ("lab.convnets resnet10 --data datasets/packed --out new", "transformers"),
     (f"{PLAN} baselines --data datasets/packed --arms resnet10", "transformers"),
-    ("export.py runs/a --to onnx --out new.onnx", "onnxscript"),
+    ("apps.export runs/a --to onnx --out new.onnx", "onnxscript"),
 )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import jaccard_score
 
 import data
-import segment
+from apps import segment
 from common.train import seeded
 from ingest import hybrid
 from model import ViT
@@ -250,7 +250,7 @@ def test_a_picture_gets_a_mask_an_overlay_and_its_share(base, width, height):
     Image.fromarray(pixels).save(base / "own.png")
     (base / "none.png").write_text("no picture")
     out = f"masks-{width}"
-    use = f"segment.py runs/a-seg own.png none.png --out {out} {CPU}"
+    use = f"apps.segment runs/a-seg own.png none.png --out {out} {CPU}"
     done = run_line(use, base, check=0)
     (row,) = csv.DictReader(done.stdout.splitlines())
     assert row["picture"] == "own.png" and 0 <= float(row["drawn"]) <= 1
@@ -263,7 +263,7 @@ def test_a_picture_gets_a_mask_an_overlay_and_its_share(base, width, height):
 
 def test_stage_1_of_another_run_is_used_and_not_written_again(base):
     words = "--patches runs/a-seg --learn-from frames --network unet:hint=0 --pixel-steps 1"
-    line = f"segment.py runs/a --data datasets/frames {words} {CPU} --out runs/again"
+    line = f"apps.segment runs/a --data datasets/frames {words} {CPU} --out runs/again"
     run_line(line, base, check=0)
     assert not (base / "runs/again/patches.safetensors").exists()
     assert segment.load(base / "runs/again")[0].patches is None
@@ -274,7 +274,7 @@ def test_folders_of_ones_own_frames_are_enough(base):
     for i, name in enumerate(segment.KINDS):
         shutil.move(base / f"own/class{i}", base / "own" / name)
     run_line("data.py own --out datasets/own --size 32", base, check=0)
-    line = f"segment.py runs/a --data datasets/own --out runs/own {QUICK}"
+    line = f"apps.segment runs/a --data datasets/own --out runs/own {QUICK}"
     assert "no mixed frames" in refused(run_line(line, base))
     run_line(f"{line} --learn-from frames", base, check=0)
     assert json.loads((base / "runs/own/metrics.json").read_text())["pixels"] == {}

@@ -17,11 +17,8 @@ from conftest import some_view
 from safetensors.torch import save_file
 from test_poison import contents
 
-import detect
 import finetune_lora
-import recognize
-import segment
-import tags
+from apps import detect, recognize, segment, tags
 from common import command, fields, train
 from common.checkpoints import init_from, load_encoder
 from common.io import UserError

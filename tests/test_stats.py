@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from common.stats import bootstrap, from_bits, mean_std, plus_minus, t_interval, to_bits
-from experiments import stats
+from lab import stats
 
 D = np.array([0.4, 1.9, 1.1, 2.2, 0.7])
 INTERVAL = ("low", "high", "p")

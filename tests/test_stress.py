@@ -1,4 +1,4 @@
-"""experiments.stress: corruptions do what they say; the probe and the pixels are measured as a user measures them."""
+"""lab.stress: corruptions do what they say; the probe and the pixels are measured as a user measures them."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ import mask as masking
 import model
 from common import stats
 from common.train import seeded
-from experiments import stress
 from ingest import pack, toon
+from lab import stress
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def base(tmp_path_factory):
         yield base
 
 
-STRESS = "experiments.stress run --images 16 --device cpu"
+STRESS = "lab.stress run --images 16 --device cpu"
 
 
 def report_of(base, words, file):

@@ -1,4 +1,4 @@
-"""experiments.run: what is made once, resumed, chosen on dev, refused; with stages that pretend."""
+"""lab.run: what is made once, resumed, chosen on dev, refused; with stages that pretend."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from test_repository import flags_of
 
 from common.io import UserError
 from common.train import read_log
-from experiments import plans, report, run
+from lab import plans, report, run
 
 STAGE = """
 import json, os, pathlib, sys, time
@@ -87,7 +87,7 @@ PRETENDED = """
 import sys
 from pathlib import Path
 from common.command import cli
-from experiments import run
+from lab import run
 run.ROOT = Path(sys.argv.pop(1))
 cli(run.main)
 """
@@ -96,8 +96,8 @@ cli(run.main)
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A folder with stages that pretend: they take no time."""
-    stages = {"pretrain": PRETRAIN, "probe": PROBE, "finetune_lora": TUNE, "recognize": VERIFY}
-    (tmp_path / "stages").mkdir()
+    stages = {"pretrain": PRETRAIN, "probe": PROBE, "finetune_lora": TUNE, "apps/recognize": VERIFY}
+    (tmp_path / "stages/apps").mkdir(parents=True)
     for name, text in stages.items():
         (tmp_path / f"stages/{name}.py").write_text(STAGE + text)
     (tmp_path / "weights/toon").mkdir(parents=True)
@@ -113,13 +113,13 @@ def calls(home):
 
 
 def study(small, line, check=0):
-    """experiments.run with the words of a line -> the finished call."""
+    """lab.run with the words of a line -> the finished call."""
     words = [*shlex.split(line), "--data", small, "--threads", 1]
-    return call("experiments.run", *words, cwd=Path.cwd(), check=check)
+    return call("lab.run", *words, cwd=Path.cwd(), check=check)
 
 
 def folder_of(home, name="mine"):
-    return home / "runs/experiments" / f"{name}-packed"
+    return home / "runs/lab" / f"{name}-packed"
 
 
 def rows_of(home, name="mine"):
@@ -354,7 +354,7 @@ def test_every_plan_is_whole(name, home, small, monkeypatch):
     for text in commands:
         words = text.replace("{recipe}", plan["set"].get("recipe", "")).split()
         stage = words[1] if words[0] == "-m" else words[0]
-        stage = "recognize.py" if "--verify" in words else stage
+        stage = "apps.recognize" if "--verify" in words else stage
         assert {word for word in words if word.startswith("--")} <= flags_of(stage), text
     parts = [hypothesis["parts"] for hypothesis in plan.get("hypotheses", [])]
     for test in chain(plan.get("differences", []), *parts):

@@ -1,4 +1,4 @@
-"""experiments.subset and pages: a smaller set is a part of the larger; a box on a page holds a person of its split."""
+"""lab.subset and pages: a smaller set is a part of the larger; a box on a page holds a person of its split."""
 
 import csv
 from types import SimpleNamespace
@@ -13,13 +13,13 @@ import data
 from common.io import UserError, lock_beside, locked
 from common.lora import save_encoder
 from common.suspects import out_of_fold
-from experiments import report
+from lab import report
 from model import ViT
 
 
 def subset(small, tmp_path, name, *flags):
-    """-> {split: a split of the new set}; as in a plan, experiments.run holds the lock beside it."""
-    words = ["experiments.subset", small, "--out", tmp_path / name, *flags]
+    """-> {split: a split of the new set}; as in a plan, lab.run holds the lock beside it."""
+    words = ["lab.subset", small, "--out", tmp_path / name, *flags]
     with locked(lock_beside(tmp_path / name)):
         call(*words, cwd=tmp_path, check=0)
     found = [path.stem for path in (tmp_path / name).glob("*.safetensors")]
@@ -74,7 +74,7 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
 
 
 def test_a_folder_of_each_character_has_its_pictures(small, tmp_path):
-    call("experiments.subset", small, "--folders", "--out", "pictures", cwd=tmp_path, check=0)
+    call("lab.subset", small, "--folders", "--out", "pictures", cwd=tmp_path, check=0)
     split = data.open_split(small, "train")
     for label, name in enumerate(split["header"]["classes"]):
         there = [np.asarray(Image.open(p)) for p in (tmp_path / "pictures" / name).iterdir()]
@@ -109,7 +109,7 @@ def test_a_box_holds_a_person_of_its_split_alone(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)
     run_line("data.py images --out packed --size 32 --dedupe off", tmp_path, check=0)
-    run_line("experiments.pages packed --pages 8 --out pages", tmp_path, check=0)
+    run_line("lab.pages packed --pages 8 --out pages", tmp_path, check=0)
     seen = {"train": set(), "test": set()}
     for row in csv.DictReader((tmp_path / "pages/boxes.csv").open()):
         page = np.asarray(Image.open(tmp_path / "pages" / row["path"]))

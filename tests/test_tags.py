@@ -1,4 +1,4 @@
-"""tags.py and its network: words, masks, curriculum, shapes, arms, resume, answers, figures."""
+"""apps.tags and its network: words, masks, curriculum, shapes, arms, resume, answers, figures."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from conftest import WORDS, json_of, refused, run_line
 from made import CPU, QUICK
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
-import tags
+from apps import tags
 from common.features import open_rows
 from common.train import read_log, seeded
 from model import ViT
 
 V, L = 10, 8
-TRAIN = f"tags.py runs/a --data datasets/packed {QUICK}"
+TRAIN = f"apps.tags runs/a --data datasets/packed {QUICK}"
 
 
 def net_of(arm="mfdn", classes=3):
@@ -173,20 +173,20 @@ def test_every_arm_trains_and_is_used(base, arm):
     assert any("hidden" in r for r in log) == (arm in tags.HIDES_TAGS)
     assert ("without_top1" in row["end"]) == (arm != "bce")
     assert ("with_top1" in row["end"]) == (arm in tags.READS_TAGS)
-    asked = f"tags.py runs/{arm} images/class0 {CPU}"
+    asked = f"apps.tags runs/{arm} images/class0 {CPU}"
     if arm == "tags":
         assert "sees no picture" in refused(run_line(asked, base))
     else:
         done = run_line(f"{asked} --threshold .3", base)
         assert (done.returncode == 0) == names_tags
     if not names_tags:
-        exported = run_line(f"export.py runs/{arm} --to onnx", base)
+        exported = run_line(f"apps.export runs/{arm} --to onnx", base)
         assert f"--arm {arm}" in refused(exported)
 
 
 def test_it_learns_the_colours_and_their_names(base):
     words = f"--epochs 20 --batch-size 8 {CPU} --out runs/long"
-    run_line(f"tags.py runs/a --data datasets/packed {words}", base, check=0)
+    run_line(f"apps.tags runs/a --data datasets/packed {words}", base, check=0)
     (row, _), header = results_of(base / "runs/long"), tags.load_tagger(base / "runs/long")[1]
     assert row["end"]["without_top1"] > 80, row["end"]  # a third by guessing
     ap = dict(zip(header["words"], row["tags"]["ap"], strict=True))
@@ -218,7 +218,7 @@ def test_a_name_is_unknown_where_nine_of_a_hundred_known_faces_are_as_unsure(mon
 
 
 def test_pictures_get_a_name_and_tags(base):
-    asked = f"tags.py runs/a-tags images/class0/illust0_0.png {CPU}"
+    asked = f"apps.tags runs/a-tags images/class0/illust0_0.png {CPU}"
     (row,) = json_of(f"{asked} --json --threshold 0", base)
     assert row["best_guess"].startswith("class") and 0 <= row["confidence"] <= 1
     assert list(row["tags"].values()) == sorted(row["tags"].values(), reverse=True)

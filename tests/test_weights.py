@@ -10,10 +10,7 @@ from conftest import ROOT
 from sklearn.metrics import accuracy_score
 
 import data
-import demo
-import detect
-import recognize
-import tags
+from apps import demo, detect, recognize, tags
 from common.io import read_safetensors
 from finetune_lora import load_classifier
 from ingest import scenes, toon

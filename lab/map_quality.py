@@ -1,6 +1,6 @@
 """How true are the maps? Foreground, attention and parts against the true masks of the demo set.
 
-    python -m experiments.map_quality runs/NAME
+    python -m lab.map_quality runs/NAME
 
 Reads:  runs/NAME/model.safetensors, datasets/NAME with true masks
 Writes: runs/NAME/map_quality.json; of other data than the run's, or of another split than val, in
@@ -19,7 +19,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 import data
-import maps
+from apps import maps
 from common import guidance
 from common.checkpoints import load_teacher
 from common.command import Parser, claim, cli, command

@@ -1,7 +1,7 @@
 """What breaks it? A probe trained on clean features sees corrupted pictures; hidden pixels are predicted.
 
-    python -m experiments.stress runs/NAME
-    python -m experiments.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
+    python -m lab.stress runs/NAME
+    python -m lab.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
 
 Reads:  runs/NAME (model.safetensors, stats_head.safetensors), datasets/NAME
 Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run's, or of another
@@ -21,13 +21,13 @@ from scipy.ndimage import gaussian_filter
 
 import data
 import mask as masking
+from apps.demo import filled_in, load_mae, psnr
 from common import features, metrics, stats
 from common.checkpoints import load_encoder
 from common.command import Parser, at_least, claim, cli, command, progress
 from common.evaluate import masked_mse
 from common.io import UserError, save_json
 from common.train import commit, machine, seeded
-from demo import filled_in, load_mae, psnr
 from finetune_lora import GRAY, cutout
 from ingest.decode import open_picture
 

@@ -1,6 +1,6 @@
 """Stage 9: a web page. It shows masks as a slider moves, names, tags, what is drawn, and faces.
 
-    pip install -e '.[demo]' && python demo.py [runs/NAME]
+    pip install -e '.[demo]' && python -m apps.demo [runs/NAME]
 
 Reads:  a run of any stage (default: the newest encoder in runs/, or one in weights/), and what was
         made of the same encoder, next to it: runs/NAME-lora, -tags, -seg, -det
@@ -27,12 +27,8 @@ import torch
 from PIL import Image
 
 import data
-import detect
-import maps
 import mask as masking
-import recognize
-import segment
-import tags
+from apps import detect, maps, recognize, segment, tags
 from common import guidance
 from common.checkpoints import ENCODER, about_model, beside, init_from, load_beside, load_teacher
 from common.classifier import is_recogniser
@@ -333,7 +329,7 @@ def recognise_page(run, picture):
                 face = split["images"][keys.index(near["picture"])]
                 faces.append((f"{near['name']}, {near['similarity']:.2f}", face))
     text += note_on(picture, header) + bars(shares) + figures(faces)
-    return text + element("code", f"python recognize.py {run} PICTURE")
+    return text + element("code", f"python -m apps.recognize {run} PICTURE")
 
 
 def tags_page(run, picture):
@@ -345,7 +341,7 @@ def tags_page(run, picture):
     text = note_on(picture, header) + bars(row.get("tags", {}))
     if "name" in row:
         text = element("h2", f"{row['name'] or 'unknown'}, {row['confidence']:.0%}") + text
-    return text + element("code", f"python tags.py {run} PICTURE")
+    return text + element("code", f"python -m apps.tags {run} PICTURE")
 
 
 def segment_page(run, picture):
@@ -356,7 +352,7 @@ def segment_page(run, picture):
     orange = segment.overlay(pixels, drawn > 0.5)
     items = [("picture", pixels), ("photographed pixels in orange", orange)]
     text = note_on(picture, header) + bars({"drawn": float(drawn.mean())}) + figures(items, "wide")
-    return text + element("code", f"python segment.py {run} PICTURE --out masks")
+    return text + element("code", f"python -m apps.segment {run} PICTURE --out masks")
 
 
 def pages_page(run, picture):
@@ -370,9 +366,9 @@ def pages_page(run, picture):
     size = header.get("packed_size")
     cut = [detect.cut_out(pixels, box, size) for box in boxes.tolist()]
     names = [f"score {score:.2f}" for score in scores.tolist()]
-    command = f"detect.py {run} PICTURE --out found"
+    command = f"-m apps.detect {run} PICTURE --out found"
     if who:
-        command = f"recognize.py {who} PICTURE --detect {run}"
+        command = f"-m apps.recognize {who} PICTURE --detect {run}"
     if who and cut:
         found = recognize.embed(known, np.stack(cut), MACHINE.autocast)
         rows = recognize.answers(names, *found, recognize.open_gallery(who), 0)
@@ -395,7 +391,7 @@ def refusal(scope, names):
     name = re.sub(r":\d*$", "", host)
     numeric = re.fullmatch(r"[\d.]*\d|\[[\da-f:.]+\]", name)  # DNS can't rebind such an address
     if not numeric and name not in names:
-        return "The page has another address: use the one that demo.py printed, or --host", 403
+        return "The page has another address: use the one that apps.demo printed, or --host", 403
     if origin is not None and origin.partition("://")[2] != host:
         return "Another site's page sent this request", 403
     if scope["method"] == "POST" and scope["path"].rstrip("/") not in POSTS:
@@ -420,9 +416,9 @@ def gate(app, names):
 TABS = {  # its function, the runs that it takes, the command that makes such a run, its minutes
     "Mask": (mask_page, has_decoder, "pretrain.py --mask attn_high --out {}", 5),
     "Recognise": (recognise_page, is_recogniser, "finetune_lora.py {} --method lora", 7),
-    "Tags": (tags_page, tags.is_tagger, "tags.py {}", 4),
-    "Drawn or photographed": (segment_page, segment.is_segmenter, "segment.py {}", 15),
-    "Pages": (pages_page, detect.is_detector, "detect.py {}", 15),
+    "Tags": (tags_page, tags.is_tagger, "-m apps.tags {}", 4),
+    "Drawn or photographed": (segment_page, segment.is_segmenter, "-m apps.segment {}", 15),
+    "Pages": (pages_page, detect.is_detector, "-m apps.detect {}", 15),
 }
 
 

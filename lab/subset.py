@@ -1,9 +1,9 @@
 """A packed set with fewer characters or fewer pictures, for studies of small collections.
 
-    python -m experiments.subset datasets/mine --pictures 5 --out datasets/mine-5
-    python -m experiments.subset datasets/mine --characters 16 --draw 3 --out datasets/mine-16
-    python -m experiments.subset datasets/mine --pictures 80 --folders --out pictures
-    python -m experiments.subset datasets/mine --wrong 0.05 --out datasets/mine-wrong
+    python -m lab.subset datasets/mine --pictures 5 --out datasets/mine-5
+    python -m lab.subset datasets/mine --characters 16 --draw 3 --out datasets/mine-16
+    python -m lab.subset datasets/mine --pictures 80 --folders --out pictures
+    python -m lab.subset datasets/mine --wrong 0.05 --out datasets/mine-wrong
 
 Reads:  datasets/NAME
 Writes: OUT/{train,dev,val,test}.safetensors; with --folders the pictures of train, OUT/WHO/*.png
@@ -93,7 +93,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    refuse_overwrite([args.out])  # experiments.run holds the lock beside it
+    refuse_overwrite([args.out])  # lab.run holds the lock beside it
     train = data.open_split(args.data, "train")
     if not data.has_labels(train):
         raise UserError(f"{args.data} has no labels, or one character; choose another set")

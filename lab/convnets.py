@@ -1,7 +1,7 @@
 """Convolutional networks in the place of our ViT, the baselines that the field would pick first.
 
-    python -m experiments.convnets resnet50 --method full --from-scratch --data datasets/mine
-    python -m experiments.convnets runs/resnet50-full --verify      as recognize.py does
+    python -m lab.convnets resnet50 --method full --from-scratch --data datasets/mine
+    python -m lab.convnets runs/resnet50-full --verify      as apps/recognize.py does
 
 The stages know ViTs only. `in_stages` gives them networks of transformers by functions of the same
 names. "Patches" are the whole view. Tokens (B, 1+N, D) are the places of the last map, and their
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import finetune_lora
-import recognize
+from apps import recognize
 from common import checkpoints, features, lora
 from common.checkpoints import about_model, load_exactly, model_file
 from common.classifier import is_recogniser

@@ -1,9 +1,9 @@
 """Stage 6: image and tags together. Learn who it is and what the picture shows, from both.
 
-    python tags.py runs/NAME --data datasets/toon      # learn from pictures and their tags
-    python tags.py runs/NAME-tags PICTURE...           # who it is, and tags with probabilities
-    python tags.py runs/NAME-tags FOLDER --captions    # PICTURE.txt beside each picture of a folder
-    python tags.py --resume runs/NAME-tags             # go on with a run, with its flags
+    python -m apps.tags runs/NAME --data datasets/toon      # learn from pictures and their tags
+    python -m apps.tags runs/NAME-tags PICTURE...           # who it is, and tags with probabilities
+    python -m apps.tags runs/NAME-tags FOLDER --captions    # PICTURE.txt beside each picture of a folder
+    python -m apps.tags --resume runs/NAME-tags             # go on with a run, with its flags
 
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
         datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures
@@ -94,7 +94,7 @@ NAMED = 15  # tags of a picture that are printed at most
 MOST_UNKNOWN = 0.09  # share of known faces on dev whose best name is so unsure that it is "unknown"
 LIKELY = 0.5  # the least confidence of a name where a run has measured none
 
-REMEDY = "python tags.py ENCODER --data DIR makes it"
+REMEDY = "python -m apps.tags ENCODER --data DIR makes it"
 NETWORK = {
     "encoder": ENCODER,
     "norm_eps": EPSILON,
@@ -365,12 +365,12 @@ def in_words(numbers):
 
 
 def is_tagger(path):
-    """Did tags.py write this run folder?"""
+    """Did apps/tags.py write this run folder?"""
     return "tags" in checkpoints.about_model(path)
 
 
 def load_tagger(folder):
-    """runs/NAME of tags.py -> (MFDN in eval mode, header of its model file)."""
+    """runs/NAME of apps/tags.py -> (MFDN in eval mode, header of its model file)."""
     path = checkpoints.model_file(folder)
     weights, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, HEADER, path, REMEDY)
@@ -694,7 +694,7 @@ def write_results(flags, task, run):
     save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
     save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
     print(f"wrote    {out}/ after {row['seconds']:.0f} s")
-    print(f"next: python tags.py {shlex.quote(str(out))} PICTURE")
+    print(f"next: python -m apps.tags {shlex.quote(str(out))} PICTURE")
 
 
 def metrics_row(flags, task, run):
@@ -894,7 +894,9 @@ def main():
     if flags.pictures:
         return use(flags, device, autocast)
     if is_tagger(flags.encoder):
-        raise UserError(f"{flags.encoder} is a run of tags.py: give pictures, or another encoder")
+        raise UserError(
+            f"{flags.encoder} is a run of apps/tags.py: give pictures, or another encoder"
+        )
     print(machine)
     if not flags.resume:
         fill_defaults(flags)

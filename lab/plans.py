@@ -36,8 +36,7 @@ PLANS = {}
 PRE = "pretrain.py --data {data} --seed {seed} --split {split} --eval-every 1 {recipe} --mask {arm}"
 PROBE = "probe.py {0} --data {data} --split {split} --pool {pool} --headline"
 STRESS = (
-    "-m experiments.stress {0} --data {data} --split {split} --pool {pool} --only cutout "
-    "--images 1000000"
+    "-m lab.stress {0} --data {data} --split {split} --pool {pool} --only cutout --images 1000000"
 )
 PILOT = PRE.replace("{arm}", "random").replace("{seed}", "1000")
 TEACHER = "--contrast pooler --flat-weight 0.1"  # the teacher's attention has a reason to look
@@ -58,8 +57,8 @@ OF_MASKS = {
     "right": {"top1": (1, "probe-headline.json", "right/logistic")},
     "made": {
         "pilot": [PILOT],
-        "coarse": ["maps.py --data {data} --map saliency"],
-        "parts": [PILOT, "maps.py --data {data} --map parts --run {0}"],
+        "coarse": ["-m apps.maps --data {data} --map saliency"],
+        "parts": [PILOT, "-m apps.maps --data {data} --map parts --run {0}"],
     },
 }
 
@@ -197,15 +196,15 @@ ENCODERS = {  # {epochs} fill {encoder_minutes} of one core
     "mae": [f"pretrain.py {VIT} --eval-every 1000 --mask random --contrast none"],
     "agree": [f"pretrain.py {VIT} --eval-every 1000 --mask random --contrast cls"],
     "simmim": [f"pretrain.py {VIT} --eval-every 1000 --model nano:simmim=1"],
-    "simclr": [f"-m experiments.views simclr {VIT}"],
-    "dino": [f"-m experiments.views dino {VIT}"],
+    "simclr": [f"-m lab.views simclr {VIT}"],
+    "dino": [f"-m lab.views dino {VIT}"],
 }
 ON = "--data {data} --seed {seed}"
 QUICK = f"finetune_lora.py {{encoder}} {ON} --method linear"  # 50 epochs on cached features
 TUNE = f"finetune_lora.py {{encoder}} {ON} --epochs {{epochs}} --method"
 SCRATCH = f"{ON} --epochs {{epochs}} --method full --from-scratch --image-size 64"
 LORA, FULL = f"{TUNE} lora --keep 0.25", f"{TUNE} full --keep 0.25"
-VERIFY = "recognize.py {0} --verify"
+VERIFY = "-m apps.recognize {0} --verify"
 
 
 def rates(flag, *values):
@@ -222,8 +221,8 @@ def recognition(**arms):
     commands = {}
     for arm, (command, encoder, _) in arms.items():
         first = command.replace("{encoder}", f"{{{encoder}}}" if encoder in MADE else encoder)
-        tested = VERIFY.replace("recognize.py", "-m experiments.convnets")
-        commands[arm] = [first, tested if "experiments.convnets" in first else VERIFY]
+        tested = VERIFY.replace("apps.recognize", "lab.convnets")
+        commands[arm] = [first, tested if "lab.convnets" in first else VERIFY]
     encoders = {"simclr": LR, "dino": LR, "simmim": rates("--blr", "2e-3", "4e-3", "8e-3")}
     trials = {name: encoders.get(name, BLR) for name in MADE}
     return {"arms": commands, "trials": trials | {arm: job[2] for arm, job in arms.items()}}
@@ -256,7 +255,7 @@ BASELINES |= {
     "vit": (f"finetune_lora.py {{encoder}} {SCRATCH} --keep 0.25", "mae", FULL_LR),
 }
 for network in ("resnet10", "resnet50", "efficientnet_b0"):
-    command = f"-m experiments.convnets {network} {SCRATCH}"
+    command = f"-m lab.convnets {network} {SCRATCH}"
     BASELINES[network] = (command, network, FULL_LR)
     BASELINES[f"{network}-arcface"] = (f"{command} --head arcface", network, FULL_LR)
 OF_RECOGNITION = {
@@ -269,7 +268,7 @@ OF_RECOGNITION = {
     "dev": ("log.jsonl", "dev_top1"),
     "trial_share": 1 / 3,
     "set": {"minutes": "1.5", "encoder_minutes": "4", "split": "val"},
-    "needs": {"experiments.convnets": ("segment", "transformers")},
+    "needs": {"lab.convnets": ("segment", "transformers")},
     "right": {"top1": (0, METRICS, "right")},
     "columns": {
         "top1": ("Top-1, %", 0, METRICS, "top1", 1),
@@ -331,7 +330,7 @@ PRE_TRAINED = {"mae": f"{PLAIN_MAE} --contrast none", "agree": PLAIN_MAE}
 FINE_TUNED = {"lora": "--method lora --keep 0.25", "full": "--method full --keep 0.25"}
 FROM_SCRATCH = {
     "vit": f"finetune_lora.py weights/toon {FINE_TUNED['full']} --from-scratch --image-size 64",
-    "resnet10": "-m experiments.convnets resnet10 --method full --from-scratch --image-size 64",
+    "resnet10": "-m lab.convnets resnet10 --method full --from-scratch --image-size 64",
 }
 WIDE = {  # four rates each, with the best inside
     "-full": rates("--lr", 1e-4, 3e-4, 1e-3, 3e-3),
@@ -373,7 +372,7 @@ for total in MINUTES:  # half of them are pre-training's
     BOUGHT_BY |= recognisers(f"{total} min", total, encoders, total / 2)
 of_each = MINUTES[-1] / 2 / SHARED_BY  # a recogniser's part of the longest pre-training
 for labels, total in FEW.items():
-    BOUGHT[f"few{labels}"] = [f"-m experiments.subset {{data}} --pictures {labels} --draw {{seed}}"]
+    BOUGHT[f"few{labels}"] = [f"-m lab.subset {{data}} --pictures {labels} --draw {{seed}}"]
     few = f"{{few{labels}}}", labels * CHARACTERS
     BOUGHT_BY |= recognisers(f"{labels} labels", total, encoders, of_each, *few)
 BOUGHT_BY |= recognisers("363 labels", 6, encoders, of_each)
@@ -411,10 +410,10 @@ PLANS["minutes"] = OF_RECOGNITION | {
 
 # ---- who is unknown? Four characters that no part of a recogniser has seen ------------------------
 
-DRAW = "-m experiments.subset {data} --draw {seed} --characters"
+DRAW = "-m lab.subset {data} --draw {seed} --characters"
 KNOWN = "--data {known} --seed {seed} --split {split} --keep 0.25 --epochs 8"
 KNOWN_BY = {"own": "{own}", "toon": "weights/toon"}  # encoders
-STRANGERS = "recognize.py {0} --verify --data {data} --split {split}"
+STRANGERS = "-m apps.recognize {0} --verify --data {data} --split {split}"
 OF_STRANGERS = {
     "auroc_unknown": "unknown, AUROC",
     "strangers_unknown_at_5": "unknown ones called unknown where 5 % of known ones are, %",
@@ -456,7 +455,7 @@ PLANS["seven"] = PLANS["strangers"] | {
     "arms": {
         "lora": [
             "finetune_lora.py weights/toon --data {seven} --split test --method lora",
-            "recognize.py {0} --folds 3",
+            "-m apps.recognize {0} --folds 3",
             STRANGERS,
         ]
     },
@@ -537,7 +536,7 @@ PLANS["colourless"] = OF_RECOGNITION | {
 # ---- the applications ----------------------------------------------------------------------------
 
 OF_STAGE = {"against": {}, "compare": (), "set": {"encoder": "weights/toon", "split": "val"}}
-TAGS = f"tags.py {{encoder}} {ON} --arm "
+TAGS = f"-m apps.tags {{encoder}} {ON} --arm "
 PLANS["tags"] = OF_STAGE | {
     "question": "Do tags help to recognise characters, and can they be done without?",
     "seeds": range(100, 105),
@@ -573,7 +572,7 @@ PLANS["tags"] = OF_STAGE | {
     ),
 }
 
-DETECT = f"detect.py {{encoder}} {ON} --epochs 5 --method "
+DETECT = f"-m apps.detect {{encoder}} {ON} --epochs 5 --method "
 AP = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "small", "ap_medium": "medium"}
 AP |= {"ap_large": "large", "ar": "AR"}
 PLANS["detection"] = OF_STAGE | {
@@ -584,13 +583,13 @@ PLANS["detection"] = OF_STAGE | {
     "compare": ("ap", "ap50"),
     "columns": {c: (heading, 0, METRICS, c, 1) for c, heading in AP.items()}
     | {"minutes": ("minutes",)},
-    "needs": {"detect.py": ("detect", "pycocotools")},
+    "needs": {"apps.detect": ("detect", "pycocotools")},
     "planes": {"boxes": "python data.py scenes --out datasets/scenes"},
 }
 
-COMPOSE = "-m experiments.pages {data} --draw {seed} --pages"
+COMPOSE = "-m lab.pages {data} --draw {seed} --pages"
 PACK_PAGES = "data.py {0}/boxes.csv --detect --split 1,0,0 --dev 0.1 --dedupe off"
-FIND = "detect.py weights/{start} --split test --data {{pages{pages}}} --epochs {epochs}"
+FIND = "-m apps.detect weights/{start} --split test --data {{pages{pages}}} --epochs {epochs}"
 VIEWS = 3200  # of pages, before dev and half-filled batches leave: with few pages, more epochs
 FOUND = {"toon-det, as it is": [FIND.format(start="toon-det", pages=20, epochs=1) + " --lr 0"]}
 for start, pages in product(("toon-det", "toon"), (20, 60, 200)):
@@ -609,8 +608,8 @@ PLANS["pages"] = PLANS["detection"] | {
     "planes": {"fg": "python data.py PATH, with pictures that have alpha"},
 }
 
-STAGE_1 = f"segment.py {{encoder}} {ON}"
-SEGMENT = f"segment.py {{encoder}} {ON} --patches {{0}} "
+STAGE_1 = f"-m apps.segment {{encoder}} {ON}"
+SEGMENT = f"-m apps.segment {{encoder}} {ON} --patches {{0}} "
 PLANS["hybrid"] = OF_STAGE | {
     "question": "Drawn or photographed: what do proxy masks bring?",
     "seeds": range(100, 105),

@@ -1,8 +1,8 @@
 """Stage 8: find the faces on a page. Train a detector on pages with boxes; use it on any picture.
 
-    python detect.py weights/toon --data datasets/scenes
-    python detect.py weights/toon-det --data datasets/pages   goes on from a detector, on other pages
-    python detect.py runs/NAME-det PICTURE... --out found     outlines; --crop, --largest: faces, for data.py
+    python -m apps.detect weights/toon --data datasets/scenes
+    python -m apps.detect weights/toon-det --data datasets/pages   goes on from a detector, on other pages
+    python -m apps.detect runs/NAME-det PICTURE... --out found     outlines; --crop, --largest: faces, for data.py
 
 Reads:  an encoder, or a detector; a set with boxes (python data.py scenes draws one, python data.py
         PATH --detect packs others)
@@ -57,7 +57,7 @@ MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one fa
 LOWEST = 0.1  # the lowest threshold of a detector
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
 RECIPE = ("data", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
-REMEDY = "python detect.py ENCODER makes it"
+REMEDY = "python -m apps.detect ENCODER makes it"
 FIELDS = {
     "detector": {"encoder": fields.ENCODER, "norm_eps": fields.EPSILON},
     "page": fields.SIDE,
@@ -134,7 +134,7 @@ def cells(n, stride, device):
 
 
 def load(path):
-    """A run of detect.py, or its detector.safetensors -> the network in eval mode, and its header."""
+    """A run of apps/detect.py, or its detector.safetensors -> the network in eval mode, and its header."""
     path = Path(path) / "detector.safetensors" if Path(path).is_dir() else Path(path)
     weights, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, FIELDS, path, REMEDY)
@@ -525,7 +525,7 @@ def write_results(flags, task, net, run):
     print(f"{flags.split:<9}{aps}; {row['faces']} faces on {row['pages']} pages")
     print(f"in gray  AP {row['gray_ap']:.1f}, AP50 {row['gray_ap50']:.1f} %")
     print(f"wrote    {out}/ after {run.seconds():.0f} s")
-    print(f"next: python detect.py {shlex.quote(str(out))} PICTURE --out found")
+    print(f"next: python -m apps.detect {shlex.quote(str(out))} PICTURE --out found")
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a machine with a GPU can say about this repository, in one command:
 #
-#     bash benchmarks/gpu.sh [--small] [FOLDER]           (FOLDER: runs/gpu)
+#     bash lab/gpu.sh [--small] [FOLDER]           (FOLDER: runs/gpu)
 #
 # It runs the tests on a GPU, the gate of the kernels, benchmarks, one pre-training on the demo set,
 # and LoRA on it, in at most 30 minutes. Each step writes FOLDER/STEP.log. A step whose log is there
@@ -19,7 +19,7 @@ if [ "${1:-}" = --small ]; then
 fi
 folder=${1:-runs/gpu}
 case "$folder" in
--* | "") echo "error: $folder is no folder; usage: bash benchmarks/gpu.sh [--small] [FOLDER]" >&2; exit 2 ;;
+-* | "") echo "error: $folder is no folder; usage: bash lab/gpu.sh [--small] [FOLDER]" >&2; exit 2 ;;
 esac
 mkdir -p "$folder" || exit 2
 failed=()
@@ -54,7 +54,7 @@ export -f facts # `timeout` starts it
 
 gpu=$(python -c 'import torch; print(int(torch.cuda.is_available()))') || exit 2
 if [ "$gpu" = 0 ] && [ ${#small[@]} -eq 0 ]; then
-    echo "error: torch sees no GPU here; bash benchmarks/gpu.sh --small tries all steps without one" >&2
+    echo "error: torch sees no GPU here; bash lab/gpu.sh --small tries all steps without one" >&2
     exit 2
 fi
 interpret=$((1 - gpu)) # without a GPU
@@ -75,18 +75,18 @@ fi
 
 step machine 30 bash -c facts
 for dtype in fp32 bf16; do # a speed is never reported where the kernels are wrong
-    step "gate-$dtype" 120 env TRITON_INTERPRET=$interpret python -m benchmarks.kernels --gate --dtype $dtype || {
+    step "gate-$dtype" 120 env TRITON_INTERPRET=$interpret python -m lab.bench_kernels --gate --dtype $dtype || {
         echo "error: the gate is red, so nothing is timed. Send $folder/machine.log and $folder/gate-$dtype.log.part" >&2
         exit 2
     }
 done
 step pretrain 420 "${pretrain[@]}"
 step lora 180 python finetune_lora.py "$folder/run" "${lora[@]}" --out "$folder/lora"
-step kernels 180 python -m benchmarks.kernels "${small[@]}" --turns 2 --out "$folder"
-step step 360 python -m benchmarks.step "${small[@]}" --turns 2 --out "$folder"
-step data 60 python -m benchmarks.data --device auto "${small[@]}" --turns 2 --out "$folder"
-step pack 60 python -m benchmarks.data --pack $many --out "$folder"
-step latency 60 python -m benchmarks.latency "${small[@]}" --turns 2 --out "$folder"
+step kernels 180 python -m lab.bench_kernels "${small[@]}" --turns 2 --out "$folder"
+step step 360 python -m lab.bench_step "${small[@]}" --turns 2 --out "$folder"
+step data 60 python -m lab.bench_data --device auto "${small[@]}" --turns 2 --out "$folder"
+step pack 60 python -m lab.bench_data --pack $many --out "$folder"
+step latency 60 python -m lab.bench_latency "${small[@]}" --turns 2 --out "$folder"
 if [ ${#small[@]} -eq 0 ]; then
     step tests 180 python -m pytest -q -n 0 tests/test_gpu.py tests/test_kernels.py
 fi

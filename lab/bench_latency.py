@@ -1,7 +1,7 @@
-"""How long one answer of each model that ships takes: python -m benchmarks.latency [RUN ...]
+"""How long one answer of each model that ships takes: python -m lab.bench_latency [RUN ...]
 
 Writes runs/bench/bench_latency.csv. torch on --device, and on a CPU also onnxruntime with what
-export.py --to onnx writes, in turns. A detector has no ONNX file. All in fp32, on drawn faces.
+apps.export --to onnx writes, in turns. A detector has no ONNX file. All in fp32, on drawn faces.
 """
 
 import functools
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
-import benchmarks as bench
-import detect
+from apps import detect
+from apps.export import PIP, graph_of, save_onnx
 from common.command import cli
 from common.train import pick_device
-from export import PIP, graph_of, save_onnx
 from ingest import toon
+from lab import bench
 
 SHIPPED = ["weights/toon", "weights/toon-lora", "weights/toon-tags", "weights/toon-det"]
 ONNX = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]  # missing

@@ -1,6 +1,6 @@
 """Pages composed of drawn people, each with a box, for studies of detection with few pages.
 
-    python -m experiments.pages datasets/portraits --pages 60 --out pages
+    python -m lab.pages datasets/portraits --pages 60 --out pages
     python data.py pages/boxes.csv --detect --dev 0.1 --out datasets/pages
 
 Reads:  datasets/NAME/train.safetensors, packed from pictures with alpha

@@ -1,13 +1,13 @@
 """Stage 5: who is in a picture? It names characters, calls others unknown, and enrols new ones.
 
-    python recognize.py runs/NAME PICTURE...               files, folders, archives; - reads a list
-    python recognize.py runs/NAME PAGE --detect runs/DET   each face that a run of detect.py finds
-    python recognize.py runs/NAME FOLDER --sort OUT        copies them into OUT/WHO and OUT/unknown
-    python recognize.py runs/NAME FOLDER --group OUT       the same, one folder for faces that look alike
-    python recognize.py runs/NAME --enrol WHO PICTURE...   three to five pictures, no training
-    python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
-    python recognize.py runs/NAME --folds 3                trains three more times, to know unknown faces
-    python recognize.py runs/NAME --verify                 measures verification and unknown faces
+    python -m apps.recognize runs/NAME PICTURE...               files, folders, archives; - reads a list
+    python -m apps.recognize runs/NAME PAGE --detect runs/DET   each face that a run of apps/detect.py finds
+    python -m apps.recognize runs/NAME FOLDER --sort OUT        copies them into OUT/WHO and OUT/unknown
+    python -m apps.recognize runs/NAME FOLDER --group OUT       the same, one folder for faces that look alike
+    python -m apps.recognize runs/NAME --enrol WHO PICTURE...   three to five pictures, no training
+    python -m apps.recognize runs/NAME --list                   who is known; --forget WHO removes one
+    python -m apps.recognize runs/NAME --folds 3                trains three more times, to know unknown faces
+    python -m apps.recognize runs/NAME --verify                 measures verification and unknown faces
 
 Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
 Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
@@ -103,7 +103,9 @@ def parse_args():
     add("images", nargs="*", metavar="PICTURE", help="file, folder, zip, tar; - for a list")
     add("--threshold", type=between(-2, 2), metavar="LEAST", help="similarity of a known face")
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
-    add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
+    add(
+        "--detect", metavar="RUN", help="runs/NAME of apps/detect.py: name each face, left to right"
+    )
     add("--sort", type=Path, metavar="OUT", help="copy pictures into OUT/WHO and OUT/unknown")
     add("--group", type=Path, metavar="OUT", help="the same, one folder for faces that look alike")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
@@ -322,9 +324,9 @@ HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learne
 HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
 HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
 HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
-REMEDY = "remove it, and recognize.py builds it anew"
+REMEDY = "remove it, and apps/recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
-    "most new characters may get a known name; recognize.py {run} --folds 3 trains three more "
+    "most new characters may get a known name; python -m apps.recognize {run} --folds 3 trains three more "
     "times, each time without a third of the characters, and measures it"
 )
 
@@ -515,7 +517,7 @@ def predictions(args, net, header, autocast, problems):
 
 def faces(args, size, problems):
     """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds."""
-    import detect
+    from apps import detect
 
     net, header = detect.load(args.detect)
     net.to(pick_device(args.device))
@@ -584,7 +586,7 @@ def recognise(args, net, header, gallery, autocast):
     tell_problems(problems, header["data"], args.json)
     if not all(known) and not args.json:
         words = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
-        print(f"next: python recognize.py {words}", file=sys.stderr)
+        print(f"next: python -m apps.recognize {words}", file=sys.stderr)
 
 
 # ---- sorting: OUT/WHO/PICTURE, copies -------------------------------------------------------------
@@ -777,7 +779,7 @@ def enrol(args, net, header, autocast):
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
     print(add_faces(args.run, who, keys, torch.cat(embeddings)))
     words = f"{shlex.quote(args.run)} PICTURE, or {shlex.quote(f'--forget={who}')}"
-    print(f"next: python recognize.py {words}")
+    print(f"next: python -m apps.recognize {words}")
 
 
 def add_faces(run, who, keys, embeddings):

@@ -1,6 +1,6 @@
 """How fast the two kernels are, beside the obvious PyTorch and torch.compile of it.
 
-    python -m benchmarks.kernels [--gate]
+    python -m lab.bench_kernels [--gate]
 
 Writes runs/bench/bench_kernels.csv on a GPU. Without one it measures the PyTorch references, into
 bench_kernels_cpu.csv. The gate comes first: every contender against float64 on small inputs, then
@@ -16,13 +16,13 @@ import functools
 import torch
 import torch._functorch.config as functorch
 
-import benchmarks as bench
 from common.command import cli
 from common.io import UserError
 from common.train import DTYPES, pick_device
 from kernels import INTERPRET
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import patch_detail, reconstruction_loss
+from lab import bench
 
 # batch, image size, patch size, share of hidden patches
 SIZES = [(64, 8, 0.75), (128, 16, 0.75), (224, 16, 0.75), (224, 16, 0.5), (224, 16, 0.9)]

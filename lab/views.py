@@ -1,6 +1,6 @@
 """SimCLR and DINO: encoders that learn from views alone, with the ViT, crops and optimizer of pretrain.py. Baselines.
 
-    python -m experiments.views dino --data datasets/faces20 --out runs/dino
+    python -m lab.views dino --data datasets/faces20 --out runs/dino
 
 Reads:  datasets/NAME
 Writes: OUT/model.safetensors, an encoder that every stage takes, log.jsonl and state.pt

@@ -1,6 +1,6 @@
 """Write an encoder or a run for other tools: timm, transformers, ONNX and more.
 
-    python export.py ENCODER --to mae|timm|hf|merged|onnx|half|wd [--out FILE] [--image-size PX]
+    python -m apps.export ENCODER --to mae|timm|hf|merged|onnx|half|wd [--out FILE] [--image-size PX]
 
 Reads:  ENCODER: runs/NAME, or a checkpoint that common/formats.py lists
 Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the folder
@@ -28,7 +28,8 @@ from PIL import Image
 from torch import nn
 
 import data
-import tags
+from apps import tags
+from apps.recognize import decide, open_gallery
 from common import checkpoints
 from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, claim, cli, need
@@ -38,10 +39,9 @@ from common.lora import ADAPTER, fingerprint, read_files, save_encoder
 from finetune_lora import load_classifier, load_lora, merge_lora
 from kernels.gather import MEAN, STD
 from model import EPS, MAE
-from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
-TENSORS += ("patches",)  # stage 1 of segment.py
+TENSORS += ("patches",)  # stage 1 of apps/segment.py
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
@@ -289,7 +289,7 @@ def save_wd(source, folder, image_size=None):
     """Write model.onnx and selected_tags.csv, its rows in the order of the probabilities."""
     graph, notes = graph_of(source, image_size)
     if notes["is"] == "encoder":
-        raise UserError(f"{source} names nothing; give a run of tags.py or finetune_lora.py")
+        raise UserError(f"{source} names nothing; give a run of apps/tags.py or finetune_lora.py")
     tags = notes.get("tags", [])
     names = notes["names"]
     order = sorted(range(len(tags)), key=lambda i: tags[i] not in RATINGS)  # ratings first
@@ -349,7 +349,7 @@ tags: [masked-autoencoder, vision-transformer, anime]
 
 # {source.name}
 
-Written by export.py of AniMask. This loads it:
+Written by apps/export.py of AniMask. This loads it:
 
 {textwrap.indent(use, "    ")}
 

@@ -1,6 +1,6 @@
 """How fast images are packed and handed out, and what memory that takes (on Linux).
 
-    python -m benchmarks.data [--images N | --pack N]
+    python -m lab.bench_data [--images N | --pack N]
 
 Without --pack it measures the loader, into runs/bench/bench_data.csv: warm epochs over a packed
 file of noise, read once before, so the speed is that of the page cache. With --pack it packs N and
@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import benchmarks as bench
 import data
 from common.command import at_least, cli, refuse_idle
 from common.train import pick_device
 from ingest import pack, toon
+from lab import bench
 
 SIDE = 128  # of the loader's images in pixels
 BATCH = 128

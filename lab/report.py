@@ -1,7 +1,7 @@
 """Rows of a plan -> table.md, table.csv, figure.png: every arm, every difference, every verdict.
 
-    python -m experiments.report runs/experiments/mine-toon
-    python -m experiments.report results/study/*        # what is published
+    python -m lab.report runs/lab/mine-toon
+    python -m lab.report results/study/*        # what is published
 
 Reads:  FOLDER/PLAN.json (what is compared), rows.jsonl, images.json (the illustration of each test
         image, where rows hold which images are right)
@@ -20,12 +20,12 @@ from common.command import Parser, cli
 from common.io import UserError, read_json, save_csv, save_text
 from common.stats import from_bits, mean_std, plus_minus
 from common.train import read_log
-from experiments import stats
+from lab import stats
 
 DEFAULTS = {"margin": 1.0, "differences": [], "hypotheses": [], "notes": {}, "axes": {}}
 DEFAULTS["phase"] = "reported"
 NEEDED = ("plan", "data", "split", "question", "arms", "seeds", "columns", "compare")
-FIX = "restore it, or make the rows with experiments.run"
+FIX = "restore it, or make the rows with lab.run"
 CURVE = ("knn_before", "knn_after", "mse_before", "mse_after")  # of the run: its start and its end
 UNITS = {"epochs": "% of the epochs saved", "variance": "% less variance"}
 UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
@@ -352,7 +352,7 @@ def write(study, figure=False):
     """The files of one of `judged`."""
     plan, folder = study.plan, study.folder
     if not study.rows:
-        raise UserError(f"{folder} has no row yet; experiments.run makes them")
+        raise UserError(f"{folder} has no row yet; lab.run makes them")
     tests = differences(study)
     text = [f"# {plan['plan']} on {plan['data']}, {plan['split']}: {plan['question']}", ""]
     text += [*arm_table(study), *difference_table(study, tests), ""]

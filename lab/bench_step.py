@@ -1,4 +1,4 @@
-"""How fast a training step is, beside transformers' ViTMAE and timm: python -m benchmarks.step
+"""How fast a training step is, beside transformers' ViTMAE and timm: python -m lab.bench_step
 
 Writes runs/bench/bench_step_cpu.csv (or _cuda), a row for each candidate, its settings and a turn.
 Turn 0 tries all settings of a candidate. In the turns that follow, the best settings of each
@@ -26,16 +26,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmarks as bench
 import kernels
 import mask as masking
+from apps.export import export
 from common import train
 from common.checkpoints import init_from, save_model
 from common.command import at_least, cli, refuse_idle
 from common.io import UserError
-from export import export
 from kernels.gather import masked_patch_gather, scale_of_patch
 from kernels.loss import reconstruction_loss
+from lab import bench
 from model import MAE, SIZES
 
 FULL = dict(image_size=224, patch_size=16, ratio=0.75)

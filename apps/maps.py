@@ -1,7 +1,7 @@
 """Stage 1: maps of a data set that guide masks: attention, foreground (saliency) and parts, stored in files.
 
-    python maps.py --data datasets/toon --map saliency
-    python maps.py --data datasets/toon --map attn --run runs/NAME
+    python -m apps.maps --data datasets/toon --map saliency
+    python -m apps.maps --data datasets/toon --map attn --run runs/NAME
 
 Reads:  train of datasets/NAME (the demo set is drawn if absent), runs/NAME for an encoder
 Writes: maps/NAME/MAP.safetensors, and sheet-MAP.png: what strategies hide by it

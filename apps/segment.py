@@ -1,7 +1,7 @@
 """Stage 7: drawn or photographed? Learn from labels of whole frames, and answer for each pixel.
 
-    python segment.py runs/NAME --data datasets/hybrid
-    python segment.py runs/NAME-seg PICTURE... --out masks
+    python -m apps.segment runs/NAME --data datasets/hybrid
+    python -m apps.segment runs/NAME-seg PICTURE... --out masks
 
 Reads:  an encoder; a set of frames with the classes "drawn" and "photographed", and others: mixed
 Writes: runs/NAME-seg/ with patches.safetensors (stage 1), model.safetensors (stage 3), state.pt,
@@ -53,7 +53,7 @@ KEEP = 0.5  # share of the patches that stage 1 sees in training: fewer take les
 MIN_CROP, COLOUR = 0.5, 0.3  # smallest area of a crop; brightness, contrast, saturation: 1 +- this
 EPS = 1e-3  # of the guided filter: contrasts under 1/30 of the range are no edges
 LARGEST = 2048  # longer side of a picture whose mask is found at full size, in pixels
-REMEDY = "python segment.py ENCODER --data DIR makes it"
+REMEDY = "python -m apps.segment ENCODER --data DIR makes it"
 PATCHES = {"encoder": fields.ENCODER, "norm_eps": fields.EPSILON}
 PIXELS = {
     "network": fields.one_of(*NETWORKS),
@@ -340,12 +340,12 @@ def segformer(channels):
 
 
 def is_segmenter(path):
-    """Did segment.py write this run folder?"""
+    """Did apps/segment.py write this run folder?"""
     return "network" in about_model(path)
 
 
 def load(path):
-    """A run of segment.py -> Pixels in eval mode, header of model.safetensors."""
+    """A run of apps/segment.py -> Pixels in eval mode, header of model.safetensors."""
     path = Path(path) / "model.safetensors"
     weights, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, PIXELS, path, REMEDY)
@@ -590,7 +590,7 @@ def run_stages(flags, device, autocast):
         for kind, scores in row[name].get(task.held, {}).items():
             print(f"{stage}  {name}, {kind} frames: mean IoU {scores['miou']:.1f} %")
     print(f"wrote    {run.out}/")
-    print(f"next: python segment.py {shlex.quote(str(run.out))} PICTURE --out masks")
+    print(f"next: python -m apps.segment {shlex.quote(str(run.out))} PICTURE --out masks")
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -648,7 +648,7 @@ def parse_flags():
     add("pictures", nargs="*", metavar="PICTURE", help="file, folder (a video's frames), archive")
     add = parser.add_argument_group("training").add_argument
     add("--data", default="datasets/hybrid", metavar="DIR", help="packed set of frames")
-    add("--patches", metavar="RUN", help="take stage 1 from another run of segment.py")
+    add("--patches", metavar="RUN", help="take stage 1 from another run of apps/segment.py")
     add("--epochs", type=at_least(1), default=70, help="of stage 1: passes over frames of one kind")
     add("--lr", type=at_least(0, float), default=5e-4, help="peak learning rate of stage 1")
     sources = ["proxies", "frames", "truth"]

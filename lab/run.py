@@ -1,8 +1,8 @@
 """Run a plan: every arm with every seed -> a row each, then table.md, table.csv and figure.png.
 
-    python -m experiments.run mine --arms "middle:beta=3" --seeds 3    # your mask against random
-    python -m experiments.run h1 --data datasets/faces20 --dry         # what would run
-    python -m experiments.run tags --data datasets/toon --set encoder=runs/first
+    python -m lab.run mine --arms "middle:beta=3" --seeds 3    # your mask against random
+    python -m lab.run h1 --data datasets/faces20 --dry         # what would run
+    python -m lab.run tags --data datasets/toon --set encoder=runs/first
 
 Reads:  plans.py, datasets/NAME
 Writes: OUT/PLAN-NAME/ PLAN.json, rows.jsonl, trials.jsonl, images.json, table.md, table.csv,
@@ -37,11 +37,11 @@ import mask as masking
 from common.command import Parser, at_least, cli, need, parse_keys
 from common.io import UserError, lock_beside, locked, read_json, save_json
 from common.train import commit, machine, pick_device, read_log
-from experiments import report
-from experiments.plans import PLANS
+from lab import report
+from lab.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("*.py", "common/*.py", "kernels/*.py", "ingest/*.py", "experiments/*.py")
+CODE = ("*.py", "common/*.py", "kernels/*.py", "ingest/*.py", "apps/*.py", "lab/*.py")
 PILOT_SEED = 1000  # and the next ones: never reported
 TRIAL_SEED = 500
 IN_PLACE = {"probe": "probe*.json", "recognize": "recognize.json", "stress": "stress-*.json"}
@@ -369,7 +369,7 @@ def save_plan(args, arms, seeds, folder):
 def digest_of_code():
     """A hash of what trains and measures: after an edit, rows that are there are of other code."""
     files = sum((sorted(ROOT.glob(pattern)) for pattern in CODE), [])
-    ours = [ROOT / f"experiments/{name}.py" for name in ("plans", "run", "report", "stats")]
+    ours = [ROOT / f"lab/{name}.py" for name in ("plans", "run", "report", "stats")]
     files = [path for path in files if path not in ours]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
 
@@ -411,7 +411,7 @@ def parse_args():
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="words in braces of the plan")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
     add("--threads", type=at_least(1), default=os.cpu_count(), metavar="N", help="of each run")
-    add("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="of the tables")
+    add("--out", type=Path, default=Path("runs/lab"), metavar="DIR", help="of the tables")
     add("--work", type=Path, default=Path("runs/work"), metavar="DIR", help="of the runs' folders")
     add("--retry", action="store_true", help="try again what diverged")
     add("--dry", action="store_true", help="say what would run, and stop")
