@@ -26,7 +26,7 @@ from torch import nn
 
 import data
 import mask as masking
-from common import classifier, controls, evaluate, metrics, stats, train
+from common import classifier, controls, metrics, readout, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
 from common.features import name_of, open_rows, some_characters, split_suffix, untrained_like
@@ -391,7 +391,7 @@ def finetune(flags, task):
                 right = []
             if run.step % per_epoch == 0:
                 scores, truth = predict(task, task.dev, NECK_IN_ALL)
-                top1 = 100 * evaluate.topk(scores, truth, 1)
+                top1 = 100 * readout.topk(scores, truth, 1)
                 f1 = 100 * metrics.macro_f1(scores.argmax(1), truth)
                 run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1)
                 highest = max(f1, best["macro_f1"])
@@ -420,7 +420,7 @@ def results(flags, task, run, best_epoch):
     row |= {k: 100 * found[k] for k in ("top1", "top5", "macro_f1")}
     row["by_size"] = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
     row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
-    row["colourless_top1"] = 100 * evaluate.topk(*predict(task, controls.in_gray(task.report)), 1)
+    row["colourless_top1"] = 100 * readout.topk(*predict(task, controls.in_gray(task.report)), 1)
     sets = task.train, task.dev, task.report
     row["thumbnails_top1"] = controls.thumbnail_top1(*sets)
     row["histograms_top1"] = controls.histogram_top1(*sets)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import evaluate, features, metrics, stats
+from common import features, metrics, readout, stats
 from common.checkpoints import flags_of, load_encoder
 from common.command import Flags, Parser, claim, cli, command, drawing
 from common.io import UserError, save_json
@@ -133,7 +133,7 @@ def measure(found, task):
     classify, C = metrics.logistic_probe(x, y, choose, truth, len(task.names))
     scores = {
         "logistic": classify(report),
-        "knn": evaluate.knn_votes(bank, task.labels["train"], queries, len(task.names)),
+        "knn": readout.knn_votes(bank, task.labels["train"], queries, len(task.names)),
     }
     row = {head: metrics.classification(s, labels, task.counts) for head, s in scores.items()}
     row["logistic"]["C"] = C
@@ -185,7 +185,7 @@ def chance(task):
 def thumbs(view):
     """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
     view = view.cpu()  # Metal lacks the pooling
-    return {f"thumb{side}": evaluate.thumbnails(view, side) for side in (4, 8, 16)}
+    return {f"thumb{side}": readout.thumbnails(view, side) for side in (4, 8, 16)}
 
 
 def control_rows(encoder, task):

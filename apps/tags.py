@@ -41,7 +41,6 @@ import data
 import mask as masking
 from common import checkpoints, classifier, fields, train
 from common.command import Flags, Parser, at_least, between, cli, command, parse_keys
-from common.evaluate import topk
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import (
@@ -52,6 +51,7 @@ from common.io import (
     save_safetensors,
     save_text,
 )
+from common.readout import topk
 from ingest.pictures import picture_files, pictures, tell_problems
 from ingest.tags import is_emoticon
 from kernels.gather import masked_patch_gather

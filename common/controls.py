@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 import data
-from common.evaluate import ridge, standardise, thumbnails, topk
+from common.readout import ridge, standardise, thumbnails, topk
 
 CPU = torch.device("cpu")
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of the ridge regression on thumbnails

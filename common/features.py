@@ -15,9 +15,9 @@ import torch
 import data
 from common.checkpoints import flags_of
 from common.command import at_least, between
-from common.evaluate import extremes
 from common.fields import check_finite
 from common.io import UserError
+from common.readout import extremes
 from common.train import autocast_of, pick_device, pick_dtype
 from model import ViT, shape_of
 

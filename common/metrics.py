@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.evaluate import standardise, topk
+from common.readout import standardise, topk
 
 # ---- nearest neighbours --------------------------------------------------------------------------
 

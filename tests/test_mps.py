@@ -100,7 +100,7 @@ REPORTS = {
     "finetune_lora.write_results": None,
 }  # and what they return
 REPORTS |= {"pretrain.evaluate": {}, "pretrain.draw_masks": None, "pretrain.finish": None}
-REPORTS |= {"apps.tags.topk": 0.0, "common.evaluate.topk": 0.0, "common.metrics.macro_f1": 0.0}
+REPORTS |= {"apps.tags.topk": 0.0, "common.readout.topk": 0.0, "common.metrics.macro_f1": 0.0}
 
 
 @pytest.mark.parametrize("line", STEPS)
