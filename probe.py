@@ -2,13 +2,12 @@
 
     python probe.py runs/NAME                     # on the data that the run was trained on
     python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1    # is B better than A?
-    python probe.py runs/NAME --suspects          # which labels of train are probably wrong?
 
 Reads:  runs/NAME (model.safetensors, log.jsonl) or a public checkpoint; datasets/NAME (train, dev,
         val; without dev a tenth of train is held out for choices)
 Writes: runs/NAME/ probe.json (by --headline probe-headline.json), attention.png, neighbours.png;
-        suspects.csv and suspects.png; of another data set or split the same in
-        runs/NAME/DATA-SPLIT/; of several runs compare/compare.json and curves.png
+        of another data set or split the same in runs/NAME/DATA-SPLIT/; of several runs
+        compare/compare.json and curves.png
 
 The headline was chosen on dev of faces20: Top-1 of a linear probe (logistic regression) on the
 largest and smallest values of the patch tokens. The same command gives the same digits, because
@@ -29,7 +28,6 @@ from common import features, metrics, readout, stats
 from common.checkpoints import flags_of, load_encoder
 from common.command import Flags, Parser, claim, cli, command, drawing
 from common.io import UserError, save_json
-from common.suspects import write_suspects
 from common.train import commit, machine, read_log, seeded
 from model import shape_of
 
@@ -58,8 +56,7 @@ def parse_args():
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
     add("--pool", default=features.HEADLINE, choices=features.POOLS, help="of the patch tokens")
     add("--headline", action="store_true", help="headline and kNN alone: no controls, no pictures")
-    add("--suspects", action="store_true", help="list labels that are probably wrong, and stop")
-    add("--out", metavar="DIR", help="of a comparison (compare/ next to the run), or of suspects")
+    add("--out", metavar="DIR", help="of a comparison (default: compare/ next to the run)")
     add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
     return Flags(parser)
@@ -485,8 +482,6 @@ def main():
     flags = parse_args()
     for run in flags.runs:  # a mistake shows here, before hours of work
         load_encoder(run)
-    if flags.suspects:
-        return print(write_suspects(flags))
     task = open_task(flags)
     images = len(task.labels[task.held])
     print(f"data     {task.folder}: {task.held}, {images:,} images, {len(task.names)} classes")

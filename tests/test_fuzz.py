@@ -49,6 +49,7 @@ WORK = (  # calls that work, from which every bad one is made
     f"{PRE} --mask attn_high --teacher runs/a",
     f"{PRE} --init runs/a --contrast none",
     "pretrain.py --resume runs/a",
+    f"apps.suspects runs/a --data datasets/packed --out suspects {CPU}",
     f"{PROBE} --headline",
     f"{TUNE} --method linear",
     f"{TUNE} --method lora",

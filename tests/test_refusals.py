@@ -91,7 +91,6 @@ REFUSED = (  # the command, and a telling word of its message
     ("apps.export runs/a-lora --to onnx --image-size 64 --out new.onnx", "keeps the size"),
     ("apps.export images --to half", "is no run"),
     ("apps.demo runs/none", "no run"),
-    ("probe.py runs/a --suspects --split test", "labels of train"),
     (f"{RUN} --arms 'fg_heavy --maps truth'", "no true maps"),
     (f"{RUN} --set recipe", "NAME=VALUE"),
     (f"{RUN} --arms 'block --seed=7'", "the plan gives --seed"),

@@ -12,7 +12,7 @@ from PIL import Image
 import data
 from common.io import UserError, lock_beside, locked
 from common.lora import save_encoder
-from common.suspects import out_of_fold
+from apps.suspects import out_of_fold
 from lab import report
 from model import ViT
 
@@ -59,8 +59,8 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     assert len(changed) == round(len(old["labels"]) / 10)
     save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "run/model.safetensors", {})
     (tmp_path / "wrong/val.safetensors").unlink()  # only train is read
-    words = ["run", "--data", "wrong", "--suspects", "--out", "s", "--device", "cpu"]
-    said = call("probe.py", *words, cwd=tmp_path, check=0).stdout
+    words = ["run", "--data", "wrong", "--out", "s", "--device", "cpu"]
+    said = call("apps.suspects", *words, cwd=tmp_path, check=0).stdout
     with open(tmp_path / "s/suspects.csv") as file:
         rows = list(csv.DictReader(file))
     worst = {row["picture"] for row in rows[: len(changed)]}
@@ -68,7 +68,7 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     assert len(found) >= 0.7 * len(changed) and f"planted  {len(found)} of the first" in said
     assert all(row["label"] != row["better"] for row in rows)
     assert (tmp_path / "s/suspects.png").exists()
-    assert "suspects.csv is there already" in refused(call("probe.py", *words, cwd=tmp_path))
+    assert "suspects.csv is there already" in refused(call("apps.suspects", *words, cwd=tmp_path))
     with pytest.raises(UserError, match="two classes of 5 illustrations"):
         out_of_fold(torch.randn(8, 4), torch.tensor([0, 1] * 4), torch.zeros(8), 2)
 

@@ -1,6 +1,16 @@
 """Which labels of train are probably wrong? What a classifier says that never saw the picture.
 
-n pictures   D width of the features   C classes
+    python -m apps.suspects runs/NAME                         of the set that the run was trained on
+    python -m apps.suspects weights/toon --data datasets/mine --out suspects
+
+Train is divided into five parts. A linear probe on the features of the encoder learns from the
+others and judges the part that it has not seen, so that a wrong label can't teach its own error.
+
+Reads:  runs/NAME (an encoder), datasets/NAME with labels (train alone)
+Writes: suspects.csv, the pictures whose label is not the most probable one, the worst first;
+        suspects.png, the first of them; in the run's folder, or in --out
+
+    n pictures   D width of the features   C classes
 """
 
 from pathlib import Path
@@ -11,7 +21,7 @@ import torch
 import data
 from common import features, metrics
 from common.checkpoints import load_encoder
-from common.command import claim, drawing, refuse_idle
+from common.command import Parser, claim, cli, drawing
 from common.io import UserError, save_csv
 
 FOLDS = 5
@@ -34,7 +44,7 @@ def out_of_fold(x, labels, groups, classes):
         fit = ~(judged | choose)
         if not judged.any() or not choose.any() or len(labels[fit].unique()) < 2:
             need = f"two classes of {FOLDS} illustrations or more each"
-            raise UserError(f"--suspects needs {need}, since it holds out a fifth of train")
+            raise UserError(f"suspects need {need}, because a fifth of train is held out")
         parts = x[fit].float(), labels[fit], x[choose].float(), labels[choose]
         classify, _ = metrics.logistic_probe(*parts, classes)
         found[judged] = classify(x[judged].float()).exp()
@@ -52,27 +62,29 @@ def ranked(probabilities, labels):
     return rows[((better != labels) & (given > 0))[rows]], better
 
 
-def open_train(flags):
-    """-> the task of features.py with the split train alone, and the folder of the results."""
-    if len(flags.runs) > 1:
-        raise UserError(f"--suspects is of one run; leave {flags.runs[1]} out")
-    refuse_idle(flags.given & {"split"}, "on suspects, which are labels of train")
-    flags.values["split"] = "train"  # no other is read
-    task = features.open_task(flags, flags.runs[0])
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder of pretrain.py, or a public checkpoint")
+    add("--data", metavar="DIR", help="packed set with labels (default: that of the run)")
+    add("--out", metavar="DIR", help="folder of the list (default: that of the run)")
+    add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
+    args = parser.parse_args()
+    args.split = "train"  # the only one that is read
+    return args
+
+
+def main():
+    args = parse_args()
+    task = features.open_task(args, args.run)
     if not task.labelled:
-        raise UserError(f"{task.folder} has no two labelled classes; --suspects doubts labels")
+        raise UserError(f"{task.folder} has no two labelled classes, so no label can be wrong")
     task.splits = {"train": task.train}
-    home = flags.out or features.results_folder(flags.runs[0], task.folder, "val")
-    flags.refuse_unread()
-    return task, Path(home)
-
-
-def write_suspects(flags):
-    """suspects.csv and suspects.png of probe.py --suspects -> what was found, as lines."""
-    task, home = open_train(flags)
+    home = Path(args.out or features.results_folder(args.run, task.folder, "val"))
     table, sheet = home / "suspects.csv", home / "suspects.png"
     claim([table, sheet], fix="move them away")
-    encoder = load_encoder(flags.runs[0])
+    encoder = load_encoder(args.run)
     x = features.of_encoder(encoder.to(task.device), task)["mean"]["train"]
     split = task.train
     names = split["header"]["classes"]
@@ -82,12 +94,11 @@ def write_suspects(flags):
     save_csv(table_rows(split, rows, better, probabilities), table, COLUMNS)
     with drawing("suspects.png"):
         draw(sheet, split, rows, better)
-    line = f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first"
+    print(f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first")
     planted = split["header"].get("planted")  # by lab/subset.py
-    if not planted:
-        return line
-    right = {*rows[: len(planted)].tolist()} & {*planted}
-    return f"{line}\nplanted  {len(right)} of the first {len(planted)} labels were planted"
+    if planted:
+        right = {*rows[: len(planted)].tolist()} & {*planted}
+        print(f"planted  {len(right)} of the first {len(planted)} labels were planted")
 
 
 def table_rows(split, rows, better, probabilities):
@@ -116,3 +127,7 @@ def draw(path, split, rows, better):
         for axis, i in zip(axes.flat, rows.tolist(), strict=False):
             axis.imshow(split["images"][i])
             axis.set_xlabel(f"{names[labels[i]][:16]}\nor {names[better[i]][:16]}?", fontsize=7)
+
+
+if __name__ == "__main__":
+    cli(main)
