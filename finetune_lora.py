@@ -4,7 +4,7 @@
     python finetune_lora.py --resume runs/NAME-lora                  continues a run
     python finetune_lora.py --resume runs/NAME-lora --split test     measures it on another split
 
-Reads:  an encoder (runs/NAME, or a checkpoint file that common/formats.py knows), datasets/NAME
+Reads:  an encoder (runs/NAME, or a checkpoint file that apps/formats.py knows), datasets/NAME
 Writes: runs/NAME-METHOD/ state.pt, log.jsonl, metrics.json (of another split: metrics-SPLIT.json),
         curves.png, confusion.png, head.safetensors; for lora adapter_model.safetensors and
         adapter_config.json, for full model.safetensors

@@ -30,11 +30,18 @@ import data
 import mask as masking
 from apps import detect, maps, recognize, segment, tags
 from common import guidance
-from common.checkpoints import ENCODER, about_model, beside, init_from, load_beside, load_teacher
+from common.checkpoints import (
+    ENCODER,
+    about_model,
+    beside,
+    init_from,
+    load_beside,
+    load_teacher,
+    read_network,
+)
 from common.classifier import is_recogniser
 from common.command import Parser, between, cli, need, parse_keys
 from common.evaluate import hide, predict
-from common.formats import read_checkpoint
 from common.io import UserError, open_tensors
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
@@ -142,7 +149,7 @@ def loaded(load, run):
 
 def load_mae(run):
     """A run of pretrain.py -> its MAE with the pooler of its teacher, its header."""
-    _, facts = read_checkpoint(run)
+    _, facts = read_network(run)
     if not facts["decoder_depth"]:
         raise UserError(f"{run} has no decoder, as SimMIM has none; give a run with another mask")
     shape = (*ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")

@@ -2,7 +2,7 @@
 
     python -m apps.export ENCODER --to mae|timm|hf|merged|onnx|half|wd [--out FILE] [--image-size PX]
 
-Reads:  ENCODER: runs/NAME, or a checkpoint that common/formats.py lists
+Reads:  ENCODER: runs/NAME, or a checkpoint that apps/formats.py lists
 Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the folder
         mae     mae.safetensors, names of the public MAE, decoder included
         timm    timm.safetensors, the encoder for timm's VisionTransformer
@@ -29,11 +29,11 @@ from torch import nn
 
 import data
 from apps import tags
+from apps.formats import HF, QKV, renamed
 from apps.recognize import decide, open_gallery
 from common import checkpoints
 from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, claim, cli, need
-from common.formats import HF, QKV, encoder_of, read_checkpoint, renamed
 from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_files, save_encoder
 from finetune_lora import load_classifier, load_lora, merge_lora
@@ -53,7 +53,7 @@ PIP = "pip install -e '.[onnx]'"
 
 def public_weights(source, image_size):
     """A checkpoint -> its weights under public names, decoder included, and its facts."""
-    facts = checkpoints.at_size(*read_checkpoint(source), image_size, source)[1]
+    facts = checkpoints.at_size(*checkpoints.read_network(source), image_size, source)[1]
     if facts["norm_eps"] != EPS:
         print(f"note: LayerNorms have the epsilon {facts['norm_eps']:g}, which --to hf alone keeps")
     if not facts["decoder_depth"]:  # SimMIM's linear decoder is nobody else's
@@ -72,7 +72,7 @@ def save_mae(source, out, image_size):
 
 def save_timm(source, out, image_size):
     weights, facts = public_weights(source, image_size)
-    save_safetensors(encoder_of(weights), out)
+    save_safetensors(checkpoints.encoder_of(weights), out)
     size = facts["image_size"]
     pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
     shape = f"img_size={size}, patch_size={facts['patch_size']}, embed_dim={facts['dim']}, "

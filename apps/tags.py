@@ -5,7 +5,7 @@
     python -m apps.tags runs/NAME-tags FOLDER --captions    # PICTURE.txt beside each picture of a folder
     python -m apps.tags --resume runs/NAME-tags             # go on with a run, with its flags
 
-Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
+Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that apps/formats.py knows) and
         datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures
 Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
         log.jsonl; answers go to standard output, and with --captions beside the pictures

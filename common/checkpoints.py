@@ -1,7 +1,7 @@
-"""Networks in files: what a run saves, and any public checkpoint as an encoder or as a start.
+"""Networks in files: what a run saves, and how it is read back as an encoder or as a start.
 
-What fits only in part is refused. common/formats.py, which knows the names of MAE, DINO, timm and
-Hugging Face, is imported only where a checkpoint is read.
+A file of ours says in its header which network it holds. Any other is handed to apps/formats.py,
+which knows the names of MAE, DINO, timm and Hugging Face. What fits only in part is refused.
 """
 
 import math
@@ -11,9 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.fields import ENCODER, SIDE, TEXT, check_fields, check_finite
-from common.io import UserError, open_tensors, read_safetensors, save_safetensors
-from model import Pooler, ViT
+from common.fields import (
+    ENCODER,
+    EPSILON,
+    SIDE,
+    TEXT,
+    check_arrays,
+    check_encoder,
+    check_fields,
+    check_finite,
+    whole,
+)
+from common.io import UserError, open_tensors, read_safetensors, reading, save_safetensors
+from model import EPS, MLP_RATIO, Pooler, ViT
 
 # ---- a run's files -------------------------------------------------------------------------------
 
@@ -24,6 +34,22 @@ def as_convolution(weights):
     p = math.isqrt(matrix.shape[1] // 3)
     kernel = matrix.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
     return weights | {"patch_embed.proj.weight": kernel}
+
+
+def as_matrix(weights):
+    """The way back: public weights -> ours."""
+    kernel = weights["patch_embed.proj.weight"]
+    matrix = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()  # as the pixels of a patch lie
+    return weights | {"patch_embed.proj.weight": matrix}
+
+
+def is_decoder(name):
+    return name.startswith("decoder_") or name == "mask_token"
+
+
+def encoder_of(weights):
+    """The weights without a decoder's."""
+    return {k: w for k, w in weights.items() if not is_decoder(k)}
 
 
 def public_weights(model):
@@ -80,6 +106,43 @@ def load_beside(part, path, name):
 
 # ---- loading -------------------------------------------------------------------------------------
 
+CONFIG = ENCODER | {"norm_eps?": EPSILON, "decoder_heads?": whole(1, 1000)}  # of a file of ours
+CONFIG |= {"decoder_dim?": whole(1, 2**14), "decoder_depth?": whole(0, 1000)}
+REMEDY = "take another copy, or make the run again"
+
+
+def read_network(path):
+    """A run of ours or a public checkpoint -> ({our name: tensor}, of encoder and decoder; facts).
+
+    facts: the arguments of ViT, norm_eps; decoder_dim, decoder_heads and decoder_depth, which is 0
+    where there is no decoder; norm_pix where it is known.
+    """
+    file = model_file(path)
+    config = about_model(file).get("config")
+    if config is None:
+        # The one import that runs up: a student's own run needs nobody else's names and shapes.
+        from apps.formats import read_checkpoint
+
+        return read_checkpoint(path)
+    check_fields(config, CONFIG, f"{file}: config", REMEDY)
+    weights, header = read_safetensors(file, REMEDY)
+    with reading(file, "network", REMEDY):
+        weights = as_matrix({name: w.float() for name, w in weights.items()})
+    facts = {"norm_eps": EPS, "norm_pix": header.get("norm_pix", True)}
+    facts |= {"decoder_dim": 0, "decoder_depth": 0} | config
+    facts.setdefault("decoder_heads", facts["decoder_dim"] // 32)
+    check_network(weights, facts, file, REMEDY)
+    return weights, facts
+
+
+def check_network(weights, facts, path, remedy):
+    """A UserError if weights have other shapes than facts say: such a network is not even built."""
+    check_encoder(weights, facts, path, remedy)
+    width = facts["decoder_dim"]
+    names = [f"decoder_blocks.{i}.mlp.fc1.weight" for i in range(facts["decoder_depth"])]
+    table = dict.fromkeys(names, "float F D")
+    check_arrays(weights, table, path, remedy, D=width, F=MLP_RATIO * width)
+
 
 def load_exactly(module, weights, path):
     """Load weights into module: all of them and no others. Torch names what does not fit."""
@@ -125,9 +188,7 @@ def load_encoder(path, image_size=None):
 
     image_size: resize the positions to views of so many pixels; None keeps the trained size.
     """
-    from common.formats import encoder_of, read_checkpoint
-
-    weights, facts = at_size(*read_checkpoint(path), image_size, path)
+    weights, facts = at_size(*read_network(path), image_size, path)
     with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
         encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path)
@@ -152,9 +213,7 @@ def init_from(model, path):
     The encoder has to fit. So has the decoder, where both have one; else the model's stays as it
     is. Positions are resized to the model's grid.
     """
-    from common.formats import encoder_of, is_decoder, read_checkpoint
-
-    weights, facts = read_checkpoint(path)
+    weights, facts = read_network(path)
     config = model.config
     size = config["image_size"]
     config = {"decoder_heads": config.get("decoder_dim", 0) // 32} | config

@@ -186,12 +186,18 @@ def run_all(root, work):
     One thread, and no core of this machine's kind: nothing but the code decides the bits.
     """
     write_data(work)
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    one = {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(root),
+    }
     how = {"cwd": work, "env": os.environ | one, "stdout": subprocess.DEVNULL}
     for lines in CASES.values():
         for line in lines:
             script, *words = line.split()
-            subprocess.run([sys.executable, root / script, *words], check=True, **how)
+            start = [root / script] if script.endswith(".py") else ["-m", script]
+            subprocess.run([sys.executable, *start, *words], check=True, **how)
     return {name: outcome(work, name) for name in CASES}
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import common.checkpoints as C
 import model as M
+from apps import formats
 from apps.export import export
-from common import formats
 from common.io import UserError
 from common.lora import save_encoder
 from kernels.gather import MEAN, STD, masked_patch_gather

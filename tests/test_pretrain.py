@@ -12,7 +12,7 @@ import data
 import mask as masking
 import pretrain
 from common import train
-from common.formats import is_decoder
+from common.checkpoints import is_decoder
 from common.train import read_log
 
 QUICK = ["--device", "cpu", "--batch-size", 16, "--epochs", 2]

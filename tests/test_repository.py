@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 import mask as masking
 
 STAGES = ["data.py", "pretrain.py", "probe.py", "finetune_lora.py"]
-APPS = [path.stem for path in sorted(ROOT.glob("apps/*.py")) if path.stem != "__init__"]
+APPS = [path.stem for path in sorted(ROOT.glob("apps/*.py")) if "cli(main)" in path.read_text()]
 STAGES += [f"-m apps.{name}" for name in APPS if name != "demo"]
 PACKAGES = ("kernels", "common", "ingest", "apps", "lab")
 OURS = {p.stem for p in ROOT.glob("*.py")} | set(PACKAGES)
@@ -207,6 +207,7 @@ UP = {  # imports in functions that run up, each with its reason where it stands
     ("data", "ingest.pack"),
     ("data", "ingest.rows"),
     ("probe", "apps.tags"),
+    ("common.checkpoints", "apps.formats"),
 }
 
 

@@ -10,9 +10,9 @@ from conftest import call, refused, run_line
 from PIL import Image
 
 import data
+from apps.suspects import out_of_fold
 from common.io import UserError, lock_beside, locked
 from common.lora import save_encoder
-from apps.suspects import out_of_fold
 from lab import report
 from model import ViT
 

@@ -1,11 +1,12 @@
 """The checkpoint formats of the field: any of them -> our names and shapes. apps/export.py writes them.
 
-Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et
+Read:   MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et
         al. 2023) without registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or
         as a .pth of tensors and plain values: nothing that a file holds is run.
 
 Our names are MAE's, which DINO and timm share; Hugging Face's stand in a table below. Shapes decide
-the architecture. What no shape tells (FACTS) is in our header or in json files in the same folder.
+the architecture. What no shape tells (FACTS) is in json files in the same folder. Files of our own
+come with their configuration, and common/checkpoints.py reads them.
 """
 
 import math
@@ -15,9 +16,10 @@ from pathlib import Path
 import torch
 
 from common import fields
+from common.checkpoints import as_matrix, check_network
 from common.io import UserError, read_json, read_safetensors, read_torch, reading, regular
 from kernels.gather import MEAN, STD
-from model import EPS, MLP_RATIO
+from model import EPS
 
 WRAPPERS = ("teacher", "model", "state_dict")  # keys of training checkpoints that hold weights
 PREFIX = r"^((module|teacher|backbone|vit)\.)+"
@@ -62,10 +64,10 @@ REMEDY = "give a model of AniMask or a public checkpoint; of a run of ours, the 
 
 
 def read_tensors(path):
-    """A safetensors or torch file -> (what it holds, our header or {})."""
+    """A safetensors or torch file -> what it holds."""
     with open(regular(path), "rb") as f:
         is_safetensors = f.read(9)[8:] == b"{"  # behind the length of the head
-    return read_safetensors(path, REMEDY) if is_safetensors else (read_torch(path, REMEDY), {})
+    return read_safetensors(path, REMEDY)[0] if is_safetensors else read_torch(path, REMEDY)
 
 
 def encoder_file(given):
@@ -80,15 +82,6 @@ def encoder_file(given):
 
 
 # ---- names ---------------------------------------------------------------------------------------
-
-
-def is_decoder(name):
-    return name.startswith("decoder_") or name == "mask_token"
-
-
-def encoder_of(weights):
-    """The weights without a decoder's."""
-    return {k: w for k, w in weights.items() if not is_decoder(k)}
 
 
 def renamed(name, table):
@@ -157,10 +150,8 @@ def our_names(loaded, path):
 # ---- what shapes tell, and what they do not ------------------------------------------------------
 
 
-def facts_beside(folder, header):
-    """-> what our header, else config.json of transformers or timm, tells of the network: see FACTS."""
-    if header:
-        return header["config"] | {"norm_pix": header.get("norm_pix", True)}
+def facts_beside(folder):
+    """-> what config.json of transformers or timm tells of the network: see FACTS."""
     files = [folder / "config.json", folder / "preprocessor_config.json"]
     config, pixels = [read_json(file) if file.exists() else {} for file in files]
     timm = (config.get("model_args") or {}) | (config.get("pretrained_cfg") or {})
@@ -191,10 +182,10 @@ def shape_of(weights):
     }
 
 
-def facts_of(weights, header, path):
+def facts_of(weights, path):
     """-> what shapes tell, and what they do not, of weights under our names."""
     shape = shape_of(weights)
-    told = facts_beside(path.parent, header)
+    told = facts_beside(path.parent)
     table = FACTS | {"dim?": fields.one_of(shape["dim"])}
     fields.check_fields(told, table, f"{path} or the config.json beside it", REMEDY)
     facts = {"heads": HEADS.get(shape["dim"]), "decoder_heads": shape["decoder_dim"] // 32}
@@ -206,25 +197,16 @@ def facts_of(weights, header, path):
 
 
 def read_checkpoint(path):
-    """Any known format -> ({our name: tensor}, of an encoder or a whole MAE; facts).
-
-    facts: image_size, patch_size, dim, depth, heads, norm_eps; decoder_dim, decoder_heads and
-    decoder_depth, which is 0 where there is no decoder; norm_pix where it is known.
-    """
+    """Any known format -> weights and facts, as common.checkpoints.read_network."""
     path = encoder_file(Path(path))
-    loaded, header = read_tensors(path)
+    loaded = read_tensors(path)
     with reading(path, "ViT", REMEDY):
         weights = our_names(loaded, path)
         if "cls_token" not in weights:
             raise UserError(f"{path} has no cls_token: it is no ViT; {REMEDY}")
-        facts = facts_of(weights, header, path)
+        facts = facts_of(weights, path)
         if "mean" in facts and "std" in facts:
             weights = fold_pixels(weights, facts["mean"], facts["std"])
-        kernel = weights["patch_embed.proj.weight"]  # (D, 3, p, p)
-        matrix = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()  # (D, p*p*3), as a patch
-        weights = weights | {"patch_embed.proj.weight": matrix}
-        fields.check_encoder(weights, facts, path, REMEDY)
-        width, depth = facts["decoder_dim"], facts["decoder_depth"]
-        blocks = {f"decoder_blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
-        fields.check_arrays(weights, blocks, path, REMEDY, D=width, F=MLP_RATIO * width)
+        weights = as_matrix(weights)
+        check_network(weights, facts, path, REMEDY)
     return weights, facts
