@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import data
 from common import features, metrics, readout, stats
 from common.checkpoints import flags_of, load_encoder
-from common.command import Flags, Parser, claim, cli, command, drawing
+from common.command import Flags, Parser, cli, command, drawing, refuse_overwrite
 from common.io import UserError, save_json
 from common.train import commit, machine, read_log, seeded
 from model import shape_of
@@ -84,9 +84,9 @@ def open_task(flags):
         task.pool = flags.pool
         open_labels(task)
     for home in task.home.values():
-        claim([home / task.result], fix="choose another --headline, --data or --split")
+        refuse_overwrite([home / task.result], "choose another --headline, --data or --split")
     if task.out:
-        claim([task.out / "compare.json"])
+        refuse_overwrite([task.out / "compare.json"])
     flags.refuse_unread()
     return task
 

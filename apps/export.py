@@ -33,8 +33,9 @@ from apps.formats import HF, QKV, renamed
 from apps.recognize import decide, open_gallery
 from common import checkpoints
 from common.classifier import is_recogniser, read_head
-from common.command import Parser, at_least, claim, cli, need
+from common.command import Parser, at_least, cli, need
 from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
+from common.locks import claim
 from common.lora import ADAPTER, fingerprint, read_files, save_encoder
 from finetune_lora import load_classifier, load_lora, merge_lora
 from kernels.gather import MEAN, STD

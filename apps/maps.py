@@ -27,8 +27,9 @@ import data
 import mask as masking
 from common import guidance, plots
 from common.checkpoints import flags_of, load_teacher
-from common.command import Parser, between, claim, cli, progress, refuse_idle
+from common.command import Parser, between, cli, progress, refuse_idle
 from common.io import UserError
+from common.locks import claim
 from common.train import commit, pick_device, seeded
 from kernels.loss import patch_detail
 

@@ -45,13 +45,11 @@ import data
 import finetune_lora
 from common import fields, metrics, stats
 from common.classifier import pooled_of, predict, read_head
-from common.command import Parser, between, claim, cli, command, refuse_idle
+from common.command import Parser, between, cli, command, refuse_idle
 from common.features import open_rows, results_folder
 from common.io import (
     UserError,
     atomic,
-    lock_beside,
-    locked,
     read_json,
     read_safetensors,
     reading,
@@ -59,6 +57,7 @@ from common.io import (
     save_json,
     save_safetensors,
 )
+from common.locks import claim, lock_beside, locked
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from finetune_lora import load_classifier
 from ingest import sources

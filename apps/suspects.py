@@ -21,8 +21,9 @@ import torch
 import data
 from common import features, metrics
 from common.checkpoints import load_encoder
-from common.command import Parser, claim, cli, drawing
+from common.command import Parser, cli, drawing
 from common.io import UserError, save_csv
+from common.locks import claim
 
 FOLDS = 5
 SHOWN = 6, 8  # rows and columns of the sheet

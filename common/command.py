@@ -15,14 +15,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import shown
-from common.io import UserError, lock_beside, locked, one_line
+from common.io import UserError, one_line
 
 NO_MEMORY = (
     "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
 )
 QUIET = 10  # seconds between two states of a bar where output is piped
-LOCKS = contextlib.ExitStack()  # of what this command writes; `cli` lets go of them
-HELD = set()  # their paths
+AT_END = contextlib.ExitStack()  # what a command lets go of when it ends, as its locks
 BATCH = [0]  # and the images of a step, from where a training loop begins
 
 
@@ -49,7 +48,7 @@ def cli(main):
         print(f"{start}: {shown(' '.join(line.splitlines()))}", file=sys.stderr)
         sys.exit(2)
     finally:
-        LOCKS.close()
+        AT_END.close()
 
 
 def launched():
@@ -225,19 +224,6 @@ def need(extra, *libraries):
 
 
 # ---- files that are there already ----------------------------------------------------------------
-
-
-def claim(paths, lock=None, fix="choose another --out"):
-    """What a command writes is its own until it ends: others wait, and what is there is refused.
-
-    lock: the lock file, `.lock` in a folder that is the command's own; default: beside the first path.
-    """
-    lock = Path(lock or lock_beside(paths[0])).absolute()
-    if lock not in HELD:
-        LOCKS.enter_context(locked(lock))
-        LOCKS.callback(HELD.discard, lock)
-        HELD.add(lock)
-    refuse_overwrite(paths, fix)
 
 
 def refuse_overwrite(paths, fix="choose another --out"):

@@ -17,11 +17,6 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-try:
-    import fcntl
-except ImportError:  # there is none on Windows, and so no lock
-    fcntl = None
-
 # what safetensors calls the dtypes of memory maps
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 
@@ -193,57 +188,3 @@ def save_csv(rows, path, columns=None):
 def save_json(row, path, indent=1):
     """Write a dict as JSON, atomically; indent None: all of it on one line."""
     save_text(json.dumps(row, indent=indent) + "\n", path)
-
-
-# ---- locks: one process writes --------------------------------------------------------------------
-
-
-def lock_beside(path):
-    """The lock file of a file, or of a folder that is not there yet."""
-    path = Path(os.path.abspath(path))  # "." has a name, too
-    return path.parent / f".{path.name}.lock"
-
-
-@contextlib.contextmanager
-def locked(path, wait=False):
-    """Hold a lock file -> its descriptor. Where another process holds it: a UserError, or wait.
-
-    The system ends a lock with its process: the file of a killed process locks nothing.
-    """
-    path = Path(path)
-    made = [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as problem:
-        name = problem.filename
-        raise UserError(f"{name} is a file, or lies under one; give another folder") from None
-    if fcntl is None:
-        yield None
-        return
-    file = open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-        yield file
-    finally:
-        path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
-        os.close(file)
-        with contextlib.suppress(OSError):  # one holds something by now
-            for folder in made:
-                folder.rmdir()
-
-
-def open_locked(path, how):
-    """-> the descriptor of a lock file that is locked, and still has a name."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, how)
-        except BlockingIOError:
-            os.close(file)
-            who = f"another process ({path.name})"
-            fix = "wait, or choose another --out"
-            raise UserError(f"{path.parent} is being written by {who}; {fix}") from None
-        except OSError:  # a file system without locks locks nothing
-            return file
-        if os.fstat(file).st_nlink:  # else the one that held it has just removed it
-            return file
-        os.close(file)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import BATCH, at_least, claim, launched, progress, refuse_overwrite, started_as
+from common.command import BATCH, at_least, launched, progress, refuse_overwrite, started_as
 from common.fields import check_fields, number, whole
 from common.io import UserError, atomic, parse_table, read_torch, reading, save_text
 
@@ -291,6 +291,8 @@ class Run:
         self.trackers = []
         self.writes = not launched() or os.environ["RANK"] == "0"
         if self.writes:
+            from common.locks import claim  # here, because who reads a loop needs no locks
+
             claim([], self.out / ".lock")
         if resume:
             self.load()

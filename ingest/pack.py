@@ -40,13 +40,13 @@ from common.command import (
     Parser,
     at_least,
     between,
-    claim,
     parse_keys,
     progress,
     refuse_idle,
     refuse_overwrite,
 )
-from common.io import UserError, lock_beside, locked, open_tensors
+from common.io import UserError, open_tensors
+from common.locks import claim, lock_beside, locked
 from ingest import boxes, duplicates, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
 from ingest.rows import write_rows

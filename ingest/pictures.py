@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.command import claim
 from common.fields import shown
 from common.io import UserError, atomic
+from common.locks import claim
 from ingest import files, sources
 from ingest.decode import decode, decode_records, reason, whole
 

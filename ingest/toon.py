@@ -19,8 +19,9 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from common.command import Parser, at_least, between, claim, cli
+from common.command import Parser, at_least, between, cli
 from common.io import atomic
+from common.locks import claim
 
 COUNT = 2400  # drawings in the demo set
 SS = 4  # supersampling: everything is drawn four times too large and then reduced

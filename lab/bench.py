@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import Parser, at_least, claim
-from common.io import UserError, lock_beside, reading, save_csv
+from common.command import Parser, at_least
+from common.io import UserError, reading, save_csv
+from common.locks import claim, lock_beside
 from common.train import commit, machine
 from kernels import triton
 

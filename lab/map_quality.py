@@ -22,9 +22,10 @@ import data
 from apps import maps
 from common import guidance
 from common.checkpoints import load_teacher
-from common.command import Parser, claim, cli, command
+from common.command import Parser, cli, command
 from common.features import results_folder, untrained_like
 from common.io import UserError, save_json
+from common.locks import claim
 from common.train import commit, machine
 
 CPU = torch.device("cpu")

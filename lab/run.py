@@ -35,7 +35,8 @@ import torch
 import data
 import mask as masking
 from common.command import Parser, at_least, cli, need, parse_keys
-from common.io import UserError, lock_beside, locked, read_json, save_json
+from common.io import UserError, read_json, save_json
+from common.locks import lock_beside, locked
 from common.train import commit, machine, pick_device, read_log
 from lab import report
 from lab.plans import PLANS

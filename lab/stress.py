@@ -24,9 +24,10 @@ import mask as masking
 from apps.demo import filled_in, load_mae, psnr
 from common import features, metrics, stats
 from common.checkpoints import load_encoder
-from common.command import Parser, at_least, claim, cli, command, progress
+from common.command import Parser, at_least, cli, command, progress
 from common.evaluate import masked_mse
 from common.io import UserError, save_json
+from common.locks import claim
 from common.train import commit, machine, seeded
 from finetune_lora import GRAY, cutout
 from ingest.decode import open_picture

@@ -16,7 +16,8 @@ from PIL import Image
 from test_poison import differences, written
 
 from apps import recognize
-from common.io import UserError, locked, read_safetensors
+from common.io import UserError, read_safetensors
+from common.locks import locked
 from common.train import load_state
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on Windows")
@@ -27,13 +28,11 @@ TAGS = f"apps.tags runs/a --data datasets/packed {QUICK}"
 SEGMENT = f"apps.segment runs/a --data datasets/frames --pixel-steps 4 {QUICK}"
 DETECT = f"apps.detect runs/a --data datasets/scenes --view 48 {QUICK}"
 MAPS = "apps.maps --data datasets/packed --map saliency"
-PROBE = f"probe.py runs/a --data datasets/packed --headline {CPU}"
 NAMES = f"apps.recognize runs/a-lora --verify --split test {CPU}"
 STAGES = [  # a call of each stage that writes, and its lock
     ("data.py images --out new/set --size 16", "new/.set.lock"),
     ("data.py --show datasets/packed", "datasets/packed/.sheet.png.lock"),
     (f"{MAPS} --out new/m", "new/m/.saliency.safetensors.lock"),
-    (PROBE, "runs/a/.probe-headline.json.lock"),
     ("apps.export runs/a --to hf --out new/hf", "new/.hf.lock"),
     (NAMES, "runs/a-lora/packed-test/.recognize.json.lock"),
     *((line, "new/run/.lock") for line in (PRETRAIN, TUNE, TAGS, SEGMENT, DETECT)),
@@ -50,7 +49,7 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    code = "import os, sys; from common.io import locked\n"
+    code = "import os, sys; from common.locks import locked\n"
     code += "with locked(sys.argv[1]): os.kill(os.getpid(), 9)"
     path = tmp_path / ".lock"
     python("-c", code, path, cwd=tmp_path, check=-signal.SIGKILL)

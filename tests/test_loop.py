@@ -12,7 +12,7 @@ from torch import nn
 
 from common import train
 from common.classifier import Classifier, make_optimizer
-from common.command import LOCKS, Flags, Parser, UserError, cli, parse_keys
+from common.command import AT_END, Flags, Parser, UserError, cli, parse_keys
 from common.io import save_text
 from model import MAE, SIZES, Pooler, ViT
 
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     out = str(tmp_path / "run")
     killed, _ = steps(flags_of("--out", out), 23)
     killed.log(note="after the last checkpoint")
-    LOCKS.close()  # as the end of its process would
+    AT_END.close()  # as the end of its process would
     run, net = steps(flags_of("--resume", out, "--out", out), 40)
     assert net.weight.equal(expected.weight) and net.bias.equal(expected.bias)
     rows = [train.read_log(folder / "log.jsonl") for folder in (whole.out, run.out)]

@@ -11,7 +11,8 @@ from PIL import Image
 
 import data
 from apps.suspects import out_of_fold
-from common.io import UserError, lock_beside, locked
+from common.io import UserError
+from common.locks import lock_beside, locked
 from common.lora import save_encoder
 from lab import report
 from model import ViT
