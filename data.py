@@ -14,14 +14,6 @@ view is a crop, perhaps flipped, and resized by two matrix products on the devic
 go through the same two matrices.
 """
 
-if __name__ == "__main__":  # packing needs no torch, and starts in a third of the time
-    import sys
-
-    from common.command import cli
-    from ingest.pack import main
-
-    sys.exit(cli(main))
-
 import hashlib
 import json
 import math
@@ -33,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import progress
+from common.command import cli, progress
 from common.fields import check_arrays, check_range
 from common.io import UserError, open_tensors
 
@@ -91,7 +83,8 @@ def open_or_pack(path, image_size=128, pages=False):
     path = Path(path)
     if any((path / f"{name}.safetensors").exists() for name in SPLITS):
         return path
-    from ingest.pack import default_out, pack  # imported here: it loads archives and decoders
+    # Runs up, because --data may name pictures: who reads a packed set loads no decoder.
+    from ingest.pack import default_out, pack
 
     if path.name in ("toon", "hybrid", "scenes") and not any(path.glob("*")):
         print(f"drawing {path} (once)")
@@ -149,7 +142,7 @@ def hold_apart(groups, labels, share, seed=0):
 
 def write_maps(path, name, chunks, shape, dtype, header=None):
     """Write maps to a file, chunk (b, G, G) by chunk. Together they have the shape (n, G, G)."""
-    from ingest.rows import write_rows
+    from common.rows import write_rows  # here, because few runs write maps
 
     rows = ({name: chunk} for chunk in chunks)
     write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
@@ -344,3 +337,9 @@ def whole_views(images, rows, side, device, name=""):
     """Yield (index, view u8 (B, s, s, 3)) of the whole images `rows` (i64), in order; name: of a bar."""
     for index in progress(rows.split(CHUNK), name, leave=False, disable=not name):
         yield index, view_images(take(images, index, device), *full_boxes(len(index)), side)
+
+
+if __name__ == "__main__":
+    from ingest.pack import main  # runs up: packing is a room of its own, and this its front door
+
+    cli(main)

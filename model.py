@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.io import UserError
 from kernels import LARGEST
 from kernels.gather import MEAN, STD, masked_patch_gather
 
@@ -227,7 +226,7 @@ class ViT(nn.Module):
         if source == "rollout":
             return self.rollout(view)
         if source != "cls":
-            raise UserError(f"--attention {source}: patch_attention lacks this branch; write it")
+            raise ValueError(f"patch_attention has no branch for {source!r}: write one")
         x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -249,12 +248,12 @@ class ViT(nn.Module):
 
 
 def check_sizes(image_size, patch_size, dim, heads):
-    """A UserError where patches do not divide the view, or heads do not divide the width."""
+    """A ValueError where patches do not divide the view, or heads do not divide the width."""
     if image_size < 1 or not 0 < patch_size <= LARGEST or image_size % patch_size:
         fix = f"choose one up to {LARGEST} that divides it, such as 8 or 16"
-        raise UserError(f"patch size {patch_size} does not fit image size {image_size}; {fix}")
+        raise ValueError(f"patch size {patch_size} does not fit image size {image_size}; {fix}")
     if dim % heads or dim % 4:
-        raise UserError(f"width {dim}, {heads} heads; choose a multiple of {math.lcm(heads, 4)}")
+        raise ValueError(f"width {dim}, {heads} heads; choose a multiple of {math.lcm(heads, 4)}")
 
 
 def shape_of(encoder):
@@ -279,7 +278,7 @@ class Decoder(nn.Module):
         heads = decoder_heads or decoder_dim // 32  # heads of width 32, as in MAE
         if heads < 1 or decoder_dim % heads or decoder_dim % 32:
             fix = "choose a width that 32 divides"
-            raise UserError(f"decoder width {decoder_dim} with {heads} heads; {fix}")
+            raise ValueError(f"decoder width {decoder_dim} with {heads} heads; {fix}")
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))

@@ -176,7 +176,10 @@ def set_length(flags, images, V, device, world):
 def build_network(kind, size, flags):
     """A network of this kind, MAE or SimMIM, its weights drawn from --seed or read from --init."""
     torch.manual_seed(flags.seed)
-    model = kind(**size)
+    try:
+        model = kind(**size)
+    except ValueError as problem:  # sizes that do not fit each other
+        raise UserError(f"--model {flags.model}: {problem}") from None
     if flags.contrast.startswith("pooler"):
         model.encoder.pooler = Pooler(size["dim"], size["heads"])
     public_weights(model)  # what could not be saved is refused now

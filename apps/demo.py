@@ -32,6 +32,7 @@ from apps import detect, maps, recognize, segment, tags
 from common import guidance
 from common.checkpoints import (
     ENCODER,
+    REMEDY,
     about_model,
     beside,
     init_from,
@@ -42,7 +43,7 @@ from common.checkpoints import (
 from common.classifier import is_recogniser
 from common.command import Parser, between, cli, need, parse_keys
 from common.evaluate import hide, predict
-from common.io import UserError, open_tensors
+from common.io import UserError, open_tensors, reading
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
 from ingest import toon
@@ -153,7 +154,8 @@ def load_mae(run):
     if not facts["decoder_depth"]:
         raise UserError(f"{run} has no decoder, as SimMIM has none; give a run with another mask")
     shape = (*ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
-    net = MAE(**{key: facts[key] for key in shape})
+    with reading(run, "network", REMEDY):
+        net = MAE(**{key: facts[key] for key in shape})
     init_from(net, run)
     if beside(run, "stats_head").exists():
         load_beside(net.decoder.stats_head, run, "stats_head")

@@ -34,7 +34,7 @@ from apps.recognize import decide, open_gallery
 from common import checkpoints
 from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, cli, need
-from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
+from common.io import UserError, read_safetensors, reading, save_csv, save_json, save_safetensors
 from common.locks import claim
 from common.lora import ADAPTER, fingerprint, read_files, save_encoder
 from finetune_lora import load_classifier, load_lora, merge_lora
@@ -61,7 +61,8 @@ def public_weights(source, image_size):
         encoder = checkpoints.load_encoder(source, image_size)
         return checkpoints.as_convolution(encoder.state_dict()), facts
     shape = (*checkpoints.ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
-    model = MAE(**{name: facts[name] for name in shape})
+    with reading(source, "network", checkpoints.REMEDY):
+        model = MAE(**{name: facts[name] for name in shape})
     checkpoints.init_from(model, source)
     return checkpoints.public_weights(model), facts
 

@@ -177,7 +177,7 @@ def at_size(weights, facts, image_size, path):
 
 def blank_encoder(shape, norm_eps):
     """A ViT of this shape whose weights are still to be loaded; norm_eps is no weight."""
-    encoder = ViT(**{k: shape[k] for k in ENCODER})
+    encoder = ViT(**{k: shape[k] for k in ENCODER})  # `check_network` has seen that it can be built
     for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
         norm.eps = norm_eps
     return encoder

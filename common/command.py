@@ -1,7 +1,4 @@
-"""What every command has: flags, one line for each mistake, locks on what it writes, a progress bar.
-
-Imports no torch: `data.py` packs without it.
-"""
+"""What every command has: flags, one line for each mistake, locks on what it writes, a progress bar."""
 
 import argparse
 import contextlib

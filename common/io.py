@@ -1,7 +1,4 @@
-"""The user's mistakes, and files that are read and written whole or not at all.
-
-Imports torch only inside functions: the packing half of data.py starts without it.
-"""
+"""The user's mistakes, and files that are read and written whole or not at all."""
 
 import argparse
 import contextlib
@@ -15,7 +12,9 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 # what safetensors calls the dtypes of memory maps
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -80,8 +79,6 @@ def read_json(path, keys=(), fix="remove it and run again"):
 
 def read_torch(path, remedy):
     """-> what a file of torch.save holds, on the CPU: tensors and plain values. It runs no code."""
-    import torch
-
     with reading(path, "checkpoint", remedy):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -162,8 +159,6 @@ def save_safetensors(tensors, path, header=None):
 
     Files for others have no header of ours. They say that they are PyTorch's, as transformers asks.
     """
-    from safetensors.torch import save
-
     metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
     plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with atomic(path) as temporary:

@@ -47,9 +47,10 @@ from common.command import (
 )
 from common.io import UserError, open_tensors
 from common.locks import claim, lock_beside, locked
+from common.rows import write_rows
+from data import SMALL, evenly_spaced, open_split
 from ingest import boxes, duplicates, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
-from ingest.rows import write_rows
 from ingest.splits import assign_splits, hold_out_test, large_enough, long_tailed, without_copies
 
 SHARES = (0.7, 0.1, 0.2)  # of train, val, test
@@ -413,7 +414,6 @@ def show(flags):
     path = folder / "sheet.png"
     claim([path], fix="move it away")
     from common import plots
-    from data import open_split
 
     splits = {n: open_split(folder, n) for n in names}
     shown = splits.get("train") or splits[names[0]]
@@ -427,8 +427,6 @@ def show(flags):
 
 def sheet_rows(split, classes=6, each=10):
     """Pictures of large, small and other classes; and some with their foreground and parts."""
-    from data import evenly_spaced
-
     images = split["images"]
     labels = split["labels"].numpy()
     ids, counts = np.unique(labels[labels >= 0], return_counts=True)
@@ -449,8 +447,6 @@ def sheet_rows(split, classes=6, each=10):
 
 def to_learn(out):
     """The command that learns from a packed set, with the masks and the split that it has."""
-    from data import SMALL
-
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
     of_split = ["--split", have[0]] if have and have[0] != "val" else []
     if not Path(out, "train.safetensors").exists():

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from common.io import UserError
+from data import hold_apart
 from ingest import duplicates
 from ingest.layouts import ORDER
 
@@ -117,8 +118,6 @@ def assign_splits(given, rows, shares, dev, seed):
         dealt = iter(deal(train_of(rows, splits), two, seed))
         splits = [next(dealt) if s == "train" else s for s in splits]
     if dev and "train" in splits and "dev" not in splits:
-        from data import hold_apart  # and torch with it: few packings ask for a dev
-
         labels, groups = zip(*[map(str, row) for row in train_of(rows, splits)], strict=True)
         apart = iter(hold_apart(groups, labels, dev, seed))
         splits = ["dev" if s == "train" and next(apart) else s for s in splits]

@@ -118,7 +118,10 @@ def build(flags, train_set):
     """-> the networks by their names; what is drawn comes from --seed."""
     torch.manual_seed(flags.seed)
     size = {k: SIZES[flags.model][k] for k in ("dim", "depth", "heads")}
-    net = nn.ModuleDict({"student": ViT(flags.image_size, flags.patch_size, **size)})
+    try:
+        net = nn.ModuleDict({"student": ViT(flags.image_size, flags.patch_size, **size)})
+    except ValueError as problem:
+        raise UserError(f"--model {flags.model}: {problem}") from None
     if flags.method == "simclr":
         settings = {"temperature": TEMPERATURE, "dcl": 0}
         net["agreement"] = Agreement(size["dim"], train_set, settings)

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import data
+from common import rows
 from common.io import UserError
-from ingest import decode, pack, rows, sources, splits, tags, toon
+from ingest import decode, pack, sources, splits, tags, toon
 
 
 def packed(cwd, line, out="out"):

@@ -157,7 +157,7 @@ def test_pixels_survive_the_round_trip_with_and_without_statistics():
 @pytest.mark.parametrize("sizes", [(0, 8, 32, 1), (32, 7, 32, 1), (32, 8, 32, 3), (32, 8, 6, 3)])
 def test_sizes_that_do_not_fit_are_refused(sizes):
     """Side of the view and of a patch, width, heads."""
-    with pytest.raises(M.UserError):
+    with pytest.raises(ValueError):
         M.check_sizes(*sizes)
 
 
