@@ -2,37 +2,27 @@
 
     python -m apps.recognize runs/NAME PICTURE...               files, folders, archives; - reads a list
     python -m apps.recognize runs/NAME PAGE --detect runs/DET   each face that a run of apps/detect.py finds
-    python -m apps.recognize runs/NAME FOLDER --sort OUT        copies them into OUT/WHO and OUT/unknown
-    python -m apps.recognize runs/NAME FOLDER --group OUT       the same, one folder for faces that look alike
     python -m apps.recognize runs/NAME --enrol WHO PICTURE...   three to five pictures, no training
     python -m apps.recognize runs/NAME --list                   who is known; --forget WHO removes one
-    python -m apps.recognize runs/NAME --folds 3                trains three more times, to know unknown faces
-    python -m apps.recognize runs/NAME --verify                 measures verification and unknown faces
 
-Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
-Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
-        fold-1-of-3/, ..., folds.json (--folds: runs without a part of the characters; what they say)
-        recognize.json (--verify; of other data or splits in runs/NAME/DATA-SPLIT/)
-        OUT/ copies of the pictures and sorted.csv (--sort, --group)
+Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it; the pictures; for a
+        gallery that is missing, also the data set that the run was trained on
+Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it);
+        answers go to standard output, a line for each picture or face
 
-The head names the characters that it learned. The gallery holds the embeddings of known faces, each
-a mean over a picture and its mirror image. A face that is similar to none of them is unknown.
+The head names the characters that it learned, but it has a name for every face, also for those of
+characters that it has never seen. So each face is compared with a gallery, too: the embeddings of
+known faces, each a mean over a picture and its mirror image. A face that is similar to none of them
+is unknown. An enrolled character is known by its faces in the gallery alone, so nothing is trained.
+apps/sort.py sorts a folder by these answers, and apps/unknown.py measures how good they are.
 
     n faces   m held-out pictures   B batch   D width of an embedding   C characters
 """
 
-import contextlib
-import csv
-import io
 import itertools
 import json
-import os
-import re
 import shlex
-import shutil
-import subprocess
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,26 +32,20 @@ import torch
 import torch.nn.functional as F
 
 import data
-import finetune_lora
-from common import fields, metrics, stats
+from common import fields
 from common.classifier import pooled_of, predict, read_head
-from common.command import Parser, between, cli, command, refuse_idle
-from common.features import open_rows, results_folder
+from common.command import Parser, between, cli, refuse_idle
+from common.features import open_rows
 from common.io import (
     UserError,
-    atomic,
-    read_json,
     read_safetensors,
-    reading,
-    save_csv,
-    save_json,
     save_safetensors,
 )
-from common.locks import claim, lock_beside, locked
-from common.train import autocast_of, commit, machine, pick_device, pick_dtype
+from common.locks import lock_beside, locked
+from common.train import autocast_of, pick_device, pick_dtype
 from finetune_lora import load_classifier
 from ingest import sources
-from ingest.pictures import picture_files, pictures, tell_problems, whole_pictures
+from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
 FACES = 500  # training pictures of a character in a gallery, at most
@@ -75,50 +59,40 @@ FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
 HANDICAP = 0.1  # so much less similar are new faces to a mean of few faces (results/TRIED.md)
-ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less and 20 need more
-CENTRED = 0.5  # share of the mean of all faces that is taken away before grouping
-GROUPED = 10_000  # faces at most: memory holds all pairs
-RADII = np.arange(0.05, 1, 0.05)  # cosine distances that `as_ccip` tries as eps of DBSCAN
-PAIRS_OF = 4000  # images that --verify takes at most; it compares all pairs
-SURE = 0.8  # confidence of the names of which --verify says how many are right
-FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
 FLAGS = {  # that each task reads
-    "sort": "sort threshold detect device dtype",
-    "group": "group threshold detect device dtype",
     "name": "threshold json detect device dtype",
     "enrol": "enrol device dtype",
     "forget": "forget",
     "list": "list",
-    "folds": "folds device dtype",
-    "verify": "verify data split threshold json device dtype",
 }
+
+
+def parser_of(manual):
+    """A docstring -> a parser with the flags that apps/sort.py and apps/unknown.py have, too."""
+    parser = Parser(description=manual.split("\n")[0])
+    add = parser.add_argument
+    add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
+    add("--threshold", type=between(-2, 2), metavar="LEAST", help="similarity of a known face")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    return parser
 
 
 def parse_args():
     """-> the flags, and `task`: "name", or the flag that says another task."""
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
     add("images", nargs="*", metavar="PICTURE", help="file, folder, zip, tar; - for a list")
-    add("--threshold", type=between(-2, 2), metavar="LEAST", help="similarity of a known face")
-    add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
+    add("--json", action="store_true", help="print a JSON object a picture")
     add(
         "--detect", metavar="RUN", help="runs/NAME of apps/detect.py: name each face, left to right"
     )
-    add("--sort", type=Path, metavar="OUT", help="copy pictures into OUT/WHO and OUT/unknown")
-    add("--group", type=Path, metavar="OUT", help="the same, one folder for faces that look alike")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
-    add("--folds", type=between(2, 10, int), metavar="N", help="train N more times without a part")
-    add("--verify", action="store_true", help="measure verification and unknown faces")
-    add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
-    add("--split", default="val", choices=["val", "dev", "test", "train"], help="of --verify")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_intermixed_args()  # pictures may stand before and after flags
     args.task = next((name for name in FLAGS if name in args.given), "name")
-    takes_pictures = args.task in ("name", "sort", "group", "enrol")
+    takes_pictures = args.task in ("name", "enrol")
     if takes_pictures and not args.images:
         raise UserError(f"give pictures, or a folder of them, to {args.task}")
     if args.images and not takes_pictures:
@@ -325,7 +299,7 @@ HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.nu
 HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
 REMEDY = "remove it, and apps/recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
-    "most new characters may get a known name; python -m apps.recognize {run} --folds 3 trains three more "
+    "most new characters may get a known name; python -m apps.unknown {run} --folds 3 trains three more "
     "times, each time without a third of the characters, and measures it"
 )
 
@@ -358,6 +332,18 @@ def open_network(run, device, dtype):
     net, header = load_classifier(run)
     device = pick_device(device)
     return net.to(device), header, autocast_of(device, pick_dtype(dtype, device)[0])
+
+
+def open_recogniser(args):
+    """-> the classifier of a run on its device, the header of its head, its gallery, and autocast."""
+    gallery = open_gallery(args.run, args.device, args.dtype)
+    net, header, autocast = open_network(args.run, args.device, args.dtype)
+    if args.threshold is not None:  # of learned characters; that of enrolled ones moves with it
+        moved = args.threshold - gallery["threshold"]
+        gallery["enrolled_threshold"] += moved
+        gallery["platt"][1] += gallery["platt"][0] * moved  # the confidence stays
+        gallery["threshold"] = args.threshold
+    return net, header, gallery, autocast
 
 
 def outputs_of(net, split, rows, autocast, name=""):
@@ -416,89 +402,6 @@ def load_gallery(run):
     if names[:learned] != head["classes"] or len(labels.unique()) != len(names):
         raise UserError(f"{path} is not of this run's characters; {REMEDY}")
     return make_gallery(embeddings, labels, learned) | header
-
-
-# ---- folds: each part of the characters is unknown once --------------------------------------------
-
-
-def calibrate_by_folds(args, count):
-    """Train again without each part of the `count` characters; these then say what unknown ones are."""
-    run, parts = args.run, args.folds
-    path = Path(run) / GALLERY
-    folds = []
-    if parts > count or count - -(-count // parts) < 2:
-        why = "a part needs one, a training two"
-        raise UserError(f"{count} characters are too few for --folds {parts}: {why}")
-    for part in range(1, parts + 1):
-        fold = train_fold(run, f"{part}/{parts}", args.device)
-        faces = faces_learned(fold, args.device, args.dtype)
-        if faces.unknown is None:
-            raise UserError(f"dev has no picture of part {part} of {parts}: pack it without --dev")
-        folds.append(fold_of(faces))
-    own = faces_learned(run, args.device, args.dtype)
-    numbers = calibrate(own.embeddings, own.labels, own.held_out, None, folds)
-    with locked(lock_beside(path), wait=True):
-        gallery = load_gallery(run)
-        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery | numbers)
-    found = promise(folds, numbers["threshold"])
-    save_json(found | {"command": command(), "commit": commit()}, Path(run) / "folds.json")
-    print(promised(found))
-
-
-def train_fold(run, part, device):
-    """finetune_lora.py as for this run, without a part of the characters -> the folder of that run."""
-    folder = Path(run) / f"fold-{part.replace('/', '-of-')}"
-    made = [*Path(run).glob("metrics*.json")]
-    if not made or not Path(run, "state.pt").exists():
-        raise UserError(f"{run} is no finished run of finetune_lora.py, which --folds repeats")
-    words = shlex.split(read_json(made[0])["command"])[2:]
-    if any(word.startswith("--hold-out") for word in words):
-        raise UserError(f"{run} has held-out characters already, which tell what --folds would")
-    words += ["--hold-out", part, "--out", str(folder)]
-    if (folder / "state.pt").exists():
-        words = ["--resume", str(folder)]
-    words += ["--device", device] * (device != "auto")
-    script = Path(finetune_lora.__file__)
-    if not any(folder.glob("metrics*.json")) and subprocess.call([sys.executable, script, *words]):
-        raise UserError(f"{folder} was not trained; the line above says why")
-    return folder
-
-
-def fold_of(faces):
-    """`faces_learned` of a fold -> similarities of known (m,) and unknown (k,) faces, labels of these."""
-    lift = lift_of(faces.held_out[0])
-    gallery = make_gallery(faces.embeddings, faces.labels, len(faces.classes), lift)
-    known = similarity_of(*faces.held_out[:2], gallery)
-    unknown = similarity_of(*faces.unknown[:2], gallery)
-    return {"known": known, "unknown": unknown, "labels": faces.unknown[2]}
-
-
-def promise(folds, threshold):
-    """What to expect of unknown characters, by those that were left out in turn -> folds.json, in percent."""
-    shares = []
-    for fold in folds:
-        below = 100 * (fold["unknown"] < threshold).double()
-        shares += [below[fold["labels"] == c].mean().item() for c in fold["labels"].unique()]
-    known = 100 * torch.cat([fold["known"] for fold in folds]).lt(threshold).double().mean()
-    found = {"characters": len(shares), "known_unknown": known.item(), "shares": shares}
-    if interval := stats.t_interval(shares):
-        found["unknown"] = interval["mean"]
-        found["interval"] = [max(0, interval["low"]), min(100, interval["high"])]
-    return found
-
-
-def promised(found):
-    """folds.json -> the line that is printed."""
-    count = found["characters"]
-    if "unknown" not in found:
-        why = "are too few, or all alike, to say"
-        return f"unknown  {count} characters {why} how many new ones get a known name"
-    low, high = found["interval"]
-    return (
-        f"unknown  {found['unknown']:.0f} % of the faces of new characters will be called unknown "
-        f"(95 % interval {low:.0f} to {high:.0f}, by {count} characters left out in turn), "
-        f"and {found['known_unknown']:.0f} % of the known ones"
-    )
 
 
 # ---- naming and enrolment ------------------------------------------------------------------------
@@ -588,181 +491,6 @@ def recognise(args, net, header, gallery, autocast):
         print(f"next: python -m apps.recognize {words}", file=sys.stderr)
 
 
-# ---- sorting: OUT/WHO/PICTURE, copies -------------------------------------------------------------
-
-SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
-COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
-SAVED_AFTER = 100  # pictures
-FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
-DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
-
-
-def sort(args, net, header, gallery, autocast):
-    """--sort: copy each picture into the folder of who is in it. What sorted.csv lists is done.
-
-    --group: into a folder of faces that look alike, named where the gallery knows most of them.
-    """
-    out = args.sort or args.group
-    claim([], lock=out / ".lock")
-    rows = open_sorted(out / SORTED)
-    if args.group and rows:
-        raise UserError(f"{out} has groups already; choose a new folder for --group")
-    wanted = files_to_sort(args.images, out, rows)
-    args.images = not_listed(wanted, rows)
-    problems = []
-    if args.sort:
-        done = len(wanted) - len(args.images)
-        again = ", by whatever run; a new folder sorts them anew" if done else ""
-        print(f"sort     {len(wanted)} pictures, {done} of them done{again}")
-    found = ()
-    names = gallery["names"]
-    if args.group:
-        found = grouped(predictions(args, net, header, autocast, problems), gallery)
-        names = dict.fromkeys(row["name"] for row in found)
-    elif args.images:
-        found = all_answers(args, net, header, gallery, autocast, problems)
-    copy_all(found, args, wanted, folders_of(names), rows, out / SORTED)
-    tell_problems(problems, header["data"])
-
-
-def grouped(found, gallery):
-    """What `predictions` yields -> the rows of `answers`, named by the group of the face."""
-    rows, units = [], []
-    for keys, logits, embeddings in found:
-        rows += answers(keys, logits, embeddings, gallery)
-        units.append(compared(embeddings, gallery))
-    if not rows:
-        raise UserError("no face was found, so there is nothing to group")
-    groups = alike(torch.cat(units))
-    names = names_of(groups, [row["name"] for row in rows])
-    known = set(names.values()) & set(gallery["names"])
-    print(f"groups   {len(set(names.values()))}, {len(known)} of them named")
-    return [row | {"name": names[number]} for row, number in zip(rows, groups, strict=True)]
-
-
-def alike(unit):
-    """Whitened unit vectors (n, D) -> the group of each, 0, 1, ... by size: average linkage of cosines."""
-    from sklearn.cluster import AgglomerativeClustering
-
-    if len(unit) > GROUPED:
-        raise UserError(f"{len(unit):,} faces are more than --group takes, {GROUPED:,}; give fewer")
-    if len(unit) < 2:
-        return [0] * len(unit)
-    settings = {"metric": "cosine", "linkage": "average", "distance_threshold": 1 - ALIKE}
-    found = AgglomerativeClustering(n_clusters=None, **settings).fit_predict(centred(unit).numpy())
-    by_size = Counter(found.tolist()).most_common()
-    rank = {number: i for i, (number, _) in enumerate(by_size)}
-    return [rank[number] for number in found.tolist()]
-
-
-def centred(unit):
-    """Unit vectors less a share of their mean: else all faces of a new style are alike."""
-    return F.normalize(unit - CENTRED * unit.mean(0))
-
-
-def names_of(groups, names):
-    """Group and name (None: unknown) of each face -> {group: its name}, as most of its faces."""
-    names_in, found = {}, {}
-    for number, name in zip(groups, names, strict=True):
-        names_in.setdefault(number, []).append(name)
-    for number, inside in sorted(names_in.items()):
-        [(name, count)] = Counter(inside).most_common(1)
-        known = name is not None and 2 * count > len(inside)
-        found[number] = name if known else f"group-{number + 1:03}"
-    return found
-
-
-def copy_all(found, args, wanted, folders, rows, table):
-    """Rows of `answers`, in the order of pictures -> copies, and a row of each in sorted.csv."""
-
-    def file_of(row):
-        return row["picture"].rpartition("[")[0] if args.detect else row["picture"]
-
-    before = len(rows)
-    save_csv(rows, table, COLUMNS)  # from now on the folder is known as ours
-    try:
-        for count, (file, faces) in enumerate(itertools.groupby(found, file_of), 1):
-            rows += copies_of(file, faces, wanted[file], folders, table.parent)
-            if count % SAVED_AFTER == 0:
-                save_csv(rows, table, COLUMNS)
-        without_copy = not_listed(wanted, rows)  # not to be read, or without a face
-        rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in without_copy]
-    finally:  # Ctrl-C, too
-        save_csv(rows, table, COLUMNS)
-    copies = [row["copy"] != "" for row in rows]
-    more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
-    print(f"wrote    {table.parent}/: {more}, listed in {table}")
-
-
-def files_to_sort(paths, out, rows):
-    """-> {file: its name below OUT/WHO}, each file once; the folders in a given folder stay.
-
-    No picture takes the name of another one, nor that of a copy that a row of sorted.csv lists.
-    """
-    wanted = {}  # absolute path: (path as given, name)
-    taken = {Path(*Path(row["copy"]).parts[1:]): row["picture"] for row in rows if row["copy"]}
-    for path in paths:
-        if out.resolve().is_relative_to(Path(path).resolve()):
-            raise UserError(f"{out} lies in {path}, which is copied; choose another folder")
-        for key, file in picture_files(path).items():
-            name = Path(key if Path(path).is_dir() else file.name)
-            other = taken.setdefault(name, file)
-            if os.path.abspath(other) != os.path.abspath(file):
-                raise UserError(f"{other} and {file} have one name; rename one of them")
-            wanted.setdefault(os.path.abspath(file), (str(file), name))
-    if not wanted:
-        raise UserError(f"no picture was found in {', '.join(paths)}")
-    return dict(wanted.values())
-
-
-def not_listed(wanted, rows):
-    """The files of `wanted` that no row of sorted.csv names, by whatever path."""
-    listed = {os.path.abspath(row["picture"]) for row in rows}
-    return [file for file in wanted if os.path.abspath(file) not in listed]
-
-
-def open_sorted(table):
-    """-> the rows of sorted.csv. A folder with other things in it is not ours."""
-    if table.exists():
-        with reading(table, "table of --sort", "choose another --sort"):
-            _, *rows = csv.reader(io.StringIO(table.read_text("utf-8", "surrogateescape")))
-            return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-    if any(path.name != ".lock" for path in table.parent.iterdir()):
-        raise UserError(f"{table.parent} has files, and no {SORTED}; choose a new folder")
-    return []
-
-
-def folders_of(names):
-    """-> {character: folder}: names of files on every system, no two alike, none `unknown`."""
-    folders = {}
-    taken = {UNKNOWN}
-    for name in names:
-        folder = FORBIDDEN.sub("_", name)
-        while folder.casefold() in taken or DEVICES.match(folder):
-            folder += "_"
-        taken.add(folder.casefold())
-        folders[name] = folder
-    return folders
-
-
-def copies_of(file, faces, name, folders, out):
-    """Copy a picture to everybody on it -> rows of sorted.csv, the most similar face of each."""
-    best = {}
-    for face in sorted(faces, key=lambda face: face["similarity"]):
-        best[face["name"] or ""] = face
-    rows = []
-    for who, face in best.items():
-        copy = Path(folders.get(who, UNKNOWN), name)
-        (out / copy).parent.mkdir(parents=True, exist_ok=True)
-        with atomic(out / copy) as temporary:
-            shutil.copyfile(file, temporary)
-        with contextlib.suppress(OSError):  # not every disk keeps times and modes
-            shutil.copystat(file, out / copy)  # it may forbid to write
-        numbers = face["similarity"], face["confidence"]
-        rows.append(dict(zip(COLUMNS, (file, who, *numbers, copy), strict=True)))
-    return rows
-
-
 def enrol(args, net, header, autocast):
     """Add these pictures to the gallery, under one name."""
     who = sources.nfc(args.enrol.strip())
@@ -829,228 +557,17 @@ def list_known(gallery):
         print(f"{name}: {how}, {n} pictures")
 
 
-# ---- measured: the same character or not, and unknown characters ---------------------------------
-
-
-def faces_of(net, gallery, folder, name, autocast):
-    """Pictures of a packed split -> a namespace: the truth, and what `decide` returns.
-
-    unit     (n, D), as `compared`
-    labels   (n,), the set's, -1 of pictures without one; groups (n,)
-    true     (n,), numbers of characters in the gallery, -1 of an unknown one
-    right    (n,), is the name true?
-    margin   (n,), and sure, as `decide`
-    """
-    split = data.open_split(folder, name)
-    rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
-    logits, embeddings = outputs_of(net, split, rows, autocast, f"faces of {folder}")
-    ids = {who: i for i, who in enumerate(gallery["names"])}
-    known = [ids.get(who, -1) for who in split["header"]["classes"]]
-    labels = split["labels"][rows]
-    groups = data.groups_of(split)[rows]
-    true = torch.tensor([*known, -1])[labels]  # the last: without a label
-    who, _, margin, sure = decide(logits, embeddings, gallery)
-    found = {"unit": compared(embeddings, gallery), "labels": labels, "groups": groups}
-    return SimpleNamespace(**found, true=true, right=who == true, margin=margin, sure=sure)
-
-
-def verification(same, other):
-    """Cosines of pairs of one character (n,) and of two (m,): can they be told apart? In percent."""
-    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
-
-    pairs = metrics.truth_and_scores(same, other)
-    false, true, _ = roc_curve(*pairs, drop_intermediate=False)
-    shares = {f"tpr_at_fpr_{100 * rate:g}": true[false <= rate].max() for rate in FALSE_RATES}
-    shares["roc_auc"] = roc_auc_score(*pairs)
-    shares["eer"] = metrics.equal_error_rate(same, other)
-    shares["average_precision"] = average_precision_score(*pairs)
-    counts = {"positive_pairs": len(same), "negative_pairs": len(other)}
-    return {name: round(100 * float(share), 3) for name, share in shares.items()} | counts
-
-
-def open_set(known, right, enrolled, unknown):
-    """Which pictures show unknown characters? In percent, of margins over the threshold.
-
-    Margins of known (n,) and unknown (m,) ones; right (n,): is the name true; enrolled (n,): is it enrolled?
-    """
-    from sklearn.metrics import roc_auc_score
-
-    counts = {"known": len(known), "strangers": len(unknown), "enrolled": int(enrolled.sum())}
-    named = (right & (known >= 0)).double()
-    shares = {"known_rejected": (known < 0).double().mean(), "known_named_rightly": named.mean()}
-    if enrolled.any() and not enrolled.all():
-        shares["enrolled_named_rightly"] = named[enrolled].mean()
-    if len(unknown):
-        for rate in FALSE_RATES:
-            shares[f"dir_at_far_{100 * rate:g}"] = detection_rate(known, right, unknown, rate)
-        shares["auroc_unknown"] = roc_auc_score(*metrics.truth_and_scores(known, unknown))
-        shares["strangers_unknown"] = (unknown < 0).double().mean()
-        at_5 = known.quantile(0.05)  # the threshold that 5 % of the known fail
-        shares["strangers_unknown_at_5"] = (unknown < at_5).double().mean()
-    return {name: round(100 * float(share), 3) for name, share in shares.items()} | counts
-
-
-def detection_rate(known, right, unknown, far):
-    """Detection and identification rate at a false alarm rate of at most far < 1 (Phillips et al. 2011).
-
-    Scores of known (n,) and unknown (m,) faces; right (n,): is the best name of a known one true?
-    """
-    allowed = int(far * len(unknown) + 1e-9)  # unknown faces that may get a name
-    threshold = unknown.sort(descending=True).values[allowed]
-    return ((known > threshold) & right).double().mean().item()
-
-
-def reliability(known, is_right, unknown, bins=10):
-    """How true are confidences? In percent, where half of all pictures are unknown.
-
-    known (n,), unknown (m,); is_right (n,), of the names of known ones. Those of enrolled ones have
-    no confidence (nan).
-    calibration_error: mean gap of confidence and accuracy in equal bins (Guo et al. 2017,
-    arXiv:1706.04599). right_when_sure: of names with a confidence of SURE or more; None without any.
-    """
-    sure = torch.cat([known, unknown])
-    right = F.pad(is_right.double(), (0, len(unknown)))
-    weights = torch.cat([torch.ones(len(x)).double() / len(x) for x in (known, unknown)])
-    there = ~sure.isnan()
-    sure, right, weights = (x[there] for x in (sure, right, weights))
-    place = (sure * bins).long().clamp(0, bins - 1)
-    gaps = torch.bincount(place, weights * (sure.double() - right))
-    error = gaps.abs().sum() / weights.sum()
-    good = ((known >= SURE) & is_right).double().mean()
-    named = (known >= SURE).double().mean() + (unknown >= SURE).double().mean()
-    share = round(100 * (good / named).item(), 3) if named else None
-    return {"calibration_error": round(100 * error.item(), 3), "right_when_sure": share}
-
-
-def grouping(unit, labels):
-    """Faces (n, D) of characters (n,) in groups as of --group: how well do groups and characters agree?"""
-    from sklearn.metrics import adjusted_rand_score
-    from sklearn.metrics.cluster import pair_confusion_matrix
-
-    groups = alike(unit)
-    (_, false), (missed, true) = pair_confusion_matrix(labels, groups)
-    f1 = 200 * true / max(1, 2 * true + false + missed)
-    found = {"pair_f1": f1, "adjusted_rand": 100 * adjusted_rand_score(labels, groups)}
-    found |= as_ccip(unit, labels)
-    return {name: round(float(value), 3) for name, value in found.items()}
-
-
-def as_ccip(unit, labels):
-    """The two measures of CCIP (huggingface.co/deepghs/ccip), in percent, on faces (n, D) of (n,).
-
-    F1 of the pairs that show one character, and the adjusted Rand index of DBSCAN's groups of two
-    faces or more. Threshold and eps are the best ones for these very faces, so both are upper bounds.
-    """
-    from sklearn.cluster import DBSCAN
-    from sklearn.metrics import adjusted_rand_score, precision_recall_curve
-
-    unit = centred(unit)
-    cosines = unit @ unit.T
-    one, two = torch.triu_indices(len(unit), len(unit), 1)
-    precision, recall, _ = precision_recall_curve(labels[one] == labels[two], cosines[one, two])
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
-    distances = (1 - cosines).clamp(min=0).numpy()
-    indices = []
-    for eps in RADII:
-        groups = DBSCAN(eps=eps, min_samples=2, metric="precomputed").fit_predict(distances)
-        indices.append(adjusted_rand_score(labels, groups))
-    return {"ccip_f1": 100 * f1.max(), "ccip_adjusted_rand": 100 * max(indices)}
-
-
-def measure(asked, own, learned):
-    """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
-
-    asked: of the set that is measured; pairs are of its labelled pictures. own: of a set
-    with known characters. learned: by the head.
-    """
-    row = {}
-    labelled = asked.labels >= 0
-    faces = asked.unit[labelled], asked.labels[labelled], asked.groups[labelled]
-    pairs = metrics.pair_cosines(*faces)
-    if all(map(len, pairs)):
-        row["verification"] = verification(*pairs)
-    is_unknown = asked.true < 0
-    unknown = asked.margin[is_unknown]
-    known = own.true >= 0
-    enrolled = own.true >= learned
-    to_group = is_unknown & labelled
-    if len(asked.labels[to_group].unique()) > 1:
-        row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group])
-    if known.any():
-        row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
-    of_head = known & ~enrolled
-    if of_head.any() and len(unknown):
-        row |= reliability(own.sure[of_head], own.right[of_head], asked.sure[is_unknown])
-    return row
-
-
-def verify(args, net, header, gallery, autocast):
-    """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
-    folder = Path(data.open_or_pack(args.data or header["data"]))
-    home = results_folder(args.run, folder, args.split, header["data"])
-    claim([home / "recognize.json"], fix="choose another --data or --split")
-    asked = own = faces_of(net, gallery, folder, args.split, autocast)
-    if (asked.true < 0).all() and Path(header["data"]).exists():
-        own = faces_of(net, gallery, header["data"], header.get("split", "val"), autocast)
-    found = measure(asked, own, gallery["learned"])
-    if not found:
-        raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
-    row = {"run": str(args.run), "data": str(folder), "split": args.split}
-    row |= {"threshold": gallery["threshold"]} | found
-    row |= {"command": command(), "commit": commit()}
-    row["machine"] = machine(net.encoder.cls_token.device)
-    save_json(row, home / "recognize.json")
-    print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
-    print(f"wrote {home}/recognize.json", file=sys.stderr)
-
-
-LINES = (  # of --verify, from the numbers of recognize.json; a line whose number is missing is left out
-    "{data}, {split}",
-    "pairs of the same character or not: AUROC {roc_auc:.1f} %, equal error rate {eer:.1f} %",
-    "{known:,} pictures of known characters: "
-    "{known_named_rightly:.1f} % named correctly, {known_rejected:.1f} % called unknown",
-    "{enrolled:,} of them of enrolled ones: {enrolled_named_rightly:.1f} % named correctly",
-    "{strangers:,} pictures of unknown characters: {strangers_unknown:.1f} % called unknown, "
-    "AUROC against known ones {auroc_unknown:.1f} %",
-    "faces of unknown characters in groups: pair F1 {pair_f1:.1f} %, "
-    "adjusted Rand index {adjusted_rand:.1f} %",
-    "by CCIP's measures, at the best threshold for these faces: pair F1 {ccip_f1:.1f} %, "
-    "adjusted Rand index {ccip_adjusted_rand:.1f} %",
-    "calibration error of the confidence: {calibration_error:.1f} points",
-    "right, of names with a confidence of 80 % or more: {right_when_sure:.1f} %",
-    "no unknown characters in this set; --data OTHER, or finetune_lora.py --hold-out 4, has some",
-)
-
-
-def table(row):
-    """recognize.json -> the lines that are printed."""
-    found = row | row.get("verification", {}) | row.get("open_set", {}) | row.get("groups", {})
-    lines = []
-    for line in LINES if found.get("strangers") == 0 else LINES[:-1]:
-        with contextlib.suppress(KeyError, TypeError):  # missing, or None
-            lines.append(line.format_map(found))
-    return lines
-
-
 def main():
     args = parse_args()
-    gallery = open_gallery(args.run, args.device, args.dtype)
-    if args.task == "folds":
-        return calibrate_by_folds(args, gallery["learned"])
     if args.task == "list":
-        return list_known(gallery)
+        return list_known(open_gallery(args.run))
     if args.task == "forget":
+        open_gallery(args.run)  # it is built where it is missing
         return print(take_out(args.run, args.forget))
-    net, header, autocast = open_network(args.run, args.device, args.dtype)
-    if args.threshold is not None:  # of learned characters; that of enrolled ones moves with it
-        moved = args.threshold - gallery["threshold"]
-        gallery["enrolled_threshold"] += moved
-        gallery["platt"][1] += gallery["platt"][0] * moved  # the confidence stays
-        gallery["threshold"] = args.threshold
+    net, header, gallery, autocast = open_recogniser(args)
     if args.task == "enrol":
         return enrol(args, net, header, autocast)
-    work = {"verify": verify, "sort": sort, "group": sort, "name": recognise}[args.task]
-    work(args, net, header, gallery, autocast)
+    recognise(args, net, header, gallery, autocast)
 
 
 if __name__ == "__main__":

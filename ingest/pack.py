@@ -450,7 +450,7 @@ def to_learn(out):
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
     of_split = ["--split", have[0]] if have and have[0] != "val" else []
     if not Path(out, "train.safetensors").exists():
-        words = ["python", "-m", "apps.recognize", "RUN", "--verify", "--data", str(out)]
+        words = ["python", "-m", "apps.unknown", "RUN", "--data", str(out)]
         return shlex.join(words + of_split)
     tensors = open_tensors(Path(out) / "train.safetensors")
     header = tensors["header"]

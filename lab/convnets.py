@@ -1,7 +1,8 @@
 """Convolutional networks in the place of our ViT, the baselines that the field would pick first.
 
     python -m lab.convnets resnet50 --method full --from-scratch --data datasets/mine
-    python -m lab.convnets runs/resnet50-full --verify      as apps/recognize.py does
+    python -m lab.convnets runs/resnet50-full                 measures it as apps/unknown.py does
+    python -m lab.convnets runs/resnet50-full PICTURE...      names pictures as apps/recognize.py does
 
 The stages know ViTs only. `in_stages` gives them networks of transformers by functions of the same
 names. "Patches" are the whole view. Tokens (B, 1+N, D) are the places of the last map, and their
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import finetune_lora
-from apps import recognize
+from apps import recognize, unknown
 from common import checkpoints, features, lora
 from common.checkpoints import about_model, load_exactly, model_file
 from common.classifier import is_recogniser
@@ -118,8 +119,10 @@ def in_stages():
 
 def main():
     in_stages()
-    trained = len(sys.argv) > 1 and is_recogniser(sys.argv[1])
-    stage = recognize if trained else finetune_lora
+    stage = finetune_lora
+    if len(sys.argv) > 1 and is_recogniser(sys.argv[1]):
+        names = len(sys.argv) > 2 and not sys.argv[2].startswith("-")  # of pictures
+        stage = recognize if names else unknown
     stage.main()
 
 

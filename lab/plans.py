@@ -204,7 +204,7 @@ QUICK = f"finetune_lora.py {{encoder}} {ON} --method linear"  # 50 epochs on cac
 TUNE = f"finetune_lora.py {{encoder}} {ON} --epochs {{epochs}} --method"
 SCRATCH = f"{ON} --epochs {{epochs}} --method full --from-scratch --image-size 64"
 LORA, FULL = f"{TUNE} lora --keep 0.25", f"{TUNE} full --keep 0.25"
-VERIFY = "-m apps.recognize {0} --verify"
+VERIFY = "-m apps.unknown {0}"
 
 
 def rates(flag, *values):
@@ -221,7 +221,7 @@ def recognition(**arms):
     commands = {}
     for arm, (command, encoder, _) in arms.items():
         first = command.replace("{encoder}", f"{{{encoder}}}" if encoder in MADE else encoder)
-        tested = VERIFY.replace("apps.recognize", "lab.convnets")
+        tested = VERIFY.replace("apps.unknown", "lab.convnets")
         commands[arm] = [first, tested if "lab.convnets" in first else VERIFY]
     encoders = {"simclr": LR, "dino": LR, "simmim": rates("--blr", "2e-3", "4e-3", "8e-3")}
     trials = {name: encoders.get(name, BLR) for name in MADE}
@@ -413,7 +413,7 @@ PLANS["minutes"] = OF_RECOGNITION | {
 DRAW = "-m lab.subset {data} --draw {seed} --characters"
 KNOWN = "--data {known} --seed {seed} --split {split} --keep 0.25 --epochs 8"
 KNOWN_BY = {"own": "{own}", "toon": "weights/toon"}  # encoders
-STRANGERS = "-m apps.recognize {0} --verify --data {data} --split {split}"
+STRANGERS = "-m apps.unknown {0} --data {data} --split {split}"
 OF_STRANGERS = {
     "auroc_unknown": "unknown, AUROC",
     "strangers_unknown_at_5": "unknown ones called unknown where 5 % of known ones are, %",
@@ -455,7 +455,7 @@ PLANS["seven"] = PLANS["strangers"] | {
     "arms": {
         "lora": [
             "finetune_lora.py weights/toon --data {seven} --split test --method lora",
-            "-m apps.recognize {0} --folds 3",
+            "-m apps.unknown {0} --folds 3",
             STRANGERS,
         ]
     },

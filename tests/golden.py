@@ -76,8 +76,8 @@ CASES |= {
     "headline": [f"probe.py runs/block --data packed --headline {CPU}"],
     "part_maps": [f"{MAPS} --map parts --run runs/random --parts 3 --out maps/part_maps"],
     "attn_maps": [f"{MAPS} --map attn --run runs/random --out maps/attn_maps"],
-    "recognize": [f"apps.recognize runs/lora --verify --data packed {CPU}"],
-    "strangers": [f"apps.recognize runs/scratch --verify --data packed {CPU}"],
+    "recognize": [f"apps.unknown runs/lora --data packed {CPU}"],
+    "strangers": [f"apps.unknown runs/scratch --data packed {CPU}"],
     "segment": [f"{SEGMENT} --out runs/segment --epochs 2 --pixel-steps 40 {CPU}"],
     "export": ["apps.export runs/random --to mae --out runs/export/mae.safetensors"],
     "detect": [

@@ -1,5 +1,6 @@
 """Baselines of pretrain.py: SimCLR and DINO by hand, and convolutional networks in the same stages."""
 
+import json
 import math
 
 import pytest
@@ -86,3 +87,6 @@ def test_it_learns_and_recognises_as_a_vit_does(small, tmp_path, no_pictures):
     pictures = sorted((small.parent / "images").rglob("*.png"))[:4]
     lines = call(stage, tmp_path / "run", *pictures, cwd=tmp_path, check=0).stdout.splitlines()
     assert len(lines) == 4 and all("confidence" in line or "unknown" in line for line in lines)
+    call(stage, tmp_path / "run", "--device", "cpu", cwd=tmp_path, check=0)
+    row = json.loads((tmp_path / "run/recognize.json").read_text())
+    assert row["verification"]["positive_pairs"] > 0 and row["open_set"]["known"] > 0

@@ -257,7 +257,7 @@ NEXT = {  # flags: the command that comes next, and words of what is said
         "need labels of two classes",
     ),
     "images --split 0,0,1": (
-        "python -m apps.recognize RUN --verify --data OUT --split test",
+        "python -m apps.unknown RUN --data OUT --split test",
         "no train: stages can measure",
     ),
     "few --split .9,.05,.05": (

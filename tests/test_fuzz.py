@@ -36,6 +36,7 @@ MAPS = "apps.maps --data datasets/packed --device cpu"
 ATTENTION = f"{MAPS} --map attn --run runs/a --out maps/new"
 TUNE = f"finetune_lora.py runs/a {TINY} --out runs/new"
 NAME, PICTURE = f"apps.recognize runs/a-lora {CPU}", "images/class0/illust0_0.png"
+UNKNOWN = f"apps.unknown runs/a-lora {CPU}"
 PROBE = f"probe.py runs/a --data datasets/packed {CPU}"
 STRESS = f"lab.stress runs/a --only cutout --images 8 {CPU}"
 WORK = (  # calls that work, from which every bad one is made
@@ -56,8 +57,9 @@ WORK = (  # calls that work, from which every bad one is made
     "finetune_lora.py --resume runs/a-lora --split test",
     f"{NAME} {PICTURE}",
     f"{NAME} {PICTURE} --detect runs/a-det",
-    f"{NAME} --verify --split test",
     f"{NAME} --enrol newcomer images/class0",
+    f"apps.sort runs/a-lora images/class0 --out sorted {CPU}",
+    f"{UNKNOWN} --split test",
     f"apps.tags runs/a --data datasets/packed --epochs 2 --out runs/new {CPU}",
     f"apps.tags runs/a-tags images/class0 {CPU}",
     f"apps.segment runs/a --data datasets/frames --out runs/new --epochs 1 --pixel-steps 1 {CPU}",
@@ -80,8 +82,8 @@ LOST = (  # two calls, of which the second must not write over what the first ha
     (f"{PROBE} --headline", f"{PROBE} --headline --data datasets/other"),
     (STRESS, f"{STRESS} --data datasets/other"),
     (STRESS, f"{STRESS} --split dev"),
-    (f"{NAME} --verify", f"{NAME} --verify --split dev"),
-    (f"{NAME} --verify", f"{NAME} --verify --data datasets/other"),
+    (UNKNOWN, f"{UNKNOWN} --split dev"),
+    (UNKNOWN, f"{UNKNOWN} --data datasets/other"),
     (ATTENTION, f"{ATTENTION} --attention cls"),
 )
 HOW = ("gone", "empty", "half", "random", "pickle", "foreign", "text", "folder")

@@ -28,7 +28,7 @@ STAGES = {
     "lora": f"{TUNE} --method lora --out runs/lora",
     "full": f"{TUNE} --method full --out runs/full",
     "recognize": "apps.recognize runs/a-lora images/class0/illust0_0.png",
-    "verify": "apps.recognize runs/a-lora --verify",
+    "verify": "apps.unknown runs/a-lora",
     "tags": "apps.tags runs/a --data datasets/packed --epochs 2 --out runs/tags",
     "segment": f"{SEGMENT} --out runs/cut",
     "detect": f"{DETECT} --out runs/faces",

@@ -15,6 +15,8 @@ TUNE = f"finetune_lora.py runs/a --data datasets/packed --out new {CPU} --epochs
 PROBE = f"probe.py runs/a --data datasets/packed {CPU}"
 MAPS = "apps.maps --data datasets/packed --out new"
 NAME = f"apps.recognize runs/a-lora {CPU}"
+SORT = f"apps.sort runs/a-lora {CPU}"
+UNKNOWN = f"apps.unknown runs/a-lora {CPU}"
 TAGS = f"apps.tags runs/a --data datasets/packed --out new {QUICK}"
 SEGMENT = f"apps.segment runs/a --data datasets/frames --out new {CPU}"
 DETECT = f"apps.detect runs/a --data datasets/scenes --out new --view 48 {CPU}"
@@ -59,18 +61,21 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{MAPS} --map saliency --out text.txt/maps", "is a file"),
     (NAME, "give pictures"),
     (f"{NAME} {THREE} --threshold 3", "--threshold"),
-    (f"{NAME} --verify images", "takes no pictures"),
-    (f"{NAME} --folds 2", "3 characters are too few for --folds 2"),
-    (f"{NAME} --folds 4", "3 characters are too few for --folds 4"),
+    (f"{NAME} --list images", "takes no pictures"),
+    (f"{UNKNOWN} images", "images"),
+    (f"{UNKNOWN} --folds 2", "3 characters are too few for --folds 2"),
+    (f"{UNKNOWN} --folds 4", "3 characters are too few for --folds 4"),
     (f"{NAME} --enrol class0 {THREE}", "known already"),
     (f"{NAME} --enrol new images/class0/illust0_0.png", "too few"),
     (f"{NAME} --enrol new {THREE.split()[0]} {THREE.split()[0]} {THREE.split()[1]}", "2 pictures"),
     (f"{NAME} --enrol new {THREE} text.png", "nobody was enrolled"),
     (f"{NAME} --enrol ' ' {THREE}", "no name"),
-    (f"{NAME} images --sort images/out", "choose another folder"),
-    (f"{NAME} images --sort runs/a", "new folder"),
-    (f"{NAME} list.csv --sort new", "unpack it"),
-    (f"{NAME} nowhere --sort new", "nowhere does not exist"),
+    (SORT, "--out"),
+    (f"{SORT} --out new", "FOLDER"),
+    (f"{SORT} images --out images/out", "choose another folder"),
+    (f"{SORT} images --out runs/a", "new folder"),
+    (f"{SORT} list.csv --out new", "unpack it"),
+    (f"{SORT} nowhere --out new", "nowhere does not exist"),
     ("apps.recognize runs/a-lora --forget nobody", "not enrolled"),
     ("apps.recognize runs/a-lora --forget class1", "learned in training"),
     ("apps.recognize runs/none images", "finetune_lora.py"),
@@ -155,9 +160,8 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{MAPS} --map saliency", "--attention cls, --parts 4, --run runs/a"),
     (f"{MAPS} --map attn --run runs/a", "--parts 4"),
     (f"{MAPS} --map parts --run runs/a", "--attention cls"),
-    (f"{NAME} {THREE}", "--data datasets/packed, --split dev"),
-    (f"{NAME} --verify", "--detect runs/a-det"),
-    (f"{NAME} --enrol new {THREE}", "--data datasets/packed, --threshold .5, --json, --verify"),
+    (f"{UNKNOWN} --folds 3", "--data datasets/packed, --split dev, --threshold .5, --json"),
+    (f"{NAME} --enrol new {THREE}", "--detect runs/a-det, --threshold .5, --json, --list"),
     ("apps.recognize runs/a-lora --list", "--device cpu, --json"),
     ("apps.recognize runs/a-lora --forget class1", "--json"),
     (TAGS, "--json, --threshold .5"),

@@ -96,7 +96,7 @@ cli(run.main)
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A folder with stages that pretend: they take no time."""
-    stages = {"pretrain": PRETRAIN, "probe": PROBE, "finetune_lora": TUNE, "apps/recognize": VERIFY}
+    stages = {"pretrain": PRETRAIN, "probe": PROBE, "finetune_lora": TUNE, "apps/unknown": VERIFY}
     (tmp_path / "stages/apps").mkdir(parents=True)
     for name, text in stages.items():
         (tmp_path / f"stages/{name}.py").write_text(STAGE + text)
@@ -354,7 +354,6 @@ def test_every_plan_is_whole(name, home, small, monkeypatch):
     for text in commands:
         words = text.replace("{recipe}", plan["set"].get("recipe", "")).split()
         stage = words[1] if words[0] == "-m" else words[0]
-        stage = "apps.recognize" if "--verify" in words else stage
         assert {word for word in words if word.startswith("--")} <= flags_of(stage), text
     parts = [hypothesis["parts"] for hypothesis in plan.get("hypotheses", [])]
     for test in chain(plan.get("differences", []), *parts):

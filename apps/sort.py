@@ -1,0 +1,234 @@
+"""Stage 5, for a whole folder: copies of its pictures, sorted by who is in them.
+
+    python -m apps.sort runs/NAME FOLDER --out OUT                     into OUT/WHO and OUT/unknown
+    python -m apps.sort runs/NAME FOLDER --group --out OUT             one folder for faces that look alike
+    python -m apps.sort runs/NAME PAGES --detect runs/DET --out OUT    to everybody on each page
+
+Reads:  runs/NAME/ of finetune_lora.py with its gallery (apps/recognize.py); folders or files
+Writes: OUT/ copies of the pictures, and sorted.csv: the name, the similarity and the copy of each;
+        the gallery where it is missing
+
+Your pictures stay where they are, and no copy replaces another one. If the work was stopped, give
+the same command again: it goes on with the pictures that sorted.csv does not list.
+
+--group also finds characters that nobody taught. Faces that look alike, by average linkage of their
+cosines, share a folder. It has the name of a known character if more than half of its faces are
+called so. Otherwise it is called group-001, group-002 and so on, by size. Such groups depend on all
+pictures at once, so --group wants a new folder each time.
+
+    n faces   D width of an embedding
+"""
+
+import contextlib
+import csv
+import io
+import itertools
+import os
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from apps.recognize import all_answers, answers, compared, open_recogniser, parser_of, predictions
+from common.command import cli
+from common.io import UserError, atomic, reading, save_csv
+from common.locks import claim
+from ingest.pictures import picture_files, tell_problems
+
+SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
+COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
+SAVED_AFTER = 100  # pictures
+FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
+DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
+ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less and 20 need more
+CENTRED = 0.5  # share of the mean of all faces that is taken away before grouping
+GROUPED = 10_000  # faces at most: memory holds all pairs
+
+
+def parse_args():
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="FOLDER", help="folders or files, whose pictures are copied")
+    add("--out", type=Path, required=True, metavar="OUT", help="a new folder, or one to go on with")
+    add("--group", action="store_true", help="one folder for faces that look alike")
+    add("--detect", metavar="RUN", help="runs/NAME of apps/detect.py: sort by each face on a page")
+    parser.set_defaults(json=False)  # a flag of apps/recognize.py, which `predictions` reads
+    return parser.parse_intermixed_args()  # folders may stand before and after flags
+
+
+def sort(args, net, header, gallery, autocast):
+    """Copy each picture into the folder of who is in it. What sorted.csv lists is done.
+
+    --group: into a folder of faces that look alike, named where the gallery knows most of them.
+    """
+    out = args.out
+    claim([], lock=out / ".lock")
+    rows = open_sorted(out / SORTED)
+    if args.group and rows:
+        raise UserError(f"{out} has groups already; choose another --out")
+    wanted = files_to_sort(args.images, out, rows)
+    args.images = not_listed(wanted, rows)
+    problems = []
+    if not args.group:
+        done = len(wanted) - len(args.images)
+        again = ", by whatever run; a new folder sorts them anew" if done else ""
+        print(f"sort     {len(wanted)} pictures, {done} of them done{again}")
+    found = ()
+    names = gallery["names"]
+    if args.group:
+        found = grouped(predictions(args, net, header, autocast, problems), gallery)
+        names = dict.fromkeys(row["name"] for row in found)
+    elif args.images:
+        found = all_answers(args, net, header, gallery, autocast, problems)
+    copy_all(found, args, wanted, folders_of(names), rows, out / SORTED)
+    tell_problems(problems, header["data"])
+
+
+def grouped(found, gallery):
+    """What `predictions` yields -> the rows of `answers`, named by the group of the face."""
+    rows, units = [], []
+    for keys, logits, embeddings in found:
+        rows += answers(keys, logits, embeddings, gallery)
+        units.append(compared(embeddings, gallery))
+    if not rows:
+        raise UserError("no face was found, so there is nothing to group")
+    groups = alike(torch.cat(units))
+    names = names_of(groups, [row["name"] for row in rows])
+    known = set(names.values()) & set(gallery["names"])
+    print(f"groups   {len(set(names.values()))}, {len(known)} of them named")
+    return [row | {"name": names[number]} for row, number in zip(rows, groups, strict=True)]
+
+
+def alike(unit):
+    """Whitened unit vectors (n, D) -> the group of each, 0, 1, ... by size: average linkage of cosines."""
+    from sklearn.cluster import AgglomerativeClustering
+
+    if len(unit) > GROUPED:
+        raise UserError(f"{len(unit):,} faces are more than --group takes, {GROUPED:,}; give fewer")
+    if len(unit) < 2:
+        return [0] * len(unit)
+    settings = {"metric": "cosine", "linkage": "average", "distance_threshold": 1 - ALIKE}
+    found = AgglomerativeClustering(n_clusters=None, **settings).fit_predict(centred(unit).numpy())
+    by_size = Counter(found.tolist()).most_common()
+    rank = {number: i for i, (number, _) in enumerate(by_size)}
+    return [rank[number] for number in found.tolist()]
+
+
+def centred(unit):
+    """Unit vectors less a share of their mean: else all faces of a new style are alike."""
+    return F.normalize(unit - CENTRED * unit.mean(0))
+
+
+def names_of(groups, names):
+    """Group and name (None: unknown) of each face -> {group: its name}, as most of its faces."""
+    names_in, found = {}, {}
+    for number, name in zip(groups, names, strict=True):
+        names_in.setdefault(number, []).append(name)
+    for number, inside in sorted(names_in.items()):
+        [(name, count)] = Counter(inside).most_common(1)
+        known = name is not None and 2 * count > len(inside)
+        found[number] = name if known else f"group-{number + 1:03}"
+    return found
+
+
+def copy_all(found, args, wanted, folders, rows, table):
+    """Rows of `answers`, in the order of pictures -> copies, and a row of each in sorted.csv."""
+
+    def file_of(row):
+        return row["picture"].rpartition("[")[0] if args.detect else row["picture"]
+
+    before = len(rows)
+    save_csv(rows, table, COLUMNS)  # from now on the folder is known as ours
+    try:
+        for count, (file, faces) in enumerate(itertools.groupby(found, file_of), 1):
+            rows += copies_of(file, faces, wanted[file], folders, table.parent)
+            if count % SAVED_AFTER == 0:
+                save_csv(rows, table, COLUMNS)
+        without_copy = not_listed(wanted, rows)  # not to be read, or without a face
+        rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in without_copy]
+    finally:  # Ctrl-C, too
+        save_csv(rows, table, COLUMNS)
+    copies = [row["copy"] != "" for row in rows]
+    more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
+    print(f"wrote    {table.parent}/: {more}, listed in {table}")
+
+
+def files_to_sort(paths, out, rows):
+    """-> {file: its name below OUT/WHO}, each file once; the folders in a given folder stay.
+
+    No picture takes the name of another one, nor that of a copy that a row of sorted.csv lists.
+    """
+    wanted = {}  # absolute path: (path as given, name)
+    taken = {Path(*Path(row["copy"]).parts[1:]): row["picture"] for row in rows if row["copy"]}
+    for path in paths:
+        if out.resolve().is_relative_to(Path(path).resolve()):
+            raise UserError(f"{out} lies in {path}, which is copied; choose another folder")
+        for key, file in picture_files(path).items():
+            name = Path(key if Path(path).is_dir() else file.name)
+            other = taken.setdefault(name, file)
+            if os.path.abspath(other) != os.path.abspath(file):
+                raise UserError(f"{other} and {file} have one name; rename one of them")
+            wanted.setdefault(os.path.abspath(file), (str(file), name))
+    if not wanted:
+        raise UserError(f"no picture was found in {', '.join(paths)}")
+    return dict(wanted.values())
+
+
+def not_listed(wanted, rows):
+    """The files of `wanted` that no row of sorted.csv names, by whatever path."""
+    listed = {os.path.abspath(row["picture"]) for row in rows}
+    return [file for file in wanted if os.path.abspath(file) not in listed]
+
+
+def open_sorted(table):
+    """-> the rows of sorted.csv. A folder with other things in it is not ours."""
+    if table.exists():
+        with reading(table, "table of apps/sort.py", "choose another --out"):
+            _, *rows = csv.reader(io.StringIO(table.read_text("utf-8", "surrogateescape")))
+            return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+    if any(path.name != ".lock" for path in table.parent.iterdir()):
+        raise UserError(f"{table.parent} has files, and no {SORTED}; choose a new folder")
+    return []
+
+
+def folders_of(names):
+    """-> {character: folder}: names of files on every system, no two alike, none `unknown`."""
+    folders = {}
+    taken = {UNKNOWN}
+    for name in names:
+        folder = FORBIDDEN.sub("_", name)
+        while folder.casefold() in taken or DEVICES.match(folder):
+            folder += "_"
+        taken.add(folder.casefold())
+        folders[name] = folder
+    return folders
+
+
+def copies_of(file, faces, name, folders, out):
+    """Copy a picture to everybody on it -> rows of sorted.csv, the most similar face of each."""
+    best = {}
+    for face in sorted(faces, key=lambda face: face["similarity"]):
+        best[face["name"] or ""] = face
+    rows = []
+    for who, face in best.items():
+        copy = Path(folders.get(who, UNKNOWN), name)
+        (out / copy).parent.mkdir(parents=True, exist_ok=True)
+        with atomic(out / copy) as temporary:
+            shutil.copyfile(file, temporary)
+        with contextlib.suppress(OSError):  # not every disk keeps times and modes
+            shutil.copystat(file, out / copy)  # it may forbid to write
+        numbers = face["similarity"], face["confidence"]
+        rows.append(dict(zip(COLUMNS, (file, who, *numbers, copy), strict=True)))
+    return rows
+
+
+def main():
+    args = parse_args()
+    sort(args, *open_recogniser(args))
+
+
+if __name__ == "__main__":
+    cli(main)

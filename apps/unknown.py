@@ -1,0 +1,384 @@
+"""Stage 5, measured: does a recogniser notice that it has never seen a character?
+
+    python -m apps.unknown runs/NAME                measures pairs of faces and unknown characters
+    python -m apps.unknown runs/NAME --data OTHER   on another data set, such as one with new characters
+    python -m apps.unknown runs/NAME --folds 3      trains three more times, to know unknown faces
+
+Reads:  runs/NAME/ of finetune_lora.py with its gallery (apps/recognize.py); datasets/NAME
+Writes: runs/NAME/ recognize.json (of other data or splits in runs/NAME/DATA-SPLIT/)
+        fold-1-of-3/, ..., folds.json (--folds: runs without a part of the characters; what they
+        say), and the threshold and the confidence that follow from them in gallery.safetensors
+        (which is built where it is missing)
+
+The first command compares answers with the labels of a data set. How many faces of unknown
+characters are called unknown, and how many of known ones? Can pairs of faces that show the same
+character be told from other pairs (verification)? Do the groups of apps/sort.py --group agree with
+the characters, and is a name as often right as its confidence says? For unknown characters the set
+has to contain some, so give --data OTHER, or fine-tune with --hold-out.
+
+A run that learned all characters of its set has seen no unknown one. --folds 3 therefore repeats
+its training three times, each time without a third of the characters. The faces of those left out
+show what new characters look like, so they decide which similarity is too low for a name. The
+last line says how many faces of new characters will be called unknown.
+
+    n, m, k faces   D width of an embedding
+"""
+
+import contextlib
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import finetune_lora
+from apps.recognize import (
+    GALLERY,
+    calibrate,
+    compared,
+    decide,
+    faces_learned,
+    lift_of,
+    load_gallery,
+    make_gallery,
+    open_gallery,
+    open_recogniser,
+    outputs_of,
+    parser_of,
+    save_gallery,
+    similarity_of,
+)
+from apps.sort import alike, centred
+from common import metrics, stats
+from common.command import between, cli, command, refuse_idle
+from common.features import results_folder
+from common.io import UserError, read_json, save_json
+from common.locks import claim, lock_beside, locked
+from common.train import commit, machine
+
+RADII = np.arange(0.05, 1, 0.05)  # cosine distances that `as_ccip` tries as eps of DBSCAN
+PAIRS_OF = 4000  # images at most, because all pairs are compared
+SURE = 0.8  # confidence of the names that `reliability` counts apart
+FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that are reported
+
+
+def parse_args():
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add(
+        "--folds",
+        type=between(2, 10, int),
+        metavar="N",
+        help="train N more times, each time without a part of the characters",
+    )
+    add("--data", metavar="DIR", help="a data set (default: what it was trained on)")
+    add("--split", default="val", choices=["val", "dev", "test", "train"], help="of the data set")
+    add("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    if args.folds:
+        refuse_idle(args.given - {"folds", "device", "dtype"}, "beside --folds")
+    return args
+
+
+# ---- measured: the same character or not, and unknown characters ---------------------------------
+
+
+def faces_of(net, gallery, folder, name, autocast):
+    """Pictures of a packed split -> a namespace: the truth, and what `decide` returns.
+
+    unit     (n, D), as `compared`
+    labels   (n,), the set's, -1 of pictures without one; groups (n,)
+    true     (n,), numbers of characters in the gallery, -1 of an unknown one
+    right    (n,), is the name true?
+    margin   (n,), and sure, as `decide`
+    """
+    split = data.open_split(folder, name)
+    rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
+    logits, embeddings = outputs_of(net, split, rows, autocast, f"faces of {folder}")
+    ids = {who: i for i, who in enumerate(gallery["names"])}
+    known = [ids.get(who, -1) for who in split["header"]["classes"]]
+    labels = split["labels"][rows]
+    groups = data.groups_of(split)[rows]
+    true = torch.tensor([*known, -1])[labels]  # the last: without a label
+    who, _, margin, sure = decide(logits, embeddings, gallery)
+    found = {"unit": compared(embeddings, gallery), "labels": labels, "groups": groups}
+    return SimpleNamespace(**found, true=true, right=who == true, margin=margin, sure=sure)
+
+
+def verification(same, other):
+    """Cosines of pairs of one character (n,) and of two (m,): can they be told apart? In percent."""
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+    pairs = metrics.truth_and_scores(same, other)
+    false, true, _ = roc_curve(*pairs, drop_intermediate=False)
+    shares = {f"tpr_at_fpr_{100 * rate:g}": true[false <= rate].max() for rate in FALSE_RATES}
+    shares["roc_auc"] = roc_auc_score(*pairs)
+    shares["eer"] = metrics.equal_error_rate(same, other)
+    shares["average_precision"] = average_precision_score(*pairs)
+    counts = {"positive_pairs": len(same), "negative_pairs": len(other)}
+    return {name: round(100 * float(share), 3) for name, share in shares.items()} | counts
+
+
+def open_set(known, right, enrolled, unknown):
+    """Which pictures show unknown characters? In percent, of margins over the threshold.
+
+    Margins of known (n,) and unknown (m,) ones; right (n,): is the name true; enrolled (n,): is it enrolled?
+    """
+    from sklearn.metrics import roc_auc_score
+
+    counts = {"known": len(known), "strangers": len(unknown), "enrolled": int(enrolled.sum())}
+    named = (right & (known >= 0)).double()
+    shares = {"known_rejected": (known < 0).double().mean(), "known_named_rightly": named.mean()}
+    if enrolled.any() and not enrolled.all():
+        shares["enrolled_named_rightly"] = named[enrolled].mean()
+    if len(unknown):
+        for rate in FALSE_RATES:
+            shares[f"dir_at_far_{100 * rate:g}"] = detection_rate(known, right, unknown, rate)
+        shares["auroc_unknown"] = roc_auc_score(*metrics.truth_and_scores(known, unknown))
+        shares["strangers_unknown"] = (unknown < 0).double().mean()
+        at_5 = known.quantile(0.05)  # the threshold that 5 % of the known fail
+        shares["strangers_unknown_at_5"] = (unknown < at_5).double().mean()
+    return {name: round(100 * float(share), 3) for name, share in shares.items()} | counts
+
+
+def detection_rate(known, right, unknown, far):
+    """Detection and identification rate at a false alarm rate of at most far < 1 (Phillips et al. 2011).
+
+    Scores of known (n,) and unknown (m,) faces; right (n,): is the best name of a known one true?
+    """
+    allowed = int(far * len(unknown) + 1e-9)  # unknown faces that may get a name
+    threshold = unknown.sort(descending=True).values[allowed]
+    return ((known > threshold) & right).double().mean().item()
+
+
+def reliability(known, is_right, unknown, bins=10):
+    """How true are confidences? In percent, where half of all pictures are unknown.
+
+    known (n,), unknown (m,); is_right (n,), of the names of known ones. Those of enrolled ones have
+    no confidence (nan).
+    calibration_error: mean gap of confidence and accuracy in equal bins (Guo et al. 2017,
+    arXiv:1706.04599). right_when_sure: of names with a confidence of SURE or more; None without any.
+    """
+    sure = torch.cat([known, unknown])
+    right = F.pad(is_right.double(), (0, len(unknown)))
+    weights = torch.cat([torch.ones(len(x)).double() / len(x) for x in (known, unknown)])
+    there = ~sure.isnan()
+    sure, right, weights = (x[there] for x in (sure, right, weights))
+    place = (sure * bins).long().clamp(0, bins - 1)
+    gaps = torch.bincount(place, weights * (sure.double() - right))
+    error = gaps.abs().sum() / weights.sum()
+    good = ((known >= SURE) & is_right).double().mean()
+    named = (known >= SURE).double().mean() + (unknown >= SURE).double().mean()
+    share = round(100 * (good / named).item(), 3) if named else None
+    return {"calibration_error": round(100 * error.item(), 3), "right_when_sure": share}
+
+
+def grouping(unit, labels):
+    """Faces (n, D) of characters (n,) in groups as apps/sort.py --group makes them: do these agree with the truth?"""
+    from sklearn.metrics import adjusted_rand_score
+    from sklearn.metrics.cluster import pair_confusion_matrix
+
+    groups = alike(unit)
+    (_, false), (missed, true) = pair_confusion_matrix(labels, groups)
+    f1 = 200 * true / max(1, 2 * true + false + missed)
+    found = {"pair_f1": f1, "adjusted_rand": 100 * adjusted_rand_score(labels, groups)}
+    found |= as_ccip(unit, labels)
+    return {name: round(float(value), 3) for name, value in found.items()}
+
+
+def as_ccip(unit, labels):
+    """The two measures of CCIP (huggingface.co/deepghs/ccip), in percent, on faces (n, D) of (n,).
+
+    F1 of the pairs that show one character, and the adjusted Rand index of DBSCAN's groups of two
+    faces or more. Threshold and eps are the best ones for these very faces, so both are upper bounds.
+    """
+    from sklearn.cluster import DBSCAN
+    from sklearn.metrics import adjusted_rand_score, precision_recall_curve
+
+    unit = centred(unit)
+    cosines = unit @ unit.T
+    one, two = torch.triu_indices(len(unit), len(unit), 1)
+    precision, recall, _ = precision_recall_curve(labels[one] == labels[two], cosines[one, two])
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    distances = (1 - cosines).clamp(min=0).numpy()
+    indices = []
+    for eps in RADII:
+        groups = DBSCAN(eps=eps, min_samples=2, metric="precomputed").fit_predict(distances)
+        indices.append(adjusted_rand_score(labels, groups))
+    return {"ccip_f1": 100 * f1.max(), "ccip_adjusted_rand": 100 * max(indices)}
+
+
+def measure(asked, own, learned):
+    """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
+
+    asked: of the set that is measured; pairs are of its labelled pictures. own: of a set
+    with known characters. learned: by the head.
+    """
+    row = {}
+    labelled = asked.labels >= 0
+    faces = asked.unit[labelled], asked.labels[labelled], asked.groups[labelled]
+    pairs = metrics.pair_cosines(*faces)
+    if all(map(len, pairs)):
+        row["verification"] = verification(*pairs)
+    is_unknown = asked.true < 0
+    unknown = asked.margin[is_unknown]
+    known = own.true >= 0
+    enrolled = own.true >= learned
+    to_group = is_unknown & labelled
+    if len(asked.labels[to_group].unique()) > 1:
+        row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group])
+    if known.any():
+        row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
+    of_head = known & ~enrolled
+    if of_head.any() and len(unknown):
+        row |= reliability(own.sure[of_head], own.right[of_head], asked.sure[is_unknown])
+    return row
+
+
+def measure_run(args, net, header, gallery, autocast):
+    """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
+    folder = Path(data.open_or_pack(args.data or header["data"]))
+    home = results_folder(args.run, folder, args.split, header["data"])
+    claim([home / "recognize.json"], fix="choose another --data or --split")
+    asked = own = faces_of(net, gallery, folder, args.split, autocast)
+    if (asked.true < 0).all() and Path(header["data"]).exists():
+        own = faces_of(net, gallery, header["data"], header.get("split", "val"), autocast)
+    found = measure(asked, own, gallery["learned"])
+    if not found:
+        raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
+    row = {"run": str(args.run), "data": str(folder), "split": args.split}
+    row |= {"threshold": gallery["threshold"]} | found
+    row |= {"command": command(), "commit": commit()}
+    row["machine"] = machine(net.encoder.cls_token.device)
+    save_json(row, home / "recognize.json")
+    print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
+    print(f"wrote {home}/recognize.json", file=sys.stderr)
+
+
+LINES = (  # printed, from the numbers of recognize.json; a line whose number is missing is left out
+    "{data}, {split}",
+    "pairs of the same character or not: AUROC {roc_auc:.1f} %, equal error rate {eer:.1f} %",
+    "{known:,} pictures of known characters: "
+    "{known_named_rightly:.1f} % named correctly, {known_rejected:.1f} % called unknown",
+    "{enrolled:,} of them of enrolled ones: {enrolled_named_rightly:.1f} % named correctly",
+    "{strangers:,} pictures of unknown characters: {strangers_unknown:.1f} % called unknown, "
+    "AUROC against known ones {auroc_unknown:.1f} %",
+    "faces of unknown characters in groups: pair F1 {pair_f1:.1f} %, "
+    "adjusted Rand index {adjusted_rand:.1f} %",
+    "by CCIP's measures, at the best threshold for these faces: pair F1 {ccip_f1:.1f} %, "
+    "adjusted Rand index {ccip_adjusted_rand:.1f} %",
+    "calibration error of the confidence: {calibration_error:.1f} points",
+    "right, of names with a confidence of 80 % or more: {right_when_sure:.1f} %",
+    "no unknown characters in this set; --data OTHER, or finetune_lora.py --hold-out 4, has some",
+)
+
+
+def table(row):
+    """recognize.json -> the lines that are printed."""
+    found = row | row.get("verification", {}) | row.get("open_set", {}) | row.get("groups", {})
+    lines = []
+    for line in LINES if found.get("strangers") == 0 else LINES[:-1]:
+        with contextlib.suppress(KeyError, TypeError):  # missing, or None
+            lines.append(line.format_map(found))
+    return lines
+
+
+# ---- folds: each part of the characters is unknown once --------------------------------------------
+
+
+def calibrate_by_folds(args, count):
+    """Train again without each part of the `count` characters; these then say what unknown ones are."""
+    run, parts = args.run, args.folds
+    path = Path(run) / GALLERY
+    folds = []
+    if parts > count or count - -(-count // parts) < 2:
+        why = "a part needs one, a training two"
+        raise UserError(f"{count} characters are too few for --folds {parts}: {why}")
+    for part in range(1, parts + 1):
+        fold = train_fold(run, f"{part}/{parts}", args.device)
+        faces = faces_learned(fold, args.device, args.dtype)
+        if faces.unknown is None:
+            raise UserError(f"dev has no picture of part {part} of {parts}: pack it without --dev")
+        folds.append(fold_of(faces))
+    own = faces_learned(run, args.device, args.dtype)
+    numbers = calibrate(own.embeddings, own.labels, own.held_out, None, folds)
+    with locked(lock_beside(path), wait=True):
+        gallery = load_gallery(run)
+        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery | numbers)
+    found = promise(folds, numbers["threshold"])
+    save_json(found | {"command": command(), "commit": commit()}, Path(run) / "folds.json")
+    print(promised(found))
+
+
+def train_fold(run, part, device):
+    """finetune_lora.py as for this run, without a part of the characters -> the folder of that run."""
+    folder = Path(run) / f"fold-{part.replace('/', '-of-')}"
+    made = [*Path(run).glob("metrics*.json")]
+    if not made or not Path(run, "state.pt").exists():
+        raise UserError(f"{run} is no finished run of finetune_lora.py, which --folds repeats")
+    words = shlex.split(read_json(made[0])["command"])[2:]
+    if any(word.startswith("--hold-out") for word in words):
+        raise UserError(f"{run} has held-out characters already, which tell what --folds would")
+    words += ["--hold-out", part, "--out", str(folder)]
+    if (folder / "state.pt").exists():
+        words = ["--resume", str(folder)]
+    words += ["--device", device] * (device != "auto")
+    script = Path(finetune_lora.__file__)
+    if not any(folder.glob("metrics*.json")) and subprocess.call([sys.executable, script, *words]):
+        raise UserError(f"{folder} was not trained; the line above says why")
+    return folder
+
+
+def fold_of(faces):
+    """`faces_learned` of a fold -> similarities of known (m,) and unknown (k,) faces, labels of these."""
+    lift = lift_of(faces.held_out[0])
+    gallery = make_gallery(faces.embeddings, faces.labels, len(faces.classes), lift)
+    known = similarity_of(*faces.held_out[:2], gallery)
+    unknown = similarity_of(*faces.unknown[:2], gallery)
+    return {"known": known, "unknown": unknown, "labels": faces.unknown[2]}
+
+
+def promise(folds, threshold):
+    """What to expect of unknown characters, by those that were left out in turn -> folds.json, in percent."""
+    shares = []
+    for fold in folds:
+        below = 100 * (fold["unknown"] < threshold).double()
+        shares += [below[fold["labels"] == c].mean().item() for c in fold["labels"].unique()]
+    known = 100 * torch.cat([fold["known"] for fold in folds]).lt(threshold).double().mean()
+    found = {"characters": len(shares), "known_unknown": known.item(), "shares": shares}
+    if interval := stats.t_interval(shares):
+        found["unknown"] = interval["mean"]
+        found["interval"] = [max(0, interval["low"]), min(100, interval["high"])]
+    return found
+
+
+def promised(found):
+    """folds.json -> the line that is printed."""
+    count = found["characters"]
+    if "unknown" not in found:
+        why = "are too few, or all alike, to say"
+        return f"unknown  {count} characters {why} how many new ones get a known name"
+    low, high = found["interval"]
+    return (
+        f"unknown  {found['unknown']:.0f} % of the faces of new characters will be called unknown "
+        f"(95 % interval {low:.0f} to {high:.0f}, by {count} characters left out in turn), "
+        f"and {found['known_unknown']:.0f} % of the known ones"
+    )
+
+
+def main():
+    args = parse_args()
+    if args.folds:
+        gallery = open_gallery(args.run, args.device, args.dtype)
+        return calibrate_by_folds(args, gallery["learned"])
+    measure_run(args, *open_recogniser(args))
+
+
+if __name__ == "__main__":
+    cli(main)

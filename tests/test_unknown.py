@@ -1,0 +1,167 @@
+"""apps/unknown.py: rates, folds and recognize.json; numbers against scikit-learn and scipy, by hand."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_folder, refused, run_line
+from made import CPU
+from scipy.stats import ttest_1samp
+from sklearn.metrics import roc_auc_score
+
+from apps.unknown import (
+    detection_rate,
+    open_set,
+    promise,
+    promised,
+    reliability,
+    verification,
+)
+from common import metrics
+from common.classifier import read_head
+from common.io import read_safetensors
+from common.train import seeded
+
+MEASURE = f"apps.unknown runs/a-lora {CPU}"
+GALLERY = "runs/a-lora/gallery.safetensors"
+
+
+# ---- rates ---------------------------------------------------------------------------------------
+
+
+def margins(known=400, unknown=300):
+    """Random margins of known and unknown characters, with ties; which names of known ones are true."""
+    draws = seeded(1)
+    same = ((torch.randn(known, generator=draws) + 1) * 4).round() / 4
+    other = (torch.randn(unknown, generator=draws) * 4).round() / 4
+    return same, torch.rand(known, generator=draws) < 0.8, other
+
+
+def test_rates_of_pairs_are_read_off_the_roc_curve():
+    same, _, other = margins(300, 2000)
+    row = verification(same, other)
+    for most in (0.001, 0.01, 0.1):
+        cuts = [cut for cut in other if (other >= cut).double().mean() <= most]
+        accepted = [100 * (same >= cut).double().mean() for cut in cuts]
+        assert row[f"tpr_at_fpr_{100 * most:g}"] >= max(accepted, default=0) - 1e-3
+    pairs = metrics.truth_and_scores(same, other)
+    assert row["roc_auc"] == pytest.approx(100 * roc_auc_score(*pairs), abs=1e-3)
+    assert (row["positive_pairs"], row["negative_pairs"]) == (300, 2000)
+
+
+def test_unknown_characters_are_counted_by_their_margins():
+    known, right, unknown = margins()
+    enrolled = torch.arange(400) % 3 == 0
+    row = open_set(known, right, enrolled, unknown)
+    named = right & (known >= 0)
+    at_5 = np.quantile(known.numpy(), 0.05)  # the field's operating point: 5 % of the known fail
+    expected = {
+        "known_rejected": known < 0,
+        "known_named_rightly": named,
+        "enrolled_named_rightly": named[enrolled],
+        "strangers_unknown": unknown < 0,
+        "strangers_unknown_at_5": unknown < at_5,
+    }
+    for name, share in expected.items():
+        assert row[name] == pytest.approx(100 * share.double().mean().item(), abs=1e-3), name
+    auc = roc_auc_score(*metrics.truth_and_scores(known, unknown))
+    assert row["auroc_unknown"] == pytest.approx(100 * auc, abs=1e-3)
+    assert (row["known"], row["strangers"], row["enrolled"]) == (400, 300, 134)
+    nobody = open_set(known, right, enrolled & False, unknown[:0])
+    assert not nobody.keys() & {"enrolled_named_rightly", "strangers_unknown", "auroc_unknown"}
+    for far in (0.01, 0.1, 0.5):  # the share of unknown ones that pass
+        cuts = [cut for cut in unknown if (unknown > cut).double().mean() <= far]
+        best = max(((known > cut) & right).double().mean().item() for cut in cuts)
+        assert detection_rate(known, right, unknown, far) == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("known", "right", "unknown", "error"),
+    [
+        ([0.05, 0.95, 0.95, 0.95], [0, 1, 1, 0], [], 0.25 * 0.05 + 0.75 * (0.95 - 2 / 3)),
+        # with weights: 1/4 of each known one, 1/2 of each unknown one
+        ([0.05, 0.95, 0.95, 0.95], [0, 1, 1, 0], [0.95, 0.35], 0.4375),
+        ([0.9, 0.9, np.nan], [1, 1, 0], [0.9] * 8, 0.5),  # 2/3 are right, and 1 is wrong
+        ([1.0, 1, 1], [1, 1, 1], [0.0] * 5, 0),
+        ([0.95, 0.05], [0, 1], [], 0.95),  # too sure and not sure enough do not cancel
+    ],
+)
+def test_calibration_error_is_the_mean_gap_of_its_bins(known, right, unknown, error):
+    """Known and unknown characters weigh the same."""
+    right = torch.tensor(right).bool()
+    row = reliability(torch.tensor(known), right, torch.tensor(unknown))
+    assert row["calibration_error"] == pytest.approx(100 * error, abs=1e-3)
+
+
+def test_names_that_are_sure_are_right_as_often_where_half_are_unknown():
+    known, right = torch.tensor([0.9, 0.8, 0.95, 0.2]), torch.tensor([1, 1, 0, 1]).bool()
+    row = reliability(known, right, torch.tensor([0.85, 0.1]))
+    assert row["right_when_sure"] == pytest.approx(100 * (2 / 4) / (3 / 4 + 1 / 2))
+    assert reliability(known / 2, right, torch.zeros(2))["right_when_sure"] is None
+
+
+# ---- folds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(fresh):
+    before, numbers = read_safetensors(fresh / GALLERY)
+    line = run_line(f"{MEASURE} --folds 3", fresh, check=0).stdout.splitlines()[-1]
+    after, header = read_safetensors(fresh / GALLERY)
+    assert torch.equal(before["embeddings"], after["embeddings"])
+    assert header["platt"] != numbers["platt"] and header["names"] == numbers["names"]
+    folds = [read_head(fresh / f"runs/a-lora/fold-{part}-of-3")[1] for part in (1, 2, 3)]
+    left_out = [sorted({*numbers["names"]} - {*fold["classes"]}) for fold in folds]
+    assert sorted(sum(left_out, [])) == sorted(numbers["names"])
+    assert line.startswith("unknown  ") and "3 characters left out in turn" in line
+
+
+def test_what_is_promised_is_the_mean_share_over_characters():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    fold = {"known": torch.tensor([-1.0, 1, 1, 1]), "labels": labels}
+    first = fold | {"unknown": torch.tensor([-1.0, -1, -1, 1, -1, -1])}  # 75 and 100 %
+    second = fold | {"unknown": torch.tensor([1.0, 1, -1, -1, 1, 1]), "labels": labels + 2}  # 50, 0
+    line = promised(promise([first, second], 0.0))
+    low, high = ttest_1samp([75, 100, 50, 0], 0).confidence_interval(0.95)
+    assert "56 % of the faces of new" in line and "25 % of the known" in line
+    assert low < 0 and high > 100 and "interval 0 to 100, by 4 characters" in line
+    assert "too few" in promised(promise([first], 0.0))
+
+
+# ---- recognize.json ------------------------------------------------------------------------------
+
+
+def verified(fresh, words, folder):
+    """What is printed, and recognize.json."""
+    text = run_line(f"{MEASURE} {words}", fresh, check=0).stdout
+    return text, json.loads((fresh / "runs/a-lora" / folder / "recognize.json").read_text())
+
+
+def pack_with(fresh, name, classes):
+    """datasets/NAME of new classes beside those of NAME/, by the names of the folders."""
+    draw_folder(fresh / "drawn", len(classes), 20, seed=5)
+    for i, new in enumerate(classes):
+        shutil.move(fresh / f"drawn/class{i}", fresh / name / new)
+    run_line(f"data.py {name} --out datasets/{name} --size 32", fresh, check=0)
+    return f"--data datasets/{name} --split train", f"{name}-train"
+
+
+def test_unknown_characters_are_measured_and_counted_apart_once_enrolled(fresh):
+    shutil.copytree(fresh / "images", fresh / "more")
+    place = pack_with(fresh, "more", ["somebody"])
+    text, row = verified(fresh, *place)
+    found = row["open_set"]
+    assert found["known"] > 30 and found["strangers"] > 5 and 0 <= found["auroc_unknown"] <= 100
+    assert f"{found['strangers_unknown']:.1f} % called unknown" in text
+    assert "is there already" in refused(run_line(f"{MEASURE} {place[0]}", fresh))
+    (fresh / "runs/a-lora" / place[1] / "recognize.json").unlink()
+    enrol = f"apps.recognize runs/a-lora {CPU} --enrol somebody more/somebody"
+    run_line(enrol, fresh, check=0)
+    found = verified(fresh, *place)[1]["open_set"]
+    assert found["strangers"] == 0 and "strangers_unknown" not in found
+    assert found["enrolled"] > 5 and found["enrolled_named_rightly"] > 60
+    _, row = verified(fresh, *pack_with(fresh, "others", ["x", "y"]))  # of no known character
+    assert row["open_set"]["known"] > 10 and row["open_set"]["strangers"] > 20
+    assert 0 <= row["calibration_error"] <= 100
