@@ -88,7 +88,7 @@ step data 60 python -m lab.bench_data --device auto "${small[@]}" --turns 2 --ou
 step pack 60 python -m lab.bench_data --pack $many --out "$folder"
 step latency 60 python -m lab.bench_latency "${small[@]}" --turns 2 --out "$folder"
 if [ ${#small[@]} -eq 0 ]; then
-    step tests 180 python -m pytest -q -n 0 tests/test_gpu.py tests/test_kernels.py
+    step tests 180 python -m pytest -q -n 0 tests/lesson/test_gpu.py tests/lesson/test_kernels.py
 fi
 
 {

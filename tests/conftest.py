@@ -1,10 +1,12 @@
 """What the tests share: the repository on the path, a way to run a stage as a user does, small data."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Our code lies at most one folder deep; an environment in the repository, of any name, lies deeper.
 CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
 SHARED = ROOT.parent / "shared" / "data"
+FLAG = r"(?<![\w-])--[a-z][a-z-]*"
 WORDS = ("red", "green", "blue", "hat", "smile")  # of the pictures of `tagged`
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes, and so are theirs
@@ -76,6 +79,13 @@ def python(*words, cwd=ROOT, check=0, **env):
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == check, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
+
+
+@functools.cache
+def flags_of(script):
+    """-> the flags in the --help of `pretrain.py` or `-m lab.run`."""
+    done = call(script.removeprefix("-m "), "--help", cwd=ROOT, check=0)
+    return set(re.findall(FLAG, done.stdout))
 
 
 def json_of(line, cwd):

@@ -5,7 +5,7 @@
 
 A case is one command or more, run as a user runs them, and the files that they leave. Two commits
 are compared by a digest of every weight, map and metric. golden.json keeps a few sums of them,
-which other kinds of CPU reach, too. tests/test_golden.py compares today's code with it.
+which other kinds of CPU reach, too. tests/lesson/test_golden.py compares today's code with it.
 """
 
 import argparse

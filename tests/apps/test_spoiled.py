@@ -1,6 +1,6 @@
 """Valid files of every kind, of which one field is spoiled: an answer without NaN, or one line and status 2.
 
-python -m pytest -m slow tests/test_spoiled.py
+python -m pytest -m slow tests/apps/test_spoiled.py
 """
 
 import copy

@@ -26,7 +26,7 @@ from kernels import gather, loss  # noqa: E402
 )
 def test_the_kernels_in_the_interpreter(mark, least):
     words = ["-m", "pytest", "-q", "-rs", "-n0", "-m", mark, "-p", "no:cacheprovider"]
-    text = python(*words, "tests/test_kernels.py", TRITON_INTERPRET="1")
+    text = python(*words, "tests/lesson/test_kernels.py", TRITON_INTERPRET="1")
     assert int(re.search(r"(\d+) passed", text)[1]) >= least, text
     assert "about a Triton kernel" not in text, "tests that need the interpreter were skipped"
 
@@ -128,5 +128,5 @@ WITHOUT = "import pytest, sys; sys.modules['triton'] = None; sys.exit(pytest.mai
 @pytest.mark.slow
 def test_everything_but_the_kernels_works_without_triton():
     """macOS has none: the references and their gradient go on."""
-    words = ["-q", "-n0", "-p", "no:cacheprovider", "tests/test_kernels.py"]
+    words = ["-q", "-n0", "-p", "no:cacheprovider", "tests/lesson/test_kernels.py"]
     assert " passed" in python("-c", WITHOUT, *words, CUDA_VISIBLE_DEVICES="")

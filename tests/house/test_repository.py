@@ -6,11 +6,10 @@ import functools
 import graphlib
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
-from conftest import CODE, ROOT, call
+from conftest import CODE, FLAG, ROOT, flags_of
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -24,17 +23,9 @@ OURS = {p.stem for p in ROOT.glob("*.py")} | set(PACKAGES)
 FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
-FLAG = r"(?<![\w-])--[a-z][a-z-]*"
 
 
 # ---- commands and flags --------------------------------------------------------------------------
-
-
-@functools.cache
-def flags_of(script):
-    """-> the flags in the --help of `pretrain.py` or `-m lab.run`."""
-    done = call(script.removeprefix("-m "), "--help", cwd=ROOT, check=0)
-    return set(re.findall(FLAG, done.stdout))
 
 
 def commands():
@@ -293,35 +284,3 @@ def test_every_requirement_has_a_tested_version():
         needed |= {Requirement(line) for line in extra if not line.startswith("animask")}
     tested = {canonicalize_name(r.name) for r in requirements("constraints.txt")}
     assert {canonicalize_name(r.name) for r in needed} <= tested  # pip refuses what contradicts
-
-
-# ---- docs/tour.ipynb: what it shows was run, is small, and runs again from top to bottom ----------
-
-TOUR = ROOT / "docs" / "tour.ipynb"
-
-
-def test_the_tour_was_run_as_it_stands_and_is_small():
-    cells = json.loads(TOUR.read_text())["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
-    kinds = {out["output_type"] for cell in code for out in cell["outputs"]}
-    assert "error" not in kinds and len(cells) <= 25
-    assert TOUR.stat().st_size < 1_000_000 and "/tmp" not in TOUR.read_text()
-
-
-@pytest.mark.slow
-def test_the_tour_runs_from_top_to_bottom(tmp_path):
-    nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
-    nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
-    left_out = shutil.ignore_patterns("runs", "datasets", ".*", "results")
-    shutil.copytree(ROOT, tmp_path / "here", ignore=left_out)
-    notebook = nbformat.read(TOUR, 4)
-    where = {"metadata": {"path": str(tmp_path / "here" / "docs")}}
-    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
-    said = ""
-    for cell in notebook.cells:
-        said += "".join(out.get("text", "") for out in cell.get("outputs", []))
-    pooler, cls = (re.search(rf"{name}: (0\.\d+)", said)[1] for name in ("pooler", "CLS token"))
-    assert float(pooler) > 0.5 and 0 < float(cls) < 1  # a minute is enough for the pooler
-    answers = re.findall(r"\.png: .*(?:confidence|unknown)", said)
-    assert len(answers) == 4  # of two pictures, by two recognisers

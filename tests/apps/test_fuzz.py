@@ -1,6 +1,6 @@
 """Hundreds of bad calls, made from calls that work: no traceback, nothing lost, one line that says why.
 
-    python -m pytest -m slow tests/test_fuzz.py
+    python -m pytest -m slow tests/apps/test_fuzz.py
 
 A case is a call with one thing spoiled: a flag's value, a file that it reads, or what stood there
 before. It has to end with status 0, or with status 2 and one line that begins with "error: ". No

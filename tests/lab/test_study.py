@@ -14,8 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, call, refused
-from test_repository import flags_of
+from conftest import ROOT, call, flags_of, refused
 
 from common.io import UserError
 from common.train import read_log

@@ -1,6 +1,6 @@
 """Would the tests notice a mistake? Make small mistakes in a file, one at a time, and run tests on each.
 
-    python tests/mutants.py lab/stats.py --tests tests/test_stats.py --count 40
+    python tests/house/mutants.py lab/stats.py --tests tests/lab/test_stats.py --count 40
 
 Works on a copy of the repository in a temporary folder. A mutant is killed when the tests fail
 or do not end. The survivors are printed. Exit status 1: fewer than 90 % are killed.
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PAIRS = "Add Sub, Mult Div, BitAnd BitOr, And Or, Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn"
 OPERATORS = {ast.Pow: ast.Mult, ast.Mod: ast.Mult, ast.FloorDiv: ast.Mult}
 for pair in PAIRS.split(", "):

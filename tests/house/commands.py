@@ -1,0 +1,27 @@
+"""Every command that the pages give, one a line, to be run by hand after files have moved.
+
+python tests/house/commands.py            prints them, each with its page
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMMAND = re.compile(r"(?:python|torchrun|bash) (?:-m )?[\w./-]+[^\n`#|]*")
+
+
+def pages():
+    """README, the pages of docs, the tour and the cards of weights."""
+    found = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "docs/tour.ipynb"]
+    return [*found, *sorted(ROOT.glob("weights/*/README.md"))]
+
+
+def commands(text):
+    """The commands of a page, in their order; a line that ends in a backslash goes on."""
+    return [match.strip().rstrip('.,";)') for match in COMMAND.findall(text.replace("\\\n", " "))]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        for command in commands(page.read_text()):
+            print(f"{page.relative_to(ROOT)}: {command}")
