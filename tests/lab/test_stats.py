@@ -1,4 +1,4 @@
-"""The statistics against scipy, by hand, and against simulations; tests/house/mutants.py changes one thing at a time."""
+"""The statistics against scipy, by hand, against simulations; tests/house/mutants.py changes one line at a time."""
 
 import math
 from itertools import product
