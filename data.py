@@ -203,20 +203,16 @@ def epoch_order(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
-def batches(images, order, batch_size, device, start=0, times=1):
+def batches(images, order, batch_size, device, start=0):
     """Yield (index (B,), images u8 (B, S, S, 3) on the device) from batch `start` on.
 
-    times: how often each image comes, one after the other. Images that fill no batch are left out.
+    Images that fill no batch are left out.
     """
     whole = len(order) // batch_size * batch_size
     chunks = order[:whole].split(batch_size)[start:]
     there = torch.device("cpu") if device.type == "mps" else device  # Metal is for one thread
     for index, batch in prefetch((index, take(images, index, there)) for index in chunks):
-        batch = send(batch, device)
-        if times > 1:
-            index = index.repeat_interleave(times)
-            batch = batch.repeat_interleave(times, 0)
-        yield index, batch
+        yield index, send(batch, device)
 
 
 def prefetch(items, depth=3):
@@ -304,22 +300,17 @@ def jitter_colour(images, draws, level, colourless=0.0):
     return ((mean + contrast * (x - mean)) * light).round().clamp(0, 255).to(torch.uint8)
 
 
-def swap_backgrounds(view, fg, draws, share, views):
-    """Views u8 (B, s, s, 3), a share of them with the background of another view.
+def swap_backgrounds(view, fg):
+    """Views u8 (B, s, s, 3), each with the background of the view before it in the batch.
 
-    fg (B, s, s, 1) is 1 on the figure; draws (B,) in [0, 1] choose the views. Where the other view
-    has its figure, its mean background colour is taken (BG_Random; Ryali et al. 2021,
-    arXiv:2103.12719). The `views` views of an image are neighbours in the batch. If the batch has
-    at least three images, these views get backgrounds of different images.
+    fg (B, s, s, 1) is 1 on the figure. Where the other view has its figure, its mean background
+    colour is taken (BG_Random; Ryali et al. 2021, arXiv:2103.12719).
     """
     x = view.float()
     bg = 1 - fg
     colour = (bg * x).sum((1, 2), keepdim=True) / bg.sum((1, 2), keepdim=True).clamp(min=1e-3)
     background = (bg * x + fg * colour).round().to(torch.uint8)  # the figure is painted over
-    background = background.roll(2 * views - 1, 0)  # of 2 views: from images i - 2 and i - 1
-    mixed = (fg * x + bg * background).round().to(torch.uint8)
-    swapped = (draws < share)[:, None, None, None]
-    return torch.where(swapped, mixed, view)
+    return (fg * x + bg * background.roll(1, 0)).round().to(torch.uint8)
 
 
 def view_maps(maps, boxes, flip, side):

@@ -11,7 +11,7 @@ Writes: runs/NAME/ state.pt and attn-*.safetensors (what a resumed run needs), m
 Random numbers are drawn on the CPU from (seed, epoch, step, process). So two masks with one seed see
 the same images with the same crops. On a CPU, a run resumed by the same code ends with the same bits.
 
-    V views of an image, neighbours in a batch   b images of a process   B images of all processes
+    b images of a process   B images of all processes   m of the b have a second view
     s view side   p patch side   N patches of a view   K visible   M hidden   D encoder width
 """
 
@@ -33,9 +33,9 @@ import data
 import kernels
 import mask as masking
 from common import guidance, train
-from common.agreement import SETTINGS, Agreement
 from common.checkpoints import flags_of, init_from, load_teacher, public_weights, save_model
 from common.command import Flags, Parser, at_least, between, cli, launched, parse_keys
+from common.contrast import SETTINGS, Contrast
 from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
 from common.io import UserError
 from kernels.gather import masked_patch_gather
@@ -54,10 +54,8 @@ CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to reco
 UNCLIPPED = ("encoder.pooler", "decoder.stats_head")  # they would shrink the others' gradient
 WARMUP = 0.1  # share of the run in which the learning rate rises
 RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those of processes
+SECOND_STREAM = 1  # seeds the second views, so that they change no other random number
 WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first packs or evaluates
-# Only with the contrastive loss: it must not match views by their colours or their background.
-JITTER = 0.3  # brightness, contrast and saturation change by up to this share
-SWAP = 0.7  # share of views with the background of another image, where the data have foreground
 # Lengths of a run and of a step, in views. On a CPU, many small steps learn more (results/TRIED.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
@@ -80,12 +78,12 @@ def parse_flags():
     add("--teacher", default="self", metavar="self|maps|PATH", help="its attention guides")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--maps", default="auto", metavar="auto|truth|DIR", help="maps of foreground and parts")
-    add("--contrast", metavar="NAME[:key=value,...]", help="pooler, cls, or none for plain MAE")
+    add("--contrast", metavar="NAME[:key=value,...]", help="pooler, none; cls trains the encoder")
     add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="loss of flat patches")
     add("--no-norm-pix", action="store_true", help="predict raw pixels, not normalised patches")
     add("--epochs", type=at_least(1), help="default: by the number of views of the device")
     add("--batch-size", type=at_least(1), metavar="B", help="images of a step, of all processes")
-    add("--blr", type=between(1e-9, 10), metavar="LR", help="lr = blr * views of a step / 256")
+    add("--blr", type=between(1e-9, 10), metavar="LR", help="lr = blr * batch size / 256")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
     add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 2 to 20 in a run")
     train.add_flags(add)
@@ -160,14 +158,13 @@ def open_data(flags, image_size, rank):
     return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
 
 
-def set_length(flags, images, V, device, world):
-    """Images of a step for each process, and steps of an epoch. Defaults are counted in views."""
+def set_length(flags, images, device, world):
+    """Images of a step for each process, and steps of an epoch. The default is a number of views."""
     defaults = DEFAULTS[device.type]
-    epochs = max(1, round(defaults["views"] / (V * images)))
-    flags.fill(epochs=epochs, batch_size=defaults["batch"] // V)
+    flags.fill(epochs=max(1, round(defaults["views"] / images)), batch_size=defaults["batch"])
     flags.fill(eval_every=min(max(10, flags.epochs // 20), (flags.epochs + 1) // 2))
     b = min(flags.batch_size, images) // world
-    if b < V:  # the contrastive loss compares an image with others
+    if b < (1 if flags.contrast == "none" else 2):  # the contrastive loss compares images
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; raise it")
     flags.values["batch_size"] = b * world
     return b, images // (b * world)
@@ -180,27 +177,39 @@ def build_network(kind, size, flags):
         model = kind(**size)
     except ValueError as problem:  # sizes that do not fit each other
         raise UserError(f"--model {flags.model}: {problem}") from None
-    if flags.contrast.startswith("pooler"):
-        model.encoder.pooler = Pooler(size["dim"], size["heads"])
     public_weights(model)  # what could not be saved is refused now
     if flags.init and not flags.resume:
         print(f"init     {init_from(model, flags.init)}")
     return model
 
 
+def build_contrast(encoder, flags, settings, train_set, figures):
+    """The contrastive loss, and for pooler the network that it trains; None without such a loss.
+
+    Its random numbers are drawn aside: with and without it, all other weights begin alike.
+    """
+    if not settings:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        if flags.contrast.startswith("pooler"):
+            encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
+        return Contrast(encoder, settings, train_set, figures, flags.min_crop)
+
+
 def compiled(model, flags, device):
-    """`make_views` and the network for the loop: compiled, or unchanged.
+    """`data.view_images` and the network for the loop: compiled, or unchanged.
 
     Two CUDA graphs start 720 kernels. One by one, a host starts them slower than a GPU runs them.
     """
     can = device.type == "cuda" and kernels.why_not_triton(device) is None  # torch.compile needs it
     default = can and not re.search("[:-]", flags.ratio)  # one ratio, one graph
     if not (default if flags.compile is None else flags.compile):
-        return make_views, share_gradients(model)
-    return torch.compile(make_views), share_gradients(torch.compile(model, mode="reduce-overhead"))
+        return data.view_images, share_gradients(model)
+    network = torch.compile(model, mode="reduce-overhead")
+    return torch.compile(data.view_images), share_gradients(network)
 
 
-def make_mask(flags, encoder, train_set, autocast, views):
+def make_mask(flags, encoder, train_set, autocast):
     """--mask: the strategy, the guide whose scores it reads, and the share that is thrown."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, need in masking.NEEDS.items():
@@ -213,7 +222,7 @@ def make_mask(flags, encoder, train_set, autocast, views):
             masking.kept(encoder.side**2, float(word), throw)
     except (ValueError, OverflowError) as problem:
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
-    guide = guidance.Guide(name, params, encoder, flags.out, autocast, views)
+    guide = guidance.Guide(name, params, encoder, flags.out, autocast)
     if guide.need == "attn" and flags.teacher != "maps":
         guide.teacher = make_teacher(encoder, flags, params.get("start", masking.START))
         print(f"guide    attention ({guide.teacher.source}) of {flags.teacher}")
@@ -239,13 +248,11 @@ def make_teacher(encoder, flags, start):
 # ---- in the loop ---------------------------------------------------------------------------------
 
 
-def draw(stream, n, N, min_crop, device):
-    """Random numbers of n views: crops (n, 4), flips (n,), noise (n, N), colours and swap (n, 4)."""
-    generator = train.seeded_step(*stream)
+def draw(generator, n, N, min_crop, device):
+    """Random numbers of n views: crops (n, 4), flips (n,), and noise for the mask (n, N)."""
     boxes, flip = data.draw_boxes(n, generator, min_crop)
     noise = masking.gumbel_noise(n, N, generator)
-    draws = torch.rand(n, 4, generator=generator)
-    return (data.send(x, device) for x in (boxes, flip, noise, draws))
+    return (data.send(x, device) for x in (boxes, flip, noise))
 
 
 def ratio_at(text, t, stream):
@@ -257,18 +264,6 @@ def ratio_at(text, t, stream):
     at = torch.rand((), generator=generator).item() if "-" in text else t
     ends = [float(word) for word in re.split("[:-]", text)]  # one or two
     return ends[0] + (ends[-1] - ends[0]) * at
-
-
-def make_views(images, fg, boxes, flip, side, draws):
-    """images u8 (n, S, S, 3) -> views u8 (n, s, s, 3) of side s.
-
-    With draws (n, 4): other colours, and backgrounds where the figures fg u8 (n, S, S) are known.
-    """
-    view = data.view_images(images, boxes, flip, side)
-    if fg is not None:
-        figure = data.view_maps(fg, boxes, flip, side)[..., None] / 255  # (n, s, s, 1)
-        view = data.swap_backgrounds(view, figure, draws[:, 3], SWAP, views=2)
-    return view if draws is None else data.jitter_colour(view, draws[:, :3], JITTER)
 
 
 def refresh_maps(guide, epoch, run, images):
@@ -317,23 +312,21 @@ def main():
     dtype = train.DTYPES[flags.dtype]
     autocast = train.autocast_of(device, flags.dtype)
     kind, size, settings = parse_model(flags, device)
-    V = 2 if settings else 1
     s, p = size["image_size"], size["patch_size"]
     train_set, held_set = open_data(flags, s, rank)
     images = data.resident(train_set["images"], device)
-    figures = data.resident(train_set.get("fg") if V == 2 else None, device)
-    b, per_epoch = set_length(flags, len(images), V, device, world)
+    figures = data.resident(train_set.get("fg") if settings else None, device)
+    b, per_epoch = set_length(flags, len(images), device, world)
     total = flags.epochs * per_epoch
-    peak_lr = flags.blr * V * flags.batch_size / 256
+    peak_lr = flags.blr * flags.batch_size / 256
     model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
-    # before a mask draws weights, so that those of the projector are the same for all masks
-    contrastive = {"agreement": Agreement(size["dim"], train_set, settings)} if V == 2 else {}
-    strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast, V)
-    parts = {"model": model, **guide.networks(), **contrastive}
+    contrast = build_contrast(model.encoder, flags, settings, train_set, figures)
+    strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast)
+    parts = {"model": model, **guide.networks()} | ({"contrast": contrast} if contrast else {})
     optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
     cut_views, net = compiled(model, flags, device)
-    agreement = share_gradients(parts.get("agreement"))
+    contrast_net = share_gradients(contrast)
     guide.predictor = share_gradients(guide.predictor)
     norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets
     how = {"return_error": True, "error_of": absolute_error if kind is SimMIM else None, **norm}
@@ -344,8 +337,8 @@ def main():
         f"         {flags.dtype}: {reason}; kernels in {kernels.choose_impl('auto', device)}\n"
         f"data     {flags.data}: {len(images)} train, {len(held_set['images'])} {flags.split} images\n"
         f"model    {flags.model}: {count:.1f} M parameters, {N} patches\n"
-        f"recipe   {V * flags.batch_size * total:,} views, {V} of each image; crops from "
-        f"{flags.min_crop:g} of the area, contrast {flags.contrast}, flat weight {flags.flat_weight:g}\n"
+        f"recipe   {flags.batch_size * total:,} views; crops from {flags.min_crop:g} of the area, "
+        f"contrast {flags.contrast}, flat weight {flags.flat_weight:g}\n"
         f"run      {flags.out}: {flags.mask}, ratio {flags.ratio}, seed {flags.seed}, {flags.epochs} "
         f"epochs, an evaluation every {flags.eval_every}"
     )
@@ -357,34 +350,41 @@ def main():
     for epoch in range(run.step // per_epoch, flags.epochs):
         refresh_maps(guide, epoch, run, train_set["images"])
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
-        batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch, times=V)
+        batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch)
         for rows, batch in batches:
-            # 1. V views of each image
+            # 1. a view of each image
             t = run.step / total  # progress of the run
             stream = (flags.seed, epoch, run.step, rank)
-            boxes, flip, noise, draws = draw(stream, V * b, N, flags.min_crop, device)
-            fg = None if figures is None else data.take(figures, rows, device)
-            view = cut_views(batch, fg, boxes, flip, s, draws if agreement else None)
+            boxes, flip, noise = draw(train.seeded_step(*stream), b, N, flags.min_crop, device)
+            view = cut_views(batch, boxes, flip, s)  # (b, s, s, 3)
 
             # 2. which patches are hidden
             K = masking.kept(N, ratio_at(flags.ratio, t, stream))
             thrown = round(throw * N)  # patches that are neither seen nor predicted
-            scores = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}, parts (V*b, N, P)
-            priority = strategy(scores, noise, t, N - K - thrown)  # (V*b, N)
-            ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (V*b, K), (V*b, M)
+            scores = guide.scores(rows, boxes, flip, view)  # {need: (b, N)}, parts (b, N, P)
+            priority = strategy(scores, noise, t, N - K - thrown)  # (b, N)
+            ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (b, K), (b, M)
 
             # 3. forward
-            visible = masked_patch_gather(view, ids_keep, p, dtype)  # (V*b, K, p*p*3)
-            with autocast():  # (V*b, M, p*p*3), (V*b, M, 2), (V*b, 1+K, D)
+            visible = masked_patch_gather(view, ids_keep, p, dtype)  # (b, K, p*p*3)
+            with autocast():  # (b, M, p*p*3), (b, M, 2), (b, 1+K, D)
                 pred, stats, tokens = net(visible, ids_keep, ids_mask)
 
             # 4. loss
-            weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (V*b, M)
+            weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (b, M)
             loss, error = reconstruction_loss(pred, view, ids_mask, p, weight, **how)
             side_loss = stats_loss(stats, view, ids_keep, ids_mask, p) + guide.loss(ids_mask, error)
-            if agreement:
-                summary = model.encoder.summary(tokens)  # (V*b, D)
-                side_loss = side_loss + settings["weight"] * agreement(summary, rows)
+
+            # 4b. the reader of attention: does it find the second view of some images?
+            if contrast and run.step % settings["every"] == 0:
+                generator = train.seeded(*stream, SECOND_STREAM)
+                second, ids = contrast.second_views(batch, rows, generator, K)
+                visible = masked_patch_gather(second, ids, p, dtype)  # (m, K, p*p*3)
+                with torch.set_grad_enabled(contrast.trains_encoder), autocast():
+                    second_tokens = model.encoder(visible, ids)  # (m, 1+K, D)
+                summary = model.encoder.summary(tokens)  # (b, D)
+                second_summary = model.encoder.summary(second_tokens)  # (m, D)
+                side_loss = side_loss + contrast_net(summary, second_summary, rows)
             (loss + side_loss).backward()
 
             # 5. update
@@ -401,10 +401,10 @@ def main():
             stop_together(run)
             if run.logs_now:
                 numbers = guide.statistics(run.step, total)
-                numbers |= parts["agreement"].statistics() if agreement else {}
+                numbers |= contrast.statistics() if contrast else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
-                draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(scores), p)
+                draw_masks(run.out, view, ids_mask, guide.pictures(scores), p)
                 log_evaluation(run, model, guide, (train_set, held_set), norm)
             run.save_if_due()
     finish(run, model, guide, held_set, norm)

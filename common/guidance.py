@@ -49,14 +49,13 @@ class Guide:
     maps: (n, G, G) of the training images, None before the teacher's first; parts: how many a map has.
     """
 
-    def __init__(self, strategy, params, encoder, out, autocast, views=1):
-        """params: keys of the strategy; "shuffle" is removed. views: how many there are of an image."""
+    def __init__(self, strategy, params, encoder, out, autocast):
+        """params: keys of the strategy; "shuffle" is removed."""
         self.need = masking.NEEDS.get(strategy)
         self.shuffle = params.pop("shuffle", 0) > 0  # the control, see `scores`
         self.side, self.patch = encoder.side, encoder.patch_size
         self.out = Path(out)
         self.autocast = autocast
-        self.views = views
         self.maps, self.parts, self.file = None, 0, None
         self.teacher, self.predictor = None, None
         if self.need == "difficulty":
@@ -90,7 +89,7 @@ class Guide:
         if self.need is None:
             return Scores()
         if self.need in IN_FILES:
-            rows = rows.roll(self.views) if self.shuffle else rows
+            rows = rows.roll(1) if self.shuffle else rows
             return Scores({self.need: self.map_scores(rows, boxes, flip)})
         ids = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
         if self.predictor:
@@ -101,7 +100,7 @@ class Guide:
             score = patch_detail(view, ids, self.patch)
         else:
             raise UserError(f"nothing computes the score {self.need}: add it to Guide.scores")
-        return Scores({self.need: score.roll(self.views, 0) if self.shuffle else score})
+        return Scores({self.need: score.roll(1, 0) if self.shuffle else score})
 
     def map_scores(self, rows, boxes, flip):
         """(B, N) or (B, N, P), cropped from the maps; 1 everywhere before there are any."""
@@ -128,10 +127,10 @@ class Guide:
         return {}
 
     def pictures(self, patches):
-        """{need: (n, g, g)}: scores of the first view of each image; for parts, the largest part."""
+        """{need: (B, g, g)}: scores of each view; for parts, the largest part."""
         if self.need is None:
             return {}
-        score = patches[self.need][:: self.views]
+        score = patches[self.need]
         score = score.argmax(2) if score.dim() == 3 else score
         return {self.need: score.unflatten(1, (self.side, self.side))}
 

@@ -7,7 +7,7 @@ Writes: OUT/model.safetensors, an encoder that every stage takes, log.jsonl and 
         (--resume OUT goes on from there)
 
 simclr  two crops of each image; each finds the other one among all crops of the batch by its CLS
-        token (Chen et al. 2020, arXiv:2002.05709; common/agreement.py)
+        token (Chen et al. 2020, arXiv:2002.05709; common/contrast.py)
 dino    of each large crop a teacher says which of K prototypes it is like; the student says the
         same of every other crop of that image, small ones, too. The teacher is the student's moving
         average. Its answers are centred and sharpened: they are neither all alike nor all even
@@ -23,9 +23,9 @@ from torch import nn
 
 import data
 from common import train
-from common.agreement import Agreement
 from common.checkpoints import resize_positions
 from common.command import Flags, Parser, at_least, between, cli
+from common.contrast import Contrast
 from common.io import UserError
 from common.lora import save_encoder
 from kernels.gather import masked_patch_gather
@@ -76,7 +76,7 @@ def simclr(flags, net, rows, images, generator, t):
     views = [crops(images, generator, flags.image_size) for _ in range(2)]
     with flags.autocast():
         summary = cls_of(net["student"], torch.stack(views, 1).flatten(0, 1))
-    return net["agreement"](summary, rows.repeat_interleave(2))
+    return net["contrast"](summary[::2], summary[1::2], rows)
 
 
 def dino(flags, net, rows, images, generator, t):
@@ -123,8 +123,8 @@ def build(flags, train_set):
     except ValueError as problem:
         raise UserError(f"--model {flags.model}: {problem}") from None
     if flags.method == "simclr":
-        settings = {"temperature": TEMPERATURE, "dcl": 0}
-        net["agreement"] = Agreement(size["dim"], train_set, settings)
+        settings = {"temperature": TEMPERATURE, "dcl": 0, "weight": 1.0}
+        net["contrast"] = Contrast(net["student"], settings, train_set, None, MIN_CROP)
         return net
     net["head"] = Head(size["dim"])
     net["head"].register_buffer("centre", torch.zeros(PROTOTYPES))

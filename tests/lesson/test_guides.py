@@ -155,23 +155,23 @@ def test_maps_follow_their_images_and_parts_are_shares():
 # ---- what a strategy gets ------------------------------------------------------------------------
 
 
-def guide_of(strategy, views=2, **params):
+def guide_of(strategy, **params):
     torch.manual_seed(0)
-    return guidance.Guide(strategy, params, ViT(32, 8, 32, 1, 1), "out", EXACT, views)
+    return guidance.Guide(strategy, params, ViT(32, 8, 32, 1, 1), "out", EXACT)
 
 
 @pytest.fixture
 def batch():
-    """Rows, boxes, flips and views of a batch: two views of each of three images."""
-    rows, images = torch.arange(3).repeat_interleave(2), torch.from_numpy(noise_images(3))
+    """Rows, boxes, flips and views of a batch of six images."""
+    rows, images = torch.arange(6), torch.from_numpy(noise_images(6))
     boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.5)
     return rows, boxes, flip, data.view_images(images[rows], boxes, flip, 32)
 
 
-def test_the_control_gets_the_score_of_the_next_image(batch):
+def test_the_control_gets_the_score_of_another_image(batch):
     """Of its map under the same crop; of its view where there is no map."""
     rows, boxes, flip, view = batch
-    maps = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+    maps = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
     every = torch.arange(16).repeat(6, 1)
     for strategy, need in (("fg_heavy", "fg"), ("detail", "detail"), ("learned", "difficulty")):
         plain, control = guide_of(strategy), guide_of(strategy, shuffle=1)
@@ -180,9 +180,9 @@ def test_the_control_gets_the_score_of_the_next_image(batch):
         assert not torch.equal(score, other)
         if need == "fg":
             torch.testing.assert_close(score, guidance.crop_map(maps, rows, boxes, flip, 4))
-            torch.testing.assert_close(other, guidance.crop_map(maps, rows.roll(2), boxes, flip, 4))
+            torch.testing.assert_close(other, guidance.crop_map(maps, rows.roll(1), boxes, flip, 4))
         else:
-            assert torch.equal(other, score.roll(2, 0))
+            assert torch.equal(other, score.roll(1, 0))
         if need == "detail":
             assert torch.equal(score, patch_detail(view, every, 8))
     guide = guide_of("parts")

@@ -1,14 +1,16 @@
-"""model.py and common/agreement.py: the formulas of the papers written once more, and what must not leak."""
+"""model.py and common/contrast.py: the formulas of the papers written once more, and what must not leak."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shaken, some_view
 
 import model as M
-from common.agreement import SETTINGS, Agreement, agreement_loss
+from common.contrast import SETTINGS, Contrast, contrastive_loss
+from common.train import seeded
 from kernels.gather import masked_patch_gather
 
 TINY = dict(image_size=32, patch_size=8, dim=64, depth=3, heads=4, decoder_dim=32, decoder_depth=2)
@@ -176,48 +178,72 @@ def test_sizes_are_those_of_the_literature():
 # ---- two views of one image find each other; images of one illustration are no negatives ---------
 
 
-def by_hand(h, groups, T, dcl):
-    """The formula at the head of common/agreement.py, one exponential after the other."""
+def by_hand(h, groups, m, T, dcl):
+    """The formula at the head of common/contrast.py, one exponential after the other."""
     total = 0.0
-    for i in range(len(h)):
-        j = i + 1 if i % 2 == 0 else i - 1
+    for i in range(2 * m):
+        j = (i + m) % (2 * m)
         among = [k for k in range(len(h)) if groups[k] != groups[i] or (k == j and not dcl)]
         total -= math.log(math.exp(h[i] @ h[j] / T) / sum(math.exp(h[i] @ h[k] / T) for k in among))
-    return total / len(h)
+    return total / (2 * m)
 
 
 @pytest.mark.parametrize("dcl", [False, True])
 def test_the_loss_is_the_formula(dcl):
-    """Images 0 and 3 are near-duplicates: four views that are nobody's negatives among themselves."""
-    h = F.normalize(torch.randn(10, 6, generator=torch.Generator().manual_seed(0)), dim=1)
-    groups = torch.tensor([0, 1, 2, 0, 4]).repeat_interleave(2)
-    loss, _ = agreement_loss(h, groups, 0.3, dcl)
-    assert loss.item() == pytest.approx(by_hand(h, groups.tolist(), 0.3, dcl), rel=1e-5)
-    apart = by_hand(h, torch.arange(5).repeat_interleave(2).tolist(), 0.3, dcl)
+    """Pictures 0 and 3 are near-duplicates: their views are nobody's negatives among themselves."""
+    h = F.normalize(torch.randn(9, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    groups = torch.tensor([0, 1, 2, 0, 0, 1, 2, 0, 4])  # of 4 second views, and of 5 first ones
+    loss, _ = contrastive_loss(h, groups, 4, 0.3, dcl)
+    assert loss.item() == pytest.approx(by_hand(h, groups.tolist(), 4, 0.3, dcl), rel=1e-5)
+    apart = by_hand(h, [0, 1, 2, 3, 0, 1, 2, 3, 4], 4, 0.3, dcl)
     assert loss.item() != pytest.approx(apart, rel=1e-3)
 
 
 def test_views_that_find_their_pair_are_counted():
-    h, groups = torch.eye(4).repeat_interleave(2, 0), torch.arange(4).repeat_interleave(2)
-    assert agreement_loss(h, groups, 0.1, True)[1] == 1
-    swapped = h[[0, 2, 1, 3, 4, 5, 6, 7]]  # two images have a view of each other
-    assert agreement_loss(swapped, groups, 0.1, True)[1] == 0.5
-    assert agreement_loss(torch.ones(8, 4) / 2, groups, 0.1, True)[1] == 0  # a collapse finds none
+    h, groups = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
+    assert contrastive_loss(h, groups, 4, 0.1, True)[1] == 1
+    swapped = h[[1, 0, 2, 3, 4, 5, 6, 7]]  # two pictures have a view of each other
+    assert contrastive_loss(swapped, groups, 4, 0.1, True)[1] == 0.5
+    assert contrastive_loss(torch.ones(8, 4) / 2, groups, 4, 0.1, True)[1] == 0  # a collapse
+
+
+def contrast_of(settings, figures=None):
+    header = {"groups": ["a", "b", "a", "c"]}
+    train_set = {"header": header, "labels": torch.zeros(4)}
+    torch.manual_seed(0)
+    return Contrast(M.ViT(32, 8, 32, 1, 1), settings, train_set, figures, 0.4)
 
 
 def test_the_projector_is_a_normed_network_on_the_groups_of_the_data():
-    torch.manual_seed(0)
-    header = {"groups": ["a", "b", "a", "c"]}
-    agreement = Agreement(32, {"header": header, "labels": torch.zeros(4)}, SETTINGS["pooler"])
-    summary, rows = torch.randn(8, 32), torch.tensor([0, 0, 3, 3, 2, 2, 1, 1])
-    first, _, _, last = agreement.projector
-    x = summary @ first.weight.T
+    contrast = contrast_of(SETTINGS["pooler"] | {"weight": 3.0})
+    summary, second = torch.randn(4, 32), torch.randn(2, 32)
+    rows = torch.tensor([0, 3, 2, 1])
+    first, _, _, last = contrast.projector
+    x = torch.cat([second, summary]) @ first.weight.T
     x = ((x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()).relu()
     h = F.normalize(x @ last.weight.T + last.bias, dim=1)
     assert (first.weight.shape, last.weight.shape) == ((1024, 32), (128, 1024))
-    expected = by_hand(h.detach(), [0, 0, 2, 2, 0, 0, 1, 1], 0.15, True)
-    assert agreement(summary, rows).item() == pytest.approx(expected, rel=1e-4)
-    found = agreement.statistics()
-    assert found["agreement"] == pytest.approx(expected, rel=1e-4) and 0 <= found["found"] <= 1
-    agreement(summary, rows).backward()
-    assert all(w.grad.any() for w in agreement.parameters())
+    expected = by_hand(h.detach(), [0, 2, 0, 2, 0, 1], 2, 0.15, True)
+    assert contrast(summary, second, rows).item() == pytest.approx(3 * expected, rel=1e-4)
+    row = contrast.statistics()
+    assert row["contrastive_loss"] == pytest.approx(expected, rel=1e-4)
+    assert 0 <= row["pairs_found"] <= 1
+    contrast(summary, second, rows).backward()
+    assert all(w.grad.any() for w in contrast.parameters())
+
+
+def test_second_views_are_of_the_first_pictures_in_front_of_other_backgrounds():
+    """Figures are gray squares: whatever the crop and the colours, a background is another picture's."""
+    level = torch.tensor([10, 90, 170, 250], dtype=torch.uint8)[:, None, None, None]
+    images = level.expand(4, 64, 64, 3).clone()
+    figures = np.zeros((4, 64, 64), np.uint8)
+    figures[:, 24:40, 24:40] = 255
+    images[:, 24:40, 24:40] = 128
+    contrast = contrast_of(SETTINGS["pooler"] | {"share": 0.5}, figures)
+    contrast.min_crop = 1.0
+    view, ids = contrast.second_views(images, torch.arange(4), seeded(3), 4)
+    assert (view.shape, ids.shape) == ((2, 32, 32, 3), (2, 4))
+    corners = view[:, 0, 0, 0].float() / view[:, 16, 16, 0]  # brightness cancels
+    assert corners[0] > 0.5 > corners[1]  # of pictures 1 and 0; their own are 0.08 and 0.7
+    again, same = contrast.second_views(images, torch.arange(4), seeded(3), 4)
+    assert torch.equal(view, again) and torch.equal(ids, same)

@@ -49,7 +49,7 @@ def test_a_run_writes_what_its_docstring_says(finished):
     assert held[-1]["val_mse"] < held[0]["val_mse"] and held[-1]["step"] == 20
     assert held[0]["knn_thumbnail"] > 0 and "attention (pooler) of self" in done.stdout
     config = state_of(out)["config"]
-    peak = config["blr"] * 2 * config["batch_size"] / 256  # two views of each image
+    peak = config["blr"] * config["batch_size"] / 256
     rows = [row for row in read_log(out / "log.jsonl") if "lr" in row]
     expected = [train.lr_at(row["step"] - 1, 20, pretrain.WARMUP * 20, peak) for row in rows]
     assert [row["lr"] for row in rows] == pytest.approx(expected)
@@ -79,16 +79,16 @@ def test_a_mask_changes_nothing_but_the_mask(small, monkeypatch):
     expected, networks = found["random"]
     for flags, parts in found.values():
         assert flags == expected
-        for name in ("model", "agreement"):
+        for name in ("model", "contrast"):
             assert equal(parts[name].state_dict(), networks[name].state_dict())
 
 
-@pytest.mark.parametrize("contrast, V", [("none", 1), ("pooler", 2)])
-def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast, V):
+@pytest.mark.parametrize("contrast", ["none", "pooler", "cls"])
+def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast):
     flags, _ = recipe(monkeypatch, small, "--contrast", contrast)
     images, default = len(data.open_split(small, "train")["images"]), pretrain.DEFAULTS["cpu"]
-    assert abs(flags["epochs"] * images * V - default["views"]) <= images * V
-    assert flags["batch_size"] * V == default["batch"]
+    assert abs(flags["epochs"] * images - default["views"]) <= images
+    assert flags["batch_size"] == default["batch"]
     flags, _ = recipe(monkeypatch, small, "--model", "nano:simmim=1")
     assert (flags["mask"], flags["ratio"], flags["contrast"]) == ("squares", "0.6", "none")
 
@@ -110,7 +110,7 @@ def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypat
     monkeypatch.setattr(masking, "sample", lambda *args: noted(kept, sample(*args)))
     for name in ("random", "attn_high:start=0"):
         train_in(tmp_path / name[:4], small, "--mask", name, "--epochs", 1)
-    views, kept = [x for x in views if len(x) == 32], [ids for ids, _ in kept if len(ids) == 32]
+    views, kept = [x for x in views if len(x) == 16], [ids for ids, _ in kept if len(ids) == 16]
     assert len(views) == len(kept) == 10  # steps of both runs
     assert torch.equal(torch.cat(views[:5]), torch.cat(views[5:]))
     assert not torch.equal(torch.cat(kept[:5]), torch.cat(kept[5:]))
@@ -133,18 +133,39 @@ def test_a_ratio_rises_or_is_drawn_for_each_step():
 @pytest.mark.parametrize("words", ["--dtype bf16", "--contrast pooler:dcl=0", "--compile"])
 def test_other_ways_to_compute_it(small, tmp_path, words):
     train_in(tmp_path / "out", small, *words.split(), "--epochs", 1)
-    row = [r for r in read_log(tmp_path / "out" / "log.jsonl") if "agreement" in r][-1]
-    assert 0 < row["agreement"] < 6
+    row = [r for r in read_log(tmp_path / "out" / "log.jsonl") if "contrastive_loss" in r][-1]
+    assert 0 < row["contrastive_loss"] < 6
 
 
-def test_a_pooler_leaves_the_encoder_as_it_is(small, tmp_path):
-    """Whatever its loss weighs: random masks have no guide, so the weights are the same bits."""
-    for weight in (0, 3):
-        words = ["--contrast", f"pooler:weight={weight}", "--epochs", 1]
-        train_in(tmp_path / str(weight), small, *words)
-    one, two = (state_of(tmp_path / name)["model"] for name in "03")
-    changed = {k for k in one if not torch.equal(one[k], two[k])}
-    assert changed == {"encoder.pooler.kv.weight", "encoder.pooler.query_token"}
+NO_ATTENTION = [
+    name for name, need in masking.NEEDS.items() if need in (None, "detail", "difficulty")
+]
+
+
+@pytest.mark.parametrize("mask", ["random", *NO_ATTENTION])
+def test_the_pooler_changes_no_bit_of_encoder_and_decoder(small, tmp_path, mask):
+    """Beside any mask that reads no attention, the MAE of --contrast pooler is that of none."""
+    for contrast in ("none", "pooler"):
+        words = ["--mask", mask, "--contrast", contrast, "--epochs", 2]
+        train_in(tmp_path / contrast, small, *words)
+    plain, both = (state_of(tmp_path / name)["model"] for name in ("none", "pooler"))
+    own = {name for name in both if name.startswith("encoder.pooler.")}
+    assert len(own) == 2 and both.keys() - own == plain.keys()
+    assert all(torch.equal(plain[name], both[name]) for name in plain)
+
+
+def test_the_pooler_learns_beside_it_and_cls_trains_the_encoder(small, tmp_path):
+    changed = {}
+    for name, weight in (("pooler", "encoder.pooler.kv.weight"), ("cls", "encoder.cls_token")):
+        found = []
+        for share in (0, 1):  # of the loss
+            out = tmp_path / f"{name}{share}"
+            train_in(out, small, "--contrast", f"{name}:weight={share}", "--epochs", 1)
+            found.append(state_of(out)["model"])
+        changed[name] = {k for k, w in found[0].items() if not torch.equal(w, found[1][k])}
+        assert weight in changed[name]
+    assert changed["pooler"] == {"encoder.pooler.kv.weight", "encoder.pooler.query_token"}
+    assert "decoder.decoder_pred.weight" in changed["cls"]  # which reads the encoder
 
 
 def test_a_run_teaches_another_and_a_public_checkpoint_does_in_two_steps(small, tmp_path):

@@ -1,0 +1,114 @@
+"""The contrastive loss: two views of a picture get vectors that are more alike than those of others.
+
+A masked autoencoder has no loss on its CLS token, so the attention of that token depends mostly
+on the place of a patch, and a mask that follows it would hide the border. This second loss trains
+an attention that means something:
+
+    pooler   a small network reads the patch tokens (model.Pooler). No gradient passes from it to
+             the encoder, which stays a plain MAE's, to the bit
+    cls      the CLS token itself, and with it the encoder (CAN, Mishra et al. 2022,
+             arXiv:2210.16870; MAE-CT, Lehner et al. 2023, arXiv:2304.10520)
+
+The first view of a picture is the one that the MAE reconstructs. A share of the pictures gets a
+second one, on another background and in other colours, of which only the visible patches are read.
+Let i and j be the two views of a picture, and k any view of the batch:
+
+    h = unit(projector(s))          s (D): what pooler or CLS token says of the visible patches
+    L_i = -log( exp(h_i h_j / T) / sum_k exp(h_i h_k / T) )
+
+The sum over k != i is NT-Xent (SimCLR, Chen et al. 2020, arXiv:2002.05709). DCL leaves k = j out of
+the sum (Yeh et al. 2021, arXiv:2110.06848). The projector is dropped after training.
+
+    b pictures of a step   m of them have a second view   D width of the encoder   E of a vector
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import mask as masking
+
+HIDDEN, OUT = 1024, 128  # widths of the projector
+JITTER = 0.5  # by so much brightness, contrast and saturation of a second view change at most
+# Keys of --contrast. share: of the pictures that get a second view; every: in how many steps one
+# has the loss. The pooler has less to learn than the encoder, so that every second step is enough.
+# AdamW makes its weight of 2 the same as 1, because no other loss trains those parameters.
+SETTINGS = {
+    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0, "share": 0.5, "every": 2},
+    "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0.0, "share": 1.0, "every": 1},
+    "none": {},
+}
+
+
+class Contrast(nn.Module):
+    """The second views, the projector and the loss.
+
+    figures: u8 (n, S, S) of all training pictures, or None where they are not known. Pictures of one
+    group are not each other's negatives.
+    """
+
+    def __init__(self, encoder, settings, train_set, figures, min_crop):
+        super().__init__()
+        dim = encoder.cls_token.shape[2]
+        first = nn.Linear(dim, HIDDEN, bias=False)  # the norm would remove a bias
+        norm = nn.BatchNorm1d(HIDDEN, track_running_stats=False)
+        last = nn.Linear(HIDDEN, OUT)
+        self.projector = nn.Sequential(first, norm, nn.ReLU(), last)
+        self.register_buffer("groups", data.groups_of(train_set), persistent=False)
+        for layer in (first, last):
+            nn.init.xavier_uniform_(layer.weight)
+        self.image_size, self.patches = encoder.image_size, encoder.side**2
+        self.settings, self.figures, self.min_crop = settings, figures, min_crop
+        self.trains_encoder = encoder.pooler is None
+        self.last = {}
+
+    def second_views(self, images, rows, generator, K):
+        """images u8 (b, S, S, 3) -> views u8 (m, s, s, 3) of the first m, their visible places (m, K).
+
+        In other colours and, where the figures are known, on the background of another picture: what
+        tells a picture from the others has to be found on the figure, and not behind it.
+        """
+        m = max(1, round(self.settings["share"] * len(images)))
+        device = images.device
+        boxes, flip = data.draw_boxes(m, generator, self.min_crop)
+        view = data.view_images(images[:m], boxes, flip, self.image_size)
+        if self.figures is not None:
+            fg = data.take(self.figures, rows[:m], device)  # (m, S, S)
+            fg = data.view_maps(fg, boxes, flip, self.image_size)[..., None] / 255  # (m, s, s, 1)
+            view = data.swap_backgrounds(view, fg)
+        view = data.jitter_colour(view, torch.rand(m, 3, generator=generator), JITTER)
+        noise = masking.gumbel_noise(m, self.patches, generator)
+        ids_keep, _ = masking.sample(data.send(noise, device), K)
+        return view, ids_keep
+
+    def forward(self, summary, second, rows):
+        """summary (b, D), second (m, D) of the first m pictures, rows (b,) -> the weighted loss."""
+        m = len(second)
+        h = F.normalize(self.projector(torch.cat([second, summary]).float()), dim=1)  # (m + b, E)
+        groups = self.groups[data.send(rows, h.device)]
+        groups = torch.cat([groups[:m], groups])
+        settings = self.settings
+        loss, found = contrastive_loss(h, groups, m, settings["temperature"], settings["dcl"])
+        self.last = {"contrastive_loss": loss.detach(), "pairs_found": found}
+        return settings["weight"] * loss
+
+    def statistics(self):
+        """Of the last step that had the loss: its value, and the share of views that find their pair."""
+        return {name: x.item() for name, x in self.last.items()}
+
+
+def contrastive_loss(h, groups, m, temperature, dcl):
+    """DCL or NT-Xent, and the share of views that find their pair; h (n, E) of length 1.
+
+    Views i and m + i are of one picture, for i < m. Views from 2m on have no pair in the batch, and
+    serve as negatives. groups (n,).
+    """
+    logits = h[: 2 * m] @ h.T / temperature  # (2m, n)
+    pair = torch.arange(2 * m, device=h.device).roll(m)[:, None]  # 0 <-> m, 1 <-> m + 1, ...
+    positive = logits.gather(1, pair)  # (2m, 1)
+    same = groups[: 2 * m, None] == groups  # a view is of its own group, too
+    negatives = logits.masked_fill(same, -1e4)
+    found = (positive > negatives.amax(1, keepdim=True)).float().mean()
+    among = negatives if dcl else torch.cat([positive, negatives], 1)
+    return (among.logsumexp(1) - positive[:, 0]).mean(), found
