@@ -30,7 +30,7 @@ import data
 import mask as masking
 
 HIDDEN, OUT = 1024, 128  # widths of the projector
-JITTER = 0.5  # by so much brightness, contrast and saturation of a second view change at most
+JITTER = 0.3  # by so much brightness, contrast and saturation of a second view change at most
 # Keys of --contrast. share: of the pictures that get a second view; every: in how many steps one
 # has the loss. The pooler has less to learn than the encoder, so that every second step is enough.
 # AdamW makes its weight of 2 the same as 1, because no other loss trains those parameters.
