@@ -16,6 +16,7 @@ The kept epoch is chosen on dev, or on a held-out tenth of train. Results are th
 
 import math
 import shlex
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,18 @@ import data
 import mask as masking
 from common import classifier, controls, metrics, readout, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
-from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    cli,
+    command,
+    drawing,
+    parse_keys,
+    refuse_useless,
+    run_name,
+    set_defaults,
+)
 from common.features import name_of, open_rows, some_characters, split_suffix, untrained_like
 from common.io import UserError, reading, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
@@ -45,6 +57,11 @@ RECIPE = {
     "linear": {"epochs": 50, "batch_size": 256, "lr": 0.0, "head_lr": 3e-2, "keep": (1.0, 1.0)},
     "lora": {"epochs": 30, "batch_size": 32, "lr": 3e-3, "head_lr": 1e-2, "keep": RISING},
     "full": {"epochs": 30, "batch_size": 32, "lr": 1e-3, "head_lr": 1e-2, "keep": RISING},
+}
+NOT_READ = {  # flags without an effect on a method
+    "linear": {"lr", "keep", "colourless", "unfreeze_every"},
+    "lora": {"unfreeze_every"},
+    "full": set(),
 }
 WEIGHT_DECAY = {"linear": 1e-4, "lora": 1e-4, "full": 0.05}
 WARMUP = 0.1  # share of the run in which the learning rate rises
@@ -86,15 +103,17 @@ def read_flags():
     add("--keep", type=shares, metavar="SHARE", help="of the patches shown; 0.25:0.75 rises")
     add("--colourless", type=between(0, 1), default=0.1, metavar="SHARE", help="of views in gray")
     train.add_flags(add)
-    flags = Flags(parser)
-    train.take_up(flags, "split")
+    flags = parser.parse_args()
+    train.take_saved_flags(flags, "split")
     if flags.resume:
         return flags
     method, _ = parse_keys(flags.method, METHODS, "--method")
-    flags.fill(**RECIPE[method])
-    named = {"head", "from_scratch", "seed"}  # of the flags that were given
-    name = flags.name(name_of(flags.encoder), flags.method, leave_out=flags.given - named)
-    flags.fill(out=f"runs/{name}", command=command())
+    refuse_useless(flags.given & NOT_READ[method], f"with --method {method}")
+    refuse_useless(flags.given & {"pool"} if flags.head == "ifa" else (), "with --head ifa")
+    set_defaults(flags, **RECIPE[method])
+    in_name = {"head", "from_scratch", "seed"}  # of the flags that were given
+    name = run_name(flags, name_of(flags.encoder), flags.method, leave_out=flags.given - in_name)
+    set_defaults(flags, out=f"runs/{name}", command=command())
     return flags
 
 
@@ -229,56 +248,101 @@ def pooled_views(task, images, t, generator):
         return task.net.pooled(patches, ids)
 
 
-class Part(dict):
-    """A dict as a part of state.pt. Loading copies into its tensors, which are a network's."""
+class TrainedWeights:
+    """The tensors of a network that are trained, as a part of state.pt: loading copies into them."""
 
-    state_dict = dict.copy
+    def __init__(self, net):
+        self.tensors = {}  # with the neck's statistics, which are no parameters
+        for name, w in net.state_dict(keep_vars=True).items():
+            if w.requires_grad or not name.startswith("encoder."):
+                self.tensors[name] = w.detach()
+
+    def state_dict(self):
+        return dict(self.tensors)
 
     def load_state_dict(self, saved):
-        for name, w in self.items():
-            self[name] = w.copy_(saved[name]) if isinstance(w, torch.Tensor) else saved[name]
+        for name, w in self.tensors.items():
+            w.copy_(saved[name])
+
+
+@dataclass
+class Best:
+    """The highest macro-F1 on dev so far, and the epoch that is kept, as a part of state.pt."""
+
+    macro_f1: float = -1.0
+    epoch: int = 0
+    weights: dict = field(default_factory=dict)
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, saved):
+        vars(self).update(saved)
+
+
+@dataclass
+class Task:
+    """What a run works with; see `open_task`."""
+
+    method: str  # linear, lora or full
+    head: str
+    keys: dict  # of --method and --head, such as r and margin
+    net: classifier.Classifier
+    trained: TrainedWeights
+    classes: list  # names of the characters that are learned
+    train: SimpleNamespace  # sets of common.features.open_rows
+    dev: SimpleNamespace
+    report: SimpleNamespace
+    keep: tuple  # share of the patches that is shown, in the first and in the last step
+    colourless: float  # share of the views in gray
+    out: Path
+    device: torch.device
+    autocast: partial
+    features: dict = field(default_factory=dict)  # of a frozen encoder, {name of a set: (n, D)}
+
+    def sizes(self):
+        """Training pictures of each class, (C,)."""
+        return torch.bincount(self.train.labels[self.train.rows])
+
+    def parameters_trained(self):
+        """-> how many, and their share of all."""
+        count = sum(p.numel() for p in self.net.parameters() if p.requires_grad)
+        return count, count / sum(p.numel() for p in self.net.parameters())
 
 
 def open_task(flags, device, autocast):
-    """-> a namespace: the data, its classes, the network, and which of its weights are trained."""
-    task = SimpleNamespace(device=device, autocast=autocast, out=Path(flags.out), features={})
-    task.method, keys = parse_keys(flags.method, METHODS, "--method")
-    task.head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
-    if task.method == "lora" and (flags.from_scratch or keys["alpha"] < 0):
+    """The data, the network, and which of its weights are trained."""
+    method, keys = parse_keys(flags.method, METHODS, "--method")
+    head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
+    if method == "lora" and (flags.from_scratch or keys["alpha"] < 0):
         raise UserError("--method lora needs a trained encoder and alpha=0 or more; choose full")
-    if task.method != "linear":  # linear reads whole pictures, in colour
-        task.keep, task.colourless = flags.keep, flags.colourless
 
     encoder = load_encoder(flags.encoder, flags.image_size)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
-    flags.values["data"] = str(data.open_or_pack(folder, encoder.image_size))
-    sets, task.classes = open_rows(flags.data, flags.split, flags.hold_out)
-    task.train, task.dev, task.report = sets
-    task.sizes = torch.bincount(task.train.labels[task.train.rows])  # pictures of each class
-    flags.values["batch_size"] = min(flags.batch_size, len(task.train.rows))
+    flags.data = str(data.open_or_pack(folder, encoder.image_size))
+    sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
+    flags.batch_size = min(flags.batch_size, len(sets[0].rows))
 
     if flags.from_scratch:
         encoder = untrained_like(encoder, flags.seed)
         keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
     digest = fingerprint(encoder)
-    if flags.values.setdefault("fingerprint", digest) != digest:
-        raise UserError(f"{flags.encoder} has changed since {task.out} began; put the old one back")
+    flags.fingerprint = getattr(flags, "fingerprint", digest)  # a resumed run has one
+    if flags.fingerprint != digest:
+        raise UserError(
+            f"{flags.encoder} has changed since {flags.out} began; put the old one back"
+        )
     torch.manual_seed(flags.seed)
-    encoder.requires_grad_(task.method == "full")
-    if task.method == "lora":
+    encoder.requires_grad_(method == "full")
+    if method == "lora":
         add_lora(encoder, keys["r"], keys["alpha"])
-    pool = "mean" if task.head == "ifa" else flags.pool
-    task.net = classifier.Classifier(encoder, len(task.classes), task.head, pool, **head_keys)
-    task.net.to(device)
-
-    task.trained = Part()  # with the neck's statistics
-    for name, w in task.net.state_dict(keep_vars=True).items():
-        if w.requires_grad or not name.startswith("encoder."):
-            task.trained[name] = w.detach()
-    task.keys = keys | head_keys
-    task.count = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-    task.share = task.count / sum(p.numel() for p in task.net.parameters())
-    return task
+    pool = "mean" if head == "ifa" else flags.pool
+    net = classifier.Classifier(encoder, len(classes), head, pool, **head_keys).to(device)
+    views = (flags.keep, flags.colourless)
+    where = (Path(flags.out), device, autocast)
+    return Task(
+        method, head, keys | head_keys, net, TrainedWeights(net), classes, *sets, *views, *where
+    )
 
 
 def epoch_rows(rows, labels, balanced, seed, epoch):
@@ -341,16 +405,19 @@ def finetune(flags, task):
     lr = 0.0 if task.method == "linear" else flags.lr
     settings = lr, flags.head_lr, WEIGHT_DECAY[task.method], task.keys.get("layer_decay", 1.0)
     optimizer = classifier.make_optimizer(net, *settings)
-    prior = task.sizes / len(train_rows)  # of each character: Menon et al. 2020, arXiv:2007.07314
+    sizes = task.sizes()
+    prior = sizes / len(train_rows)  # of each character: Menon et al. 2020, arXiv:2007.07314
     adjust = (flags.logit_adjust * prior.log()).to(device)
-    best = Part(epoch=0, macro_f1=-1.0, weights={})  # the highest F1, and the epoch that is kept
+    best = Best()
     parts = {"model": task.trained, "optimizer": optimizer, "best": best}
     run = train.Run(flags, parts, total, per_epoch, device)
+    run.resume_or_begin()
+    count, share = task.parameters_trained()
     print(
-        f"data     {flags.data}: {C} characters of {task.sizes.min()} to {task.sizes.max()} pictures, "
+        f"data     {flags.data}: {C} characters of {sizes.min()} to {sizes.max()} pictures, "
         f"{len(task.dev.rows)} pictures for choices\n"
-        f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {task.count:,} "
-        f"parameters trained ({task.share:.2%}), step {run.step} of {total}"
+        f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {count:,} "
+        f"parameters trained ({share:.2%}), step {run.step} of {total}"
     )
     images = data.resident(task.train.split["images"], device)
     if task.method == "linear":
@@ -359,7 +426,7 @@ def finetune(flags, task):
     right = []
     for epoch in range(run.step // per_epoch, flags.epochs):
         net.train()
-        unfreeze(net, task.trained, epoch, unfreeze_every)
+        unfreeze(net, task.trained.tensors, epoch, unfreeze_every)
         order = epoch_rows(train_rows, labels, balanced, seed, epoch)
         for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
             # view: all random numbers are drawn here, on the CPU
@@ -394,15 +461,17 @@ def finetune(flags, task):
                 top1 = 100 * readout.topk(scores, truth, 1)
                 f1 = 100 * metrics.macro_f1(scores.argmax(1), truth)
                 run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1)
-                highest = max(f1, best["macro_f1"])
-                best["macro_f1"] = highest
-                error = math.sqrt(highest * (100 - highest) / len(truth))  # standard error
-                if f1 >= highest - error:
-                    weights = {name: w.cpu().clone() for name, w in task.trained.items()}
-                    best.update(epoch=epoch + 1, weights=weights)
+                best.macro_f1 = max(f1, best.macro_f1)
+                error = math.sqrt(best.macro_f1 * (100 - best.macro_f1) / len(truth))
+                if (
+                    f1 >= best.macro_f1 - error
+                ):  # within a standard error: the later one learned more
+                    best.epoch = epoch + 1
+                    weights = task.trained.state_dict()
+                    best.weights = {name: w.cpu().clone() for name, w in weights.items()}
             run.save_if_due()
-    task.trained.load_state_dict(best["weights"])
-    return run, best["epoch"]
+    task.trained.load_state_dict(best.weights)
+    return run, best.epoch
 
 
 # ---- how good it is, and the files ---------------------------------------------------------------
@@ -412,7 +481,7 @@ def results(flags, task, run, best_epoch):
     """-> the row of metrics.json, in percent, measured on the pictures of --split."""
     logits, truth = predict(task, task.report)
     right = logits.argmax(1) == truth
-    found = metrics.classification(logits, truth, task.sizes)
+    found = metrics.classification(logits, truth, task.sizes())
     groups = data.groups_of(task.report.split)[task.report.rows].numpy()
     interval = stats.bootstrap(100.0 * right[None].double().numpy(), groups)
     row = {"run": task.out.name, "method": task.method, "head": task.head, "seed": flags.seed}
@@ -425,7 +494,8 @@ def results(flags, task, run, best_epoch):
     row["thumbnails_top1"] = controls.thumbnail_top1(*sets)
     row["histograms_top1"] = controls.histogram_top1(*sets)
     row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
-    row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}
+    count, share = task.parameters_trained()
+    row |= {"parameters_trained": count, "share_trained_percent": round(100 * share, 3)}
     row |= train.cost_of_steps(task.out / "log.jsonl", run.batch_size)
     row |= {"seconds": run.seconds(), "config": run.config | task.keys, "command": flags.command}
     return row | {"commit": train.commit(), "machine": train.machine(task.device)}
@@ -438,7 +508,7 @@ def write_network(flags, task, run):
         save_adapter(lora_layers(encoder), encoder, task.out, flags.encoder)
     elif task.method == "full" or flags.from_scratch:
         save_encoder(encoder, task.out / "model.safetensors", {"step": run.step, "run": run.config})
-    head = {k: w for k, w in task.trained.items() if not k.startswith("encoder.")}
+    head = {k: w for k, w in task.trained.tensors.items() if not k.startswith("encoder.")}
     header = {"config": task.net.config, "classes": task.classes, "method": task.method}
     header |= {"base": str(flags.encoder), "fingerprint": fingerprint(encoder)}
     header |= {"image_size": encoder.image_size, "packed_size": split["images"].shape[1]}

@@ -34,7 +34,17 @@ import kernels
 import mask as masking
 from common import guidance, train
 from common.checkpoints import flags_of, init_from, load_teacher, public_weights, save_model
-from common.command import Flags, Parser, at_least, between, cli, launched, parse_keys
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    cli,
+    launched,
+    parse_keys,
+    refuse_useless,
+    run_name,
+    set_defaults,
+)
 from common.contrast import SETTINGS, Contrast
 from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
 from common.io import UserError
@@ -55,6 +65,7 @@ UNCLIPPED = ("encoder.pooler", "decoder.stats_head")  # they would shrink the ot
 WARMUP = 0.1  # share of the run in which the learning rate rises
 RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those of processes
 SECOND_STREAM = 1  # seeds the second views, so that they change no other random number
+OF_SCORES = ("teacher", "attention", "maps")  # flags that only some masks read
 WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first packs or evaluates
 # Lengths of a run and of a step, in views. On a CPU, many small steps learn more (results/TRIED.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
@@ -88,10 +99,19 @@ def parse_flags():
     add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 2 to 20 in a run")
     train.add_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
-    flags = Flags(parser)
-    train.take_up(flags)
-    flags.fill(out=f"runs/{flags.name(Path(flags.data).name)}")
+    flags = parser.parse_args()
+    refuse_useless(flags.given & {*OF_SCORES} - flags_of_mask(flags), f"with --mask {flags.mask}")
+    train.take_saved_flags(flags)
+    set_defaults(flags, out=f"runs/{run_name(flags, Path(flags.data).name)}")
     return flags
+
+
+def flags_of_mask(flags):
+    """Those of OF_SCORES that the strategy of --mask reads: it follows one score, or none."""
+    score = masking.NEEDS.get((flags.mask or "random").partition(":")[0])
+    if score == "attn":
+        return {"teacher", "maps" if flags.teacher == "maps" else "attention"}
+    return {"maps"} if score in guidance.IN_FILES else set()
 
 
 # ---- several processes, each with a GPU and with other views --------------------------------------
@@ -132,14 +152,14 @@ def stop_together(run):
 def parse_model(flags, device):
     """--model and --contrast: the network, its arguments, and the settings of the contrastive loss."""
     defaults = DEFAULTS[device.type]
-    flags.fill(model=defaults["model"], blr=defaults["blr"])
+    set_defaults(flags, model=defaults["model"], blr=defaults["blr"])
     more = {"decoder_depth": defaults["decoder_depth"], "simmim": 0}
     sizes = {name: more | size for name, size in SIZES.items()}
     _, size = parse_keys(flags.model, sizes, "--model")
     simmim = size.pop("simmim") != 0
     if low := [name for name, value in size.items() if value < 1]:
         raise UserError(f"--model {flags.model}: {low[0]} must be at least 1")
-    flags.fill(**RECIPES["simmim" if simmim else "mae"])
+    set_defaults(flags, **RECIPES["simmim" if simmim else "mae"])
     contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
     if simmim and "decoder_" in flags.model:
         raise UserError(f"--model {flags.model}: SimMIM has a decoder of one layer; drop decoder_*")
@@ -154,19 +174,21 @@ def open_data(flags, image_size, rank):
         data.open_or_pack(flags.data, image_size)
     if distributed.is_initialized():
         distributed.barrier()
-    flags.values["data"] = str(data.open_or_pack(flags.data, image_size))
+    flags.data = str(data.open_or_pack(flags.data, image_size))
     return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
 
 
 def set_length(flags, images, device, world):
     """Images of a step for each process, and steps of an epoch. The default is a number of views."""
     defaults = DEFAULTS[device.type]
-    flags.fill(epochs=max(1, round(defaults["views"] / images)), batch_size=defaults["batch"])
-    flags.fill(eval_every=min(max(10, flags.epochs // 20), (flags.epochs + 1) // 2))
+    epochs = max(1, round(defaults["views"] / images))
+    set_defaults(flags, epochs=epochs, batch_size=defaults["batch"])
+    every = min(max(10, flags.epochs // 20), (flags.epochs + 1) // 2)
+    set_defaults(flags, eval_every=every)
     b = min(flags.batch_size, images) // world
     if b < (1 if flags.contrast == "none" else 2):  # the contrastive loss compares images
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; raise it")
-    flags.values["batch_size"] = b * world
+    flags.batch_size = b * world
     return b, images // (b * world)
 
 
@@ -213,7 +235,7 @@ def make_mask(flags, encoder, train_set, autocast):
     """--mask: the strategy, the guide whose scores it reads, and the share that is thrown."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, need in masking.NEEDS.items():
-        if need == "attn" and flags.values["teacher"] != "self":  # a trained one guides at once
+        if need == "attn" and flags.teacher != "self":  # a trained one guides at once
             keys[name] |= dict.fromkeys(keys[name].keys() & {"start", "ramp_for"}, 0.0)
     name, params = parse_keys(flags.mask, keys, "--mask")
     throw = params.pop("throw")
@@ -236,7 +258,7 @@ def make_mask(flags, encoder, train_set, autocast):
 def make_teacher(encoder, flags, start):
     """The average of the run's own encoder, or the encoder of --teacher."""
     name = flags.teacher
-    trained = guidance.default_source(flags.values if name == "self" else flags_of(name), name)
+    trained = guidance.default_source(vars(flags) if name == "self" else flags_of(name), name)
     source = flags.attention or trained
     if trained == "outlier" and source != "outlier":
         print(f"warning  nothing trains the attention ({source}) of this teacher; --contrast does")
@@ -308,7 +330,7 @@ def finish(run, model, guide, held_set, norm):
 def main():
     flags = parse_flags()
     rank, world, device = start_processes(train.pick_device(flags.device))
-    flags.values["dtype"], reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
+    flags.dtype, reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
     dtype = train.DTYPES[flags.dtype]
     autocast = train.autocast_of(device, flags.dtype)
     kind, size, settings = parse_model(flags, device)
@@ -343,7 +365,8 @@ def main():
         f"epochs, an evaluation every {flags.eval_every}"
     )
     parts |= {"optimizer": optimizer, "guide": guide}
-    run = train.Run(flags, parts, total, per_epoch, device)  # refuses flags not read so far
+    run = train.Run(flags, parts, total, per_epoch, device)
+    run.resume_or_begin()
     if run.writes and run.step == 0:
         log_evaluation(run, model, guide, (train_set, held_set), norm)
 

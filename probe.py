@@ -17,6 +17,7 @@ features are fp16, classifiers run on the CPU, and all random numbers have fixed
 import json
 import re
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,14 @@ import torch.nn.functional as F
 import data
 from common import features, metrics, readout, stats
 from common.checkpoints import flags_of, load_encoder
-from common.command import Flags, Parser, cli, command, drawing, refuse_overwrite
+from common.command import (
+    Parser,
+    cli,
+    command,
+    drawing,
+    refuse_overwrite,
+    refuse_useless,
+)
 from common.io import UserError, save_json
 from common.train import commit, machine, read_log, seeded
 from model import shape_of
@@ -59,42 +67,55 @@ def parse_args():
     add("--out", metavar="DIR", help="of a comparison (default: compare/ next to the run)")
     add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
-    return Flags(parser)
+    return parser.parse_args()
 
 
 # ---- what is measured on -------------------------------------------------------------------------
 
 
-def open_task(flags):
-    """features.open_task, with what is fitted, chosen on and reported: the same for all features.
+@dataclass
+class Task(features.Task):
+    """What is measured of every set of features: the same rows, classes and episodes."""
 
-    task.home: {run: folder of its results}; task.out: folder of a comparison, None for one run.
-    """
+    pool: str  # of the patch tokens
+    headline: bool  # headline and kNN alone
+    home: dict  # {run: folder of its results}
+    out: Path | None  # of a comparison; None for one run
+    sets: tuple = ()  # three times (split, rows): to fit on, to choose on and to report
+    counts: torch.Tensor | None = None  # fitted pictures of each class, (C,)
+    episodes: dict = field(default_factory=dict)  # of few-shot classification, by their name
+    controls: dict = field(default_factory=dict)  # {shape of an encoder: rows of its controls}
+
+    def __post_init__(self):
+        self.labels = {name: split["labels"] for name, split in self.splits.items()}
+        self.groups = data.groups_of(self.split)
+        self.names = self.train["header"]["classes"]
+        self.result = "probe-headline.json" if self.headline else "probe.json"
+
+
+def open_task(flags):
+    """Everything that is the same for all features of this call."""
     task = features.open_task(flags, flags.runs[0])
-    held = task.held = flags.split
-    task.home = {run: features.results_folder(run, task.folder, held) for run in flags.runs}
-    task.out = comparison_folder(flags, task) if len(flags.runs) > 1 else None
-    task.labels = {name: split["labels"] for name, split in task.splits.items()}
-    task.groups = data.groups_of(task.split)
-    task.names = task.train["header"]["classes"]
-    task.controls = {}  # {shape of an encoder: rows of its controls}
-    task.headline = task.labelled and flags.headline
-    task.result = "probe-headline.json" if task.headline else "probe.json"
+    useless = set() if task.labelled else {"pool", "headline"}
+    refuse_useless(flags.given & useless, "where pictures lack labels")
+    refuse_useless(flags.given & {"out"} if len(flags.runs) == 1 else (), "for one run")
+    home = {run: features.results_folder(run, task.folder, task.held) for run in flags.runs}
+    out = comparison_folder(flags, home) if len(flags.runs) > 1 else None
+    headline = task.labelled and flags.headline
+    task = Task(**vars(task), pool=flags.pool, headline=headline, home=home, out=out)
     if task.labelled:
-        task.pool = flags.pool
         open_labels(task)
-    for home in task.home.values():
-        refuse_overwrite([home / task.result], "choose another --headline, --data or --split")
-    if task.out:
-        refuse_overwrite([task.out / "compare.json"])
-    flags.refuse_unread()
+    for folder in home.values():
+        refuse_overwrite([folder / task.result], "choose another --headline, --data or --split")
+    if out:
+        refuse_overwrite([out / "compare.json"])
     return task
 
 
-def comparison_folder(flags, task):
+def comparison_folder(flags, home):
     """compare/ next to the first run; compare-DATA-SPLIT/ for other data or another split."""
     first = features.home_of(flags.runs[0])
-    own = task.home[flags.runs[0]]
+    own = home[flags.runs[0]]
     name = "compare" if own == first else f"compare-{own.name}"
     return Path(flags.out or first.parent / name)
 
@@ -102,7 +123,7 @@ def comparison_folder(flags, task):
 def open_labels(task):
     """Rows to fit on, to choose on and to report, class sizes, few-shot episodes."""
     fit, choose, choose_in = features.hold_out(task.splits)
-    task.uses = (("train", fit), (choose_in, choose), (task.held, slice(None)))
+    task.sets = (("train", fit), (choose_in, choose), (task.held, slice(None)))
     bank = task.labels["train"]
     queries = task.labels[task.held]
     task.counts = torch.bincount(bank[fit], minlength=len(task.names))
@@ -110,7 +131,6 @@ def open_labels(task):
         fix = "pack it again: python data.py IMAGES --min-per-class 10"
         problem = f"{task.held} has classes that train has not ({', '.join(lost[:4])})"
         raise UserError(f"{task.folder}: {problem}; {fix}")
-    task.episodes = {}
     for ways, shots in FEW_SHOT:
         drawn = metrics.draw_episodes(bank, queries, ways, shots, seeded(0, ways, shots))
         if drawn is not None:
@@ -125,8 +145,8 @@ def measure(found, task):
     bank = found["train"]
     queries = found[task.held]
     labels = task.labels[task.held]
-    x, choose, report = [found[name][rows] for name, rows in task.uses]
-    y, truth, _ = [task.labels[name][rows] for name, rows in task.uses]
+    x, choose, report = [found[name][rows] for name, rows in task.sets]
+    y, truth, _ = [task.labels[name][rows] for name, rows in task.sets]
     classify, C = metrics.logistic_probe(x, y, choose, truth, len(task.names))
     scores = {
         "logistic": classify(report),

@@ -32,7 +32,16 @@ from torch import nn
 import data
 from common import controls, fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
-from common.command import Flags, Parser, at_least, between, cli, command, need
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    cli,
+    command,
+    need,
+    refuse_useless,
+    set_defaults,
+)
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
@@ -485,14 +494,15 @@ def learn(task, net, optimizer, run, lr):
 def fit(flags, device, autocast):
     """Train a detector, or go on with it, then evaluate it and write its files."""
     task = open_task(flags, device, autocast)
-    flags.fill(lr=RATES[flags.method])
-    flags.values["batch_size"] = min(flags.batch_size, len(task.rows))
+    set_defaults(flags, lr=RATES[flags.method])
+    flags.batch_size = min(flags.batch_size, len(task.rows))
     epochs, lr = flags.epochs, flags.lr
     net = build(task, flags.method)
     optimizer = train.make_optimizer(net, lr, WEIGHT_DECAY, BETAS)
     per_epoch = len(task.rows) // flags.batch_size
     parts = {"model": net, "optimizer": optimizer}
     run = train.Run(flags, parts, epochs * per_epoch, per_epoch, device)
+    run.resume_or_begin()
     print(f"data     {flags.data}: {len(task.rows)} pages of {task.page} px, crops of {task.view}")
     print(f"run      {run.out}: {flags.method}, {epochs} epochs, rate {lr:g}")
     learn(task, net, optimizer, run, lr)
@@ -513,7 +523,7 @@ def write_results(flags, task, net, run):
     gray = coco(*judge(task, net, gray_pages, rows), side)
     row |= {f"gray_{name}": gray[name] for name in ("ap", "ap50", "ap75")}
     row |= {"pages": len(truth), "faces": sum(map(len, truth))}
-    recipe = {name: flags.values[name] for name in RECIPE}
+    recipe = {name: getattr(flags, name) for name in RECIPE}
     header = {"detector": net.config, "base": flags.encoder, "run": recipe}
     header |= {"page": task.page, "threshold": row["threshold"]}
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
@@ -538,12 +548,11 @@ def use(flags, device, autocast):
 
     net, header = load(flags.encoder)
     net.to(device)
-    flags.fill(threshold=header["threshold"])
+    set_defaults(flags, threshold=header["threshold"])
     threshold, largest, out = flags.threshold, flags.largest, flags.out
     crop = flags.crop or largest
     if crop and not out:
         raise UserError("--crop and --largest write pictures; --out DIR says where")
-    flags.refuse_unread()
     problems = []
     for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
@@ -586,20 +595,25 @@ def parse_flags():
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")
     train.add_flags(add)
-    return Flags(parser)
+    flags = parser.parse_intermixed_args()  # flags may stand between pictures
+    training = {"data", "method", "view", "epochs", "batch_size", "lr", "split", "seed", "log"}
+    useless = training if flags.pictures else {"crop", "largest", "threshold"}
+    refuse_useless(flags.given & useless, "on pictures" if flags.pictures else "on training")
+    return flags
 
 
 def main():
     flags = parse_flags()
-    train.take_up(flags, "split")
+    train.take_saved_flags(flags, "split")
     device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
     need("detect", "pycocotools")  # found out now, not after the training
-    flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
+    name = f"{name_of(flags.encoder)}-det" + (f"-s{flags.seed}" if flags.seed else "")
+    set_defaults(flags, out=f"runs/{name}")
     print(machine)
     load_start(flags.encoder)  # before a data set is made
-    flags.values["data"] = str(data.open_or_pack(flags.data, pages=True))
+    flags.data = str(data.open_or_pack(flags.data, pages=True))
     fit(flags, device, autocast)
 
 

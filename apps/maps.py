@@ -27,7 +27,7 @@ import data
 import mask as masking
 from common import guidance, plots
 from common.checkpoints import flags_of, load_teacher
-from common.command import Parser, between, cli, progress, refuse_idle
+from common.command import Parser, between, cli, progress, refuse_useless
 from common.io import UserError
 from common.locks import claim
 from common.train import commit, pick_device, seeded
@@ -54,7 +54,7 @@ def parse_args():
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()
     takes = TAKES[args.map] | {"data", "map", "out", "device"}
-    refuse_idle(args.given - takes, f"with --map {args.map}")
+    refuse_useless(args.given - takes, f"with --map {args.map}")
     if "run" in takes and not args.run:
         raise UserError(f"--map {args.map} needs an encoder of pretrain.py; add --run RUN")
     if args.map == "attn" and args.attention is None:

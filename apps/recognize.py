@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import data
 from common import fields
 from common.classifier import pooled_of, predict, read_head
-from common.command import Parser, between, cli, refuse_idle
+from common.command import Parser, between, cli, refuse_useless
 from common.features import open_rows
 from common.io import (
     UserError,
@@ -97,7 +97,7 @@ def parse_args():
         raise UserError(f"give pictures, or a folder of them, to {args.task}")
     if args.images and not takes_pictures:
         raise UserError(f"--{args.task} takes no pictures, such as {args.images[0]}")
-    refuse_idle(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
+    refuse_useless(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
     return args
 
 

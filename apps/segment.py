@@ -36,7 +36,16 @@ import data
 import mask as masking
 from common import fields, train
 from common.checkpoints import about_model, blank_encoder, load_encoder, load_exactly
-from common.command import Flags, Parser, at_least, cli, command, need, parse_keys
+from common.command import (
+    Parser,
+    at_least,
+    cli,
+    command,
+    need,
+    parse_keys,
+    refuse_useless,
+    set_defaults,
+)
 from common.features import hold_out, name_of, open_splits, split_suffix
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
@@ -575,6 +584,7 @@ def run_stages(flags, device, autocast):
         parts |= {"patches": one.net, "patches_optimizer": one.optimizer}
     per_epoch = max(1, len(one.rows) // flags.batch_size)
     run = train.Run(flags, parts, one.steps + three.steps, per_epoch, device)
+    run.resume_or_begin()
     frames = f"{len(one.rows)} frames of one kind, {len(task.train.mixed)} mixed"
     print(f"data     {flags.data}: {frames}, {task.S} px\nrun      {run.out}")
     row = {"run": run.out.name, "seed": task.seed, "data": flags.data, "evaluated_on": task.held}
@@ -625,7 +635,6 @@ def use(flags, device, autocast):
     net, header = load(flags.encoder)
     net.to(device)
     out, mixed = flags.out, flags.mixed
-    flags.refuse_unread()
     problems = []
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["picture", "drawn"])
@@ -661,19 +670,26 @@ def parse_flags():
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-seg); for pictures a folder")
     train.add_flags(add)
-    return Flags(parser)
+    flags = parser.parse_intermixed_args()  # flags may stand between pictures
+    training = {"data", "patches", "epochs", "lr", "learn_from", "network", "pixel_steps"}
+    training |= {"batch_size", "split", "seed", "log"}
+    useless = training if flags.pictures else {"mixed"}
+    refuse_useless(flags.given & useless, "on pictures" if flags.pictures else "on training")
+    refuse_useless(flags.given & {"epochs", "lr"} if flags.patches else (), "beside --patches")
+    return flags
 
 
 def main():
     flags = parse_flags()
-    train.take_up(flags, "split")
+    train.take_saved_flags(flags, "split")
     device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
-    flags.fill(out=f"runs/{name_of(flags.encoder)}-seg" + f"-s{flags.seed}" * (flags.seed > 0))
+    name = f"{name_of(flags.encoder)}-seg" + (f"-s{flags.seed}" if flags.seed else "")
+    set_defaults(flags, out=f"runs/{name}")
     print(machine)
     load_encoder(flags.encoder)  # before a data set is made
-    flags.values["data"] = str(data.open_or_pack(flags.data))
+    flags.data = str(data.open_or_pack(flags.data))
     run_stages(flags, device, autocast)
 
 

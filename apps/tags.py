@@ -40,7 +40,17 @@ from torch import nn
 import data
 import mask as masking
 from common import checkpoints, classifier, fields, train
-from common.command import Flags, Parser, at_least, between, cli, command, parse_keys
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    cli,
+    command,
+    parse_keys,
+    refuse_useless,
+    run_name,
+    set_defaults,
+)
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import (
@@ -493,13 +503,14 @@ def losses(net, batch, labels):
 def open_run(flags, task):
     """-> the Run of this training, and the optimizer."""
     count = len(task.train.rows)
-    batch_size = flags.values["batch_size"] = min(flags.batch_size, count)
+    batch_size = flags.batch_size = min(flags.batch_size, count)
     per_epoch = count // batch_size
     total = per_epoch * flags.epochs
     head_lr = flags.lr if task.arm == "bce" else HEAD_LR
     optimizer = classifier.make_optimizer(task.net, flags.lr, head_lr, WEIGHT_DECAY, LAYER_DECAY)
     parts = {"model": task.net, "optimizer": optimizer}
     run = train.Run(flags, parts, total, per_epoch, task.device)
+    run.resume_or_begin()
     print(f"data     {count:,} images, {len(task.classes)} characters, {len(task.words)} tags")
     print(f"run      {run.out}: {total} steps, {per_epoch} an epoch, from step {run.step}")
     return run, optimizer
@@ -719,13 +730,14 @@ def use(flags, device, autocast):
     net, header = load_tagger(flags.encoder)
     if net.arm == "tags":
         raise UserError(f"{flags.encoder} sees no picture; give a run with another --arm")
-    threshold = flags.threshold if net.arm in NAMES_TAGS else None
+    if net.arm not in NAMES_TAGS:
+        refuse_useless(flags.given & {"threshold"}, f"on a run of --arm {net.arm}")
+    threshold = flags.threshold
     net.to(device)
     answer = partial(answer_rows, net, header, threshold=threshold, autocast=autocast)
     if flags.captions:
         return write_captions(flags, answer, header)
     as_json = flags.json
-    flags.refuse_unread()
     problems = []
     for row in each_answer(answer, flags.pictures, header, problems):
         print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
@@ -780,7 +792,6 @@ def write_captions(flags, answer, header):
     first = words_of(flags.prepend)
     escape = flags.escape
     files = caption_files(flags.pictures, flags.append)
-    flags.refuse_unread()
     problems, done = [], []
     for row in each_answer(answer, files, header, problems, most=len(header["words"])):
         words = [word for word in caption_words(row) if plain(word) not in without]
@@ -871,21 +882,48 @@ def read_flags():
     add("--prepend", default="", metavar="WORDS", help="put these first in each caption")
     add("--escape", action="store_true", help="brackets in captions as \\( and \\)")
     train.add_flags(parser.add_argument_group("run and machine").add_argument)
-    flags = Flags(parser)
-    train.take_up(flags, "split")
+    flags = parser.parse_intermixed_args()  # flags may stand between pictures
+    refuse_flags(flags)
+    train.take_saved_flags(flags, "split")
     return flags
+
+
+def refuse_flags(flags):
+    """Flags of training have no effect on pictures, and the other way round."""
+    training = {
+        "data",
+        "out",
+        "arm",
+        "epochs",
+        "batch_size",
+        "lr",
+        "min_crop",
+        "split",
+        "seed",
+        "log",
+    }
+    of_captions = {"append", "without", "prepend", "escape"}
+    if not flags.pictures:
+        useless = {"threshold", "json", "captions", *of_captions}
+        refuse_useless(flags.given & useless, "on training")
+    elif flags.captions:
+        refuse_useless(flags.given & {*training, "json"}, "on captions")
+    else:
+        refuse_useless(flags.given & (training | of_captions), "on pictures, without --captions")
+    if flags.arm == "tags":
+        refuse_useless(flags.given & {"min_crop"}, "with --arm tags, which sees no picture")
 
 
 def fill_defaults(flags):
     """Values of flags that were not given, and depend on others. A resumed run has them."""
-    flags.fill(lr=3e-2 if flags.arm == "bce" else 5e-4)
+    set_defaults(flags, lr=3e-2 if flags.arm == "bce" else 5e-4)
     encoder = checkpoints.load_encoder(flags.encoder)  # its faults show before a set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
-    flags.values["data"] = str(data.open_or_pack(folder, encoder.image_size))
+    flags.data = str(data.open_or_pack(folder, encoder.image_size))
     leave_out = flags.given - {"arm", "seed"}
-    name = flags.name(f"{name_of(flags.encoder)}-tags", leave_out=leave_out)
-    flags.values["out"] = flags.out or f"runs/{name}"
-    flags.values["command"] = command()
+    name = run_name(flags, f"{name_of(flags.encoder)}-tags", leave_out=leave_out)
+    flags.out = flags.out or f"runs/{name}"
+    flags.command = command()
 
 
 def main():

@@ -56,7 +56,7 @@ from apps.recognize import (
 )
 from apps.sort import alike, centred
 from common import metrics, stats
-from common.command import between, cli, command, refuse_idle
+from common.command import between, cli, command, refuse_useless
 from common.features import results_folder
 from common.io import UserError, read_json, save_json
 from common.locks import claim, lock_beside, locked
@@ -82,7 +82,7 @@ def parse_args():
     add("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.folds:
-        refuse_idle(args.given - {"folds", "device", "dtype"}, "beside --folds")
+        refuse_useless(args.given - {"folds", "device", "dtype"}, "beside --folds")
     return args
 
 

@@ -19,7 +19,6 @@ NO_MEMORY = (
 )
 QUIET = 10  # seconds between two states of a bar where output is piped
 AT_END = contextlib.ExitStack()  # what a command lets go of when it ends, as its locks
-BATCH = [0]  # and the images of a step, from where a training loop begins
 
 
 def cli(main):
@@ -63,8 +62,7 @@ def in_one_line(problem):
     if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
         return f"{problem}: a link leads back to itself"
     if re.search(NO_MEMORY, f"{type(problem).__name__} {problem}"):
-        batch = f"--batch-size {BATCH[-1] // 2}" if BATCH[-1] > 3 else "a smaller --batch-size"
-        return f"memory is full; give {batch}, or a smaller --image-size or --model"
+        return "memory is full; give a smaller --batch-size, --image-size or --model"
 
 
 @contextlib.contextmanager
@@ -115,7 +113,10 @@ def at_least(low, kind=int):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError; the namespace has `given`, the set of flags given."""
+    """argparse whose mistakes are a UserError.
+
+    The namespace has one more attribute, `given`: the names of the flags on the command line.
+    """
 
     def __init__(self, *args, **options):
         ours = {"formatter_class": argparse.RawTextHelpFormatter, "allow_abbrev": False}
@@ -136,55 +137,24 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
-def refuse_idle(flags, where="here"):
-    """Nothing given is ignored. flags: names of those that were given, and that nothing would read."""
-    for name in sorted(flags):
+def refuse_useless(names, where="here"):
+    """Nothing that was given is ignored. names: the given flags that nothing would read."""
+    for name in sorted(names):
         raise UserError(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
 
 
-class Flags:
-    """The flags of a command, and which of them were given, and which were read.
+def set_defaults(flags, **defaults):
+    """Defaults that depend on the machine, the model or the method: flags not given take them."""
+    for name, value in defaults.items():
+        if name not in flags.given:
+            setattr(flags, name, value)
 
-    A stage reads every flag that it has a use for before its work begins. What was given, and
-    nobody read, has no effect: `refuse_unread` says so.
-    """
 
-    def __init__(self, parser, words=None):
-        found = vars(parser.parse_intermixed_args(words))  # flags may stand between pictures
-        self.given = found.pop("given")  # names of the flags on the command line
-        self.values = found
-        self.read = set()
-
-    def __getattr__(self, name):  # only asked for names that the object itself lacks
-        values = self.__dict__.get("values", {})
-        if name not in values:
-            raise AttributeError(name)
-        self.read.add(name)
-        return values[name]
-
-    def fill(self, **defaults):
-        """Defaults that depend on the machine, the model or the method: flags not given take them."""
-        for name, value in defaults.items():
-            if name not in self.given:
-                self.values[name] = value
-
-    def take_saved(self, saved, free=("device", "log")):
-        """The flags of a run that is resumed. Given ones are refused, but for those that are `free`."""
-        given = self.given - {"resume", *free}
-        refuse_idle(given, "beside --resume, which takes the flags of the run")
-        kept = {name: self.values[name] for name in self.given}
-        self.values = {**self.values, **saved, **kept}
-        self.given |= saved.keys() - kept.keys()  # as if they stood on the command line again
-        self.read |= saved.keys()
-
-    def refuse_unread(self):
-        """Call it when everything is set up: a flag that changes nothing here is a mistake."""
-        refuse_idle(self.given - self.read)
-
-    def name(self, *first, leave_out=("out", "data", "device", "log", "resume")):
-        """ "toon-nano-mask-attn_high-seed-1": what a run is called, by the flags that were given."""
-        words = [f"{k}-{v}" for k, v in self.values.items() if k in self.given - {*leave_out}]
-        return re.sub(r"[^\w.-]+", "-", "-".join([*first, *words]))
+def run_name(flags, *first, leave_out=("out", "data", "device", "log", "resume")):
+    """ "toon-mask-attn_high-seed-1": what a run is called, by the flags that were given."""
+    given = [name for name in vars(flags) if name in flags.given - {*leave_out}]
+    words = [f"{name}-{getattr(flags, name)}" for name in given]
+    return re.sub(r"[^\w.-]+", "-", "-".join([*first, *words]))
 
 
 def parse_keys(text, choices, flag):

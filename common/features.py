@@ -5,6 +5,7 @@ A set of features is a dict {"train": (n, D), "dev": ..., "val": ...} of fp16 te
 
 import contextlib
 from argparse import ArgumentTypeError
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,23 +53,39 @@ def results_folder(run, folder, split, trained_on=None):
 # ---- data to fit on, to choose on and to report --------------------------------------------------
 
 
-def open_task(args, run):
-    """The data of args.data (or of the run), and the machine: what probe.py works on.
+@dataclass
+class Task:
+    """What a frozen encoder is measured on."""
 
-    task.splits: {"train", "dev", args.split: split}; dev only where the set has one.
-    """
+    folder: str  # of the data
+    splits: dict  # {"train", "dev" where the set has one, and the split that is reported}
+    held: str  # name of the latter
+    device: torch.device
+    dtype: str
+    autocast: partial
+
+    @property
+    def train(self):
+        return self.splits["train"]
+
+    @property
+    def split(self):
+        return self.splits[self.held]
+
+    @property
+    def labelled(self):
+        return data.has_labels(self.train) and data.has_labels(self.split)
+
+
+def open_task(args, run):
+    """The data of args.data, or of the run, and the machine of args.device and args.dtype."""
     folder = args.data or flags_of(run).get("data")
     if not folder:
         raise UserError(f"{run} does not say what it was trained on; give --data datasets/NAME")
     device = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
     splits = open_splits(folder, args.split)
-    task = SimpleNamespace(args=args, folder=folder, splits=splits, device=device)
-    task.train = splits["train"]
-    task.split = splits[args.split]
-    task.labelled = data.has_labels(task.train) and data.has_labels(task.split)
-    task.dtype, _ = pick_dtype(args.dtype, device)
-    task.autocast = autocast_of(device, task.dtype)
-    return task
+    return Task(folder, splits, args.split, device, dtype, autocast_of(device, dtype))
 
 
 def open_splits(folder, held="val"):

@@ -22,7 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import BATCH, at_least, launched, progress, refuse_overwrite, started_as
+from common.command import (
+    at_least,
+    launched,
+    progress,
+    refuse_overwrite,
+    refuse_useless,
+    started_as,
+)
 from common.fields import check_fields, number, whole
 from common.io import UserError, atomic, parse_table, read_torch, reading, save_text
 
@@ -30,7 +37,7 @@ LOG_EVERY = 10  # steps
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
-UNSAVED = {"log", "resume"}  # flags that are of one start, not of the run
+UNSAVED = {"log", "resume", "given"}  # of one start, and not of the run
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
 ANEW = "remove the folder of the run, or choose another --out"
@@ -58,19 +65,25 @@ def trackers(text):
     return names
 
 
-def take_up(flags, *free):
+def take_saved_flags(flags, *free):
     """--resume RUN goes on in that folder, under its saved flags; `free` ones may be given anew."""
-    if "encoder" in flags.values and bool(flags.encoder) == bool(flags.resume):
+    if hasattr(flags, "encoder") and bool(flags.encoder) == bool(flags.resume):
         raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
-    if flags.resume:
-        path = Path(flags.resume) / "state.pt"
-        if not path.exists():
-            raise UserError(f"--resume {flags.resume} has no state.pt; give a run that has one")
-        saved = load_state(path)["config"]
-        if flags.values.keys() - saved.keys() - UNSAVED:
-            raise UserError(f"{flags.resume} is a run of another command or version; give its own")
-        flags.take_saved(saved, ("device", "log", *flags.given & {*free}))
-        flags.values["out"] = flags.resume
+    if not flags.resume:
+        return
+    path = Path(flags.resume) / "state.pt"
+    if not path.exists():
+        raise UserError(f"--resume {flags.resume} has no state.pt; give a run that has one")
+    saved = load_state(path)["config"]
+    if vars(flags).keys() - saved.keys() - UNSAVED:
+        raise UserError(f"{flags.resume} is a run of another command or version; give its own")
+    given = flags.given - {"resume", "device", "log", *free}
+    refuse_useless(given, "beside --resume, which takes the flags of the run")
+    for name, value in saved.items():
+        if name not in flags.given:
+            setattr(flags, name, value)
+    flags.given |= saved.keys()  # as if they stood on the command line again
+    flags.out = flags.resume
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -79,7 +92,7 @@ def take_up(flags, *free):
 def open_machine(flags):
     """--device and --dtype -> the device, autocast, and lines that say what is used, and why."""
     device = pick_device(flags.device)
-    flags.values["dtype"], reason = pick_dtype(flags.dtype, device)
+    flags.dtype, reason = pick_dtype(flags.dtype, device)
     lines = f"machine  {machine(device)}\n         {flags.dtype}: {reason}"
     return device, autocast_of(device, flags.dtype), lines
 
@@ -268,38 +281,41 @@ class Run:
     """What surrounds a training loop: log.jsonl, state.pt, the bar, Ctrl-C.
 
     parts: {name: an object with state_dict and load_state_dict}, all of them saved in state.pt.
-    With flags.resume they go on from there. With torchrun only the first process writes.
-    A flag that was given, and that nobody read before the Run is made, is refused.
+    total, per_epoch: steps. With torchrun only the first process writes.
     """
 
     def __init__(self, flags, parts, total, per_epoch, device):
         self.out = Path(flags.out)
         self.device = device
         self.path, self.log_path = self.out / "state.pt", self.out / "log.jsonl"
-        self.config = {k: v for k, v in flags.values.items() if k not in UNSAVED}
+        self.config = {k: v for k, v in vars(flags).items() if k not in UNSAVED}
         self.parts = parts
         self.batch_size = flags.batch_size  # images of a step
-        BATCH.append(self.batch_size)
         self.step = 0
         self.total = total
         self.per_epoch = per_epoch
         self.losses, self.norms = [], []  # since the last row of the log
         self.start = self.saved = self.since = time.perf_counter()
-        resume, trackers = flags.resume, flags.log
-        flags.refuse_unread()
-        self.stop = catch_signals()
+        self.resumes = bool(flags.resume)
+        self.log_to = flags.log
         self.trackers = []
+        self.stop = catch_signals()
         self.writes = not launched() or os.environ["RANK"] == "0"
+
+    def resume_or_begin(self):
+        """Go on from state.pt where flags.resume asks for it, else begin; then the bar can run."""
         if self.writes:
             from common.locks import claim  # here, because who reads a loop needs no locks
 
             claim([], self.out / ".lock")
-        if resume:
+        if self.resumes:
             self.load()
         if self.writes:
-            self.cut_log() if resume else self.begin()
-            self.trackers = [open_tracker(name, self.out, self.config) for name in trackers]
-        self.bar = progress(total=total, initial=self.step, unit="step", disable=not self.writes)
+            self.cut_log() if self.resumes else self.begin()
+            self.trackers = [open_tracker(name, self.out, self.config) for name in self.log_to]
+        self.bar = progress(
+            total=self.total, initial=self.step, unit="step", disable=not self.writes
+        )
 
     def load(self):
         """Put what state.pt holds in its place."""
@@ -311,8 +327,15 @@ class Run:
             self.start -= state["seconds"]
 
     def begin(self):
-        """A new run refuses files of another, and can be resumed from its first moment."""
-        refuse_overwrite(sorted(p for p in self.out.glob("*.*") if p.suffix in RESULTS))
+        """A new run refuses the files of another, and can be resumed from its first moment.
+
+        One that failed before its first saved step is no run: the same command begins it again.
+        """
+        there = {path for path in self.out.glob("*.*") if path.suffix in RESULTS}
+        if self.path in there and load_state(self.path).get("step") == 0:
+            there -= {self.path, self.log_path, *self.out.glob("attn-*.safetensors")}
+        refuse_overwrite(sorted(there))
+        self.log_path.unlink(missing_ok=True)
         self.save()
 
     def cut_log(self):

@@ -36,14 +36,14 @@ import numpy as np
 
 from common import fields
 from common.command import (
-    Flags,
     Parser,
     at_least,
     between,
     parse_keys,
     progress,
-    refuse_idle,
     refuse_overwrite,
+    refuse_useless,
+    set_defaults,
 )
 from common.io import UserError, open_tensors
 from common.locks import claim, lock_beside, locked
@@ -161,8 +161,12 @@ def open_source(flags, size):
     path = flags.path
     if path in DRAWN:
         usable = OF_DRAWN | ({"tail", "drawings"} if path == "toon" else set())
-        refuse_idle(flags.given - usable, f"on {path}, which is drawn")
+        refuse_useless(flags.given - usable, f"on {path}, which is drawn")
         return DRAWN[path](flags, size)
+    by_folders = not flags.detect and sources.reader_of(path)[1] is None
+    useless = {"drawings"} if by_folders else {"drawings", "layout"}
+    useless |= {"crop"} if flags.detect else set()
+    refuse_useless(flags.given & useless, "on these pictures")
     source = open_boxes(flags, size) if flags.detect else open_images(flags, size)
     print("\n".join(source.notes), flush=True)
     return source
@@ -190,21 +194,20 @@ def near_duplicates(records, fetch, dedupe, out):
     return pairs, duplicates.report(records, pairs)
 
 
-def flags_of_deal(flags, source):
-    """{flag: value}, for who goes where. Those without an effect on these pictures stay unread."""
+def refuse_flags_of_deal(flags, source):
+    """Pictures that bring their splits are not dealt, and pages have no classes."""
     brings = {r.split for r in source.records}
     deals = "val" not in brings
     has_effect = {
         "split": deals,
-        "seed": deals or "dev" in flags.given,
+        "seed": deals or "dev" in flags.given or flags.path in DRAWN,
         "dev": "dev" not in brings,
         "test": "val" in brings and "test" not in brings,
-        "min_per_class": not flags.values["detect"],
-        "tail": not flags.values["detect"],
+        "min_per_class": not flags.detect,
+        "tail": not flags.detect,
     }
-    for name in ("group_by", "dedupe", *filter(has_effect.get, has_effect)):
-        getattr(flags, name)
-    return flags.values
+    useless = {name for name, effect in has_effect.items() if not effect}
+    refuse_useless(flags.given & useless, "on these pictures")
 
 
 def deal(source, how, shares):
@@ -268,11 +271,11 @@ def write_set(flags):
 def write_splits(flags):
     """Write OUT/{train,val,test[,dev]}.safetensors and print what was done."""
     path = flags.path
-    large = path == "scenes" or flags.values["detect"]
+    large = path == "scenes" or flags.detect
     size = flags.size or (LARGE if large else SIDE)
     source = open_source(flags, size)
-    how = flags_of_deal(flags, source)
-    flags.refuse_unread()
+    refuse_flags_of_deal(flags, source)
+    how = vars(flags)
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
     records, told = deal(source, how, shares)
     words, left_out = tags.vocabulary(records)
@@ -407,7 +410,7 @@ def regex(text):
 def show(flags):
     """--show: a sheet of a packed folder -> what was written, and what comes next."""
     folder = Path(flags.path)
-    flags.refuse_unread()
+    refuse_useless(flags.given - {"path", "show"}, "beside --show")
     names = [n for n in layouts.ORDER if (folder / f"{n}.safetensors").exists()]
     if not names:
         raise UserError(f"--show {folder}: there is no packed set; python data.py PATH packs one")
@@ -496,7 +499,7 @@ def parse_flags(words=None):
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     words = iter(sys.argv[1:] if words is None else words)  # argparse takes -/class for a flag
     joined = [f"--layout={next(words, '')}" if w == "--layout" else w for w in words]
-    return Flags(parser, joined)
+    return parser.parse_args(joined)
 
 
 def main():
@@ -505,7 +508,7 @@ def main():
         return print(show(flags))
     if flags.path == "-" and not flags.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
-    flags.fill(out=str(default_out(flags.path)))
+    set_defaults(flags, out=str(default_out(flags.path)))
     write_set(flags)
     out = flags.out
     look = f"python data.py --show {shlex.quote(out)}"

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import data
-from common.command import at_least, cli, refuse_idle
+from common.command import at_least, cli, refuse_useless
 from common.train import pick_device
 from ingest import pack, toon
 from lab import bench
@@ -132,7 +132,7 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.pack:
-        refuse_idle(args.given - {"out", "pack"}, "with --pack")
+        refuse_useless(args.given - {"out", "pack"}, "with --pack")
         table = bench.Table(args.out / "bench_pack.csv", ("what", "images"), device)
         add_pack_rows(table, args.pack)
     else:

@@ -31,7 +31,7 @@ import mask as masking
 from apps.export import export
 from common import train
 from common.checkpoints import init_from, save_model
-from common.command import at_least, cli, refuse_idle
+from common.command import at_least, cli, refuse_useless
 from common.io import UserError
 from kernels.gather import masked_patch_gather, scale_of_patch
 from kernels.loss import reconstruction_loss
@@ -333,7 +333,7 @@ def main():
     sizes = FULL | {"model": args.model, "batch": batch}
     counts = COUNTS["cuda" if gpu else "cpu"]
     if args.small:
-        refuse_idle(args.given & {"model", "batch", "dtype"}, "with --small")
+        refuse_useless(args.given & {"model", "batch", "dtype"}, "with --small")
         dtypes = ["fp32"]
         decoders = ["32x1"]
         sizes = TINY

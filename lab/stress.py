@@ -321,6 +321,7 @@ def open_task(args):
     """features.open_task, with the encoder, and in task.rows the images that are shown to it."""
     encoder = load_encoder(args.run)
     task = features.open_task(args, args.run)
+    task.args = args
     task.run = Path(args.run)
     task.encoder = encoder.to(task.device).requires_grad_(False)
     task.rows = data.evenly_spaced(len(task.split["images"]), args.images)

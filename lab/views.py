@@ -24,7 +24,7 @@ from torch import nn
 import data
 from common import train
 from common.checkpoints import resize_positions
-from common.command import Flags, Parser, at_least, between, cli
+from common.command import Parser, at_least, between, cli
 from common.contrast import Contrast
 from common.io import UserError
 from common.lora import save_encoder
@@ -71,21 +71,21 @@ def crops(images, generator, side, shrink=1.0):
     return data.jitter_colour(data.view_images(images, boxes, flip, side), draws, JITTER)
 
 
-def simclr(flags, net, rows, images, generator, t):
+def simclr(flags, net, rows, images, generator, t, autocast):
     """NT-Xent of 2B views."""
     views = [crops(images, generator, flags.image_size) for _ in range(2)]
-    with flags.autocast():
+    with autocast():
         summary = cls_of(net["student"], torch.stack(views, 1).flatten(0, 1))
     return net["contrast"](summary[::2], summary[1::2], rows)
 
 
-def dino(flags, net, rows, images, generator, t):
+def dino(flags, net, rows, images, generator, t, autocast):
     """Cross-entropy of the student's answers with the teacher's, of pairs of different crops."""
     small = flags.image_size // 2 // flags.patch_size * flags.patch_size
     large = [crops(images, generator, flags.image_size) for _ in range(LARGE)]
     views = large + [crops(images, generator, small, 0.5) for _ in range(SMALL)]
     follow(net, 1 - (1 - MOMENTUM) * (1 - t))
-    with flags.autocast():
+    with autocast():
         with torch.no_grad():
             taught = [net["teacher_head"](cls_of(net["teacher"], view)) for view in large]
         said = [net["head"](cls_of(net["student"], view)) for view in views]
@@ -146,8 +146,8 @@ def read_flags():
     add("--batch-size", type=at_least(2), default=64, metavar="B")
     add("--lr", type=between(1e-9, 1), default=1e-3, help="peak learning rate")
     train.add_flags(add, reports=False)
-    flags = Flags(parser)
-    train.take_up(flags)
+    flags = parser.parse_args()
+    train.take_saved_flags(flags)
     if not (flags.resume or (flags.method and flags.data and flags.out)):
         raise UserError(f"give a method ({', '.join(METHODS)}), --data and --out; or --resume RUN")
     return flags
@@ -155,22 +155,24 @@ def read_flags():
 
 def main():
     flags = read_flags()
-    device, flags.autocast, machine = train.open_machine(flags)
+    device, autocast, machine = train.open_machine(flags)
     print(machine)
     train_set = data.open_split(flags.data, "train")
     images = data.resident(train_set["images"], device)
     n = len(train_set["labels"])
-    B = flags.values["batch_size"] = min(flags.batch_size, n)
+    B = flags.batch_size = min(flags.batch_size, n)
     per_epoch = n // B
     total = flags.epochs * per_epoch
     net = build(flags, train_set).to(device).train()
     optimizer = train.make_optimizer(net, flags.lr, WEIGHT_DECAY)
     run = train.Run(flags, {"net": net, "optimizer": optimizer}, total, per_epoch, device)
+    run.resume_or_begin()
     for epoch in range(run.step // per_epoch, flags.epochs):
         order = data.epoch_order(n, flags.seed, epoch)
         for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
             generator = train.seeded_step(flags.seed, epoch, run.step)
-            loss = METHODS[flags.method](flags, net, rows, batch, generator, run.step / total)
+            t = run.step / total
+            loss = METHODS[flags.method](flags, net, rows, batch, generator, t, autocast)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), CLIP)
             for group in optimizer.param_groups:

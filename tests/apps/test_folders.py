@@ -62,7 +62,7 @@ def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path, monkeyp
     row = {"picture": str(tmp_path / "a.png"), "name": None, "tags": {"saber_(fate)": 0.9}}
     monkeypatch.setattr(tags, "each_answer", lambda *_, **__: [row])
     asked = {"without": "", "prepend": "a (x), \\(y\\)", "append": False, "pictures": [tmp_path]}
-    flags = SimpleNamespace(**asked, escape=True, refuse_unread=lambda: None)
+    flags = SimpleNamespace(**asked, escape=True)
     tags.write_captions(flags, None, {"words": ["saber_(fate)"]})
     assert (tmp_path / "a.txt").read_text() == r"a \(x\), \(y\), saber \(fate\)"
 

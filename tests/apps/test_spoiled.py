@@ -67,9 +67,9 @@ def steps(folder, resume=None):
     for w in model.parameters():
         w.grad = torch.ones_like(w)
     optimizer.step()
-    more = {"values": {"epochs": 1}, "log": (), "batch_size": 1, "refuse_unread": list}
-    flags = SimpleNamespace(out=folder, resume=resume, **more)
+    flags = SimpleNamespace(out=folder, resume=resume, epochs=1, log=(), batch_size=1)
     run = train.Run(flags, {"model": model, "optimizer": optimizer}, 10**9, 1, CPU)
+    run.resume_or_begin()
     optimizer.step()
     return run.step + run.seconds()
 

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from common import train
 from common.classifier import Classifier, make_optimizer
-from common.command import AT_END, Flags, Parser, UserError, cli, parse_keys
+from common.command import AT_END, Parser, UserError, cli, parse_keys, run_name, set_defaults
 from common.io import save_text
 from model import MAE, SIZES, Pooler, ViT
 
@@ -27,19 +28,22 @@ def flags_of(*words):
     parser.add_argument("--log", default=())
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.1)
-    return Flags(parser, words)
+    return parser.parse_args(words)
 
 
-def test_flags_are_given_or_saved_or_filled_by_defaults():
+def test_flags_are_given_or_saved_or_defaults(tmp_path, monkeypatch):
     flags = flags_of("--lr", "0.5", "--out", "x")
-    flags.fill(lr=1.0, batch_size=16)
-    assert (flags.lr, flags.batch_size, flags.name("toon")) == (0.5, 16, "toon-lr-0.5")
+    set_defaults(flags, lr=1.0, batch_size=16)
+    assert (flags.lr, flags.batch_size, run_name(flags, "toon")) == (0.5, 16, "toon-lr-0.5")
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    torch.save({"config": {"lr": 0.7, "out": "run", "batch_size": 4}}, "run/state.pt")
     flags = flags_of("--resume", "run")
-    flags.take_saved({"lr": 0.7, "out": "run"})
-    flags.fill(lr=1.0, batch_size=16)
-    assert (flags.lr, flags.resume, flags.batch_size) == (0.7, "run", 16)
+    train.take_saved_flags(flags)
+    set_defaults(flags, lr=1.0, batch_size=16)
+    assert (flags.lr, flags.out, flags.batch_size) == (0.7, "run", 4)
     with pytest.raises(UserError, match="--lr"):
-        flags_of("--resume", "run", "--lr", "1").take_saved({"lr": 0.7})
+        train.take_saved_flags(flags_of("--resume", "run", "--lr", "1"))
 
 
 def test_keys_of_a_name():
@@ -92,6 +96,7 @@ def steps(flags, until):
     net = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     run = train.Run(flags, {"model": net, "optimizer": optimizer}, 40, 10, CPU)
+    run.resume_or_begin()
     while run.step < until:
         x = torch.randn(4, 3, generator=train.seeded(0, run.step))
         loss = net(x).square().mean()
@@ -137,14 +142,27 @@ def test_a_step_begins_all_random_numbers_anew():
     assert draws[0][0].equal(torch.rand(3, generator=train.seeded(1, 2)))
 
 
-def test_full_memory_in_a_loop_names_a_batch_of_half_the_size(tmp_path, capsys):
+def test_full_memory_is_one_line_with_a_way_out(capsys):
     def step():
-        steps(flags_of("--out", str(tmp_path / "run"), "--batch-size", "6"), 1)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with pytest.raises(SystemExit, match="2"):
         cli(step)
-    assert "error: memory is full; give --batch-size 3," in capsys.readouterr().err
+    assert "error: memory is full; give a smaller --batch-size" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_it_was_saved_is_begun_again(tmp_path):
+    """An edit of a student that crashes in step 3 costs no rm -r; a saved step is kept."""
+    out = tmp_path / "run"
+    steps(flags_of("--out", str(out)), 3)
+    AT_END.close()  # as the end of its process would
+    (out / "attn-00000000.safetensors").write_text("of the first epoch")
+    run, _ = steps(flags_of("--out", str(out)), 20)
+    assert train.read_log(out / "log.jsonl")[-1]["step"] == 20
+    run.save()
+    AT_END.close()
+    with pytest.raises(UserError, match="is there already"):
+        steps(flags_of("--out", str(out)), 3)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -183,7 +201,7 @@ def test_the_cost_of_a_step_is_read_off_the_log(tmp_path):
 def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = flags_of("--out", str(tmp_path / "run"))
-    flags.values["log"] = train.trackers("tensorboard")
+    flags.log = train.trackers("tensorboard")
     run, _ = steps(flags, 20)
     losses = {row["step"]: row["loss"] for row in train.read_log(run.log_path)}
     events = accumulator.EventAccumulator(str(run.out)).Reload()
