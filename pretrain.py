@@ -232,10 +232,12 @@ def compiled(model, flags, device):
 
 
 def make_mask(flags, encoder, train_set, autocast):
-    """--mask: the strategy, the guide whose scores it reads, and the share that is thrown."""
+    """--mask: the strategy, the source of the score that it follows, and the share that is thrown."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
-    for name, need in masking.NEEDS.items():
-        if need == "attn" and flags.teacher != "self":  # a trained one guides at once
+    for name, score in masking.NEEDS.items():
+        if (
+            score == "attn" and flags.teacher != "self"
+        ):  # a trained teacher is worth following at once
             keys[name] |= dict.fromkeys(keys[name].keys() & {"start", "ramp_for"}, 0.0)
     name, params = parse_keys(flags.mask, keys, "--mask")
     throw = params.pop("throw")
@@ -244,15 +246,31 @@ def make_mask(flags, encoder, train_set, autocast):
             masking.kept(encoder.side**2, float(word), throw)
     except (ValueError, OverflowError) as problem:
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
-    guide = guidance.Guide(name, params, encoder, flags.out, autocast)
-    if guide.need == "attn" and flags.teacher != "maps":
-        guide.teacher = make_teacher(encoder, flags, params.get("start", masking.START))
-        print(f"guide    attention ({guide.teacher.source}) of {flags.teacher}")
-    elif guide.need in guidance.IN_FILES:
-        found = guidance.open_maps(guide.need, flags.maps, flags.data, train_set)
-        guide.maps, guide.parts, note = found
-        print(f"guide    {note}")
-    return functools.partial(masking.STRATEGIES[name], **params), guide, throw
+    shuffle = params.pop("shuffle", 0) > 0
+    start = params.get("start", masking.START)
+    source = make_source(
+        masking.NEEDS.get(name), flags, encoder, train_set, autocast, start, shuffle
+    )
+    return functools.partial(masking.STRATEGIES[name], **params), source, throw
+
+
+def make_source(score, flags, encoder, train_set, autocast, start, shuffle):
+    """Where the score that a strategy follows comes from (common/guidance.py)."""
+    if score is None:
+        return guidance.NoScore()
+    if score == "detail":
+        return guidance.PixelScore(encoder, shuffle)
+    if score == "difficulty":
+        return guidance.PredictedScore(encoder, autocast, shuffle)
+    if score == "attn" and flags.teacher != "maps":
+        teacher = make_teacher(encoder, flags, start)
+        print(f"score    attention ({teacher.source}) of {flags.teacher}")
+        return guidance.TeacherScore(encoder, teacher, flags.out, shuffle)
+    if score not in guidance.IN_FILES:
+        raise UserError(f"--mask {flags.mask}: nothing computes {score!r}; add it to make_source")
+    maps, parts, note = guidance.open_maps(score, flags.maps, flags.data, train_set)
+    print(f"score    {note}")
+    return guidance.MapScore(score, encoder, maps, parts, shuffle)
 
 
 def make_teacher(encoder, flags, start):
@@ -288,41 +306,40 @@ def ratio_at(text, t, stream):
     return ends[0] + (ends[-1] - ends[0]) * at
 
 
-def refresh_maps(guide, epoch, run, images):
+def refresh_maps(source, epoch, run, images, autocast):
     """Before some epochs the teacher makes maps of all images; process 0 writes them for all."""
     begins = run.step == epoch * run.per_epoch
-    if guide.teacher is None or epoch not in guide.teacher.epochs or not begins:
+    if source.teacher is None or epoch not in source.teacher.epochs or not begins:
         return
     name = f"attn-{run.step:08d}.safetensors"
     if run.writes:
-        guide.teacher.write_maps(images, run.out / name, guide.autocast)
+        source.teacher.write_maps(images, run.out / name, autocast)
     if distributed.is_initialized():
         distributed.barrier()
-    guide.open_attention(name)
+    source.open_maps(name)
 
 
-def log_evaluation(run, model, guide, splits, norm):
-    """A row of the log: how good the encoder is, and where the attention that guides goes."""
-    row = evaluate(model.eval(), splits, norm, guide.autocast, run.step / run.per_epoch)
+def log_evaluation(run, model, teacher, splits, target, autocast):
+    """A row of the log: how good the encoder is, and what the attention of the teacher falls on."""
+    model.eval()  # a student's dropout belongs to training alone
+    row = evaluate(model, splits, target, autocast, run.step / run.per_epoch)
     if splits[1]["header"].get("parts"):
-        encoder = model.encoder
-        source = guidance.default_source(run.config, "self")
-        if guide.teacher:
-            encoder = guide.teacher.encoder
-            source = guide.teacher.source
-        row["attention_on"] = attention_by_part(encoder, splits[1], source, guide.autocast)
+        encoder = teacher.encoder if teacher else model.encoder
+        source = teacher.source if teacher else guidance.default_source(run.config, "self")
+        row["attention_on"] = attention_by_part(encoder, splits[1], source, autocast)
     run.log(**row)
     model.train()
 
 
-def finish(run, model, guide, held_set, norm):
+def finish(run, model, source, held_set, target, autocast):
     """Write what the next stages read, and the pictures."""
     if not run.writes:
         return
-    for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(guide.file)}:
+    for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(source.file)}:
         old.unlink()
-    save_model(model, run.out / "model.safetensors", {"step": run.step, "run": run.config, **norm})
-    draw_run(run.out, model.eval(), held_set, norm, guide.autocast)
+    notes = {"step": run.step, "run": run.config, **target}
+    save_model(model, run.out / "model.safetensors", notes)
+    draw_run(run.out, model.eval(), held_set, target, autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")
 
@@ -333,26 +350,37 @@ def main():
     flags.dtype, reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
     dtype = train.DTYPES[flags.dtype]
     autocast = train.autocast_of(device, flags.dtype)
-    kind, size, settings = parse_model(flags, device)
+    kind, size, contrast_settings = parse_model(flags, device)
     s, p = size["image_size"], size["patch_size"]
+
     train_set, held_set = open_data(flags, s, rank)
     images = data.resident(train_set["images"], device)
-    figures = data.resident(train_set.get("fg") if settings else None, device)
+    figures = data.resident(train_set.get("fg") if contrast_settings else None, device)
     b, per_epoch = set_length(flags, len(images), device, world)
     total = flags.epochs * per_epoch
+    # Twice the batch means half the steps, so the learning rate grows with it (Goyal et al. 2017).
     peak_lr = flags.blr * flags.batch_size / 256
+
     model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
-    contrast = build_contrast(model.encoder, flags, settings, train_set, figures)
-    strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast)
-    parts = {"model": model, **guide.networks()} | ({"contrast": contrast} if contrast else {})
-    optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
-    cut_views, net = compiled(model, flags, device)
-    contrast_net = share_gradients(contrast)
-    guide.predictor = share_gradients(guide.predictor)
-    norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets
-    how = {"return_error": True, "error_of": absolute_error if kind is SimMIM else None, **norm}
+    contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
+    strategy, source, throw = make_mask(flags, model.encoder, train_set, autocast)
+    # All that learns has one optimizer. A teacher is among the networks, because it is part of the
+    # state of the run; it has no gradients, so the optimizer leaves it alone.
+    networks = {"model": model, **source.networks()}
+    if contrast:
+        networks["contrast"] = contrast
+    optimizer = train.make_optimizer(nn.ModuleDict(networks).to(device), peak_lr, WEIGHT_DECAY)
+    # The pooler and the head for pictures have gradients of another size: in one norm with the
+    # others they would shrink the step of the encoder, though they must not change it.
     clipped = [w for name, w in model.named_parameters() if not name.startswith(UNCLIPPED)]
+    # The same networks as the loop calls them: compiled on a GPU, gradients averaged over processes.
+    cut_views, mae = compiled(model, flags, device)
+    contrastive_loss = share_gradients(contrast)
+    source.predictor = share_gradients(source.predictor)
+
+    target = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}
+    error_of = absolute_error if kind is SimMIM else None  # None: the squared error of MAE
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
         f"machine  {train.machine(device)}\n"
@@ -364,50 +392,64 @@ def main():
         f"run      {flags.out}: {flags.mask}, ratio {flags.ratio}, seed {flags.seed}, {flags.epochs} "
         f"epochs, an evaluation every {flags.eval_every}"
     )
-    parts |= {"optimizer": optimizer, "guide": guide}
-    run = train.Run(flags, parts, total, per_epoch, device)
+    state = networks | {"optimizer": optimizer, "source": source}
+    run = train.Run(flags, state, total, per_epoch, device)
     run.resume_or_begin()
+    splits = (train_set, held_set)
     if run.writes and run.step == 0:
-        log_evaluation(run, model, guide, (train_set, held_set), norm)
+        log_evaluation(run, model, source.teacher, splits, target, autocast)
 
     for epoch in range(run.step // per_epoch, flags.epochs):
-        refresh_maps(guide, epoch, run, train_set["images"])
+        refresh_maps(source, epoch, run, train_set["images"], autocast)
+        # Every process goes through the same order, and takes each world-th image of it.
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
-        batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch)
-        for rows, batch in batches:
+        order = order[rank::world]
+        for index, batch in data.batches(images, order, b, device, run.step % per_epoch):
             # 1. a view of each image
-            t = run.step / total  # progress of the run
+            # All random numbers are drawn on the CPU from these four, so that a GPU and a laptop
+            # see the same crops, and a resumed run sees those that it would have seen.
             stream = (flags.seed, epoch, run.step, rank)
             boxes, flip, noise = draw(train.seeded_step(*stream), b, N, flags.min_crop, device)
             view = cut_views(batch, boxes, flip, s)  # (b, s, s, 3)
 
             # 2. which patches are hidden
+            t = run.step / total  # progress of the run: a curriculum depends on it
             K = masking.kept(N, ratio_at(flags.ratio, t, stream))
             thrown = round(throw * N)  # patches that are neither seen nor predicted
-            scores = guide.scores(rows, boxes, flip, view)  # {need: (b, N)}, parts (b, N, P)
+            scores = source.scores(index, boxes, flip, view)  # {name: (b, N)}, parts (b, N, P)
+            # The noise alone would be random masking: a strategy decides how far a score may overrule it.
             priority = strategy(scores, noise, t, N - K - thrown)  # (b, N)
             ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (b, K), (b, M)
 
             # 3. forward
+            # Hidden patches are not even embedded: that is what makes an MAE cheap.
             visible = masked_patch_gather(view, ids_keep, p, dtype)  # (b, K, p*p*3)
             with autocast():  # (b, M, p*p*3), (b, M, 2), (b, 1+K, D)
-                pred, stats, tokens = net(visible, ids_keep, ids_mask)
+                pred, stats, tokens = mae(visible, ids_keep, ids_mask)
 
             # 4. loss
+            # A drawing is mostly flat colour. Predicting it teaches little, so it weighs little.
             weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (b, M)
-            loss, error = reconstruction_loss(pred, view, ids_mask, p, weight, **how)
-            side_loss = stats_loss(stats, view, ids_keep, ids_mask, p) + guide.loss(ids_mask, error)
+            loss, error = reconstruction_loss(
+                pred, view, ids_mask, p, weight, **target, error_of=error_of, return_error=True
+            )
+            # norm_pix takes mean and contrast out of a patch, but a picture needs them back. A head
+            # predicts both from detached features, so it changes nothing in the rest of the network.
+            side_loss = stats_loss(stats, view, ids_keep, ids_mask, p)
+            side_loss = side_loss + source.loss(ids_mask, error)
 
             # 4b. the reader of attention: does it find the second view of some images?
-            if contrast and run.step % settings["every"] == 0:
+            if contrast and run.step % contrast_settings["every"] == 0:
+                # A stream of its own: with and without this loss, the MAE sees the same crops.
                 generator = train.seeded(*stream, SECOND_STREAM)
-                second, ids = contrast.second_views(batch, rows, generator, K)
+                second, ids = contrast.second_views(batch, index, generator, K)
                 visible = masked_patch_gather(second, ids, p, dtype)  # (m, K, p*p*3)
                 with torch.set_grad_enabled(contrast.trains_encoder), autocast():
                     second_tokens = model.encoder(visible, ids)  # (m, 1+K, D)
                 summary = model.encoder.summary(tokens)  # (b, D)
                 second_summary = model.encoder.summary(second_tokens)  # (m, D)
-                side_loss = side_loss + contrast_net(summary, second_summary, rows)
+                side_loss = side_loss + contrastive_loss(summary, second_summary, index)
+            # One backward pass for all losses. Where their networks share nothing, so do their gradients.
             (loss + side_loss).backward()
 
             # 5. update
@@ -417,20 +459,20 @@ def main():
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            guide.update_teacher(model.encoder, run.step, total)
+            source.update_teacher(model.encoder, run.step, total)
             run.update(loss, grad_norm)
 
             # 6. log, evaluate, save
             stop_together(run)
             if run.logs_now:
-                numbers = guide.statistics(run.step, total)
+                numbers = source.statistics(run.step, total)
                 numbers |= contrast.statistics() if contrast else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
-                draw_masks(run.out, view, ids_mask, guide.pictures(scores), p)
-                log_evaluation(run, model, guide, (train_set, held_set), norm)
+                draw_masks(run.out, view, ids_mask, guidance.as_pictures(scores), p)
+                log_evaluation(run, model, source.teacher, splits, target, autocast)
             run.save_if_due()
-    finish(run, model, guide, held_set, norm)
+    finish(run, model, source, held_set, target, autocast)
 
 
 if __name__ == "__main__":

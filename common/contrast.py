@@ -63,7 +63,7 @@ class Contrast(nn.Module):
         self.trains_encoder = encoder.pooler is None
         self.last = {}
 
-    def second_views(self, images, rows, generator, K):
+    def second_views(self, images, index, generator, K):
         """images u8 (b, S, S, 3) -> views u8 (m, s, s, 3) of the first m, their visible places (m, K).
 
         In other colours and, where the figures are known, on the background of another picture: what
@@ -74,7 +74,7 @@ class Contrast(nn.Module):
         boxes, flip = data.draw_boxes(m, generator, self.min_crop)
         view = data.view_images(images[:m], boxes, flip, self.image_size)
         if self.figures is not None:
-            fg = data.take(self.figures, rows[:m], device)  # (m, S, S)
+            fg = data.take(self.figures, index[:m], device)  # (m, S, S)
             fg = data.view_maps(fg, boxes, flip, self.image_size)[..., None] / 255  # (m, s, s, 1)
             view = data.swap_backgrounds(view, fg)
         view = data.jitter_colour(view, torch.rand(m, 3, generator=generator), JITTER)
@@ -82,11 +82,11 @@ class Contrast(nn.Module):
         ids_keep, _ = masking.sample(data.send(noise, device), K)
         return view, ids_keep
 
-    def forward(self, summary, second, rows):
-        """summary (b, D), second (m, D) of the first m pictures, rows (b,) -> the weighted loss."""
+    def forward(self, summary, second, index):
+        """summary (b, D), second (m, D) of the first m pictures, index (b,) -> the weighted loss."""
         m = len(second)
         h = F.normalize(self.projector(torch.cat([second, summary]).float()), dim=1)  # (m + b, E)
-        groups = self.groups[data.send(rows, h.device)]
+        groups = self.groups[data.send(index, h.device)]
         groups = torch.cat([groups[:m], groups])
         settings = self.settings
         loss, found = contrastive_loss(h, groups, m, settings["temperature"], settings["dcl"])

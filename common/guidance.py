@@ -1,4 +1,4 @@
-"""Scores that guide masks: a teacher's attention, maps from files, and predicted losses.
+"""Scores that masks follow: a teacher's attention, maps from files, and predicted losses.
 
     attn        attention of a teacher: the average of the run, another encoder, or apps/maps.py
     fg          share of foreground: true masks of the data, or apps.maps --map saliency
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import mask as masking
 from common.checkpoints import beside
 from common.command import progress
 from common.io import UserError
@@ -36,103 +35,142 @@ SAMPLE = 1024  # images that the mean token of each place is taken from, for `ou
 HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 % after a tenth
 
 
-class Scores(dict):
-    """{need: score of the patches}, for a strategy of mask.py."""
-
-    def __missing__(self, need):
-        raise UserError(f"a strategy reads {need!r}, which NEEDS does not name for it; add it")
+# ---- where a score comes from --------------------------------------------------------------------
+# One class for each source. pretrain.py calls the same methods of all of them.
 
 
-class Guide:
-    """The scores that one strategy reads: from maps, a Teacher, a LossPredictor, or the views.
+class NoScore:
+    """Of masks that follow nothing, such as random: the methods of a source, and nothing behind them."""
 
-    maps: (n, G, G) of the training images, None before the teacher's first; parts: how many a map has.
-    """
-
-    def __init__(self, strategy, params, encoder, out, autocast):
-        """params: keys of the strategy; "shuffle" is removed."""
-        self.need = masking.NEEDS.get(strategy)
-        self.shuffle = params.pop("shuffle", 0) > 0  # the control, see `scores`
-        self.side, self.patch = encoder.side, encoder.patch_size
-        self.out = Path(out)
-        self.autocast = autocast
-        self.maps, self.parts, self.file = None, 0, None
-        self.teacher, self.predictor = None, None
-        if self.need == "difficulty":
-            self.predictor = LossPredictor(self.side, self.patch)
+    teacher = None  # a Teacher, whose attention is the score
+    predictor = None  # a network that predicts the score
+    file = None  # of the teacher's maps, which a resumed run opens again
 
     def networks(self):
         """{name: network} of those that learn, which are part of a run's state."""
-        if self.teacher and self.teacher.learns:
-            return {"teacher": self.teacher.encoder}
-        return {"predictor": self.predictor} if self.predictor else {}
+        return {}
 
     def state_dict(self):
-        """The rest of the state: the file of the teacher's maps."""
         return {"maps": self.file}
 
     def load_state_dict(self, state):
-        if state["maps"]:
-            self.open_attention(Path(state["maps"]).name)
+        """Nothing but the teacher's maps has to be restored here."""
 
-    def open_attention(self, name):
+    def scores(self, index, boxes, flip, view):
+        """{name: (B, N), or (B, N, P) for parts} of views u8 (B, S, S, 3), cut from images `index`."""
+        return {}
+
+    def loss(self, ids_mask, error):
+        """The loss of a network that predicts the score, from the errors (B, M) of hidden patches."""
+        return 0.0
+
+    def update_teacher(self, encoder, step, total):
+        """After an update of the encoder: the teacher follows it."""
+
+    def statistics(self, step, total):
+        """Numbers for the log."""
+        return {}
+
+
+class PixelScore(NoScore):
+    """detail: the contrast of the pixels of each patch."""
+
+    def __init__(self, encoder, shuffle=False):
+        self.side, self.patch = encoder.side, encoder.patch_size
+        self.shuffle = shuffle
+
+    def scores(self, index, boxes, flip, view):
+        score = patch_detail(view, all_places(view, self.side), self.patch)
+        # The control: each view gets the score of the view before it, so that only the content is lost.
+        return {"detail": score.roll(1, 0) if self.shuffle else score}
+
+
+class PredictedScore(NoScore):
+    """difficulty: the loss that a small network expects in each patch. It learns during the run."""
+
+    def __init__(self, encoder, autocast, shuffle=False):
+        self.side, self.patch = encoder.side, encoder.patch_size
+        self.autocast, self.shuffle = autocast, shuffle
+        self.predictor = LossPredictor(self.side, self.patch)
+
+    def networks(self):
+        return {"predictor": self.predictor}
+
+    def scores(self, index, boxes, flip, view):
+        patches = masked_patch_gather(view, all_places(view, self.side), self.patch)
+        with self.autocast():
+            self.predicted = self.predictor(patches).float()  # (B, N)
+        score = self.predicted.detach()
+        return {"difficulty": score.roll(1, 0) if self.shuffle else score}
+
+    def loss(self, ids_mask, error):
+        return ranking_loss(self.predicted.gather(1, ids_mask), error)
+
+
+class MapScore(NoScore):
+    """attn, fg or parts, from maps (n, G, G) of the training images; parts: how many a map has."""
+
+    def __init__(self, name, encoder, maps=None, parts=0, shuffle=False):
+        self.name, self.side = name, encoder.side
+        self.maps, self.parts = maps, parts
+        self.shuffle = shuffle
+
+    def scores(self, index, boxes, flip, view):
+        """1 everywhere before there are maps. With shuffle, the map of another image, under this crop."""
+        if self.maps is None:
+            return {self.name: torch.ones(len(index), self.side**2, device=boxes.device)}
+        index = index.roll(1) if self.shuffle else index
+        if self.name == "parts":
+            return {"parts": crop_parts(self.maps, index, boxes, flip, self.side, self.parts)}
+        return {self.name: crop_map(self.maps, index, boxes, flip, self.side)}
+
+
+class TeacherScore(MapScore):
+    """attn: the attention of a teacher, kept as maps that it makes at the start of some epochs.
+
+    A map for every crop would cost as much as the step itself, because the teacher reads all patches
+    and the encoder a quarter. Maps of whole images are made a few times, and cropped as the images.
+    """
+
+    def __init__(self, encoder, teacher, out, shuffle=False):
+        super().__init__("attn", encoder, shuffle=shuffle)
+        self.teacher, self.out = teacher, Path(out)
+
+    def networks(self):
+        return {"teacher": self.teacher.encoder} if self.teacher.learns else {}
+
+    def load_state_dict(self, state):
+        if state["maps"]:
+            self.open_maps(Path(state["maps"]).name)
+
+    def open_maps(self, name):
         """Take the teacher's maps from this file of the run."""
         self.file = name
         self.maps = data.open_tensors(self.out / name)["attn"]
 
-    def scores(self, rows, boxes, flip, view):
-        """{need: (B, N), or (B, N, P) for parts} of views u8 (B, S, S, 3), cut from images `rows`.
-
-        With shuffle, each view gets the score of the image before it: of its map under the view's crop,
-        or of its view where there is no map. A strategy without a need gets {}.
-        """
-        if self.need is None:
-            return Scores()
-        if self.need in IN_FILES:
-            rows = rows.roll(1) if self.shuffle else rows
-            return Scores({self.need: self.map_scores(rows, boxes, flip)})
-        ids = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
-        if self.predictor:
-            with self.autocast():
-                self.predicted = self.predictor(masked_patch_gather(view, ids, self.patch)).float()
-            score = self.predicted.detach()
-        elif self.need == "detail":
-            score = patch_detail(view, ids, self.patch)
-        else:
-            raise UserError(f"nothing computes the score {self.need}: add it to Guide.scores")
-        return Scores({self.need: score.roll(1, 0) if self.shuffle else score})
-
-    def map_scores(self, rows, boxes, flip):
-        """(B, N) or (B, N, P), cropped from the maps; 1 everywhere before there are any."""
-        if self.maps is None:
-            return torch.ones(len(rows), self.side**2, device=boxes.device)
-        if self.need == "parts":
-            return crop_parts(self.maps, rows, boxes, flip, self.side, self.parts)
-        return crop_map(self.maps, rows, boxes, flip, self.side)
-
-    def loss(self, ids_mask, error):
-        """The predictor's loss, from the errors (B, M) of the hidden patches; else 0."""
-        if self.predictor is None:
-            return 0.0
-        return ranking_loss(self.predicted.gather(1, ids_mask), error)
-
     def update_teacher(self, encoder, step, total):
-        if self.teacher and self.teacher.learns:
+        if self.teacher.learns:
             self.teacher.update(encoder, step, total)
 
     def statistics(self, step, total):
-        """What the log says of a teacher that learns."""
-        if self.teacher and self.teacher.learns:
-            return {"teacher_initial": round(initial_share(step, total), 4)}
-        return {}
-
-    def pictures(self, patches):
-        """{need: (B, g, g)}: scores of each view; for parts, the largest part."""
-        if self.need is None:
+        if not self.teacher.learns:
             return {}
-        score = patches[self.need]
+        return {"teacher_initial": round(initial_share(step, total), 4)}
+
+
+def all_places(view, side):
+    """The places of all patches of views (B, S, S, 3): (B, N)."""
+    return torch.arange(side**2, device=view.device).expand(len(view), -1).contiguous()
+
+
+def as_pictures(scores):
+    """{name: (B, N) or (B, N, P)} -> {name: (B, g, g)}; for parts, the largest part of each patch."""
+    pictures = {}
+    for name, score in scores.items():
         score = score.argmax(2) if score.dim() == 3 else score
-        return {self.need: score.unflatten(1, (self.side, self.side))}
+        side = math.isqrt(score.shape[1])
+        pictures[name] = score.unflatten(1, (side, side))
+    return pictures
 
 
 # ---- the teacher ---------------------------------------------------------------------------------
@@ -295,16 +333,16 @@ def open_maps(need, where, folder, train):
     return maps, header.get("parts", 0) + 1, " ".join([str(path), *notes])
 
 
-def crop_map(maps, rows, boxes, flip, side):
+def crop_map(maps, index, boxes, flip, side):
     """(B, side*side): maps of these images under the same crops; u8 becomes a share in [0, 1]."""
-    whole = data.take(maps, rows, boxes.device)  # (B, G, G)
+    whole = data.take(maps, index, boxes.device)  # (B, G, G)
     score = data.view_maps(whole, boxes, flip, side).flatten(1)
     return score / 255 if whole.dtype == torch.uint8 else score
 
 
-def crop_parts(maps, rows, boxes, flip, side, count):
+def crop_parts(maps, index, boxes, flip, side, count):
     """(B, side*side, count): the share of each part in each patch of the same crops."""
-    whole = data.take(maps, rows, boxes.device)  # (B, G, G)
+    whole = data.take(maps, index, boxes.device)  # (B, G, G)
     planes = torch.stack([whole == k for k in range(count)], 1)  # (B, count, G, G)
     Wy, Wx = data.view_matrices(boxes, flip, whole.shape[-1], side)
     return (Wy[:, None] @ planes.float() @ Wx[:, None]).flatten(2).transpose(1, 2)

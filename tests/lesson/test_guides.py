@@ -97,18 +97,19 @@ def test_a_teacher_is_read_by_its_training(tmp_path, monkeypatch, flags, teacher
 
 def test_a_teacher_that_was_given_does_not_learn():
     """It is no part of a run's state, either."""
-    guide, encoder = guide_of("attn_high"), ViT(32, 8, 32, 1, 1)
-    guide.teacher = guidance.Teacher(ViT(32, 8, 32, 1, 1), "cls", {0})
-    before = copy.deepcopy(guide.teacher.encoder.state_dict())
+    encoder = ViT(32, 8, 32, 1, 1)
+    teacher = guidance.Teacher(ViT(32, 8, 32, 1, 1), "cls", {0})
+    source = guidance.TeacherScore(encoder, teacher, "out")
+    before = copy.deepcopy(teacher.encoder.state_dict())
     for learns in (False, True):
-        guide.teacher.learns = learns
-        guide.update_teacher(encoder, 5, 100)
-        assert equal(before, guide.teacher.encoder.state_dict()) == (not learns)
-        assert bool(guide.networks()) == learns
+        teacher.learns = learns
+        source.update_teacher(encoder, 5, 100)
+        assert equal(before, teacher.encoder.state_dict()) == (not learns)
+        assert bool(source.networks()) == learns
 
 
 def test_the_teachers_maps_are_its_attention(tmp_path):
-    """Means over the heads, in the order of the images, as a file that the guide reads."""
+    """Means over the heads, in the order of the images, as a file that a source reads."""
     torch.manual_seed(0)
     encoder, images = ViT(32, 8, 32, 2, 2), noise_images(70)
     encoder.pooler = Pooler(32, 2)
@@ -116,12 +117,12 @@ def test_the_teachers_maps_are_its_attention(tmp_path):
     for source in ("cls", "rollout", "pooler"):
         teacher = guidance.Teacher(encoder, source, {0})
         teacher.write_maps(images, tmp_path / f"{source}.safetensors", EXACT)
-        guide = guidance.Guide("attn_high", {}, encoder, tmp_path, EXACT)
-        guide.open_attention(f"{source}.safetensors")
+        score = guidance.TeacherScore(encoder, teacher, tmp_path)
+        score.open_maps(f"{source}.safetensors")
         expected = encoder.patch_attention(view, source).mean(1)
-        found = torch.from_numpy(np.array(guide.maps))[: len(view)].flatten(1)
+        found = torch.from_numpy(np.array(score.maps))[: len(view)].flatten(1)
         torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-4)
-        assert guide.maps.shape == (70, 4, 4) and guide.state_dict()["maps"].startswith(source)
+        assert score.maps.shape == (70, 4, 4) and score.state_dict()["maps"].startswith(source)
 
 
 def test_what_is_unusual_for_its_place_is_found():
@@ -155,9 +156,9 @@ def test_maps_follow_their_images_and_parts_are_shares():
 # ---- what a strategy gets ------------------------------------------------------------------------
 
 
-def guide_of(strategy, **params):
+def small_encoder():
     torch.manual_seed(0)
-    return guidance.Guide(strategy, params, ViT(32, 8, 32, 1, 1), "out", EXACT)
+    return ViT(32, 8, 32, 1, 1)
 
 
 @pytest.fixture
@@ -170,38 +171,51 @@ def batch():
 
 def test_the_control_gets_the_score_of_another_image(batch):
     """Of its map under the same crop; of its view where there is no map."""
-    rows, boxes, flip, view = batch
+    index, boxes, flip, view = batch
     maps = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
+    score, other = (
+        guidance.MapScore("fg", small_encoder(), maps, shuffle=shuffle).scores(*batch)["fg"]
+        for shuffle in (False, True)
+    )
+    torch.testing.assert_close(score, guidance.crop_map(maps, index, boxes, flip, 4))
+    torch.testing.assert_close(other, guidance.crop_map(maps, index.roll(1), boxes, flip, 4))
+    for make, name in ((pixels, "detail"), (predicted, "difficulty")):
+        score, other = (make(shuffle).scores(*batch)[name] for shuffle in (False, True))
+        assert torch.equal(other, score.roll(1, 0)) and not torch.equal(score, other)
+
+
+def pixels(shuffle=False):
+    return guidance.PixelScore(small_encoder(), shuffle)
+
+
+def predicted(shuffle=False):
+    return guidance.PredictedScore(small_encoder(), EXACT, shuffle)
+
+
+def test_each_source_gives_the_score_of_its_name(batch):
+    index, boxes, flip, view = batch
     every = torch.arange(16).repeat(6, 1)
-    for strategy, need in (("fg_heavy", "fg"), ("detail", "detail"), ("learned", "difficulty")):
-        plain, control = guide_of(strategy), guide_of(strategy, shuffle=1)
-        plain.maps = control.maps = maps
-        score, other = (guide.scores(*batch)[need] for guide in (plain, control))
-        assert not torch.equal(score, other)
-        if need == "fg":
-            torch.testing.assert_close(score, guidance.crop_map(maps, rows, boxes, flip, 4))
-            torch.testing.assert_close(other, guidance.crop_map(maps, rows.roll(1), boxes, flip, 4))
-        else:
-            assert torch.equal(other, score.roll(1, 0))
-        if need == "detail":
-            assert torch.equal(score, patch_detail(view, every, 8))
-    guide = guide_of("parts")
-    guide.maps, guide.parts = maps // 64, 4
-    shares = guidance.crop_parts(guide.maps, rows, boxes, flip, 4, 4)
-    assert torch.equal(guide.scores(*batch)["parts"], shares)
-    assert guide_of("random").scores(*batch) == {}
-    with pytest.raises(UserError, match="reads 'detail', which NEEDS does not name for it"):
-        masking.STRATEGIES["detail"](guide_of("random").scores(*batch), every[:, :16] * 0.0, 0.5, 8)
-    assert torch.equal(guide_of("attn_high").scores(*batch)["attn"], torch.ones(6, 16))
+    assert torch.equal(pixels().scores(*batch)["detail"], patch_detail(view, every, 8))
+    maps = np.random.default_rng(0).integers(0, 4, (6, 8, 8), np.uint8)
+    source = guidance.MapScore("parts", small_encoder(), maps, 4)
+    shares = guidance.crop_parts(maps, index, boxes, flip, 4, 4)
+    assert torch.equal(source.scores(*batch)["parts"], shares)
+    assert guidance.NoScore().scores(*batch) == {} and not guidance.NoScore().loss(None, None)
+    teacher = guidance.Teacher(small_encoder(), "cls", {0})
+    before = guidance.TeacherScore(small_encoder(), teacher, "out").scores(*batch)
+    assert torch.equal(before["attn"], torch.ones(6, 16))  # no maps yet: masks stay random
+    drawn = guidance.as_pictures({"parts": shares, "attn": before["attn"]})
+    assert torch.equal(drawn["parts"], shares.argmax(2).view(6, 4, 4))
+    assert drawn["attn"].shape == (6, 4, 4)
 
 
 def test_the_predictor_learns_the_order_of_the_losses(batch):
     """Log loss of every pair of hidden patches, written once more; its gradient reaches it all."""
-    guide = guide_of("learned")
+    source = predicted()
     error = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
     ids = torch.rand(6, 16, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :12]
-    score = guide.scores(*batch)["difficulty"].gather(1, ids)
-    first = guide.loss(ids, error)
+    score = source.scores(*batch)["difficulty"].gather(1, ids)
+    first = source.loss(ids, error)
     total = 0.0
     for s, e in zip(score.tolist(), error.tolist(), strict=True):
         for i in range(12):
@@ -210,18 +224,17 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
                 total -= math.log(p if e[i] > e[j] else 1 - p)
     assert first.item() == pytest.approx(total / (6 * 12 * 12), rel=1e-4)
     first.backward()
-    learned = [w for w in guide.predictor.parameters() if w is not guide.predictor.score.bias]
+    learned = [w for w in source.predictor.parameters() if w is not source.predictor.score.bias]
     assert all(w.grad.any() for w in learned)
     assert not score.requires_grad
-    assert guide.predictor(torch.zeros(1, 16, 192)).unique().numel() == 16  # places differ
-    assert guide_of("detail").loss(ids, error) == 0 and set(guide.networks()) == {"predictor"}
+    assert source.predictor(torch.zeros(1, 16, 192)).unique().numel() == 16  # places differ
+    assert pixels().loss(ids, error) == 0 and set(source.networks()) == {"predictor"}
 
 
 def test_the_log_says_how_much_of_the_teacher_is_old():
-    guide = guide_of("attn_high")
-    assert guide.statistics(3, 10) == {}
-    guide.teacher = guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", 4, 0.1)
-    numbers = guide.statistics(3, 10)
+    assert guidance.NoScore().statistics(3, 10) == {}
+    teacher = guidance.average_of(small_encoder(), "cls", 4, 0.1)
+    numbers = guidance.TeacherScore(small_encoder(), teacher, "out").statistics(3, 10)
     assert numbers["teacher_initial"] == pytest.approx(guidance.initial_share(3, 10), abs=1e-4)
 
 

@@ -218,11 +218,11 @@ import torch
 import pretrain
 from common.command import cli
 plain = pretrain.finish
-def finish(run, model, guide, *rest):
-    parts = {"model": model, **guide.networks()}
+def finish(run, model, source, *rest):
+    parts = {"model": model, **source.networks()}
     ends = {name: part.state_dict() for name, part in parts.items()}
     torch.save(ends | {"writes": run.writes}, "rank" + os.environ["RANK"] + ".pt")
-    plain(run, model, guide, *rest)
+    plain(run, model, source, *rest)
 pretrain.finish = finish
 cli(pretrain.main)
 """

@@ -99,7 +99,7 @@ def test_what_is_random_in_training_is_not_in_evaluations(monkeypatch):
     found = []
     monkeypatch.setattr(pretrain, "evaluate", lambda model, *_: {"training": model.training})
     run = SimpleNamespace(step=0, per_epoch=1, log=lambda **row: found.append(row["training"]))
-    pretrain.log_evaluation(run, model, SimpleNamespace(autocast=None), ({}, {"header": {}}), {})
+    pretrain.log_evaluation(run, model, None, ({}, {"header": {}}), {}, None)
     assert found == [False] and model.training
 
 
