@@ -202,10 +202,6 @@ class ViT(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def summary(self, tokens):
-        """tokens (B, 1+K, D) -> (B, D), by which the contrastive loss compares two views."""
-        return tokens[:, 0] if self.pooler is None else self.pooler(tokens)
-
     def all_patches(self, view):
         """view u8 (B, S, S, 3) -> all patches (B, N, P) and their places (B, N)."""
         ids = torch.arange(self.side**2, device=view.device).expand(view.shape[0], -1).contiguous()

@@ -363,6 +363,9 @@ def main():
 
     model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
+    # The same network as the loop calls it: compiled on a GPU, its gradients averaged over processes.
+    # Before the pooler is added, because that has gradients in the steps of its own loss alone.
+    cut_views, mae = compiled(model, flags, device)
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
     strategy, source, throw = make_mask(flags, model.encoder, train_set, autocast)
     # All that learns has one optimizer. A teacher is among the networks, because it is part of the
@@ -374,8 +377,6 @@ def main():
     # The pooler and the head for pictures have gradients of another size: in one norm with the
     # others they would shrink the step of the encoder, though they must not change it.
     clipped = [w for name, w in model.named_parameters() if not name.startswith(UNCLIPPED)]
-    # The same networks as the loop calls them: compiled on a GPU, gradients averaged over processes.
-    cut_views, mae = compiled(model, flags, device)
     contrastive_loss = share_gradients(contrast)
     source.predictor = share_gradients(source.predictor)
 
@@ -446,9 +447,7 @@ def main():
                 visible = masked_patch_gather(second, ids, p, dtype)  # (m, K, p*p*3)
                 with torch.set_grad_enabled(contrast.trains_encoder), autocast():
                     second_tokens = model.encoder(visible, ids)  # (m, 1+K, D)
-                summary = model.encoder.summary(tokens)  # (b, D)
-                second_summary = model.encoder.summary(second_tokens)  # (m, D)
-                side_loss = side_loss + contrastive_loss(summary, second_summary, index)
+                side_loss = side_loss + contrastive_loss(tokens, second_tokens, index)
             # One backward pass for all losses. Where their networks share nothing, so do their gradients.
             (loss + side_loss).backward()
 

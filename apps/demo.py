@@ -41,7 +41,7 @@ from common.checkpoints import (
     read_network,
 )
 from common.classifier import is_recogniser
-from common.command import Parser, between, cli, need, parse_keys
+from common.command import Parser, between, cli, parse_keys, require
 from common.evaluate import hide, predict
 from common.io import UserError, open_tensors, reading
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
@@ -509,7 +509,7 @@ def main():
     MACHINE.device = pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-    need("demo", "gradio")
+    require("demo", "gradio")
     import gradio as gr
 
     names = {"localhost", socket.gethostname().lower(), args.host.lower()}

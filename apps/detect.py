@@ -38,8 +38,8 @@ from common.command import (
     between,
     cli,
     command,
-    need,
     refuse_useless,
+    require,
     set_defaults,
 )
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
@@ -608,7 +608,7 @@ def main():
     device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
-    need("detect", "pycocotools")  # found out now, not after the training
+    require("detect", "pycocotools")  # found out now, not after the training
     name = f"{name_of(flags.encoder)}-det" + (f"-s{flags.seed}" if flags.seed else "")
     set_defaults(flags, out=f"runs/{name}")
     print(machine)

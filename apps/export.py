@@ -33,9 +33,9 @@ from apps.formats import HF, QKV, renamed
 from apps.recognize import decide, open_gallery
 from common import checkpoints
 from common.classifier import is_recogniser, read_head
-from common.command import Parser, at_least, cli, need
+from common.command import Parser, at_least, cli, require
 from common.io import UserError, read_safetensors, reading, save_csv, save_json, save_safetensors
-from common.locks import claim
+from common.locks import reserve
 from common.lora import ADAPTER, fingerprint, read_files, save_encoder
 from finetune_lora import load_classifier, load_lora, merge_lora
 from kernels.gather import MEAN, STD
@@ -215,7 +215,7 @@ def graph_of(source, image_size=None):
 @torch.no_grad()
 def write_onnx(graph, notes, out):
     """Write a graph as ONNX, if onnxruntime's answers are torch's."""
-    need("onnx", "onnx", "onnxscript", "onnxruntime")
+    require("onnx", "onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
     images = torch.randint(256, (3, *graph.example.shape[1:])).to(graph.example.dtype)
@@ -402,7 +402,7 @@ def export(source, to, out=None, image_size=None):
     card = out / "README.md" if to in ("hf", "wd", "half") else out.with_suffix(".md")
     if card == out:
         raise UserError(f"--out {out} would be the card, too; choose another name")
-    claim([out, card])
+    reserve([out, card])
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         path = Path(folder) / out.name
         use = write(source, path, image_size).replace(str(path), str(out))

@@ -29,7 +29,7 @@ from common import guidance, plots
 from common.checkpoints import flags_of, load_teacher
 from common.command import Parser, between, cli, progress, refuse_useless
 from common.io import UserError
-from common.locks import claim
+from common.locks import reserve
 from common.train import commit, pick_device, seeded
 from kernels.loss import patch_detail
 
@@ -367,7 +367,7 @@ def main():
     out = Path(args.out or Path("maps") / folder.name)
     path = out / f"{args.map}.safetensors"
     sheet = out / f"sheet-{args.map}.png"
-    claim([path, sheet])
+    reserve([path, sheet])
     images = split["images"]
     n = len(images)
     grid, dtype, rows = rows_of_map(args, images, device)

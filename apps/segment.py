@@ -41,9 +41,9 @@ from common.command import (
     at_least,
     cli,
     command,
-    need,
     parse_keys,
     refuse_useless,
+    require,
     set_defaults,
 )
 from common.features import hold_out, name_of, open_splits, split_suffix
@@ -333,7 +333,7 @@ def segformer(channels):
     Convolutions are initialised as in the paper's code. With the standard deviation of transformers,
     0.02, those of a single channel are nearly silent.
     """
-    need("segment", "transformers")
+    require("segment", "transformers")
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     sizes = dict(depths=[2, 2, 2, 1], hidden_sizes=[24, 48, 64, 96], decoder_hidden_size=64)

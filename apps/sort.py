@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from apps.recognize import all_answers, answers, compared, open_recogniser, parser_of, predictions
 from common.command import cli
 from common.io import UserError, atomic, reading, save_csv
-from common.locks import claim
+from common.locks import reserve
 from ingest.pictures import picture_files, tell_problems
 
 SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
@@ -65,7 +65,7 @@ def sort(args, net, header, gallery, autocast):
     --group: into a folder of faces that look alike, named where the gallery knows most of them.
     """
     out = args.out
-    claim([], lock=out / ".lock")
+    reserve([], lock=out / ".lock")
     rows = open_sorted(out / SORTED)
     if args.group and rows:
         raise UserError(f"{out} has groups already; choose another --out")

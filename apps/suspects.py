@@ -23,7 +23,7 @@ from common import features, metrics
 from common.checkpoints import load_encoder
 from common.command import Parser, cli, drawing
 from common.io import UserError, save_csv
-from common.locks import claim
+from common.locks import reserve
 
 FOLDS = 5
 SHOWN = 6, 8  # rows and columns of the sheet
@@ -84,7 +84,7 @@ def main():
     task.splits = {"train": task.train}
     home = Path(args.out or features.results_folder(args.run, task.folder, "val"))
     table, sheet = home / "suspects.csv", home / "suspects.png"
-    claim([table, sheet], fix="move them away")
+    reserve([table, sheet], fix="move them away")
     encoder = load_encoder(args.run)
     x = features.of_encoder(encoder.to(task.device), task)["mean"]["train"]
     split = task.train

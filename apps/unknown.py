@@ -59,7 +59,7 @@ from common import metrics, stats
 from common.command import between, cli, command, refuse_useless
 from common.features import results_folder
 from common.io import UserError, read_json, save_json
-from common.locks import claim, lock_beside, locked
+from common.locks import lock_beside, locked, reserve
 from common.train import commit, machine
 
 RADII = np.arange(0.05, 1, 0.05)  # cosine distances that `as_ccip` tries as eps of DBSCAN
@@ -245,7 +245,7 @@ def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
-    claim([home / "recognize.json"], fix="choose another --data or --split")
+    reserve([home / "recognize.json"], fix="choose another --data or --split")
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and Path(header["data"]).exists():
         own = faces_of(net, gallery, header["data"], header.get("split", "val"), autocast)

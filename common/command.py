@@ -183,7 +183,7 @@ def parse_keys(text, choices, flag):
     return name, values
 
 
-def need(extra, *libraries):
+def require(extra, *libraries):
     """A library of an extra of pyproject.toml that is missing is named before the work begins."""
     for name in libraries:
         if not find_spec(name):

@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 class Contrast(nn.Module):
-    """The second views, the projector and the loss.
+    """The second views, the pooler, the projector and the loss.
 
     figures: u8 (n, S, S) of all training pictures, or None where they are not known. Pictures of one
     group are not each other's negatives.
@@ -60,6 +60,7 @@ class Contrast(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
         self.image_size, self.patches = encoder.image_size, encoder.side**2
         self.settings, self.figures, self.min_crop = settings, figures, min_crop
+        self.pooler = encoder.pooler  # None: the CLS token is compared, and the encoder learns
         self.trains_encoder = encoder.pooler is None
         self.last = {}
 
@@ -82,10 +83,15 @@ class Contrast(nn.Module):
         ids_keep, _ = masking.sample(data.send(noise, device), K)
         return view, ids_keep
 
-    def forward(self, summary, second, index):
-        """summary (b, D), second (m, D) of the first m pictures, index (b,) -> the weighted loss."""
+    def summary(self, tokens):
+        """tokens (B, 1+K, D) -> (B, D)."""
+        return tokens[:, 0] if self.pooler is None else self.pooler(tokens)
+
+    def forward(self, tokens, second, index):
+        """tokens (b, 1+K, D) of the MAE's views, second (m, 1+K, D), index (b,) -> the weighted loss."""
         m = len(second)
-        h = F.normalize(self.projector(torch.cat([second, summary]).float()), dim=1)  # (m + b, E)
+        summaries = torch.cat([self.summary(second), self.summary(tokens)])  # (m + b, D)
+        h = F.normalize(self.projector(summaries.float()), dim=1)  # (m + b, E)
         groups = self.groups[data.send(index, h.device)]
         groups = torch.cat([groups[:m], groups])
         settings = self.settings

@@ -19,7 +19,7 @@ except ImportError:  # there is none on Windows, and so no lock
 HELD = set()  # paths of the locks that this command holds until it ends
 
 
-def claim(paths, lock=None, fix="choose another --out"):
+def reserve(paths, lock=None, fix="choose another --out"):
     """What a command writes is its own until it ends: others wait, and what is there is refused.
 
     lock: the lock file, `.lock` in a folder that is the command's own; default: beside the first path.

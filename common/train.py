@@ -305,9 +305,9 @@ class Run:
     def resume_or_begin(self):
         """Go on from state.pt where flags.resume asks for it, else begin; then the bar can run."""
         if self.writes:
-            from common.locks import claim  # here, because who reads a loop needs no locks
+            from common.locks import reserve  # here, because who reads a loop needs no locks
 
-            claim([], self.out / ".lock")
+            reserve([], self.out / ".lock")
         if self.resumes:
             self.load()
         if self.writes:

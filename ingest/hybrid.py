@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from common.command import need
+from common.command import require
 from ingest import toon
 from ingest.decode import open_picture
 
@@ -70,7 +70,7 @@ PALETTES = 64  # layers of each kind whose colours are dealt out
 
 def open_photos(split):
     """The photographs of a split -> list of pictures."""
-    need("segment", *FOLDERS)  # they ship the photographs
+    require("segment", *FOLDERS)  # they ship the photographs
     photos = []
     for name, (library, of, _) in PHOTOS.items():
         if of == split:

@@ -46,7 +46,7 @@ from common.command import (
     set_defaults,
 )
 from common.io import UserError, open_tensors
-from common.locks import claim, lock_beside, locked
+from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
 from data import SMALL, evenly_spaced, open_split
 from ingest import boxes, duplicates, hybrid, layouts, scenes, sources, tags, toon
@@ -415,7 +415,7 @@ def show(flags):
     if not names:
         raise UserError(f"--show {folder}: there is no packed set; python data.py PATH packs one")
     path = folder / "sheet.png"
-    claim([path], fix="move it away")
+    reserve([path], fix="move it away")
     from common import plots
 
     splits = {n: open_split(folder, n) for n in names}

@@ -8,7 +8,7 @@ from PIL import Image
 
 from common.fields import shown
 from common.io import UserError, atomic
-from common.locks import claim
+from common.locks import reserve
 from ingest import files, sources
 from ingest.decode import decode, decode_records, reason, whole
 
@@ -124,6 +124,6 @@ def save_pngs(out, key, pictures, in_folders=False):
         name = "-".join(words)  # x.jpg beside x.png
     for ending, pixels in pictures.items():
         path = out / folder / f"{name}{ending}.png"
-        claim([path], out / ".lock")
+        reserve([path], out / ".lock")
         with atomic(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")

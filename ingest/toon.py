@@ -21,7 +21,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from common.command import Parser, at_least, between, cli
 from common.io import atomic
-from common.locks import claim
+from common.locks import reserve
 
 COUNT = 2400  # drawings in the demo set
 SS = 4  # supersampling: everything is drawn four times too large and then reduced
@@ -863,7 +863,7 @@ def main():
     add("--seed", type=at_least(0), default=0, help="another picture for each (default: 0)")
     args = parser.parse_args()
     out = args.out or f"{args.who}.png"
-    claim([out])
+    reserve([out])
     picture = draw(unseen(people[args.who], 1, args.seed)[0], args.size)["image"]
     with atomic(out) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")

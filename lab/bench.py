@@ -18,7 +18,7 @@ import torch
 
 from common.command import Parser, at_least
 from common.io import UserError, reading, save_csv
-from common.locks import claim, lock_beside
+from common.locks import lock_beside, reserve
 from common.train import commit, machine
 from kernels import triton
 
@@ -130,7 +130,7 @@ class Table:
     """
 
     def __init__(self, path, keys, device, **versions):
-        claim([], lock_beside(path))
+        reserve([], lock_beside(path))
         self.path = path
         self.keys = (*keys, "machine", "commit")
         self.rows = read_table(path) if path.exists() else []

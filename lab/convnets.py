@@ -19,7 +19,7 @@ from apps import recognize, unknown
 from common import checkpoints, features, lora
 from common.checkpoints import about_model, load_exactly, model_file
 from common.classifier import is_recogniser
-from common.command import cli, need
+from common.command import cli, require
 from common.io import read_safetensors, save_safetensors
 from kernels.gather import MEAN, STD
 
@@ -64,7 +64,7 @@ class ConvNet(nn.Module):
 
 def build(name, image_size):
     """The network of transformers, without a classifier, weights random."""
-    need("segment", "transformers")
+    require("segment", "transformers")
     from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel
 
     if name != "efficientnet_b0":

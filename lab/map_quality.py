@@ -25,7 +25,7 @@ from common.checkpoints import load_teacher
 from common.command import Parser, cli, command
 from common.features import results_folder, untrained_like
 from common.io import UserError, save_json
-from common.locks import claim
+from common.locks import reserve
 from common.train import commit, machine
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def main():
     encoder = load_teacher(args.run)
     folder = Path(data.open_or_pack(args.data))
     out = results_folder(args.run, folder, args.split) / "map_quality.json"
-    claim([out])
+    reserve([out])
     truth = true_set(folder, args.split)
     rows = measure_foreground(*truth[:2], encoder.side)
     rows += measure_attention(*truth[:2], encoder)

@@ -34,7 +34,7 @@ import torch
 
 import data
 import mask as masking
-from common.command import Parser, at_least, cli, need, parse_keys
+from common.command import Parser, at_least, cli, parse_keys, require
 from common.io import UserError, read_json, save_json
 from common.locks import lock_beside, locked
 from common.train import commit, machine, pick_device, read_log
@@ -287,7 +287,7 @@ def check(args, arms):
     text = shlex.join([*arms, *args.set.values(), *(c for arm in arms for c in plan["arms"][arm])])
     for word, (extra, library) in plan.get("needs", {}).items():
         if word in text:
-            need(extra, library)
+            require(extra, library)
     torch.set_num_threads(args.threads)  # a row names the machine so
     asked = re.search(r"--device (\w+)", text)
     args.device = pick_device(asked[1] if asked else "auto")

@@ -27,7 +27,7 @@ from common.checkpoints import load_encoder
 from common.command import Parser, at_least, cli, command, progress
 from common.evaluate import masked_mse
 from common.io import UserError, save_json
-from common.locks import claim
+from common.locks import reserve
 from common.train import commit, machine, seeded
 from finetune_lora import GRAY, cutout
 from ingest.decode import open_picture
@@ -333,7 +333,7 @@ def main():
     task = open_task(parse_args())
     args = task.args
     name = f"stress-{args.only.replace(',', '-')}.json" if args.only else "stress.json"
-    claim([task.out / name])
+    reserve([task.out / name])
     if args.only and not task.labelled:
         raise UserError(f"--only {args.only} needs two classes, and labels on all of {task.folder}")
     mae = None if args.only else load_mae(task.run)

@@ -75,8 +75,8 @@ def simclr(flags, net, rows, images, generator, t, autocast):
     """NT-Xent of 2B views."""
     views = [crops(images, generator, flags.image_size) for _ in range(2)]
     with autocast():
-        summary = cls_of(net["student"], torch.stack(views, 1).flatten(0, 1))
-    return net["contrast"](summary[::2], summary[1::2], rows)
+        tokens = [cls_of(net["student"], view)[:, None] for view in views]  # (B, 1, D) each
+    return net["contrast"](*tokens, rows)
 
 
 def dino(flags, net, rows, images, generator, t, autocast):

@@ -81,7 +81,7 @@ def test_the_statistics_head_and_the_pooler_give_no_gradient_to_the_rest():
     mae, (keep, mask) = small_mae(), some_ids()
     mae.encoder.pooler = M.Pooler(64, 4)
     _, stats, tokens = mae(torch.randn(3, 5, 192), keep, mask)
-    (stats.sum() + mae.encoder.summary(tokens).square().sum()).backward()
+    (stats.sum() + mae.encoder.pooler(tokens).square().sum()).backward()
     reached = {name.rsplit(".", 1)[0] for name, p in mae.named_parameters() if p.grad is not None}
     assert reached == {"decoder.stats_head", "encoder.pooler", "encoder.pooler.kv"}
 
@@ -215,8 +215,9 @@ def contrast_of(settings, figures=None):
 
 
 def test_the_projector_is_a_normed_network_on_the_groups_of_the_data():
-    contrast = contrast_of(SETTINGS["pooler"] | {"weight": 3.0})
-    summary, second = torch.randn(4, 32), torch.randn(2, 32)
+    contrast = contrast_of(SETTINGS["cls"] | {"weight": 3.0, "temperature": 0.15, "dcl": 1})
+    tokens, others = torch.randn(4, 5, 32), torch.randn(2, 5, 32)
+    summary, second = tokens[:, 0], others[:, 0]
     rows = torch.tensor([0, 3, 2, 1])
     first, _, _, last = contrast.projector
     x = torch.cat([second, summary]) @ first.weight.T
@@ -224,11 +225,11 @@ def test_the_projector_is_a_normed_network_on_the_groups_of_the_data():
     h = F.normalize(x @ last.weight.T + last.bias, dim=1)
     assert (first.weight.shape, last.weight.shape) == ((1024, 32), (128, 1024))
     expected = by_hand(h.detach(), [0, 2, 0, 2, 0, 1], 2, 0.15, True)
-    assert contrast(summary, second, rows).item() == pytest.approx(3 * expected, rel=1e-4)
+    assert contrast(tokens, others, rows).item() == pytest.approx(3 * expected, rel=1e-4)
     row = contrast.statistics()
     assert row["contrastive_loss"] == pytest.approx(expected, rel=1e-4)
     assert 0 <= row["pairs_found"] <= 1
-    contrast(summary, second, rows).backward()
+    contrast(tokens, others, rows).backward()
     assert all(w.grad.any() for w in contrast.parameters())
 
 
