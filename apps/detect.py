@@ -20,8 +20,9 @@ import contextlib
 import io
 import json
 import shlex
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ from common.features import hold_out, name_of, open_splits, split_suffix, untrai
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
-from model import shape_of
+from model import ViT, shape_of
 
 RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
 WEIGHT_DECAY = 0.05
@@ -362,28 +363,45 @@ def judge(task, net, split, rows):
 # ---- training ------------------------------------------------------------------------------------
 
 
+@dataclass
+class Task:
+    """What a run works with."""
+
+    train: dict  # a split
+    rows: torch.Tensor  # of it, that are learned from
+    dev: tuple  # split and rows to choose by
+    report: tuple  # split and rows that are reported
+    view: int  # side of a crop in pixels
+    page: int  # side of a whole page that is judged
+    late: int  # side of a page at the end of training
+    encoder: ViT
+    heads: dict  # other weights of a detector that is trained on
+    seed: int
+    device: torch.device
+    autocast: partial
+
+
 def open_task(flags, device, autocast):
-    """What a run works with: splits, rows, sides of the views in pixels, the encoder."""
-    held = flags.split
+    """Splits, rows, sides of the views in pixels, the encoder."""
     splits = open_splits(flags.data, flags.split)
-    task = SimpleNamespace(device=device, autocast=autocast, seed=flags.seed)
-    task.train = splits["train"]
-    task.rows, rows, chosen = hold_out(splits)
-    task.dev = splits[chosen], rows
-    task.report = splits[held], torch.arange(len(splits[held]["images"]))
-    parts = {"train": (task.train, task.rows), "dev": task.dev, held: task.report}
-    for name, (split, rows) in parts.items():
-        if "boxes" not in split or (boxes_of(split, rows) < 0).all():
+    rows, chosen, where = hold_out(splits)
+    dev = (splits[where], chosen)
+    held = splits[flags.split]
+    report = (held, torch.arange(len(held["images"])))
+    parts = {"train": (splits["train"], rows), "dev": dev, flags.split: report}
+    for name, (split, some) in parts.items():
+        if "boxes" not in split or (boxes_of(split, some) < 0).all():
             fix = "python data.py scenes draws pages with some, python data.py PATH --detect packs others"
             raise UserError(f"{flags.data} has no boxes on pages of {name}; {fix}")
     two = 2 * load_start(flags.encoder)[0].patch_size  # a cell of the coarsest map
-    task.view = flags.view
-    if task.view % two:
-        raise UserError(f"--view {task.view} must be a multiple of {two}, which is two patches")
-    task.page = int(task.view * PAGE) // two * two
-    task.late = max(task.view, task.page * 6 // 7 // two * two)
-    task.encoder, task.heads = load_start(flags.encoder, task.page)
-    return task
+    if flags.view % two:
+        raise UserError(f"--view {flags.view} must be a multiple of {two}, which is two patches")
+    page = int(flags.view * PAGE) // two * two
+    late = max(flags.view, page * 6 // 7 // two * two)
+    sides = (flags.view, page, late)
+    start = load_start(flags.encoder, page)
+    machine = (flags.seed, device, autocast)
+    return Task(splits["train"], rows, dev, report, *sides, *start, *machine)
 
 
 def is_detector(path):

@@ -23,6 +23,8 @@ import itertools
 import math
 import shlex
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +51,7 @@ from common.command import (
 from common.features import hold_out, name_of, open_splits, split_suffix
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
-from model import shape_of
+from model import ViT, shape_of
 
 KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
 NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours alone
@@ -442,33 +444,52 @@ def overlay(picture, mask):
 # ---- a run ---------------------------------------------------------------------------------------
 
 
+@dataclass
+class Task:
+    """What a run works with."""
+
+    train: SimpleNamespace  # frames, as of `frames_of`
+    judged: dict  # {"dev" and the split that is reported: frames}
+    held: str  # name of the latter
+    encoder: ViT
+    learn_from: str  # of stage 3: proxies, frames or truth
+    data: str  # folder of the set
+    seed: int
+    device: torch.device
+    autocast: partial
+    masks: np.ndarray | None = None  # (n, ., .) of train, which stage 3 learns from
+
+    @property
+    def S(self):
+        """Side of a view in pixels."""
+        return self.encoder.image_size
+
+
 def open_task(flags, device, autocast):
-    """What a run works with: frames of each split, the encoder, the side S of a view in pixels."""
-    held = flags.split
+    """Frames of each split, and the encoder."""
     splits = open_splits(flags.data, flags.split)
-    task = SimpleNamespace(device=device, autocast=autocast, seed=flags.seed, held=held)
-    task.data, task.learn_from = flags.data, flags.learn_from
     for kind in KINDS:
         if kind not in splits["train"]["header"]["classes"]:
             fix = "python data.py FOLDER packs the folders drawn, photographed, and more of mixed frames"
             raise UserError(f"{flags.data} has no frames labelled {kind!r}; {fix}")
     fitted, chosen, where = hold_out(splits)
-    task.train = frames_of(splits["train"], fitted)
-    report = frames_of(splits[held], torch.arange(len(splits[held]["labels"])))
-    task.judged = {"dev": frames_of(splits[where], chosen), held: report}
-    counts = task.train.kind[task.train.plain].bincount(minlength=len(KINDS))
+    frames = frames_of(splits["train"], fitted)
+    held = splits[flags.split]
+    report = frames_of(held, torch.arange(len(held["labels"])))
+    judged = {"dev": frames_of(splits[where], chosen), flags.split: report}
+    counts = frames.kind[frames.plain].bincount(minlength=len(KINDS))
     fewest = int(counts.argmin())
     if not counts[fewest]:
         raise UserError(f"{flags.data} has in train frames of one kind alone; both are needed")
     if counts[fewest] < FEW:
         print(f"note     {counts[fewest]} {KINDS[fewest]} frames are few: many masks will be wrong")
-    if task.learn_from == "truth" and "drawn" not in task.train.split:
+    if flags.learn_from == "truth" and "drawn" not in frames.split:
         raise UserError(f"{flags.data} has no true masks; --learn-from proxies needs none")
-    if task.learn_from != "frames" and not len(task.train.mixed):
+    if flags.learn_from != "frames" and not len(frames.mixed):
         raise UserError(f"{flags.data} has no mixed frames; --learn-from frames needs none")
-    task.encoder = load_encoder(flags.encoder, splits["train"]["images"].shape[1])
-    task.S = task.encoder.image_size
-    return task
+    encoder = load_encoder(flags.encoder, splits["train"]["images"].shape[1])
+    settings = (flags.learn_from, flags.data, flags.seed)
+    return Task(frames, judged, flags.split, encoder, *settings, device, autocast)
 
 
 def frames_of(split, rows):

@@ -29,6 +29,7 @@ import math
 import re
 import shlex
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -401,29 +402,48 @@ def load_tagger(folder):
 # ---- what is learned from ------------------------------------------------------------------------
 
 
+@dataclass
+class Task:
+    """What a run works with."""
+
+    arm: str
+    weight: float  # of the loss on tags
+    share: float | None  # of hidden tags; None: the curriculum
+    min_crop: float
+    net: MFDN
+    classes: list  # names of the characters
+    words: list  # the tags
+    train: SimpleNamespace  # sets of common.features.open_rows
+    dev: SimpleNamespace
+    report: SimpleNamespace
+    device: torch.device
+    autocast: partial
+
+    @property
+    def side(self):
+        """Of a view, in pixels."""
+        return self.net.encoder.image_size
+
+
 def open_task(flags, device, autocast):
-    """-> a namespace of what a run works with: the sets, the network, the settings of the arm."""
-    task = SimpleNamespace(device=device, autocast=autocast)
-    task.arm, keys = parse_keys(flags.arm, ARM_KEYS, "--arm")
-    task.weight = keys.get("weight", TAG_WEIGHT)
-    task.share = keys.get("share")  # of hidden tags; None: the curriculum
-    task.min_crop = None if task.arm == "tags" else flags.min_crop
-    sets, task.classes = open_rows(flags.data, flags.split, 0)
-    task.train, task.dev, task.report = sets
-    task.words = task.train.split["header"]["tags"]
+    """The sets, the network and the settings of the arm."""
+    arm, keys = parse_keys(flags.arm, ARM_KEYS, "--arm")
+    sets, classes = open_rows(flags.data, flags.split, 0)
+    train_set = sets[0]
     for images in sets:
         if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
             fix = "python data.py LIST --out DIR packs a table with a column of tags"
             raise UserError(f"{flags.data}, {images.name} has no tags; {fix}")
-    count = (tags_of(task.train, task.train.rows) >= 0).sum(1)
+    words = train_set.split["header"]["tags"]
+    count = (tags_of(train_set, train_set.rows) >= 0).sum(1)
     length = min(LENGTH, max(2, int(count.max())) + 2)
     encoder = checkpoints.load_encoder(flags.encoder)
-    task.side = encoder.image_size
     torch.manual_seed(flags.seed)
-    task.net = MFDN(encoder, len(task.classes), len(task.words), task.arm, length).to(device)
-    task.net.reach.copy_(reaches(count, length - 2))
-    encoder.requires_grad_(task.arm != "bce")
-    return task
+    net = MFDN(encoder, len(classes), len(words), arm, length).to(device)
+    net.reach.copy_(reaches(count, length - 2))
+    encoder.requires_grad_(arm != "bce")
+    settings = (arm, keys.get("weight", TAG_WEIGHT), keys.get("share"), flags.min_crop)
+    return Task(*settings, net, classes, words, *sets, device, autocast)
 
 
 def tags_of(images, rows, plane="tags"):
