@@ -197,13 +197,25 @@ class ViT(nn.Module):
 
     def forward(self, patches, ids, pos=None):
         """patches (B, K, P), ids (B, K) -> normalised tokens (B, 1+K, D), the CLS token first."""
-        x = self.embed(patches, ids, pos)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.run_blocks(self.embed(patches, ids, pos)))
+
+    def run_blocks(self, x, begin=0, end=None, bias=None, every=False):
+        """x (B, N, D) through blocks[begin:end] -> (B, N, D); every: a list, x after each block."""
+        outputs = []
+        for block in self.blocks[begin:end]:
+            x = block(x, bias=bias)
+            if every:
+                outputs.append(x)
+        return outputs if every else x
 
     def all_patches(self, view):
-        """view u8 (B, S, S, 3) -> all patches (B, N, P) and their places (B, N)."""
+        """view u8 (B, S, S, 3), S = image_size -> all patches (B, N, P) and their places (B, N)."""
+        S = self.image_size
+        if view.shape[1:3] != (S, S):
+            size = " x ".join(str(side) for side in view.shape[1:3])
+            raise ValueError(
+                f"views of {size} px, but the encoder reads {S}: resize them to {S} px"
+            )
         ids = torch.arange(self.side**2, device=view.device).expand(view.shape[0], -1).contiguous()
         return masked_patch_gather(view, ids, self.patch_size), ids
 
@@ -223,9 +235,7 @@ class ViT(nn.Module):
             return self.rollout(view)
         if source != "cls":
             raise ValueError(f"patch_attention has no branch for {source!r}: write one")
-        x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
-        for block in self.blocks[:-1]:
-            x = block(x)
+        x = self.run_blocks(self.embed(*self.all_patches(view)), end=-1)  # (B, 1+N, D)
         last = self.blocks[-1]
         return last.attn.probabilities(last.norm1(x), 1)[:, :, 0, 1:]
 
@@ -236,10 +246,10 @@ class ViT(nn.Module):
         """
         x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
         path = torch.eye(x.shape[1], device=x.device)
-        for block in self.blocks:
+        inputs = [x, *self.run_blocks(x, end=-1, every=True)]  # of each block
+        for block, x in zip(self.blocks, inputs, strict=True):
             A = block.attn.probabilities(block.norm1(x), x.shape[1]).mean(1)  # (B, 1+N, 1+N)
             path = (A @ path + path) / 2
-            x = block(x)
         return path[:, None, 0, 1:]
 
 
@@ -373,9 +383,7 @@ class SimMIM(nn.Module):
         """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats, None."""
         x = self.encoder.embed(patches, ids_keep)  # (B, 1+K, D)
         hidden = self.decoder.mask_token + self.encoder.pos_embed[0, 1:][ids_mask]  # (B, M, D)
-        x = torch.cat([x, hidden.to(x.dtype)], 1)  # (B, 1+K+M, D)
-        for block in self.encoder.blocks:
-            x = block(x)
+        x = self.encoder.run_blocks(torch.cat([x, hidden.to(x.dtype)], 1))  # (B, 1+K+M, D)
         x = self.encoder.norm(x[:, -ids_mask.shape[1] :])  # (B, M, D)
         return self.decoder.decoder_pred(x), self.decoder.stats_head(x.detach()), None
 

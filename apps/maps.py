@@ -207,9 +207,7 @@ def tokens_of(images, rows, encoder):
     """
     device = encoder.cls_token.device
     for index, view in data.whole_views(images, rows, encoder.image_size, device):
-        x = encoder.embed(*encoder.all_patches(view))
-        for block in encoder.blocks:
-            x = block(x)
+        x = encoder.run_blocks(encoder.embed(*encoder.all_patches(view)))
         yield index, x[:, 1:].float().cpu()
 
 

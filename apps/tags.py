@@ -296,9 +296,7 @@ class MFDN(nn.Module):
         Those of tags are (B, V), or (., V) for the places that `hidden`, an index of (B, L), selects.
         """
         x, bias, seen = self.lower_half(patches, ids, words)
-        for block in self.encoder.blocks[self.half :]:
-            x = block(x, bias=bias)
-        x = self.encoder.norm(x)
+        x = self.encoder.norm(self.encoder.run_blocks(x, begin=self.half, bias=bias))
         tags = self.decoded(x, bias, seen, hidden)
         with torch.autocast(x.device.type, enabled=False):  # logits in fp32, whatever the rest is
             characters = None if self.arm == "bce" else self.head(x[:, 0].float())
@@ -310,8 +308,7 @@ class MFDN(nn.Module):
         x, bias, seen = None, None, 0
         if self.arm != "tags":
             x = self.encoder.embed(patches, ids)  # (B, 1+K, D)
-            for block in self.encoder.blocks[: self.half]:
-                x = block(x)
+            x = self.encoder.run_blocks(x, end=self.half)
             seen = x.shape[1]
         if self.arm in READS_TAGS:
             bias = torch.zeros(words.shape, device=words.device)

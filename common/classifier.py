@@ -118,11 +118,8 @@ class Classifier(nn.Module):
             tokens = self.encoder(patches, ids).float()
             return tokens[:, 0] if self.config["pool"] == "cls" else tokens[:, 1:].mean(1)
         x = self.encoder.embed(patches, ids)
-        cls_tokens = []
-        for block in self.encoder.blocks:
-            x = block(x)
-            cls_tokens.append(x[:, 0].float())
-        return torch.stack(cls_tokens, 2)
+        every = self.encoder.run_blocks(x, every=True)  # L times (B, 1+K, D)
+        return torch.stack([tokens[:, 0].float() for tokens in every], 2)
 
     def forward(self, pooled, labels=None):
         """pooled -> logits (B, C), the margin on where labels (B,) are given."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import shaken, some_view
 
 import model as M
+from common.classifier import Classifier
 from common.contrast import SETTINGS, Contrast, contrastive_loss
 from common.train import seeded
 from kernels.gather import masked_patch_gather
@@ -130,6 +131,58 @@ def test_attention_maps_are_the_formulas():
         x = block(x)
     torch.testing.assert_close(vit.patch_attention(view), A[:, :, 0, 1:])
     torch.testing.assert_close(vit.patch_attention(view, "rollout")[:, 0], path[:, 0, 1:])
+
+
+def test_blocks_run_in_pieces_or_one_by_one_as_at_once():
+    vit = small_mae().encoder
+    x = vit.embed(*vit.all_patches(some_view()))
+    every = vit.run_blocks(x, every=True)
+    for i, block in enumerate(vit.blocks):
+        assert torch.equal(every[i], block([x, *every][i]))
+    assert torch.equal(vit.run_blocks(x), every[2])
+    assert torch.equal(vit.run_blocks(vit.run_blocks(x, end=1), begin=1), every[2])
+    assert torch.equal(vit.run_blocks(x, end=-1), every[1])
+    hidden = torch.zeros(17)
+    hidden[5:] = -math.inf  # keys that no block may attend to
+    torch.testing.assert_close(vit.run_blocks(x, bias=hidden)[:, :5], vit.run_blocks(x[:, :5]))
+
+
+READERS = {  # everything that runs the blocks of an encoder
+    "features": lambda net, view, ids: net.encoder.features(view),
+    "cls": lambda net, view, ids: net.encoder.patch_attention(view),
+    "rollout": lambda net, view, ids: net.encoder.patch_attention(view, "rollout"),
+    "pooler": lambda net, view, ids: net.encoder.patch_attention(view, "pooler"),
+    "mae": lambda net, view, ids: net(masked_patch_gather(view, ids[0], 8), *ids)[0],
+    "ifa": lambda net, view, ids: Classifier(net.encoder, 2, "ifa").pooled(
+        *net.encoder.all_patches(view)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [M.MAE, M.SimMIM])
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_added_to_run_blocks_reaches_every_reader(kind, name, monkeypatch):
+    """Such as a LayerScale or register tokens: a loop of one's own would miss them without a word."""
+    net, view, ids = small_mae(kind), some_view(), some_ids()
+    net.encoder.pooler = M.Pooler(64, 4)
+    before = READERS[name](net, view, ids)
+    run_blocks = M.ViT.run_blocks
+
+    def changed(self, x, **options):
+        x = run_blocks(self, x, **options)
+        return [y + y.roll(1, 1) for y in x] if isinstance(x, list) else x + x.roll(1, 1)
+
+    monkeypatch.setattr(M.ViT, "run_blocks", changed)
+    assert not torch.allclose(READERS[name](net, view, ids), before)
+
+
+@pytest.mark.parametrize("S", [24, 48])
+def test_views_of_another_size_are_refused(S):
+    """A smaller grid of places fits into a larger one, so the upper left alone would be read."""
+    encoder = small_mae().encoder
+    for read in (encoder.all_patches, encoder.features, encoder.patch_attention):
+        with pytest.raises(ValueError, match=f"{S} x {S} px.*32"):
+            read(some_view(S=S))
 
 
 def test_the_pooler_is_attention_with_one_query_a_head():
