@@ -21,6 +21,8 @@ from torch import nn
 from kernels import LARGEST
 from kernels.gather import MEAN, STD, masked_patch_gather
 
+# The decoders are narrow. MAE's decoder, 512 wide and 8 blocks deep, would cost 4.7 times as much
+# as a ViT-S encoder (224 px, ratio 0.75), and it is thrown away after pre-training.
 SIZES = {
     "nano": dict(dim=192, depth=4, heads=3, image_size=64, patch_size=8, decoder_dim=128),
     "tiny": dict(dim=256, depth=8, heads=4, image_size=96, patch_size=8, decoder_dim=128),
@@ -35,11 +37,9 @@ MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens
 
 
 def attention(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, N, d); bias -inf hides a key.
-
-    A GPU's fused kernel writes no (N, N) probabilities; maps come from `Attention.probabilities`. On
-    a CPU, two matrix products are faster at the short lengths of an MAE (results/TRIED.md).
-    """
+    """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, N, d); bias -inf hides a key."""
+    # A GPU's fused kernel never writes the (N, N) probabilities to memory. On a CPU it has no such
+    # gain: two matrix products trained `tiny` in bf16 at 222 pictures/s, and the fused one at 142.
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
@@ -54,6 +54,8 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
+        # One matrix makes q, k and v, because public ViTs store them so. LoRA gives each of the
+        # three its own factors again (LAYERS in finetune_lora.py).
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -66,15 +68,18 @@ class Attention(nn.Module):
     def forward(self, x, start=0, bias=None):
         """x (B, N, D) -> (B, N - start, D): the tokens from `start` on, which attend to all."""
         q, k, v = self.queries_keys_values(x)
+        # Only queries are dropped: as keys and values, the tokens before `start` can still be read.
         y = attention(q[:, :, start:], k, v, bias)  # (B, H, N - start, d)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def probabilities(self, x, queries):
         """Attention probabilities of the first `queries` tokens: x (B, N, D) -> (B, H, queries, N).
 
-        In fp32. They are computed anew, because a fused attention does not return them.
+        In fp32. They are computed again, because a fused attention does not return them.
         """
         q, k, _ = self.queries_keys_values(x)
+        # Softmax is in fp32 even in autocast: bf16 keeps 8 significant bits, by which many patches
+        # would have the same probability, and a mask that follows attention could not rank them.
         scores = (q[:, :, :queries] @ k.transpose(-2, -1)).float()
         return (scores * q.shape[-1] ** -0.5).softmax(-1)
 
@@ -103,6 +108,8 @@ class Block(nn.Module):
 
     def forward(self, x, start=0, bias=None):
         """x (B, N, D) -> (B, N - start, D): tokens before `start` are read, and not updated."""
+        # Pre-norm: the sum over blocks is never normalised, so the last block's gradient also
+        # reaches the first unchanged. Post-norm (the first transformer) needs a longer warm-up.
         x = x[:, start:] + self.attn(self.norm1(x), start, bias)
         return x + self.mlp(self.norm2(x))
 
@@ -113,9 +120,13 @@ def sincos_positions(dim, side):
     The first half of the numbers encodes the column, the second half the row. Each is [sin, cos] of
     position * 10000^(-k / (dim/4)), k = 0 .. dim/4 - 1 (Vaswani et al. 2017, arXiv:1706.03762).
     """
+    # Nothing here is learned, as in MAE: a hidden patch has its place from the first step on,
+    # however rarely it was visible. Learned positions, such as DINO's, replace these on loading.
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32) / (dim / 4))
     angle = torch.arange(side, dtype=torch.float32)[:, None] * omega  # (side, dim/4)
     one_axis = torch.cat([angle.sin(), angle.cos()], 1)  # (side, dim/2)
+    # Column before row, although a picture's shape is said the other way round: MAE's checkpoints
+    # were trained with this order.
     column = one_axis[None, :].expand(side, -1, -1)
     row = one_axis[:, None].expand(-1, side, -1)
     positions = torch.cat([column, row], 2).reshape(1, side * side, dim)
@@ -132,8 +143,11 @@ def init_weights(module):
 def shrink_branches(blocks):
     """Scale what a branch adds to the residual stream by 1/sqrt(2 depth) (GPT-2; Radford 2019).
 
-    MAE warms up for 40 epochs instead. Short runs learn faster with this scaling (results/TRIED.md).
+    MAE does not scale them, and warms up for 40 epochs.
     """
+    # A residual stream is a sum over 2 depth branches. If each adds the variance 1, the sum has 2
+    # depth; with this factor it has 1, whatever the depth. On the demo set, the masked error after
+    # 12 epochs was 0.601, and 0.623 without. Branches that begin at zero came close (0.604).
     with torch.no_grad():
         for block in blocks:
             block.attn.proj.weight.mul_((2 * len(blocks)) ** -0.5)
@@ -146,18 +160,26 @@ def shrink_branches(blocks):
 class Pooler(nn.Module):
     """Reads the patch tokens by one learned query per head. Its attention is a map of what matters.
 
-    Gradients stop at the tokens: the pooler learns, and changes nothing in the encoder.
+    A plain MAE has no loss on its CLS token, so that token's attention tells little but the place
+    of a patch. The pooler has one, the contrastive loss, and its gradient stops at the tokens.
     """
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.query_token = nn.Parameter(torch.randn(heads, dim // heads))
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)  # a bias of the keys would change nothing
+        # A bias of the keys would add the same q b to every score of a head, and softmax removes
+        # what all scores have in common. Its gradient would be rounding alone, but AdamW would
+        # still move it.
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
         nn.init.xavier_uniform_(self.kv.weight)
 
     def keys_and_values(self, tokens):
         """tokens (B, 1+K, D) -> attention (B, H, K), values (B, H, K, d); in autocast rounded to bf16."""
+        # Without the detach, the pooler would learn by changing the encoder, and not by reading it.
+        # A mere 0.03 of its gradient took a linear classifier from 37.5 to 28.0 % on the demo set:
+        # telling one drawing from the next is easy by its light and colours, which say nothing of
+        # the character.
         kv = self.kv(tokens[:, 1:].detach().float())  # (B, K, 2 D)
         k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query = self.query_token * k.shape[3] ** -0.5  # (H, d)
@@ -178,19 +200,26 @@ class ViT(nn.Module):
         self.image_size = image_size
         self.patch_size = patch_size
         self.side = image_size // patch_size  # g
+        # MAE embeds by a convolution over the whole picture. Here patches arrive cut out, so a
+        # linear layer does the same. The dict is there for its public name, patch_embed.proj.
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(patch_size * patch_size * 3, dim)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        # A buffer is saved and moved to the GPU with the weights, but no optimizer trains it.
         self.register_buffer("pos_embed", sincos_positions(dim, self.side))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.pooler = None  # or a Pooler, which pre-training adds
         self.apply(init_weights)
+        # This has to follow init_weights, which would overwrite what it scales.
         shrink_branches(self.blocks)
         nn.init.normal_(self.cls_token, std=0.02)
 
     def embed(self, patches, ids, pos=None):
         """patches (B, K, P) at places ids (B, K) -> tokens (B, 1+K, D); pos replaces pos_embed."""
         pos = self.pos_embed if pos is None else pos
+        # MAE embeds every patch and then drops the hidden ones. Embedding the visible ones alone
+        # gives the same tokens. A patch keeps its place by its position, not by its index, so that
+        # ids can be in any order.
         x = self.patch_embed["proj"](patches) + pos[0, 1:][ids]  # (B, K, D)
         cls = (self.cls_token + pos[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
         return torch.cat([cls.to(x.dtype), x], 1)
@@ -201,9 +230,12 @@ class ViT(nn.Module):
 
     def run_blocks(self, x, begin=0, end=None, bias=None, every=False):
         """x (B, N, D) through blocks[begin:end] -> (B, N, D); every: a list, x after each block."""
+        # This is the only loop over an encoder's blocks. What is added to it, such as LayerScale or
+        # register tokens, is then there in pre-training, in maps and in every head.
         outputs = []
         for block in self.blocks[begin:end]:
             x = block(x, bias=bias)
+            # Only on request, because an output that nobody keeps is freed after the next block.
             if every:
                 outputs.append(x)
         return outputs if every else x
@@ -211,6 +243,8 @@ class ViT(nn.Module):
     def all_patches(self, view):
         """view u8 (B, S, S, 3), S = image_size -> all patches (B, N, P) and their places (B, N)."""
         S = self.image_size
+        # Without this check, the upper left of a larger view would be read, and the rest ignored:
+        # `ids` are the places of this encoder's grid, and all of them exist in a larger grid, too.
         if view.shape[1:3] != (S, S):
             size = " x ".join(str(side) for side in view.shape[1:3])
             raise ValueError(
@@ -235,6 +269,8 @@ class ViT(nn.Module):
             return self.rollout(view)
         if source != "cls":
             raise ValueError(f"patch_attention has no branch for {source!r}: write one")
+        # Of the last block only one row of softmax(q k^T) is wanted, so it does not run. Index 0
+        # among the keys is the CLS token itself; it is dropped, so a map sums to less than 1.
         x = self.run_blocks(self.embed(*self.all_patches(view)), end=-1)  # (B, 1+N, D)
         last = self.blocks[-1]
         return last.attn.probabilities(last.norm1(x), 1)[:, :, 0, 1:]
@@ -245,10 +281,13 @@ class ViT(nn.Module):
         The product over blocks of (A + I) / 2, A the mean over heads (arXiv:2005.00928).
         """
         x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
+        # The last block alone tells what is read from tokens that are mixtures by then. The product
+        # over all blocks follows the mixing back to the patches.
         path = torch.eye(x.shape[1], device=x.device)
         inputs = [x, *self.run_blocks(x, end=-1, every=True)]  # of each block
         for block, x in zip(self.blocks, inputs, strict=True):
             A = block.attn.probabilities(block.norm1(x), x.shape[1]).mean(1)  # (B, 1+N, 1+N)
+            # The identity in (A + I) / 2 is the residual connection, by which a token stays itself.
             path = (A @ path + path) / 2
         return path[:, None, 0, 1:]
 
@@ -256,8 +295,9 @@ class ViT(nn.Module):
 def check_sizes(image_size, patch_size, dim, heads):
     """A ValueError where patches do not divide the view, or heads do not divide the width."""
     if image_size < 1 or not 0 < patch_size <= LARGEST or image_size % patch_size:
-        fix = f"choose one up to {LARGEST} that divides it, such as 8 or 16"
-        raise ValueError(f"patch size {patch_size} does not fit image size {image_size}; {fix}")
+        advice = f"choose one up to {LARGEST} that divides it, such as 8 or 16"
+        raise ValueError(f"patch size {patch_size} does not fit image size {image_size}; {advice}")
+    # Positions have a sine and a cosine for each of two axes: hence the 4.
     if dim % heads or dim % 4:
         raise ValueError(f"width {dim}, {heads} heads; choose a multiple of {math.lcm(heads, 4)}")
 
@@ -283,38 +323,44 @@ class Decoder(nn.Module):
         super().__init__()
         heads = decoder_heads or decoder_dim // 32  # heads of width 32, as in MAE
         if heads < 1 or decoder_dim % heads or decoder_dim % 32:
-            fix = "choose a width that 32 divides"
-            raise ValueError(f"decoder width {decoder_dim} with {heads} heads; {fix}")
+            advice = "choose a width that 32 divides"
+            raise ValueError(f"decoder width {decoder_dim} with {heads} heads; {advice}")
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=EPS)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
-        self.stats_head = nn.Linear(decoder_dim, 2)  # corrects `visible_stats`, for pictures
+        # norm_pix removes each patch's mean and contrast from what is predicted, but a picture
+        # needs them. The true ones would leak the answer, so visible neighbours suggest two numbers
+        # for each patch (kernels.loss.visible_stats), and this head learns to correct them.
+        self.stats_head = nn.Linear(decoder_dim, 2)
         self.apply(init_weights)
         shrink_branches(self.decoder_blocks)
-        nn.init.zeros_(self.stats_head.weight)
+        nn.init.zeros_(self.stats_head.weight)  # before it has learned, it corrects nothing
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent, ids_keep, ids_mask):
         """latent (B, 1+K, D) -> pred (B, M, P) and stats (B, M, 2), in the order of ids_mask.
 
-        Tokens carry their positions, so their order does not matter. Mask tokens are appended
-        instead of put back into image order, as the code of MAE does: the prediction is the same.
-        The last block updates the mask tokens only, which at ratio 0.75 saves a quarter of its MLP. The
-        statistics head gives no gradient to the rest of the network (kernels/loss.py).
+        M tokens come out, and not N: what is visible is not predicted.
         """
         pos = self.decoder_pos_embed[0]  # (1+N, W)
         x = self.decoder_embed(latent)  # (B, 1+K, W)
         cls_pos = pos[:1].expand(len(x), 1, -1)
         visible = x + torch.cat([cls_pos, pos[1:][ids_keep]], 1)
+        # One vector stands for every hidden patch. Its position alone says which one is meant.
         hidden = self.mask_token + pos[1:][ids_mask]  # (B, M, W)
+        # The code of MAE puts mask tokens back into image order. Attention knows no order but the
+        # positions that tokens carry, so appending them gives the same prediction without a gather.
         x = torch.cat([visible, hidden.to(visible.dtype)], 1)  # (B, 1+K+M, W)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
+        # Nobody reads what the last block would make of the visible tokens, so it updates the mask
+        # tokens alone. That is exact, and at ratio 0.75 saves a quarter of this block's MLP.
         x = self.decoder_blocks[-1](x, start=latent.shape[1])  # (B, M, W)
         x = self.decoder_norm(x)
+        # Pictures must not change what the network learns, so the gradient of this head stops here.
         return self.decoder_pred(x), self.stats_head(x.detach())
 
 
@@ -347,6 +393,7 @@ class MAE(nn.Module):
 
         ids_keep (B, K) and ids_mask (B, M) are the places of the visible and the hidden patches.
         """
+        # The asymmetry is what makes MAE cheap: most of the weights see a quarter of the patches.
         tokens = self.encoder(patches, ids_keep)
         pred, stats = self.decoder(tokens, ids_keep, ids_mask)
         return pred, stats, tokens
@@ -370,7 +417,8 @@ class LinearDecoder(nn.Module):
 class SimMIM(nn.Module):
     """The baseline whose encoder also sees hidden places (Xie et al. 2021, arXiv:2111.09886).
 
-    Its interface is that of MAE, without the decoder's sizes. The encoder works on all N tokens.
+    Its interface is that of MAE, without the decoder's sizes. The encoder works on all N tokens,
+    and learns from mask tokens, which it never meets again when it is used.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, **_):
@@ -384,6 +432,8 @@ class SimMIM(nn.Module):
         x = self.encoder.embed(patches, ids_keep)  # (B, 1+K, D)
         hidden = self.decoder.mask_token + self.encoder.pos_embed[0, 1:][ids_mask]  # (B, M, D)
         x = self.encoder.run_blocks(torch.cat([x, hidden.to(x.dtype)], 1))  # (B, 1+K+M, D)
+        # One linear layer is no decoder, so the last blocks of this encoder work on reconstruction.
+        # For its linear probe, the paper reads a middle block.
         x = self.encoder.norm(x[:, -ids_mask.shape[1] :])  # (B, M, D)
         return self.decoder.decoder_pred(x), self.decoder.stats_head(x.detach()), None
 
@@ -394,6 +444,7 @@ class SimMIM(nn.Module):
 def to_pixels(pred, stats=None):
     """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2), mean and log std, undo norm_pix."""
     if stats is not None:
+        # The head predicts the logarithm of a standard deviation, so that none comes out negative.
         pred = pred * stats[..., 1:].exp() + stats[..., :1]
     repeats = pred.shape[2] // 3
     std = torch.tensor(STD, device=pred.device).repeat(repeats)  # (P,)
@@ -407,6 +458,7 @@ def put_patches(view, ids, patches):
     p = math.isqrt(patches.shape[2] // 3)
     g = S // p
     out = view.clone()
+    # This is a view of the copy: what is written into `grid` stands in `out`.
     grid = out.view(B, g, p, g, 3 * p).transpose(2, 3)  # (image, row, column, pixel row, pixels)
     image = torch.arange(B, device=view.device)[:, None]
     grid[image, ids // g, ids % g] = patches.unflatten(2, (p, 3 * p))
