@@ -7,7 +7,7 @@ hidden. `sample` turns priorities into an exact number of hidden patches.
 
 Arguments of a strategy:
 
-    patches   {need: tensor}, scores of the view's patches; NEEDS says which strategy reads which
+    patches   {score: tensor} of the view's patches; NEEDS says which strategy reads which score
               attn        (B, N)     a teacher's attention to the patch
               fg          (B, N)     share of foreground, 0 to 1
               parts       (B, N, P)  share of each part; part 0 is the background
@@ -45,20 +45,30 @@ BETA = 0.5  # strength of attention: 1 was worse on the demo set, in one seed
 
 def gumbel_noise(n, N, generator):
     """(n, N) standard Gumbel noise from a CPU generator."""
+    # Drawn on the CPU, so that a GPU and a laptop hide the same patches. At 0 and 1 the logarithms
+    # are infinite, and two infinite priorities could not be ranked.
     u = torch.rand(n, N, generator=generator).clamp_(1e-7, 1 - 1e-7)
     return -torch.log(-torch.log(u))
 
 
 def standard_score(x):
     """x (B, N), scaled to mean 0 and standard deviation 1 in each image; 0 where x is constant."""
+    # Each image is scaled by itself. A map with one sharp peak and a flat one then get the same
+    # strength, and beta means the same for every image and every kind of score.
     centred = x - x.mean(1, keepdim=True)
     std = centred.square().mean(1, keepdim=True).sqrt()
+    # A constant score prefers no patch. Divided by its tiny deviation, though, its rounding errors
+    # would become a score of full strength.
     flat = std <= 1e-6 * x.abs().amax(1, keepdim=True)
     return torch.where(flat, 0.0, centred / std.clamp(min=1e-30))
 
 
 def guided(score, beta, noise):
     """Priority from a score (B, N): beta 0 is random masking, a huge beta hides the top scores."""
+    # The noise alone is random masking, and beta decides how far the score may overrule it. A plain
+    # top-k would hide the same patches of a picture in every epoch, so the network would never be
+    # asked for the others. Gumbel noise has the deviation 1.28 and the score has 1: at beta 0.5,
+    # noise leads.
     return beta * standard_score(score) + noise
 
 
@@ -79,7 +89,8 @@ def squares(patches, noise, t, hidden, unit=2):
     """Squares of unit x unit patches (SimMIM, Xie et al. 2021, arXiv:2111.09886)."""
     row, column = rows_and_columns(noise)
     unit = max(1, int(unit))
-    # all patches of a square share the rank of its first patch
+    # All patches of a square take the rank of its first patch, and not its noise: two squares whose
+    # noise is nearly the same would mix, and each would be hidden in part.
     corner = unit * (row // unit * column.numel() + column // unit)
     return ranks(noise)[:, corner.flatten()] + 1e-3 * noise  # ranks are whole: noise breaks ties
 
@@ -90,13 +101,18 @@ def block(patches, noise, t, hidden, size=0.3):
     b = min(g, max(2, round(size * g)))
     rank = ranks(noise).unflatten(1, (1, g, g))
     padded = F.pad(rank, ((b - 1) // 2, b // 2) * 2)
-    highest = F.max_pool2d(padded, b, 1).flatten(1)  # a high rank spreads over its square
+    # Squares that are drawn one by one overlap, so nobody knows how many patches they will hide.
+    # Here every patch takes the highest rank around it instead, which paints a square around each
+    # high rank, and `sample` takes as many patches as it wants.
+    highest = F.max_pool2d(padded, b, 1).flatten(1)
     return highest + 1e-3 * noise
 
 
 def grid(patches, noise, t, hidden):
     """Keeps one patch of every 2 x 2, the same one in all of them (MAE, fig. 6)."""
     row, column = rows_and_columns(noise)
+    # At ratio 0.75 three of the four places of every square are hidden in full. At another ratio,
+    # the noise decides which patches of the last place are.
     place = (row % 2 * 2 + column % 2).flatten()  # (N,) in 0 to 3
     return ranks(noise[:, :4])[:, place] + 1e-3 * noise  # four noises order the four places
 
@@ -110,6 +126,9 @@ def green(patches, noise, t, hidden, fine=1.0, coarse=2.0):
     field = noise.unflatten(1, (g, g))
     narrow = blur_matrix(g, fine, noise.device)
     wide = blur_matrix(g, coarse, noise.device)
+    # The narrow blur removes single patches, and the difference removes large areas. With
+    # deviations of 0.6 and 1.5, 57 % of neighbours were alike, hardly more than in a random mask;
+    # with 1 and 2, 71 %.
     band = narrow @ field @ narrow.T - wide @ field @ wide.T
     return band.flatten(1) + 1e-6 * noise
 
@@ -119,6 +138,9 @@ def green(patches, noise, t, hidden, fine=1.0, coarse=2.0):
 
 def attn_high(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
     """Hides what the teacher attends to (AttMask, Kakogeorgiou et al. 2022, arXiv:2203.12719)."""
+    # AttMask takes the top scores themselves, at every step, from a teacher that sees every crop.
+    # Here the maps of a picture are cached, and a mask is drawn around them. Until `start` beta is
+    # 0, because a teacher that has learned nothing attends to nothing in particular.
     return guided(log_attention(patches), beta * ramp(t, start, ramp_for), noise)
 
 
@@ -130,6 +152,8 @@ def attn_low(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
 def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, hint=0.1):
     """attn_high, but a share `hint` of the patches that it would hide is shown (AttMask-Hint)."""
     priority = attn_high(patches, noise, t, hidden, beta, start, ramp_for)
+    # Before guidance starts there is nothing to give a hint about, and the mask is the same, to the
+    # bit, as that of `attn_high` with this seed.
     if ramp(t, start, ramp_for) == 0:
         return priority
     return show_some(priority, hidden, hint, noise)
@@ -140,11 +164,15 @@ def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, 
 
 def fg_heavy(patches, noise, t, hidden, share=0.9, spare=1):
     """Hides `share` of the foreground first; `spare` patches of each side stay visible."""
+    # A quota is reached in every image. A score would hide more of the foreground on average, but
+    # by how much would depend on how large the figure is.
     return side_quota(patches["fg"] > 0.5, hidden, noise, share, spare)
 
 
 def bg_heavy(patches, noise, t, hidden, share=0.9, spare=1):
     """Hides `share` of the background first; `spare` patches of each side stay visible."""
+    # `spare` leaves a patch of each side to see, because the colours of a side of which nothing is
+    # visible can only be guessed.
     return side_quota(patches["fg"] <= 0.5, hidden, noise, share, spare)
 
 
@@ -156,22 +184,30 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
 
     The share of the mask that is whole parts is t^power, or `whole`, if that is 0 to 1.
     """
+    # Easy at first: some of each part is hidden, and the rest of the part tells what is missing.
+    # Hard at the end: a whole eye is gone, and has to be inferred from the rest of the face.
     whole = t ** max(power, 0) if whole < 0 else min(whole, 1.0)
     largest = patches["parts"].argmax(2)  # (B, N)
     member = F.one_hot(largest, patches["parts"].shape[2])  # (B, N, P)
     area = member.sum(1)  # (B, P), patches of each part
     P = area.shape[1]
-    turn = noise.repeat(1, P)[:, :P].argsort(1)  # a random order; P may be larger than N
-    in_turn = area.gather(1, turn)
-    before = in_turn.cumsum(1) - in_turn
-    taken = (hidden - before).clamp(min=0).minimum(in_turn)  # until M patches are hidden
-    wholes = torch.zeros_like(area).scatter(1, turn, taken)
-    quota = (1 - whole) * area * hidden / noise.shape[1] + whole * wholes
+    # The noise that is there anyway also puts the parts in a random order. So a strategy draws no
+    # numbers of its own, and is a function of its arguments alone.
+    order = noise.repeat(1, P)[:, :P].argsort(1)  # P may be larger than N
+    sorted_area = area.gather(1, order)
+    area_before = sorted_area.cumsum(1) - sorted_area
+    # Parts are hidden whole in this order until M patches are; the last one is cut to what is left.
+    sorted_whole = (hidden - area_before).clamp(min=0).minimum(sorted_area)
+    whole_parts = torch.zeros_like(area).scatter(1, order, sorted_whole)
+    # Both terms sum to M over the parts, so the number of hidden patches is exact at any mixture.
+    quota = (1 - whole) * area * hidden / noise.shape[1] + whole * whole_parts
     return by_quota(quota, member, noise)
 
 
 def detail(patches, noise, t, hidden, beta=1.0):
     """Hides flat colour first and fine detail later; halfway, at t = 1/2, it is random."""
+    # Flat colour is easy: its neighbours tell it. The sign of beta turns halfway, so that the
+    # hidden patches go from what can be copied to what has to be understood.
     return guided(patches["detail"], beta * (2 * t - 1), noise)
 
 
@@ -181,6 +217,8 @@ def learned(patches, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
     CL-MAE (Madan et al. 2024, arXiv:2308.14572) turns the sign during the run. HPM (Wang et al.
     2023, arXiv:2304.05919) predicts losses by ranking them. No gradient passes through the mask.
     """
+    # CL-MAE trains the mask against the MAE. Hidden patches are dropped, which has no gradient, so
+    # here a head learns to predict losses by itself, and the mask only reads what it predicts.
     return guided(patches["difficulty"], beta * ramp(t, start, ramp_for) * (2 * t - 1), noise)
 
 
@@ -218,6 +256,8 @@ def keywords(strategy):
 
 
 PARAMS = {name: keywords(strategy) | {"throw": 0.0} for name, strategy in STRATEGIES.items()}
+# The control of every guided mask: it has the same shapes and areas, but of another picture. A
+# guided mask that is no better than its control has not profited from what its score says.
 for guided_strategy in NEEDS:
     PARAMS[guided_strategy]["shuffle"] = 0
 
@@ -232,6 +272,8 @@ def log_attention(patches):
 
 def show_some(priority, M, share, noise):
     """Shows round(share * M) of the M patches with the highest priority, those with low noise."""
+    # For each patch that is shown, another one has to be hidden, or the number would not be exact.
+    # So no more can be shown than there are other patches to take their place.
     count = max(0, min(round(share * M), priority.shape[1] - M))
     order = priority.argsort(dim=1, descending=True, stable=True)
     top = order[:, :M]
@@ -248,7 +290,8 @@ def rows_and_columns(noise):
 
 
 def ranks(noise):
-    """(B, N): 0 for the lowest of each row to N - 1 for the highest, as whole numbers."""
+    """(B, N): 0 for the lowest of each image to N - 1 for the highest, as whole numbers."""
+    # The first argsort lists the patches by their noise, and the second inverts that list.
     return noise.argsort(1).argsort(1).float()
 
 
@@ -265,6 +308,9 @@ def by_quota(quota, member, noise):
     Within a part, patches with high noise come first: score = quota - (rank + 1/2). Where quotas
     are whole numbers with the sum M, the top M patches fill them.
     """
+    # With patches sorted by noise, a cumulative sum counts how many of the same part come before.
+    # A patch has a positive score if its rank is below its part's quota, so the positive ones are
+    # what is to be hidden. If quotas are fractions, the top M hold the number above or below each.
     order = noise.argsort(dim=1, descending=True, stable=True)
     sorted_member = member.gather(1, order[..., None].expand_as(member))
     rank = ((sorted_member.cumsum(1) - 1) * sorted_member).sum(2)  # (B, N), 0 is first of its part
@@ -275,14 +321,16 @@ def by_quota(quota, member, noise):
 def side_quota(side, M, noise, share, spare):
     """Priority that hides `share` of one side, (B, N) bool, and takes the rest from the other side.
 
-    Of `here` patches on this side, n = round(share * here) are hidden, and M - n of `there` others.
+    Of the `area` of this side, n = round(share * area) patches are hidden, and M - n of the `rest`.
     The number n is clipped so that `spare` patches of each side stay visible, if it has any.
     """
-    here = side.sum(1)  # (B,)
-    there = side.shape[1] - here
-    low = (M - there + (there > 0) * spare).clamp(min=0)
-    high = (here - (here > 0) * spare).clamp(min=0, max=M)
-    n = (share * here).round().maximum(low).minimum(high)
+    area = side.sum(1)  # (B,)
+    rest = side.shape[1] - area
+    # If M is larger than the other side, this side has to give the rest, whatever `share` says: a
+    # figure of 70 % of the picture can't stay visible at ratio 0.75.
+    low = (M - rest + (rest > 0) * spare).clamp(min=0)
+    high = (area - (area > 0) * spare).clamp(min=0, max=M)
+    n = (share * area).round().maximum(low).minimum(high)
     return by_quota(torch.stack([M - n, n], 1), F.one_hot(side.long(), 2), noise)
 
 
@@ -291,6 +339,7 @@ def side_quota(side, M, noise, share, spare):
 
 def kept(N, ratio, throw=0.0):
     """K = int(N * (1 - ratio)), the patches that stay visible, as in MAE."""
+    # Rounding makes 100 * (1 - 0.9) a little less than 10, and int() would make 9 of it.
     K = int(N * (1 - ratio) + 1e-9)
     M = N - K - round(throw * N)
     if K < 1 or M < 1 or throw < 0:
@@ -304,5 +353,8 @@ def sample(priority, K, T=0):
 
     The T patches of the lowest priority are thrown: they are in neither (AMT, arXiv:2211.15362).
     """
+    # A threshold on the priorities would leave another number of patches visible in each image,
+    # which no tensor (B, K) holds. A sort gives exactly K. It is stable, so that ties are hidden
+    # alike anywhere.
     order = priority.argsort(dim=1, stable=True)
     return order[:, T : T + K].contiguous(), order[:, T + K :].contiguous()
