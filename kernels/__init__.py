@@ -32,15 +32,17 @@ IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you chang
 def choose_impl(impl, device):
     """impl "auto", "torch" or "triton" -> "torch" or "triton"; a ValueError if it can't run here."""
     device = torch.device(device)
-    wanted = IMPL if impl == "auto" else impl
-    if wanted not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl {wanted} is unknown; choose from auto, torch, triton")
+    impl = IMPL if impl == "auto" else impl
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl {impl} is unknown; choose from auto, torch, triton")
     problem = why_not_triton(device)
-    if wanted == "triton" and problem:
+    # Who asks for the kernel by name gets it or an error. If the reference ran in its place, a test
+    # or a benchmark of the kernel would pass without it.
+    if impl == "triton" and problem:
         raise ValueError(f"impl triton: {problem}; choose torch")
-    if wanted == "auto":
+    if impl == "auto":
         return "triton" if device.type == "cuda" and not problem else "torch"
-    return wanted
+    return impl
 
 
 def why_not_triton(device):
@@ -61,6 +63,8 @@ def tile(P):
 
     WIDTH is the next power of 2. A thread has 16 numbers: as bytes, one 16-byte load.
     """
+    # Triton's blocks have powers of 2 as sizes. The 192 numbers of a patch of 8 px take 256 lanes,
+    # of which 64 are masked off.
     width = 1 << (P - 1).bit_length()
     patches = max(1, TILE // width)
     return dict(PATCHES=patches, WIDTH=width, num_warps=min(32, max(4, patches * width // 512)))
@@ -68,9 +72,11 @@ def tile(P):
 
 def launch(kernel, ids, p, *args, **constants):
     """Run a kernel over all patches ids (B, K) of p x p pixels."""
+    # CUDA refuses a grid of no programs.
     if ids.numel() == 0:
         return
     shape = tile(p * p * 3)
     programs = -(-ids.numel() // shape["PATCHES"])
-    with torch.cuda.device_of(ids):  # no effect on a CPU
+    # Triton launches on the current GPU, which need not be the one that holds the tensors.
+    with torch.cuda.device_of(ids):  # without effect on a CPU
         kernel[(programs,)](*args, p=p, **constants, **shape)

@@ -20,7 +20,8 @@ from kernels import LARGEST, choose_impl, constexpr, jit, launch, tl
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, so that public checkpoints can be used as they are
 STD = (0.229, 0.224, 0.225)
-# (byte / 255 - mean) / std = byte * SCALE + SHIFT
+# (byte / 255 - mean) / std = byte * SCALE + SHIFT: one product and one sum for each number. Kernel
+# and reference take the same two constants, so that they differ by rounding alone.
 SCALE = tuple(1 / (255 * s) for s in STD)
 SHIFT = tuple(-m / s for m, s in zip(MEAN, STD, strict=True))
 RED, GREEN, BLUE = map(constexpr or tuple, zip(SCALE, SHIFT, strict=True))  # pairs, for a kernel
@@ -36,8 +37,10 @@ def check_patches(view, ids, patch):
         raise ValueError(f"a patch of {patch} px must divide {S} px, and have at most {LARGEST} px")
     if ids.ndim != 2 or ids.shape[0] != view.shape[0] or ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64 (B, K), B = {len(view)}, not {tuple(ids.shape)}")
+    # A kernel would read whatever lies at the address of a place that does not exist. On a CPU the
+    # check is cheap; on a GPU its answer would be a wait in every step.
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = ids.aminmax()  # on a GPU this would be a wait in every step
+        low, high = ids.aminmax()
         if low < 0 or high >= N:
             raise ValueError(f"ids from {low} to {high} are not all among {N} patches")
 
@@ -54,9 +57,10 @@ def patch_bytes(view, ids, patch):
     g = S // patch
     N = g * g
     P = patch * patch * 3
-    rows = view.reshape(B * g, patch, g, patch * 3).transpose(1, 2).reshape(B * N, P)
+    patches = view.reshape(B * g, patch, g, patch * 3).transpose(1, 2).reshape(B * N, P)
     image = torch.arange(B, device=view.device)[:, None]
-    return rows.index_select(0, (image * N + ids).flatten()).view(*ids.shape, P)
+    # Bytes are gathered, and numbers are made of them afterwards: a quarter of the memory is moved.
+    return patches.index_select(0, (image * N + ids).flatten()).view(*ids.shape, P)
 
 
 def gather_reference(view, ids, patch, dtype=torch.float32):
@@ -99,6 +103,7 @@ def load_bytes(view, ids, count, K, n, j, inside, S: constexpr, p: constexpr):
 @jit
 def normalise(x, j):
     """byte * SCALE[c] + SHIFT[c], c = j % 3. A table would need a load for each number."""
+    # The colour of number j is j % 3, as colours are the fastest index of a patch.
     scale = tl.where(j % 3 == 0, RED[0], tl.where(j % 3 == 1, GREEN[0], BLUE[0]))
     shift = tl.where(j % 3 == 0, RED[1], tl.where(j % 3 == 1, GREEN[1], BLUE[1]))
     return x.to(tl.float32) * scale[None, :] + shift[None, :]
@@ -121,8 +126,10 @@ def gather_kernel(
 
 @torch.library.custom_op("animask::masked_patch_gather", mutates_args=())
 def gather_op(view: Tensor, ids: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    # A kernel gets an address, and knows neither shape nor strides: what is not contiguous would be
+    # read in a wrong order, without an error. ids.argsort(1)[:, :K] is such a tensor.
     view = view.contiguous()
-    ids = ids.contiguous()  # ids.argsort(1)[:, :K] is not, and other ids would be read
+    ids = ids.contiguous()
     out = torch.empty(*ids.shape, patch * patch * 3, dtype=dtype, device=view.device)
     K = ids.shape[1]
     launch(gather_kernel, ids, patch, view, ids, out, ids.numel(), K, S=view.shape[2])
@@ -131,6 +138,7 @@ def gather_op(view: Tensor, ids: Tensor, patch: int, dtype: torch.dtype) -> Tens
 
 @gather_op.register_fake
 def _(view, ids, patch, dtype):
+    # torch.compile runs this in place of the kernel, to learn shape and dtype of what will come.
     return view.new_empty(*ids.shape, patch * patch * 3, dtype=dtype)
 
 
