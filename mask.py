@@ -23,7 +23,7 @@ score also has shuffle=1, the control: each image then gets the score of another
 has throw=0.4: that share of the patches, of the lowest priority, is neither seen nor predicted.
 
 To add a strategy, write a function, add it to STRATEGIES, and say in NEEDS which score it reads. A new
-kind of score also needs code in Guide.scores of common/guidance.py.
+kind of score also needs a class in common/guidance.py, and a branch in make_source of pretrain.py.
 
     def mine(patches, noise, t, hidden, beta=1.0):
         return guided(patches["detail"], beta, noise)
