@@ -257,8 +257,10 @@ def maps_of(net, picture, view, need):
     found["fg"] = guidance.crop_map(fg[None], *place)
     if need == "detail":
         found[need] = patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])
+    if need == "parts" and need not in found:
+        raise UserError("the parts of this picture are not known: choose a drawing or another mask")
     if need and need not in found:
-        raise UserError(f"{need} of this picture are not known: choose a drawing or another mask")
+        raise UserError(f"the page can't compute {need}: add it to maps_of in apps/demo.py")
     return {name: score.to(view.device) for name, score in found.items()}
 
 

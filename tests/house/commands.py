@@ -3,6 +3,7 @@
 python tests/house/commands.py            prints them, each with its page
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -16,12 +17,19 @@ def pages():
     return [*found, *sorted(ROOT.glob("weights/*/README.md"))]
 
 
+def text_of(page):
+    """A page, or what a person reads of a notebook."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    return "\n".join("".join(cell["source"]) for cell in json.loads(page.read_text())["cells"])
+
+
 def commands(text):
     """The commands of a page, in their order; a line that ends in a backslash goes on."""
-    return [match.strip().rstrip('.,";)') for match in COMMAND.findall(text.replace("\\\n", " "))]
+    return [found.strip().rstrip(".,;") for found in COMMAND.findall(text.replace("\\\n", " "))]
 
 
 if __name__ == "__main__":
     for page in pages():
-        for command in commands(page.read_text()):
+        for command in commands(text_of(page)):
             print(f"{page.relative_to(ROOT)}: {command}")

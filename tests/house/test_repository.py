@@ -9,11 +9,14 @@ import re
 import subprocess
 
 import pytest
+import torch
 from conftest import CODE, FLAG, ROOT, flags_of
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mask as masking
+from finetune_lora import add_lora
+from model import SIZES, ViT
 
 STAGES = ["data.py", "pretrain.py", "probe.py", "finetune_lora.py"]
 APPS = [path.stem for path in sorted(ROOT.glob("apps/*.py")) if "cli(main)" in path.read_text()]
@@ -186,6 +189,20 @@ def test_results_name_their_machine_and_commit():
     for path in (ROOT / "results").glob("*.csv"):
         rows += [(path, row) for row in csv.DictReader(path.open())]
     assert not [path for path, row in rows if not (row.get("machine") and row.get("commit"))]
+
+
+def test_shares_of_lora_are_those_in_the_docs():
+    """Parameters that rank 8 trains, of those of the encoder."""
+    given = re.findall(r"([\d.]+) % of (\w+)'s", PAGES["docs/checkpoints.md"])
+    assert {size for _, size in given} == {"nano", "base"}
+    for share, size in given:
+        with torch.device("meta"):
+            shape = {k: v for k, v in SIZES[size].items() if k != "decoder_dim"}
+            encoder = ViT(**shape)
+        whole = sum(w.numel() for w in encoder.parameters())
+        add_lora(encoder, 8)
+        trained = sum(w.numel() for w in encoder.parameters() if w.requires_grad)
+        assert float(share) == round(100 * trained / whole, 2)
 
 
 # ---- imports -------------------------------------------------------------------------------------

@@ -11,15 +11,15 @@ from lab import bench
 from lab import bench_kernels as kernels
 from lab import bench_latency as latency
 from lab import bench_step as step
-from model import MAE
+from model import MAE, MLP_RATIO
 
 CPU = torch.device("cpu")
 TINY = step.Case(**step.TINY, dtype="fp32", decoder="32x1", device="cpu")
 
 
 def test_flops_are_those_of_the_formula():
-    """A block: 6 T D^2 for q, k and v of all T tokens, 18 U D^2 for proj and MLP of the U that it
-    updates, 4 U T D for q k^T and A v. Backward is twice forward, but for what needs no gradient of
+    """A block: 6 T D^2 for q, k and v of all T tokens, (2 + 4 r) U D^2 for proj and MLP of the U that
+    it updates, 4 U T D for q k^T and A v. Backward is twice forward, but for what needs no gradient of
     its input: pixels, the head's features.
     """
     S, p = 48, 16
@@ -29,7 +29,7 @@ def test_flops_are_those_of_the_formula():
     N, P = (S // p) ** 2, 3 * p * p
 
     def block(T, D, U):
-        return (6 * T + 18 * U) * D**2 + 4 * U * T * D
+        return (6 * T + (2 + 4 * MLP_RATIO) * U) * D**2 + 4 * U * T * D
 
     decoder = 2 * (K + 1) * D * W + (blocks - 1) * block(N + 1, W, N + 1)
     decoder += block(N + 1, W, N - K) + 2 * (N - K) * W * P

@@ -58,7 +58,9 @@ OFTEN = [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) fo
 def test_a_stage_gives_what_it_gave(make, case, no_pictures):
     found = golden.summary(golden.outcome(make(case), case))
     changed = list(differences(found, EXPECTED[case], SHARE.get(case, 1e-4)))
-    assert not changed, "was this meant? python tests/golden.py --write"
+    assert not changed, (
+        "was this meant? python tests/golden.py --write makes new values, in minutes"
+    )
 
 
 def test_every_case_is_compared():

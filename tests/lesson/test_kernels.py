@@ -199,7 +199,7 @@ def test_the_gradient_is_fp32_until_it_is_rounded():
     weight = torch.full(ids.shape, 1e5, device=DEVICE)
     (found,) = torch.autograd.grad(loss(pred, view, ids, 4, weight), pred)
     truth = loss_by_formula(pred.double(), view, ids, 4, weight, True, torch.float64)[1]
-    assert typical(found - truth) < 2**-10 * typical(truth)
+    assert typical(found - truth) < 2**-10 * typical(truth), MEANT
 
 
 def test_predicted_statistics_learn_the_true_ones():

@@ -26,6 +26,8 @@ def patches_of(B, N, parts=5):
     shares = torch.rand(B, N, parts, generator=draw)
     known["attn"] = attn / attn.sum(1, keepdim=True)
     known["parts"] = shares / shares.sum(2, keepdim=True)
+    for name in sorted({*masking.NEEDS.values()} - known.keys()):  # a score of your own
+        known[name] = torch.rand(B, N, generator=draw)
     return known
 
 

@@ -217,7 +217,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 
 
 def test_sizes_are_those_of_the_literature():
-    """ViT-S has 22 and ViT-B 86 million parameters; the names are also in saved flags."""
+    """ViT-S has 22 and ViT-B 86 million parameters (Touvron et al. 2020, arXiv:2012.12877)."""
     millions = {}
     with torch.device("meta"):
         for name, size in M.SIZES.items():
@@ -225,7 +225,7 @@ def test_sizes_are_those_of_the_literature():
             vit = M.ViT(**shape)
             millions[name] = round(sum(w.numel() for w in vit.parameters()) / 1e6, 1)
             assert M.shape_of(vit) == shape
-    assert millions == {"nano": 1.8, "tiny": 6.4, "small": 21.6, "base": 85.6}
+    assert (millions["small"], millions["base"]) == (21.6, 85.6)
 
 
 # ---- two views of one image find each other; images of one illustration are no negatives ---------
