@@ -46,12 +46,18 @@ from common.io import UserError, reading, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 
-# The recipe. Learning rates were chosen on dev of faces20 in short runs (results/TRIED.md).
+# The recipe. Learning rates were chosen on dev of faces20 in short runs (results/TRIED.md). With LoRA at
+# 0.01, training collapsed. The head has the largest one, because it alone begins at random numbers.
 METHODS = {
     "linear": {},
     "lora": {"r": 8, "alpha": 0.0},  # alpha 0 is 2r
+    # Lower blocks hold what every picture needs, such as edges and colours. So they should change
+    # less than upper ones (Clark et al. 2020, arXiv:2003.10555). 1 is one rate for all blocks.
     "full": {"layer_decay": 0.9},  # a block's learning rate over that of the block above
 }
+# Early steps are cheap, because they show a quarter of the patches, so there is time for more of them.
+# Later ones come closer to use, where a picture is whole. On dev, in equal time, this was better than
+# one share for all steps, and also than a rise to 1 (results/TRIED.md).
 RISING = 0.25, 0.75  # share of the patches that is shown, from the first step to the last
 RECIPE = {
     "linear": {"epochs": 50, "batch_size": 256, "lr": 0.0, "head_lr": 3e-2, "keep": (1.0, 1.0)},
@@ -69,6 +75,8 @@ CLIP = 1.0  # largest norm of the gradient
 MIN_CROP = 0.5  # smallest share of an image in a crop; "linear" has no augmentation
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray (of stress tests, too)
+# Without smoothing the cross-entropy never stops asking for larger logits, and the head becomes too
+# sure of itself (Szegedy et al. 2016, arXiv:1512.00567, section 7).
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
 NECK_OF_CLASS = 20  # pictures of each character give the neck its statistics at the end
 NECK_IN_ALL = 256  # at most so many of these pictures do so after an epoch
@@ -119,7 +127,9 @@ def read_flags():
 
 # ---- LoRA: low-rank adapters ---------------------------------------------------------------------
 
-# Layers that get LoRA, here and in apps/detect.py, and how many matrices each stacks: q, k and v are 3.
+# Layers that get LoRA, here and in apps/detect.py, and how many matrices each stacks. A ViT keeps q, k
+# and v in one Linear, because one large product is faster than three. One pair of factors would make
+# them share its r directions of the input, so each gets factors of its own, as in the paper.
 LAYERS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
 
 
@@ -132,10 +142,17 @@ class LoRA(nn.Module):
     def __init__(self, base, r, alpha, chunks=1):
         super().__init__()
         self.base = base
+        # B A is a sum of r products. Dividing it by r helps another rank to work with the same learning
+        # rate (section 4.1). For large ranks try alpha / sqrt(r), which is rsLoRA (Kalajdzievski 2023,
+        # arXiv:2312.03732).
         self.scale = alpha / r
         device = base.weight.device
+        # B A is zero at first, so that training begins at the pre-trained encoder. If A were zero, too,
+        # neither would have a gradient: that of B contains A, and that of A contains B.
         self.A = nn.Parameter(torch.empty(chunks, r, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(chunks, base.out_features // chunks, r, device=device))
+        # The same draw as in nn.Linear. One A at a time, because of a tensor with three dimensions
+        # kaiming_uniform_ takes r * in for the number of inputs, as if it were a convolution.
         for A in self.A:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
 
@@ -145,12 +162,13 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         A, B = self.factors()
+        # First A x, which is only r numbers long: B A would be as large as the weight itself.
         return self.base(x) + self.scale * F.linear(F.linear(x, A), B)
 
 
 def lora_layers(encoder):
     """{name: (A (r, in), B (out, r), scale)}, all that is saved; the output gains scale * B A x."""
-    modules = {k: m for k, m in encoder.named_modules() if isinstance(m, LoRA)}
+    modules = {name: m for name, m in encoder.named_modules() if isinstance(m, LoRA)}
     return {name: (*lora.factors(), lora.scale) for name, lora in modules.items()}
 
 
@@ -168,6 +186,8 @@ def add_lora(encoder, r=8, alpha=None):
 @torch.no_grad()
 def merge_lora(encoder):
     """Put plain layers in place of LoRA: W + alpha/r B A."""
+    # The product has the shape of the weight, so a merged encoder is as fast as a plain one. But it
+    # can't be taken off again exactly, because the sum is rounded: training keeps them apart.
     for name, (A, B, scale) in lora_layers(encoder).items():
         base = encoder.get_submodule(name).base
         base.weight += scale * (B @ A)
@@ -178,6 +198,8 @@ def merge_lora(encoder):
 def load_lora(encoder, folder):
     """Put the adapter of a folder, ours or one that peft made, on a plain encoder; freeze both."""
     for name, (A, B, scale) in read_adapter(folder, encoder).items():
+        # A file has the stacked A and the block-diagonal B, so q, k and v come back as one pair of rank
+        # 3r. It gives the same output. But training would fill the zeros of B, so both are frozen.
         lora = LoRA(encoder.get_submodule(name), len(A), 1.0)
         lora.A[0], lora.B[0] = A, B
         lora.scale = scale
@@ -189,21 +211,23 @@ def load_classifier(folder):
     """runs/NAME of this stage -> (Classifier in eval mode, header of its head file)."""
     folder = Path(folder)
     weights, header = classifier.read_head(folder)
+    # Only a run that changed all weights has an encoder of its own. Others name theirs, and since an
+    # adapter is nothing on other weights, the fingerprint tells whether it is still the same one.
     base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
     encoder = load_encoder(base, header["image_size"])
     if fingerprint(encoder) != header["fingerprint"]:
         raise UserError(f"{base} is not the encoder that {folder} was trained on; restore it")
     if header["method"] == "lora":
         load_lora(encoder, folder)
-    config = {k: value for k, value in header["config"].items() if k != "dim"}
+    config = {key: value for key, value in header["config"].items() if key != "dim"}
     with reading(folder / "head.safetensors", "head", classifier.REMEDY):
         net = classifier.Classifier(encoder, len(header["classes"]), **config)
-    whole = {f"encoder.{k}": w for k, w in encoder.state_dict().items()} | weights
-    load_exactly(net, whole, folder / "head.safetensors")
+    state = {f"encoder.{name}": w for name, w in encoder.state_dict().items()} | weights
+    load_exactly(net, state, folder / "head.safetensors")
     return net.eval(), header
 
 
-# ---- training: views, network, loop --------------------------------------------------------------
+# ---- training: views -----------------------------------------------------------------------------
 
 
 def cutout(view, share, generator):
@@ -211,8 +235,8 @@ def cutout(view, share, generator):
     B, S = view.shape[:2]
     side = round(S * math.sqrt(share))
     start = torch.randint(S - side + 1, (2, B, 1), generator=generator)  # its top and left
-    at = torch.arange(S)
-    rows, columns = (at >= start) & (at < start + side)  # (B, S) each
+    pixel = torch.arange(S)
+    rows, columns = (pixel >= start) & (pixel < start + side)  # (B, S) each
     square = rows[:, :, None] & columns[:, None]
     return view.masked_fill(data.send(square[..., None], view.device), GRAY)
 
@@ -220,6 +244,8 @@ def cutout(view, share, generator):
 def augmented(images, S, colourless, generator):
     """images u8 (B, ., ., 3) -> views u8 (B, S, S, 3): crop, flip, colour, cutout; a share in gray."""
     view = data.view_images(images, *data.draw_boxes(len(images), generator, MIN_CROP), S)
+    # The hue stays, because the colours of hair and eyes tell who it is. But who has learned by colour
+    # alone fails on a sketch, so a share of the views has none (docs/recognise.md).
     draws = torch.rand(4, len(view), generator=generator)
     view = data.jitter_colour(view, draws.T, COLOUR, colourless)
     return cutout(view, CUTOUT, generator)
@@ -231,28 +257,35 @@ def drop_patches(view, encoder, keep, generator):
     K = max(1, round(keep * N))
     if K == N:
         return encoder.all_patches(view)
+    # Dropped patches are not even embedded, as in an MAE, so a step costs less. It is augmentation, too,
+    # because no single patch can be relied on.
     noise = torch.rand(len(view), N, generator=generator)
     ids, _ = masking.sample(data.send(noise, view.device), K)
     return masked_patch_gather(view, ids, encoder.patch_size), ids
 
 
-def pooled_views(task, images, t, generator):
-    """images u8 (B, ., ., 3) at t of the run, in [0, 1] -> (B, D) before the neck, (B, D, L) for ifa."""
-    view = augmented(images, task.net.encoder.image_size, task.colourless, generator)
+def draw_views(task, images, t, generator):
+    """images u8 (B, ., ., 3) at t of the run, in [0, 1] -> patches (B, K, P) and their places (B, K)."""
+    encoder = task.net.encoder
+    view = augmented(images, encoder.image_size, task.colourless, generator)
     first, last = task.keep
     share = first + (last - first) * t
-    if first != last:  # in steps of 1/16: oneDNN keeps memory for every new shape
+    # It rises in steps of 1/16, because oneDNN keeps memory for every new shape.
+    if first != last:
         share = round(16 * share) / 16
-    patches, ids = drop_patches(view, task.net.encoder, share, generator)
-    with task.autocast():
-        return task.net.pooled(patches, ids)
+    return drop_patches(view, encoder, share, generator)
+
+
+# ---- training: what a run works with -------------------------------------------------------------
 
 
 class TrainedWeights:
     """The tensors of a network that are trained, as a part of state.pt: loading copies into them."""
 
     def __init__(self, net):
-        self.tensors = {}  # with the neck's statistics, which are no parameters
+        self.tensors = {}
+        # A frozen encoder is in a file of its own, so checkpoints of LoRA stay small. What is outside the
+        # encoder is saved whole: the statistics of the neck are no parameters, but are part of it.
         for name, w in net.state_dict(keep_vars=True).items():
             if w.requires_grad or not name.startswith("encoder."):
                 self.tensors[name] = w.detach()
@@ -272,6 +305,17 @@ class Best:
     macro_f1: float = -1.0
     epoch: int = 0
     weights: dict = field(default_factory=dict)
+
+    def update(self, macro_f1, epoch, pictures, trained):
+        """Keep this epoch if it is within a standard error of the best: F1 in %, of so many pictures."""
+        self.macro_f1 = max(macro_f1, self.macro_f1)
+        # Dev is small, so the single best of many epochs is the best by luck, too. Of those that can't be
+        # told apart, the latest has learned most. It recognised more unknown characters as such
+        # (results/TRIED.md). The error is that of a share of the pictures, sqrt(p (1 - p) / n), in %.
+        standard_error = math.sqrt(self.macro_f1 * (100 - self.macro_f1) / pictures)
+        if macro_f1 >= self.macro_f1 - standard_error:
+            self.epoch = epoch
+            self.weights = {name: w.cpu().clone() for name, w in trained.state_dict().items()}
 
     def state_dict(self):
         return dict(vars(self))
@@ -320,9 +364,12 @@ def open_task(flags, device, autocast):
     encoder = load_encoder(flags.encoder, flags.image_size)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))
+    # Where there is no dev, a tenth of train is held out, in whole illustrations: two faces of one
+    # drawing are so alike that one of them in train would give away the other.
     sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
     flags.batch_size = min(flags.batch_size, len(sets[0].rows))
 
+    # Random weights have nothing in their lower blocks that is worth keeping: no layer decay.
     if flags.from_scratch:
         encoder = untrained_like(encoder, flags.seed)
         keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
@@ -338,58 +385,85 @@ def open_task(flags, device, autocast):
         add_lora(encoder, keys["r"], keys["alpha"])
     pool = "mean" if head == "ifa" else flags.pool
     net = classifier.Classifier(encoder, len(classes), head, pool, **head_keys).to(device)
-    views = (flags.keep, flags.colourless)
-    where = (Path(flags.out), device, autocast)
     return Task(
-        method, head, keys | head_keys, net, TrainedWeights(net), classes, *sets, *views, *where
+        method=method,
+        head=head,
+        keys=keys | head_keys,
+        net=net,
+        trained=TrainedWeights(net),
+        classes=classes,
+        train=sets[0],
+        dev=sets[1],
+        report=sets[2],
+        keep=flags.keep,
+        colourless=flags.colourless,
+        out=Path(flags.out),
+        device=device,
+        autocast=autocast,
     )
 
 
-def epoch_rows(rows, labels, balanced, seed, epoch):
+# ---- training: the loop --------------------------------------------------------------------------
+
+
+def draw_order(index, labels, balanced, seed, epoch):
     """The order of an epoch; balanced: drawn with replacement, every class equally likely."""
     if not balanced:
-        return rows[data.epoch_order(len(rows), seed, epoch)]
-    odds = 1 / torch.bincount(labels[rows]).double()[labels[rows]]
+        return index[data.epoch_order(len(index), seed, epoch)]
+    # An epoch stays as long as before. So frequent characters lose some of their pictures, and the few
+    # pictures of rare ones come again and again, each time as another crop.
+    weights = 1 / torch.bincount(labels[index]).double()[labels[index]]
     generator = train.seeded(seed, epoch)
-    return rows[torch.multinomial(odds, len(rows), replacement=True, generator=generator)]
+    return index[torch.multinomial(weights, len(index), replacement=True, generator=generator)]
 
 
 def unfreeze(net, trained, epoch, every):
     """Progressive unfreezing (Howard and Ruder 2018): the head first, one more block every `every` epochs."""
     depth = len(net.encoder.blocks)
+    # While the head is still random, its gradients mean little, and could spoil good features (Kumar et
+    # al. 2022, arXiv:2202.10054). So blocks can wait until it has learned something.
     for name, p in net.named_parameters():
         if name in trained:
             p.requires_grad_(not every or classifier.level_of(name, depth) > depth - epoch // every)
 
 
-def pooled_of(task, images, rows):
-    """The neck's input for whole images. A frozen encoder sees every picture of a split once."""
-    pooled = partial(classifier.pooled_of, task.net.eval(), images.split, autocast=task.autocast)
+def pooled_of(task, subset, index):
+    """The neck's input for whole pictures, `index` of a set: fp32 on the CPU, (n, D)."""
+    net = task.net.eval()
     if task.method != "linear":
-        return pooled(rows)
-    if images.name not in task.features:
-        every = torch.arange(len(images.split["images"]))
-        task.features[images.name] = pooled(every, name="features")
-    return task.features[images.name][rows]
+        return classifier.pooled_of(net, subset.split, index, task.autocast)
+    # Without augmentation, a frozen encoder gives the same features in every epoch: once is enough.
+    if subset.name not in task.features:
+        every = torch.arange(len(subset.split["images"]))
+        pooled = classifier.pooled_of(net, subset.split, every, task.autocast, "features")
+        task.features[subset.name] = pooled
+    return task.features[subset.name][index]
 
 
-def predict(task, images, most=None):
-    """-> logits (n, C) and labels (n,) of whole pictures: the rows of task.dev or report.
+def settle_neck(task, most=None):
+    """Give the neck mean and variance of whole training pictures, NECK_OF_CLASS of each class.
 
-    The neck first gets mean and variance of whole training pictures, NECK_OF_CLASS of each class. In
-    training it averaged over pictures that were cropped and in part hidden.
+    In training it averages over crops whose patches are in part hidden, and over earlier weights. The
+    features of whole pictures are others: LoRA had 4.9 % on dev with that average, and 88.0 % with
+    these statistics (results/TRIED.md). It is the PreciseBN of Wu and Johnson 2021, arXiv:2105.07576.
     """
-    if task.head != "ifa":  # the neck of ifa has no statistics
-        rows = task.train.rows
-        labels = task.train.labels[rows]
-        of_class = [rows[labels == c] for c in range(len(task.classes))]
-        some = torch.cat([one[data.evenly_spaced(len(one), NECK_OF_CLASS)] for one in of_class])
-        some = some[data.evenly_spaced(len(some), most or len(some))]
-        pooled = pooled_of(task, task.train, some)
-        task.net.neck.running_mean.copy_(pooled.mean(0))
-        task.net.neck.running_var.copy_(pooled.var(0))
-    logits, _ = classifier.predict(task.net.eval(), pooled_of(task, images, images.rows))
-    return logits, images.labels[images.rows]
+    # The neck of ifa is a LayerNorm, which takes each picture by itself.
+    if task.head == "ifa":
+        return
+    index = task.train.rows
+    labels = task.train.labels[index]
+    of_class = [index[labels == c] for c in range(len(task.classes))]
+    chosen = torch.cat([one[data.evenly_spaced(len(one), NECK_OF_CLASS)] for one in of_class])
+    chosen = chosen[data.evenly_spaced(len(chosen), most or len(chosen))]
+    pooled = pooled_of(task, task.train, chosen)
+    task.net.neck.running_mean.copy_(pooled.mean(0))
+    task.net.neck.running_var.copy_(pooled.var(0))
+
+
+def predict(task, subset):
+    """-> logits (n, C) and labels (n,) of whole pictures, those of task.dev or task.report."""
+    logits, _ = classifier.predict(task.net.eval(), pooled_of(task, subset, subset.rows))
+    return logits, subset.labels[subset.rows]
 
 
 def finetune(flags, task):
@@ -397,78 +471,97 @@ def finetune(flags, task):
     net = task.net
     device = task.device
     C = len(task.classes)
-    train_rows, labels = task.train.rows, task.train.labels
-    B, seed, balanced = flags.batch_size, flags.seed, flags.balanced
-    per_epoch = len(train_rows) // B
+    train_index, labels = task.train.rows, task.train.labels
+    B, seed = flags.batch_size, flags.seed
+    per_epoch = len(train_index) // B
     total = per_epoch * flags.epochs
+
+    linear = task.method == "linear"
     unfreeze_every = flags.unfreeze_every if task.method == "full" else 0
-    lr = 0.0 if task.method == "linear" else flags.lr
-    settings = lr, flags.head_lr, WEIGHT_DECAY[task.method], task.keys.get("layer_decay", 1.0)
-    optimizer = classifier.make_optimizer(net, *settings)
+    optimizer = classifier.make_optimizer(
+        net,
+        lr=0.0 if linear else flags.lr,
+        head_lr=flags.head_lr,
+        weight_decay=WEIGHT_DECAY[task.method],
+        layer_decay=task.keys.get("layer_decay", 1.0),
+    )
+    # tau log p(character) is added in the loss, but not in use. So the logits need not learn how frequent
+    # a character is, and a rare one is not passed over (Menon et al. 2020, arXiv:2007.07314).
     sizes = task.sizes()
-    prior = sizes / len(train_rows)  # of each character: Menon et al. 2020, arXiv:2007.07314
-    adjust = (flags.logit_adjust * prior.log()).to(device)
+    prior = sizes / len(train_index)
+    adjustment = (flags.logit_adjust * prior.log()).to(device)  # (C,)
+
     best = Best()
-    parts = {"model": task.trained, "optimizer": optimizer, "best": best}
-    run = train.Run(flags, parts, total, per_epoch, device)
+    state = {"model": task.trained, "optimizer": optimizer, "best": best}
+    run = train.Run(flags, state, total, per_epoch, device)
     run.resume_or_begin()
     count, share = task.parameters_trained()
     print(
-        f"data     {flags.data}: {C} characters of {sizes.min()} to {sizes.max()} pictures, "
-        f"{len(task.dev.rows)} pictures for choices\n"
+        f"data     {flags.data}: {C} characters with {sizes.min()} to {sizes.max()} training pictures; "
+        f"{len(task.dev.rows)} dev pictures choose the epoch\n"
         f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {count:,} "
         f"parameters trained ({share:.2%}), step {run.step} of {total}"
     )
     images = data.resident(task.train.split["images"], device)
-    if task.method == "linear":
+    if linear:
         images = pooled_of(task, task.train, torch.arange(len(images)))
 
-    right = []
+    hits = []  # share of each batch that is recognised, since the last row of the log
     for epoch in range(run.step // per_epoch, flags.epochs):
         net.train()
         unfreeze(net, task.trained.tensors, epoch, unfreeze_every)
-        order = epoch_rows(train_rows, labels, balanced, seed, epoch)
-        for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
-            # view: all random numbers are drawn here, on the CPU
+        order = draw_order(train_index, labels, flags.balanced, seed, epoch)
+        for index, batch in data.batches(images, order, B, device, run.step % per_epoch):
+            # 1. views
+            # All random numbers are drawn on the CPU from these three, so that a GPU and a laptop see
+            # the same crops, and a resumed run sees those that it would have seen.
             generator = train.seeded_step(seed, epoch, run.step)
-            if task.method != "linear":
-                batch = pooled_views(task, batch, run.step / total, generator)  # (B, D)
+            if not linear:
+                patches, ids = draw_views(task, batch, run.step / total, generator)
 
-            # forward, loss: cross-entropy with smoothed targets
-            y = data.send(labels[rows], device)  # (B,)
-            logits = net(batch, y)  # (B, C)
+            # 2. forward
+            # A frozen encoder did its work before the loop: then the batch is its pooled tokens.
+            if linear:
+                pooled = batch  # (B, D), for ifa (B, D, L)
+            else:
+                with task.autocast():
+                    pooled = net.pooled(patches, ids)
+            y = data.send(labels[index], device)  # (B,)
+            # A margin head makes the true class harder by its margin, so it has to know the labels.
+            logits = net(pooled, y)  # (B, C)
+
+            # 3. loss
+            # It is F.cross_entropy with label_smoothing, written out to show what is averaged.
             target = F.one_hot(y, C) * (1 - SMOOTHING) + SMOOTHING / C  # (B, C)
-            loss = -(target * (logits + adjust).log_softmax(1)).sum(1).mean()
+            loss = -(target * (logits + adjustment).log_softmax(1)).sum(1).mean()
 
-            # update
+            # 4. update
             loss.backward()
+            # A block that is still frozen has no gradient, so AdamW leaves it alone, its decay included.
             learning = [p for p in net.parameters() if p.requires_grad]
             grad_norm = nn.utils.clip_grad_norm_(learning, CLIP)
+            # One schedule for all, but each group has its own peak: the head's, or that of its block.
             for group in optimizer.param_groups:
                 group["lr"] = train.lr_at(run.step, total, WARMUP * total, group["peak"])
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)
 
-            # log, evaluate, save
-            right.append((logits.argmax(1) == y).float().mean())
+            # 5. log, evaluate, save
+            # The accuracies stay on the device until a row is due: asking for one waits for the GPU.
+            hits.append((logits.argmax(1) == y).float().mean())
             if run.logs_now:
-                top1 = 100 * torch.stack(right).mean().item()
-                run.log_step(lr=optimizer.param_groups[-1]["lr"], train_top1=top1)
-                right = []
+                train_top1 = 100 * torch.stack(hits).mean().item()
+                run.log_step(lr=optimizer.param_groups[-1]["lr"], train_top1=train_top1)
+                hits = []
             if run.step % per_epoch == 0:
-                scores, truth = predict(task, task.dev, NECK_IN_ALL)
-                top1 = 100 * readout.topk(scores, truth, 1)
-                f1 = 100 * metrics.macro_f1(scores.argmax(1), truth)
-                run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1)
-                best.macro_f1 = max(f1, best.macro_f1)
-                error = math.sqrt(best.macro_f1 * (100 - best.macro_f1) / len(truth))
-                if (
-                    f1 >= best.macro_f1 - error
-                ):  # within a standard error: the later one learned more
-                    best.epoch = epoch + 1
-                    weights = task.trained.state_dict()
-                    best.weights = {name: w.cpu().clone() for name, w in weights.items()}
+                settle_neck(task, NECK_IN_ALL)
+                dev_logits, truth = predict(task, task.dev)
+                top1 = 100 * readout.topk(dev_logits, truth, 1)
+                # Macro-F1 chooses, because it counts a rare character as much as a frequent one.
+                macro_f1 = 100 * metrics.macro_f1(dev_logits.argmax(1), truth)
+                run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=macro_f1)
+                best.update(macro_f1, epoch + 1, len(truth), task.trained)
             run.save_if_due()
     task.trained.load_state_dict(best.weights)
     return run, best.epoch
@@ -479,21 +572,27 @@ def finetune(flags, task):
 
 def results(flags, task, run, best_epoch):
     """-> the row of metrics.json, in percent, measured on the pictures of --split."""
+    settle_neck(task)
     logits, truth = predict(task, task.report)
-    right = logits.argmax(1) == truth
-    found = metrics.classification(logits, truth, task.sizes())
+    correct = logits.argmax(1) == truth
+    measured = metrics.classification(logits, truth, task.sizes())
+    # Faces of one illustration are right or wrong together. So whole illustrations are drawn anew for
+    # the interval: with single faces it would be too narrow.
     groups = data.groups_of(task.report.split)[task.report.rows].numpy()
-    interval = stats.bootstrap(100.0 * right[None].double().numpy(), groups)
+    interval = stats.bootstrap(100.0 * correct[None].double().numpy(), groups)
     row = {"run": task.out.name, "method": task.method, "head": task.head, "seed": flags.seed}
     row |= {"data": flags.data, "evaluated_on": flags.split, "best_epoch": best_epoch}
-    row |= {k: 100 * found[k] for k in ("top1", "top5", "macro_f1")}
-    row["by_size"] = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
-    row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
+    row |= {key: 100 * measured[key] for key in ("top1", "top5", "macro_f1")}
+    by_size = {key: measured[key] for key in ("head", "mid", "tail")}
+    row["by_size"] = {key: 100 * top1 for key, top1 in by_size.items() if top1 is not None}
+    row["top1_interval"] = [round(interval[key], 2) for key in ("low", "high")]
     row["colourless_top1"] = 100 * readout.topk(*predict(task, controls.in_gray(task.report)), 1)
+    # How much do colours tell without any network? An accuracy is good only where it beats these two.
     sets = task.train, task.dev, task.report
     row["thumbnails_top1"] = controls.thumbnail_top1(*sets)
     row["histograms_top1"] = controls.histogram_top1(*sets)
-    row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
+    # Which pictures were right, one bit each: two runs can then be compared picture by picture.
+    row |= {"confusion": measured["confusion"], "right": stats.to_bits(correct)}
     count, share = task.parameters_trained()
     row |= {"parameters_trained": count, "share_trained_percent": round(100 * share, 3)}
     row |= train.cost_of_steps(task.out / "log.jsonl", run.batch_size)
@@ -508,9 +607,10 @@ def write_network(flags, task, run):
         save_adapter(lora_layers(encoder), encoder, task.out, flags.encoder)
     elif task.method == "full" or flags.from_scratch:
         save_encoder(encoder, task.out / "model.safetensors", {"step": run.step, "run": run.config})
-    head = {k: w for k, w in task.trained.tensors.items() if not k.startswith("encoder.")}
+    head = {name: w for name, w in task.trained.tensors.items() if not name.startswith("encoder.")}
     header = {"config": task.net.config, "classes": task.classes, "method": task.method}
     header |= {"base": str(flags.encoder), "fingerprint": fingerprint(encoder)}
+    # New pictures must be cut and resized as those of the training set were.
     header |= {"image_size": encoder.image_size, "packed_size": split["images"].shape[1]}
     header |= {name: split["header"][name] for name in ("crop", "margin")}
     header |= {"data": flags.data, "split": flags.split, "hold_out": flags.hold_out}
@@ -540,7 +640,8 @@ def draw_confusion(path, table, names, title):
     table = torch.tensor(table).double()
     percents = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
     with plots.panels(path, title, 1, 1, (7.2, 6.4)) as axis:
-        image = axis.imshow(percents.numpy(), norm=PowerNorm(0.5, 0, 100))  # shows small shares
+        # The square root of a share decides its colour, because rare mistakes should be seen.
+        image = axis.imshow(percents.numpy(), norm=PowerNorm(0.5, 0, 100))
         axis.figure.colorbar(image, label="% of the true class")
         axis.set(xlabel="predicted class", ylabel="true class")
         if len(names) <= 50:
@@ -553,20 +654,23 @@ def write_results(flags, task, run, best_epoch):
     """All files but state.pt. A network that is there already stays as it is."""
     out = task.out
     suffix = split_suffix(flags.split)
-    row = results(flags, task, run, best_epoch)
+    row = results(flags, task, run, best_epoch)  # settles the neck, so the head is written after it
     if not any(out.glob("metrics*.json")):
         write_network(flags, task, run)
-    save_json(row, out / f"metrics{suffix}.json")  # the last file: where it is, the run is finished
+    # Before it come all other files that matter: where it is, the run is finished.
+    save_json(row, out / f"metrics{suffix}.json")
     with drawing("curves.png or confusion.png"):
         title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
         draw_curves(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
         draw_confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
     low, high = row["top1_interval"]
     print(
-        f"{flags.split:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}), macro-F1 "
-        f"{row['macro_f1']:.2f} %; without colour Top-1 {row['colourless_top1']:.1f} %\n"
-        f"controls thumbnails {row['thumbnails_top1']:.1f} %, histograms {row['histograms_top1']:.1f} %\n"
-        f"wrote    {out}/ after {row['seconds']:.0f} s, epoch {best_epoch} kept\n"
+        f"{flags.split:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}), "
+        f"macro-F1 {row['macro_f1']:.2f} %; the same pictures in gray: Top-1 "
+        f"{row['colourless_top1']:.1f} %\n"
+        f"controls Top-1 by thumbnails {row['thumbnails_top1']:.1f} %, by histograms of colours "
+        f"{row['histograms_top1']:.1f} %\n"
+        f"wrote    {out}/ after {row['seconds']:.0f} s; the weights are those of epoch {best_epoch}\n"
         f"next: python -m apps.recognize {shlex.quote(str(out))} PICTURE"
     )
 

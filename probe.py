@@ -12,6 +12,8 @@ Writes: runs/NAME/ probe.json (by --headline probe-headline.json), attention.png
 The headline was chosen on dev of faces20: Top-1 of a linear probe (logistic regression) on the
 largest and smallest values of the patch tokens. The same command gives the same digits, because
 features are fp16, classifiers run on the CPU, and all random numbers have fixed seeds.
+
+    n pictures of a split   D width of their features   B batch   S side of a view   N patches
 """
 
 import json
@@ -43,17 +45,21 @@ FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 PAIRED = 2000  # most images for verification: the number of their pairs grows with the square
 INTERVAL = "{low:+.2f} to {high:+.2f}"
 HEADS = {"logistic": "logistic regression", "knn": "kNN"}
-COLUMNS = {  # of the printed table: where a number is in a row of probe.json, and its heading
+COLUMNS = {  # of the printed table: the keys of a number in a row of probe.json, and its heading
     "logistic.top1": "linear",
     "logistic.top5": "Top-5",
     "logistic.macro_f1": "F1",
     "knn.top1": "kNN",
     "retrieval.map": "mAP",
     "retrieval.recall1": "R@1",
-    "verification.auc": "verify",
+    "verification.auc": "AUROC",
     "few_shot.5-way 1-shot.mean": "1-shot",
     "few_shot.5-way 5-shot.mean": "5-shot",
 }
+LEGEND = """\
+In %: Top-1, Top-5 and macro-F1 of the linear probe; Top-1 of kNN; retrieval (mAP, R@1);
+AUROC of pairs, same character or not; 5-way few-shot accuracy.
+< marks what is not better than the best thumbnail."""
 
 
 def parse_args():
@@ -79,9 +85,11 @@ class Task(features.Task):
 
     pool: str  # of the patch tokens
     headline: bool  # headline and kNN alone
-    home: dict  # {run: folder of its results}
+    folders: dict  # {run: folder of its results}
     out: Path | None  # of a comparison; None for one run
-    sets: tuple = ()  # three times (split, rows): to fit on, to choose on and to report
+    fit: torch.Tensor | None = None  # which pictures of train the linear probe learns from
+    choose: torch.Tensor | None = None  # which pictures its regularisation is chosen on
+    choose_in: str = "dev"  # the split that these are in, dev or train
     counts: torch.Tensor | None = None  # fitted pictures of each class, (C,)
     episodes: dict = field(default_factory=dict)  # of few-shot classification, by their name
     controls: dict = field(default_factory=dict)  # {shape of an encoder: rows of its controls}
@@ -90,7 +98,7 @@ class Task(features.Task):
         self.labels = {name: split["labels"] for name, split in self.splits.items()}
         self.groups = data.groups_of(self.split)
         self.names = self.train["header"]["classes"]
-        self.result = "probe-headline.json" if self.headline else "probe.json"
+        self.filename = "probe-headline.json" if self.headline else "probe.json"
 
 
 def open_task(flags):
@@ -99,61 +107,77 @@ def open_task(flags):
     useless = set() if task.labelled else {"pool", "headline"}
     refuse_useless(flags.given & useless, "where pictures lack labels")
     refuse_useless(flags.given & {"out"} if len(flags.runs) == 1 else (), "for one run")
-    home = {run: features.results_folder(run, task.folder, task.held) for run in flags.runs}
-    out = comparison_folder(flags, home) if len(flags.runs) > 1 else None
+    folders = {run: features.results_folder(run, task.folder, task.held) for run in flags.runs}
+    out = comparison_folder(flags, folders) if len(flags.runs) > 1 else None
     headline = task.labelled and flags.headline
-    task = Task(**vars(task), pool=flags.pool, headline=headline, home=home, out=out)
+    task = Task(**vars(task), pool=flags.pool, headline=headline, folders=folders, out=out)
     if task.labelled:
         open_labels(task)
-    for folder in home.values():
-        refuse_overwrite([folder / task.result], "choose another --headline, --data or --split")
+    for folder in folders.values():
+        refuse_overwrite([folder / task.filename], "choose another --headline, --data or --split")
     if out:
         refuse_overwrite([out / "compare.json"])
     return task
 
 
-def comparison_folder(flags, home):
+def comparison_folder(flags, folders):
     """compare/ next to the first run; compare-DATA-SPLIT/ for other data or another split."""
     first = features.home_of(flags.runs[0])
-    own = home[flags.runs[0]]
+    own = folders[flags.runs[0]]
     name = "compare" if own == first else f"compare-{own.name}"
     return Path(flags.out or first.parent / name)
 
 
 def open_labels(task):
-    """Rows to fit on, to choose on and to report, class sizes, few-shot episodes."""
-    fit, choose, choose_in = features.hold_out(task.splits)
-    task.sets = (("train", fit), (choose_in, choose), (task.held, slice(None)))
-    bank = task.labels["train"]
+    """Pictures to fit on and to choose on, class sizes, few-shot episodes."""
+    # The reported split is for reporting alone. What is chosen on it looks better than it is, so the
+    # regularisation has other pictures: dev, or a tenth of train. That tenth is of whole illustrations,
+    # because two faces of one drawing are so alike that one would give away the other.
+    task.fit, task.choose, task.choose_in = features.hold_out(task.splits)
+    labels = task.labels["train"]
     queries = task.labels[task.held]
-    task.counts = torch.bincount(bank[fit], minlength=len(task.names))
-    if lost := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
-        fix = "pack it again: python data.py IMAGES --min-per-class 10"
-        problem = f"{task.held} has classes that train has not ({', '.join(lost[:4])})"
-        raise UserError(f"{task.folder}: {problem}; {fix}")
+    task.counts = torch.bincount(labels[task.fit], minlength=len(task.names))
+    if missing := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
+        remedy = "pack it again: python data.py IMAGES --min-per-class 10"
+        problem = f"{task.held} has classes that train has not ({', '.join(missing[:4])})"
+        raise UserError(f"{task.folder}: {problem}; {remedy}")
+    # The episodes are drawn once, with a seed of their own, so that all features get the same questions.
     for ways, shots in FEW_SHOT:
-        drawn = metrics.draw_episodes(bank, queries, ways, shots, seeded(0, ways, shots))
-        if drawn is not None:
-            task.episodes[f"{ways}-way {shots}-shot"] = drawn
+        episodes = metrics.draw_episodes(labels, queries, ways, shots, seeded(0, ways, shots))
+        if episodes is not None:
+            task.episodes[f"{ways}-way {shots}-shot"] = episodes
 
 
 # ---- numbers: each function takes a set of features {split: (n, D)} ------------------------------
 
 
-def measure(found, task):
+def measure(vectors, task):
     """Every number of one set of features -> (row of probe.json, {head: which images are right})."""
-    bank = found["train"]
-    queries = found[task.held]
+    bank = vectors["train"]
+    queries = vectors[task.held]
     labels = task.labels[task.held]
-    x, choose, report = [found[name][rows] for name, rows in task.sets]
-    y, truth, _ = [task.labels[name][rows] for name, rows in task.sets]
-    classify, C = metrics.logistic_probe(x, y, choose, truth, len(task.names))
+    C = len(task.names)
+    # It standardises first: a feature with small numbers needs large weights, which the penalty would
+    # forbid. Mean and deviation are those of the fitted pictures, because the others are not known yet.
+    # Features are rounded to fp16, and scikit-learn fits on the CPU in float64. So tiny differences
+    # between two machines vanish, and the same command gives the same digits.
+    classify, strength = metrics.logistic_probe(
+        bank[task.fit],
+        task.labels["train"][task.fit],
+        vectors[task.choose_in][task.choose],
+        task.labels[task.choose_in][task.choose],
+        C,
+    )
+    # Two heads, because they ask different questions. A linear probe may ignore all directions that do
+    # not help, so it asks whether the character can be read off at all. kNN learns nothing and compares
+    # whole vectors, so it asks whether the character is what makes two pictures similar.
     scores = {
-        "logistic": classify(report),
-        "knn": readout.knn_votes(bank, task.labels["train"], queries, len(task.names)),
+        "logistic": classify(queries),
+        "knn": readout.knn_votes(bank, task.labels["train"], queries, C),
     }
     row = {head: metrics.classification(s, labels, task.counts) for head, s in scores.items()}
-    row["logistic"]["C"] = C
+    row["logistic"]["C"] = strength  # of scikit-learn: large means little regularisation
+    # Pictures of one illustration never answer each other: finding a drawing is no recognition.
     row["retrieval"] = metrics.retrieval(queries, labels, task.groups)
     row["few_shot"] = few_shot(bank, queries, task)
     if not task.headline:
@@ -166,6 +190,7 @@ def few_shot(bank, queries, task):
     row = {}
     for name, episodes in task.episodes.items():
         accuracy = metrics.few_shot(bank, queries, *episodes)
+        # It is the error of the draw of episodes alone: another seed of pre-training may differ by more.
         half = 1.96 * accuracy.std().item() / len(accuracy) ** 0.5
         row[name] = {"mean": accuracy.mean().item(), "half": half}
     return row
@@ -175,16 +200,19 @@ def verification(x, labels, groups):
     """Are two pictures of one class? By their cosine: area under the ROC curve, equal error rate."""
     from sklearn.metrics import roc_auc_score
 
-    rows = data.evenly_spaced(len(x), PAIRED)
-    same, other = metrics.pair_cosines(x[rows], labels[rows], groups[rows])
+    index = data.evenly_spaced(len(x), PAIRED)
+    same, other = metrics.pair_cosines(x[index], labels[index], groups[index])
     if not len(same) or not len(other):
         return {}
+    # The area needs no threshold: it is the probability that a pair of one class has the larger cosine.
     auc = roc_auc_score(*metrics.truth_and_scores(same, other))
     return {"auc": float(auc), "equal_error_rate": metrics.equal_error_rate(same, other)}
 
 
 def chance(task):
     """What guessing gets, as a row: the most frequent classes of train; a random ranking."""
+    # Where classes differ in size, chance is more than 1/C: who always says the largest class is right
+    # as often as that class occurs.
     labels = task.labels[task.held]
     share = torch.bincount(labels, minlength=len(task.names)).double() / len(labels)
     guess = task.counts.double().expand(len(labels), -1)
@@ -207,39 +235,48 @@ def thumbs(view):
 
 def control_rows(encoder, task):
     """Rows of the random-init encoder and of thumbnails: measured once for all runs of one shape."""
+    # An encoder of random weights is no blank: it mixes the pixels, and a linear probe reads colours and
+    # edges from that. Only what a run has above it was learned. Thumbnails tell how far colours alone
+    # lead. A character has its hair colour, so that is far: 82.5 % on faces20 (docs/results.md).
     shape = tuple(shape_of(encoder).values())
     if shape not in task.controls:
         untrained = features.untrained_like(encoder).to(task.device)
-        pools = features.of_encoder(untrained, task)
-        colours = features.extract(thumbs, task.train["images"].shape[1], task)  # as packed
-        found = {f"untrained {task.pool}": pools[task.pool]} | colours
-        task.controls[shape] = {name: measure(x, task)[0] for name, x in found.items()}
+        pooled = features.of_encoder(untrained, task)
+        thumbnails = features.extract(thumbs, task.train["images"].shape[1], task)  # as packed
+        controls = {f"untrained {task.pool}": pooled[task.pool]} | thumbnails
+        task.controls[shape] = {name: measure(x, task)[0] for name, x in controls.items()}
     return task.controls[shape]
 
 
-def percent(row, where):
+def percent(row, keys):
     """ "knn.top1" of a row, in percent; None where it has none."""
-    for key in where.split("."):
+    for key in keys.split("."):
         row = row.get(key) if isinstance(row, dict) else None
     return None if row is None else 100 * row
+
+
+def label_of(name):
+    """A row's name as printed: "untrained mean" is "random-init mean", "thumb4" is "thumbnail 4x4"."""
+    name = re.sub(r"^thumb(\d+)$", r"thumbnail \1x\1", name)
+    return name.replace("untrained", "random-init")
 
 
 def table(rows):
     """rows {name: row} -> lines; < marks what is not better than the best thumbnail."""
     best = {}
-    for where in COLUMNS:
-        found = [percent(row, where) for name, row in rows.items() if name.startswith("thumb")]
-        best[where] = max((x for x in found if x is not None), default=-1)
-    lines = [f"{'features':20}" + "".join(f"{name:>7} " for name in COLUMNS.values())]
+    for keys in COLUMNS:
+        values = [percent(row, keys) for name, row in rows.items() if name.startswith("thumb")]
+        best[keys] = max((value for value in values if value is not None), default=-1)
+    lines = [f"{'features':20}" + "".join(f"{heading:>7} " for heading in COLUMNS.values())]
     for name, row in rows.items():
-        line = f"{name:20}"
-        for where in COLUMNS:
-            value = percent(row, where)
-            loses = value is not None and value <= best[where]
+        line = f"{label_of(name):20}"
+        for keys in COLUMNS:
+            value = percent(row, keys)
+            loses = value is not None and value <= best[keys]
             mark = "<" if loses and not name.startswith(("thumb", "chance")) else " "
             line += f"{'-' if value is None else f'{value:.1f}':>7}{mark}"
         lines.append(line.rstrip())
-    return lines
+    return [*lines, LEGEND]
 
 
 # ---- epochs to a threshold -----------------------------------------------------------------------
@@ -250,6 +287,8 @@ def threshold_of(runs):
 
     The reference is the first run with random masks, else the first run.
     """
+    # A round number such as 70 % would mean nothing where random weights have 70 % already. So the
+    # threshold is nine tenths of the way from there to the end of a run with random masks.
     plain = [run for run in runs if flags_of(run).get("mask") == "random"]
     reference = (plain or runs)[0]
     log = read_log(features.home_of(reference) / "log.jsonl")
@@ -276,35 +315,37 @@ def efficiency(rows, threshold):
     }
 
 
-def efficiency_line(found, how):
-    if found is None:
-        return f"epochs to threshold: not known, {how}"
-    when = "not reached"
-    if found["reached_epoch"] is not None:
-        when = f"after {found['reached_epoch']:.1f} epochs, {found['reached_seconds']:.0f} s"
-    return f"kNN of {found['threshold']:.1f} % in the run ({how}): {when}"
+def efficiency_line(row, source):
+    if row is None:
+        return f"epochs to threshold: not known, {source}"
+    reached = "not reached"
+    if row["reached_epoch"] is not None:
+        reached = f"reached after {row['reached_epoch']:.1f} epochs, {row['reached_seconds']:.0f} s"
+    return f"kNN of {row['threshold']:.1f} % in the run ({source}): {reached}"
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def draw_attention(path, encoder, task, rows):
+def draw_attention(path, encoder, task, index):
     """A line for each picture: each head of the last block, their mean, the rollout."""
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
-    _, view = next(data.whole_views(task.split["images"], rows, encoder.image_size, task.device))
+    _, view = next(data.whole_views(task.split["images"], index, encoder.image_size, task.device))
+    # The last block alone shows where CLS looks among tokens that are mixed by then. The rollout
+    # multiplies all blocks, so it tells which patches of the picture reached it (arXiv:2005.00928).
     heads = encoder.patch_attention(view)  # (B, heads, N)
     rollout = encoder.patch_attention(view, "rollout")  # (B, 1, N)
     maps = torch.cat([heads, heads.mean(1, keepdim=True), rollout], 1)  # (B, heads + 2, N)
     grids = maps.unflatten(2, (encoder.side, -1))
-    lines = [("", [picture, *own]) for picture, own in zip(view, grids, strict=True)]
+    lines = [("", [picture, *grid]) for picture, grid in zip(view, grids, strict=True)]
     names = ["picture", *(f"head {i + 1}" for i in range(heads.shape[1])), "mean", "rollout"]
     title = f"Attention of CLS in the last block: {path.parent.name}"
     plots.image_grid(path, title, lines, names)
 
 
-def draw_neighbours(path, found, task, rows):
+def draw_neighbours(path, vectors, task, index):
     """A line for each picture: it, and its 8 nearest of train, their cosine under them.
 
     A neighbour of the picture's class has a green frame, another a dashed one.
@@ -312,15 +353,15 @@ def draw_neighbours(path, found, task, rows):
     from common import plots
 
     images, bank = task.split["images"], task.train["images"]
-    queries = F.normalize(found[task.held][rows].float(), dim=1)
-    cosine = queries @ F.normalize(found["train"].float(), dim=1).T
+    queries = F.normalize(vectors[task.held][index].float(), dim=1)
+    cosine = queries @ F.normalize(vectors["train"].float(), dim=1).T
     cosine, nearest = cosine.topk(8, dim=1)
-    same = task.split["labels"][rows][:, None] == task.train["labels"][nearest]
+    same = task.split["labels"][index][:, None] == task.train["labels"][nearest]
     title = f"{task.held} pictures and their nearest in train: {path.parent.name}"
-    n = len(rows)
+    n = len(index)
     with plots.panels(path, title, n, 9, (10.2, 1.32 * n + 0.6), squeeze=False) as axes:
-        found = zip(rows.tolist(), nearest.numpy(), strict=True)
-        plots.show_rows(axes, [("", [images[i], *bank[near]]) for i, near in found])
+        pairs = zip(index.tolist(), nearest.numpy(), strict=True)
+        plots.show_rows(axes, [("", [images[i], *bank[neighbours]]) for i, neighbours in pairs])
         for i, j in np.ndindex(n, 8):
             axis = axes[i, j + 1]
             axis.set_xlabel(f"{cosine[i, j]:.2f}", fontsize=8, labelpad=2)
@@ -335,9 +376,10 @@ def draw_neighbours(path, found, task, rows):
 def probe(run, task, threshold):
     """Extract, measure, draw and write one run -> what a comparison needs. threshold: number, source."""
     print(f"run      {run}")
+    folder = task.folders[run]
     encoder = load_encoder(run)
     encoder.to(task.device).requires_grad_(False)
-    found = features.of_encoder(encoder, task)
+    pooled = features.of_encoder(encoder, task)
     report = {
         "command": command(),
         "machine": machine(task.device),
@@ -350,27 +392,27 @@ def probe(run, task, threshold):
         "images": {name: len(x) for name, x in task.labels.items()},
     }
     if not task.headline:
-        rows = data.evenly_spaced(len(task.split["images"]), 8)
+        index = data.evenly_spaced(len(task.split["images"]), 8)
         with drawing("attention.png and others"):
-            draw_attention(task.home[run] / "attention.png", encoder, task, rows[:5])
-            draw_neighbours(task.home[run] / "neighbours.png", found["mean"], task, rows[:6])
+            draw_attention(folder / "attention.png", encoder, task, index[:5])
+            draw_neighbours(folder / "neighbours.png", pooled["mean"], task, index[:6])
     right = {}
     log = read_log(features.home_of(run) / "log.jsonl")
     if task.labelled:
-        numbers, right = measure_run(encoder, found, task)
+        numbers, right = measure_run(encoder, pooled, task)
         report |= numbers | {"efficiency": efficiency(log, threshold[0])}
         print(efficiency_line(report["efficiency"], threshold[1]))
     else:
         print(f"{run}: no numbers: accuracy needs two classes, and a label on every picture")
-    save_json(report, task.home[run] / task.result)
-    print(f"wrote    {task.home[run] / task.result}")
+    save_json(report, folder / task.filename)
+    print(f"wrote    {folder / task.filename}")
     return report | {"right": right, "log": log, "path": str(run)}
 
 
-def measure_run(encoder, found, task):
+def measure_run(encoder, pooled, task):
     """Rows of all features and controls, printed -> (the report's part, which images are right)."""
     pools = [task.pool] if task.headline else features.POOLS
-    measured = {pool: measure(found[pool], task) for pool in pools}
+    measured = {pool: measure(pooled[pool], task) for pool in pools}
     rows = {pool: row for pool, (row, _) in measured.items()}
     right = measured[task.pool][1]
     if not task.headline:
@@ -387,10 +429,13 @@ def measure_run(encoder, found, task):
     return numbers, right
 
 
-def slim(row, whole):
+def slim(row, is_headline):
     """A row without its confusion and per-class numbers, unless it is the headline's."""
+    if is_headline:
+        return row
+    large = ("per_class", "confusion")
     return {
-        head: {k: v for k, v in numbers.items() if whole or k not in ("per_class", "confusion")}
+        head: {key: value for key, value in numbers.items() if key not in large}
         for head, numbers in row.items()
     }
 
@@ -402,10 +447,13 @@ def by_config(reports):
     """{name: {seed: report}}: runs of one name, without -sN, whose flags differ in the seed alone."""
     groups = {}
     for report in reports:
-        config = {k: v for k, v in report["config"].items() if k not in ("seed", "out")}
+        # Only runs that differ in nothing but their seed may be averaged. So all other flags must be equal,
+        # whatever the folders are called.
+        flags = report["config"]
+        config = {flag: value for flag, value in flags.items() if flag not in ("seed", "out")}
         name = re.sub(r"-s(eed-)?\d+\b", "", report["run"])
         seeds = groups.setdefault((name, json.dumps(config, sort_keys=True)), {})
-        seed = report["config"].get("seed", 0)
+        seed = flags.get("seed", 0)
         if seed in seeds:
             first = seeds[seed]["path"]
             raise UserError(f"{report['path']} and {first} have the same flags and the same seed")
@@ -424,7 +472,7 @@ def summary(seeds):
     for head in HEADS:
         row[head] = stats.mean_std([100 * r["rows"][r["pool"]][head]["top1"] for r in reports])
     epochs = [r["efficiency"]["reached_epoch"] for r in reports if r["efficiency"]]
-    epochs = [x for x in epochs if x is not None]
+    epochs = [epoch for epoch in epochs if epoch is not None]
     row["reached_epoch"] = stats.mean_std(epochs) if epochs else None
     return row
 
@@ -434,12 +482,19 @@ def differences(configs, groups):
     (base, first), *others = configs.items()
     rows = []
     for name, other in others:
+        # Two runs of one seed have the same initial weights, order of pictures and crops. What these do
+        # is in both, so it leaves the difference, and fewer seeds are enough.
         seeds = sorted(first.keys() & other.keys())
         for head in HEADS if seeds else ():
-            right = [np.stack([x[s]["right"][head] for s in seeds]) for x in (other, first)]
-            points = 100.0 * (right[0].astype(float) - right[1])  # (seeds, images)
+            right, right_first = (
+                np.stack([runs[seed]["right"][head] for seed in seeds]) for runs in (other, first)
+            )
+            points = 100.0 * (right.astype(float) - right_first)  # (seeds, images)
             row = {"pair": f"{name} - {base}", "head": head, "seeds": seeds}
             row["per_seed"] = points.mean(1).tolist()
+            # Would the difference hold for other seeds and other pictures? The bootstrap draws both anew.
+            # It draws whole illustrations, whose faces are right or wrong together: drawn one by one,
+            # they would count as more evidence than they are. The t interval is about seeds alone.
             row["images"] = stats.bootstrap(points, groups)
             row["t"] = stats.t_interval(points.mean(1))
             rows.append(row)
@@ -447,18 +502,20 @@ def differences(configs, groups):
 
 
 def difference_line(row):
-    """ "b - a, kNN: +1.20 points; 95 %: ... over seeds and illustrations, ... by t over seeds"."""
+    """ "b - a, kNN: +1.20 points; 95 % interval ... over seeds and illustrations, ... by t over seeds"."""
     t = f"{len(row['seeds'])} seed(s): no t interval"
     if row["t"]:
         t = f"{INTERVAL.format(**row['t'])} by t over seeds"
-    over = f"{INTERVAL.format(**row['images'])} over seeds and illustrations"
-    return f"{row['pair']}, {HEADS[row['head']]}: {row['images']['mean']:+.2f} points; 95 %: {over}, {t}"
+    both = f"{INTERVAL.format(**row['images'])} over seeds and illustrations"
+    mean = row["images"]["mean"]
+    return f"{row['pair']}, {HEADS[row['head']]}: {mean:+.2f} points; 95 % interval {both}, {t}"
 
 
 def compare(reports, task, threshold):
     """Mean and standard deviation of each configuration, paired differences: printed and written."""
     configs = by_config(reports)
     summaries = {name: summary(seeds) for name, seeds in configs.items()}
+    print("Top-1 as mean ± standard deviation over seeds, and epochs until the threshold of kNN")
     print(f"{'configuration':28}{'runs':>5}{'linear, %':>14}{'kNN, %':>14}{'epochs':>14}")
     for name, row in summaries.items():
         cells = [stats.plus_minus(row[key]) for key in ("logistic", "knn", "reached_epoch")]
@@ -467,12 +524,14 @@ def compare(reports, task, threshold):
     print(*map(difference_line, rows), sep="\n")
     if len(configs) > 1 and not rows:
         print("no difference: no other configuration has a seed of the first")
-    about = {"command": command(), "machine": machine(task.device), "commit": commit()}
-    about |= {"split": task.held, "pool": task.pool, "threshold": threshold}
-    save_json(about | {"configurations": summaries, "pairs": rows}, task.out / "compare.json")
+    report = {"command": command(), "machine": machine(task.device), "commit": commit()}
+    report |= {"split": task.held, "pool": task.pool, "threshold": threshold}
+    report |= {"configurations": summaries, "pairs": rows}
+    save_json(report, task.out / "compare.json")
     if threshold[0] is not None:  # there are logs
-        controls = [row["knn_thumbnail"] for row in reports[0]["log"] if "knn_thumbnail" in row]
-        curves(configs, task.out / "curves.png", threshold[0], controls[0] if controls else None)
+        thumbnails = [row["knn_thumbnail"] for row in reports[0]["log"] if "knn_thumbnail" in row]
+        thumbnail = thumbnails[0] if thumbnails else None
+        curves(configs, task.out / "curves.png", threshold[0], thumbnail)
     print(f"wrote    {task.out}/compare.json")
 
 
@@ -485,27 +544,29 @@ def curves(configs, path, threshold, thumbnail):
     with plots.panels(path, "Learning curves", 1, 2, (9.6, 3.9), sharey=True) as axes:
         for axis, (key, label) in zip(axes, labels.items(), strict=True):
             for colour, (name, seeds) in zip(plots.COLOURS, configs.items(), strict=False):
-                text = f"{name}, {len(seeds)} seed(s)"
+                legend = f"{name}, {len(seeds)} seed(s)"
                 for report in seeds.values():
                     rows = report["log"]
-                    plots.plot_rows(axis, rows, key, "knn", "o-", ms=4, color=colour, label=text)
-                    text = None  # one entry of the legend for all seeds
+                    plots.plot_rows(axis, rows, key, "knn", "o-", ms=4, color=colour, label=legend)
+                    legend = None  # one entry of the legend for all seeds
             axis.set(xlabel=label)
-            for text, (value, style) in limits.items():
+            for legend, (value, style) in limits.items():
                 if value is not None:
-                    axis.axhline(value, color=plots.INK, ls=style, lw=1, label=text)
+                    axis.axhline(value, color=plots.INK, ls=style, lw=1, label=legend)
         axes[0].set(ylabel="kNN Top-1 during the run, %")
         axes[0].legend(loc="lower right")
 
 
 def main():
     flags = parse_args()
-    for run in flags.runs:  # a mistake shows here, before hours of work
+    # A run that can't be read shows here, and not after the hours that its neighbours take.
+    for run in flags.runs:
         load_encoder(run)
     task = open_task(flags)
     images = len(task.labels[task.held])
     print(f"data     {task.folder}: {task.held}, {images:,} images, {len(task.names)} classes")
-    if task.labelled:  # two runs of one seed are refused
+    # Two runs of one seed can't be averaged. That is said now, and not after the last run.
+    if task.labelled:
         by_config([{"config": flags_of(r), "run": r, "path": r} for r in map(str, flags.runs)])
     threshold = threshold_of(flags.runs)
     reports = [probe(run, task, threshold) for run in flags.runs]

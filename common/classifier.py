@@ -55,6 +55,9 @@ class MarginHead(nn.Module):
 
     def forward(self, x, labels=None):
         """x (B, D); with labels (B,) the margin is on, without them (to recognise) it is not."""
+        # Pictures are compared by their cosine later, so training uses it, too. But a softmax of numbers
+        # from -1 to 1 can never be sure of one class, so they are scaled (Wang et al. 2017,
+        # arXiv:1704.06369).
         cosine = F.normalize(x) @ F.normalize(self.weight).T  # (B, C)
         if labels is None:
             return self.scale * cosine
@@ -63,10 +66,12 @@ class MarginHead(nn.Module):
         m = self.margin
         if self.kind != "cosface":
             # beyond theta = pi - m, where cos(theta + m) would rise again, a straight line
+            # sin = sqrt(1 - cos^2), which spares an acos; at 0 the gradient of a root is infinite
             sine = (1 - true.square()).clamp(min=1e-9).sqrt()
             rotated = true * math.cos(m) - sine * math.sin(m)
             target = torch.where(true > math.cos(math.pi - m), rotated, true - m * math.sin(m))
         if self.kind == "curricularface":
+            # t is a statistic of the batch and no weight, so no gradient may reach it.
             if self.training:
                 self.t.lerp_(true.detach().mean(), 0.01)
             cosine = torch.where(cosine > target, cosine * (self.t + cosine), cosine)
@@ -102,6 +107,8 @@ class Classifier(nn.Module):
         self.encoder = encoder
         is_ifa = head == "ifa"
         depth = len(encoder.blocks)
+        # The batch norm gives all encoders features of one size, so that one learning rate fits them. It
+        # has no weights of its own, because the linear layer behind it can scale and shift as well.
         self.neck = Fusion(dim, depth) if is_ifa else nn.BatchNorm1d(dim, 1e-6, affine=False)
         if head in MARGINS:
             self.head = MarginHead(dim, classes, head, margin, scale)
@@ -150,12 +157,16 @@ def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
+        # The head begins at random numbers and takes the whole rate. The encoder is pre-trained, the more
+        # generally the lower the block, so each level below takes less (Clark et al. 2020,
+        # arXiv:2003.10555).
         peak = head_lr
         if name.startswith("encoder."):
             peak = lr * layer_decay ** (depth + 1 - level_of(name, depth))
         decay = weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
         group = {"params": [], "peak": peak, "weight_decay": decay}
         groups.setdefault((peak, decay), group)["params"].append(p)
+    # MAE, too, has beta2 0.999 for fine-tuning, and 0.95 for pre-training (He et al. 2021, appendix A).
     return torch.optim.AdamW(groups.values(), betas=(0.9, 0.999), fused=True)
 
 

@@ -54,6 +54,8 @@ def masked_views(model, split, most):
 @torch.no_grad()
 def masked_mse(model, split, norm, autocast):
     """Mean squared error of hidden patches, all of one weight, under the fixed mask."""
+    # Training losses of two masks can't be compared: one of them has easier patches to predict. So every
+    # run is judged under this mask, whatever it trains with.
     errors = []
     for view, ids_keep, ids_mask in masked_views(model, split, EVAL_IMAGES):
         pred, _ = predict(model, view, ids_keep, ids_mask, autocast)
@@ -88,6 +90,8 @@ def recognition(features, train, held):
     labels, truth = train["labels"][bank], held["labels"][queries]
     classes = int(labels.max()) + 1
     x, q = standardise(ridge_bank, ridge_queries)
+    # Ridge regression is solved in one step, so an evaluation costs little. probe.py has the slower
+    # logistic regression, whose strength is chosen, for the end.
     W, b = ridge(x, labels, classes, penalty=1.0)
     right = knn_votes(knn_bank, labels, knn_queries, classes).argmax(1) == truth
     return {

@@ -110,6 +110,8 @@ def hold_out(splits, rows=None, seed=0):
 
     It is dev, or train, of which a tenth is held out, whole illustrations, drawn by the seed.
     """
+    # Whole illustrations, because two faces of one drawing are nearly the same picture. With one of them
+    # in train, the other would be an easy question, and the choice would go to what remembers best.
     train = splits["train"]
     rows = torch.arange(len(train["labels"])) if rows is None else rows
     if "dev" in splits:
@@ -212,6 +214,7 @@ def extract(extractor, size, task):
         for _, view in data.whole_views(images, rows, size, task.device, bar):
             with task.autocast():
                 pools = extractor(view)
+            # fp16 takes half the memory, and hides tiny differences between machines.
             chunks.append({pool: x.half().cpu() for pool, x in pools.items()})
         for pool in chunks[0]:
             x = torch.cat([chunk[pool] for chunk in chunks])

@@ -50,6 +50,7 @@ def fingerprint(encoder):
     digest = hashlib.sha256()
     weights = {k.replace(".base.", "."): w for k, w in encoder.state_dict().items()}
     for name, weight in sorted(weights.items()):
+        # Positions are resized with the picture: at another image size it is still the same encoder.
         if name != "pos_embed" and not name.endswith((".A", ".B")):
             digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

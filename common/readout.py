@@ -32,6 +32,7 @@ def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
 def standardise(train, *others):
     """-> all in float64, shifted and scaled by the mean and standard deviation of train (n, D)."""
     mean = train.double().mean(0)
+    # Train alone gives both numbers: other pictures are to be judged, so nothing may be learned of them.
     std = train.double().std(0) + 1e-6  # a constant column becomes 0
     return [(x.double() - mean) / std for x in (train, *others)]
 
@@ -48,6 +49,7 @@ def ridge(x, labels, classes, penalty):
 
 def topk(scores, labels, k):
     """Share of rows of scores (n, C) whose label is among the k highest; of equals the first count."""
+    # topk() of torch breaks ties as it likes; a stable sort gives the same answer on every machine.
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     return (best == labels[:, None]).any(1).double().mean().item()
 

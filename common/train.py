@@ -191,6 +191,8 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
+            # Decay keeps matrices from growing. A bias or the scale of a norm has no input to fit noise
+            # with, and pulling it to zero would only shift what the next layer gets.
             plain = p.ndim < 2 or name.endswith("_token")
             groups[1 if plain else 0]["params"].append(p)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
@@ -198,8 +200,12 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
 
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
+    # Adam divides by a mean of squared gradients, which rests on few of them at first. Full steps could
+    # then go far astray (Liu et al. 2019, arXiv:1908.03265). step + 1, or the first step would be lost.
     if step < warmup:
         return peak * min(1, (step + 1) / warmup)  # warmup need be no whole number
+    # Large steps find the way and small ones settle. A cosine (Loshchilov and Hutter 2016,
+    # arXiv:1608.03983) needs no choice of epochs at which the rate drops; but total must be known.
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -211,6 +217,8 @@ def seeded(*numbers):
 
 def seeded_step(*numbers):
     """`seeded`, for a step of a loop: dropout, or whatever else you add, begins anew with it, too."""
+    # Dropout asks no generator of ours but torch's own, whose state goes on from step to step. Seeded
+    # anew at each step, it need not be saved, and a resumed run draws what it would have drawn.
     generator = seeded(*numbers)
     torch.manual_seed(generator.initial_seed())
     return generator
@@ -324,6 +332,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step = state["step"]
+            # The clock goes on as if there had been no pause, so that seconds can be compared.
             self.start -= state["seconds"]
 
     def begin(self):
@@ -340,6 +349,7 @@ class Run:
 
     def cut_log(self):
         """Rows that were logged after the checkpoint leave the log."""
+        # The steps after it are made again, with the same numbers: they would stand in the log twice.
         last = self.step or -1  # step 0 is evaluated again
         rows = [r for r in read_log(self.log_path) if r.get("step", math.inf) <= last]
         save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
@@ -348,6 +358,7 @@ class Run:
         """Write state.pt, atomically."""
         state = {"config": self.config, "step": self.step, "seconds": self.seconds()}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
+        # Into another file, which then takes the name: a kill at this moment leaves the old one whole.
         with atomic(self.path) as temporary, open(temporary, "wb") as file:
             try:
                 torch.save(state, file)
@@ -369,6 +380,8 @@ class Run:
         """After each optimizer step. Waits for no GPU."""
         self.step += 1
         self.bar.update()
+        # loss.item() would wait until the GPU has done the step. Without it the CPU goes on to prepare
+        # the next one. detach, because the graph of each loss would fill the memory.
         self.losses.append(loss.detach())
         self.norms.append(grad_norm)
 
@@ -379,6 +392,7 @@ class Run:
 
     def log_step(self, **more):
         """A row with the mean loss and gradient norm since the last one, and the speed."""
+        # The only wait for the GPU, once in ten steps. So a loss that is no number is noticed here, too.
         losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
         finite = (losses + norms).isfinite()
         fix = "try a smaller learning rate, or --dtype fp32"

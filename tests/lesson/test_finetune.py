@@ -1,6 +1,5 @@
 """finetune_lora.py: heads against plain formulas, what its loop promises, and runs on a small packed set."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -86,13 +85,13 @@ def test_learning_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_t
 def test_balanced_sampling_draws_every_class_equally_often():
     labels = torch.arange(3).repeat_interleave(torch.tensor([900, 90, 10]))
     rows = torch.arange(1000)
-    plain = finetune_lora.epoch_rows(rows, labels, False, 0, 0)
+    plain = finetune_lora.draw_order(rows, labels, False, 0, 0)
     assert sorted(plain.tolist()) == rows.tolist()
-    epochs = [finetune_lora.epoch_rows(rows, labels, True, 0, e) for e in range(20)]
+    epochs = [finetune_lora.draw_order(rows, labels, True, 0, e) for e in range(20)]
     drawn = torch.bincount(labels[torch.cat(epochs)])
     expected, std = 20 * 1000 / 3, math.sqrt(20 * 1000 * 2 / 9)
     assert ((drawn - expected).abs() < 4 * std).all()
-    assert torch.equal(epochs[3], finetune_lora.epoch_rows(rows, labels, True, 0, 3))
+    assert torch.equal(epochs[3], finetune_lora.draw_order(rows, labels, True, 0, 3))
 
 
 def test_augmentation_keeps_its_word():
@@ -109,11 +108,10 @@ def test_augmentation_keeps_its_word():
 
 
 def test_the_share_of_patches_that_are_seen_moves_on_a_line():
-    net = SimpleNamespace(encoder=ViT(32, 8, 32, 1, 1), pooled=lambda _, ids: ids.shape[1])
-    task = SimpleNamespace(S=32, keep=(0.25, 1), colourless=0, net=net)
-    task.autocast = contextlib.nullcontext
-    seen = [finetune_lora.pooled_views(task, some_view(), t, seeded(0)) for t in (0, 0.5, 1)]
-    assert seen == [4, 10, 16]
+    net = SimpleNamespace(encoder=ViT(32, 8, 32, 1, 1))
+    task = SimpleNamespace(keep=(0.25, 1), colourless=0, net=net)
+    views = [finetune_lora.draw_views(task, some_view(), t, seeded(0)) for t in (0, 0.5, 1)]
+    assert [ids.shape[1] for _, ids in views] == [4, 10, 16]
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 1])
