@@ -61,7 +61,7 @@ from model import MAE, SIZES, Pooler, SimMIM
 
 WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
-UNCLIPPED = ("encoder.pooler", "decoder.stats_head")  # they would shrink the others' gradient
+UNCLIPPED = ("encoder.pooler", "decoder.stats_head")
 WARMUP = 0.1  # share of the run in which the learning rate rises
 RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those of processes
 SECOND_STREAM = 1  # seeds the second views, so that they change no other random number
@@ -96,11 +96,17 @@ def parse_flags():
     add("--batch-size", type=at_least(1), metavar="B", help="images of a step, of all processes")
     add("--blr", type=between(1e-9, 10), metavar="LR", help="lr = blr * batch size / 256")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
-    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 2 to 20 in a run")
+    add(
+        "--eval-every",
+        type=at_least(1),
+        metavar="EPOCHS",
+        help="default: so that a run has 2 to 20",
+    )
     train.add_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     flags = parser.parse_args()
-    refuse_useless(flags.given & {*OF_SCORES} - flags_of_mask(flags), f"with --mask {flags.mask}")
+    unread = {*OF_SCORES} - flags_of_mask(flags)
+    refuse_useless(flags.given & unread, f"with --mask {flags.mask or 'random'}")
     train.take_saved_flags(flags)
     set_defaults(flags, out=f"runs/{run_name(flags, Path(flags.data).name)}")
     return flags
@@ -150,7 +156,10 @@ def stop_together(run):
 
 
 def parse_model(flags, device):
-    """--model and --contrast: the network, its arguments, and the settings of the contrastive loss."""
+    """--model and --contrast: the network, its arguments, and the settings of the contrastive loss.
+
+    Sets the defaults of model, blr, mask, ratio and contrast.
+    """
     defaults = DEFAULTS[device.type]
     set_defaults(flags, model=defaults["model"], blr=defaults["blr"])
     more = {"decoder_depth": defaults["decoder_depth"], "simmim": 0}
@@ -178,18 +187,21 @@ def open_data(flags, image_size, rank):
     return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
 
 
-def set_length(flags, images, device, world):
-    """Images of a step for each process, and steps of an epoch. The default is a number of views."""
+def set_length(flags, n_images, device, world):
+    """Images of a step for each process, and steps of an epoch; n_images: of the training split.
+
+    Sets the defaults of epochs, batch_size and eval_every. A run is as long for few images as for many.
+    """
     defaults = DEFAULTS[device.type]
-    epochs = max(1, round(defaults["views"] / images))
+    epochs = max(1, round(defaults["views"] / n_images))
     set_defaults(flags, epochs=epochs, batch_size=defaults["batch"])
     every = min(max(10, flags.epochs // 20), (flags.epochs + 1) // 2)
     set_defaults(flags, eval_every=every)
-    b = min(flags.batch_size, images) // world
+    b = min(flags.batch_size, n_images) // world
     if b < (1 if flags.contrast == "none" else 2):  # the contrastive loss compares images
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; raise it")
     flags.batch_size = b * world
-    return b, images // (b * world)
+    return b, n_images // (b * world)
 
 
 def build_network(kind, size, flags):
@@ -199,7 +211,7 @@ def build_network(kind, size, flags):
         model = kind(**size)
     except ValueError as problem:  # sizes that do not fit each other
         raise UserError(f"--model {flags.model}: {problem}") from None
-    public_weights(model)  # what could not be saved is refused now
+    public_weights(model)  # fails now, and not after the last step, if they can't be saved
     if flags.init and not flags.resume:
         print(f"init     {init_from(model, flags.init)}")
     return model
@@ -221,7 +233,7 @@ def build_contrast(encoder, flags, settings, train_set, figures):
 def compiled(model, flags, device):
     """`data.view_images` and the network for the loop: compiled, or unchanged.
 
-    Two CUDA graphs start 720 kernels. One by one, a host starts them slower than a GPU runs them.
+    A CUDA graph starts many kernels at once. One by one, a host starts them slower than a GPU runs them.
     """
     can = device.type == "cuda" and kernels.why_not_triton(device) is None  # torch.compile needs it
     default = can and not re.search("[:-]", flags.ratio)  # one ratio, one graph
@@ -235,9 +247,8 @@ def make_mask(flags, encoder, train_set, autocast):
     """--mask: the strategy, the source of the score that it follows, and the share that is thrown."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, score in masking.NEEDS.items():
-        if (
-            score == "attn" and flags.teacher != "self"
-        ):  # a trained teacher is worth following at once
+        # A trained teacher is worth following at once, and not after a tenth of the run.
+        if score == "attn" and flags.teacher != "self":
             keys[name] |= dict.fromkeys(keys[name].keys() & {"start", "ramp_for"}, 0.0)
     name, params = parse_keys(flags.mask, keys, "--mask")
     throw = params.pop("throw")
@@ -248,23 +259,22 @@ def make_mask(flags, encoder, train_set, autocast):
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
     shuffle = params.pop("shuffle", 0) > 0
     start = params.get("start", masking.START)
-    source = make_source(
-        masking.NEEDS.get(name), flags, encoder, train_set, autocast, start, shuffle
-    )
+    score = masking.NEEDS.get(name)
+    source = make_source(score, flags, encoder, train_set, autocast, start, shuffle)
     return functools.partial(masking.STRATEGIES[name], **params), source, throw
 
 
 def make_source(score, flags, encoder, train_set, autocast, start, shuffle):
     """Where the score that a strategy follows comes from (common/guidance.py)."""
     if score is None:
-        return guidance.NoScore()
+        return guidance.Source()
     if score == "detail":
         return guidance.PixelScore(encoder, shuffle)
     if score == "difficulty":
         return guidance.PredictedScore(encoder, autocast, shuffle)
     if score == "attn" and flags.teacher != "maps":
         teacher = make_teacher(encoder, flags, start)
-        print(f"score    attention ({teacher.source}) of {flags.teacher}")
+        print(f"score    attention ({teacher.attention_kind}) of {flags.teacher}")
         return guidance.TeacherScore(encoder, teacher, flags.out, shuffle)
     if score not in guidance.IN_FILES:
         raise UserError(f"--mask {flags.mask}: nothing computes {score!r}; add it to make_source")
@@ -276,13 +286,14 @@ def make_source(score, flags, encoder, train_set, autocast, start, shuffle):
 def make_teacher(encoder, flags, start):
     """The average of the run's own encoder, or the encoder of --teacher."""
     name = flags.teacher
-    trained = guidance.default_source(vars(flags) if name == "self" else flags_of(name), name)
-    source = flags.attention or trained
-    if trained == "outlier" and source != "outlier":
-        print(f"warning  nothing trains the attention ({source}) of this teacher; --contrast does")
+    default = guidance.default_attention(vars(flags) if name == "self" else flags_of(name), name)
+    kind = flags.attention or default
+    if default == "outlier" and kind != "outlier":
+        print(f"warning  nothing trains the attention ({kind}) of this teacher; --contrast does")
     if name == "self":
-        return guidance.average_of(encoder, source, flags.epochs, start)
-    return guidance.Teacher(load_teacher(name).to(encoder.cls_token.device), source, {0})
+        return guidance.average_of(encoder, kind, flags.epochs, start)
+    teacher = load_teacher(name).to(encoder.cls_token.device)
+    return guidance.Teacher(teacher, kind, epochs={0})
 
 
 # ---- in the loop ---------------------------------------------------------------------------------
@@ -319,27 +330,31 @@ def refresh_maps(source, epoch, run, images, autocast):
     source.open_maps(name)
 
 
-def log_evaluation(run, model, teacher, splits, target, autocast):
-    """A row of the log: how good the encoder is, and what the attention of the teacher falls on."""
-    model.eval()  # a student's dropout belongs to training alone
-    row = evaluate(model, splits, target, autocast, run.step / run.per_epoch)
+def log_evaluation(run, model, teacher, splits, target_options, autocast):
+    """A row of the log: how good the encoder is, and on what the attention falls, where that is known.
+
+    It is the attention of the teacher or, without one, of the encoder.
+    """
+    model.eval()  # switches off dropout, if you add some
+    row = evaluate(model, splits, target_options, autocast, run.step / run.per_epoch)
     if splits[1]["header"].get("parts"):
         encoder = teacher.encoder if teacher else model.encoder
-        source = teacher.source if teacher else guidance.default_source(run.config, "self")
-        row["attention_on"] = attention_by_part(encoder, splits[1], source, autocast)
+        default = guidance.default_attention(run.config, "self")
+        kind = teacher.attention_kind if teacher else default
+        row["attention_on"] = attention_by_part(encoder, splits[1], kind, autocast)
     run.log(**row)
     model.train()
 
 
-def finish(run, model, source, held_set, target, autocast):
+def finish(run, model, source, held_set, target_options, autocast):
     """Write what the next stages read, and the pictures."""
     if not run.writes:
         return
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(source.file)}:
         old.unlink()
-    notes = {"step": run.step, "run": run.config, **target}
+    notes = {"step": run.step, "run": run.config, **target_options}
     save_model(model, run.out / "model.safetensors", notes)
-    draw_run(run.out, model.eval(), held_set, target, autocast)
+    draw_run(run.out, model.eval(), held_set, target_options, autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")
 
@@ -350,11 +365,11 @@ def main():
     flags.dtype, reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
     dtype = train.DTYPES[flags.dtype]
     autocast = train.autocast_of(device, flags.dtype)
-    kind, size, contrast_settings = parse_model(flags, device)
+    kind, size, contrast_settings = parse_model(flags, device)  # {} for --contrast none
     s, p = size["image_size"], size["patch_size"]
 
     train_set, held_set = open_data(flags, s, rank)
-    images = data.resident(train_set["images"], device)
+    images = data.resident(train_set["images"], device)  # on the GPU, if it has room for them
     figures = data.resident(train_set.get("fg") if contrast_settings else None, device)
     b, per_epoch = set_length(flags, len(images), device, world)
     total = flags.epochs * per_epoch
@@ -363,9 +378,10 @@ def main():
 
     model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
-    # The same network as the loop calls it: compiled on a GPU, its gradients averaged over processes.
-    # Before the pooler is added, because that has gradients in the steps of its own loss alone.
-    cut_views, mae = compiled(model, flags, device)
+    # network: the model, with the same weights, as the loop calls it: compiled on a GPU, and its
+    # gradients averaged over processes. It is made before the pooler is added, because the average
+    # waits for a gradient of every weight in every step, and the pooler has none in some.
+    cut_views, network = compiled(model, flags, device)
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
     strategy, source, throw = make_mask(flags, model.encoder, train_set, autocast)
     # All that learns has one optimizer. A teacher is among the networks, because it is part of the
@@ -374,13 +390,13 @@ def main():
     if contrast:
         networks["contrast"] = contrast
     optimizer = train.make_optimizer(nn.ModuleDict(networks).to(device), peak_lr, WEIGHT_DECAY)
-    # The pooler and the head for pictures have gradients of another size: in one norm with the
-    # others they would shrink the step of the encoder, though they must not change it.
+    # Only encoder and decoder are clipped. Pooler, projector and the heads beside them have
+    # gradients of another size: in one norm they would shrink the step of the encoder.
     clipped = [w for name, w in model.named_parameters() if not name.startswith(UNCLIPPED)]
-    contrastive_loss = share_gradients(contrast)
-    source.predictor = share_gradients(source.predictor)
+    contrast_net = share_gradients(contrast)
+    source.predictor = share_gradients(source.predictor)  # after networks(): files know no wrapper
 
-    target = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}
+    target_options = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}
     error_of = absolute_error if kind is SimMIM else None  # None: the squared error of MAE
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
@@ -398,7 +414,7 @@ def main():
     run.resume_or_begin()
     splits = (train_set, held_set)
     if run.writes and run.step == 0:
-        log_evaluation(run, model, source.teacher, splits, target, autocast)
+        log_evaluation(run, model, source.teacher, splits, target_options, autocast)
 
     for epoch in range(run.step // per_epoch, flags.epochs):
         refresh_maps(source, epoch, run, train_set["images"], autocast)
@@ -407,7 +423,7 @@ def main():
         order = order[rank::world]
         for index, batch in data.batches(images, order, b, device, run.step % per_epoch):
             # 1. a view of each image
-            # All random numbers are drawn on the CPU from these four, so that a GPU and a laptop
+            # Crops, flips and noise are drawn on the CPU from these four, so that a GPU and a laptop
             # see the same crops, and a resumed run sees those that it would have seen.
             stream = (flags.seed, epoch, run.step, rank)
             boxes, flip, noise = draw(train.seeded_step(*stream), b, N, flags.min_crop, device)
@@ -417,39 +433,52 @@ def main():
             t = run.step / total  # progress of the run: a curriculum depends on it
             K = masking.kept(N, ratio_at(flags.ratio, t, stream))
             thrown = round(throw * N)  # patches that are neither seen nor predicted
+            M = N - K - thrown
             scores = source.scores(index, boxes, flip, view)  # {name: (b, N)}, parts (b, N, P)
             # The noise alone would be random masking: a strategy decides how far a score may overrule it.
-            priority = strategy(scores, noise, t, N - K - thrown)  # (b, N)
+            priority = strategy(scores, noise, t, M)  # (b, N): the highest M are hidden
             ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (b, K), (b, M)
 
             # 3. forward
             # Hidden patches are not even embedded: that is what makes an MAE cheap.
             visible = masked_patch_gather(view, ids_keep, p, dtype)  # (b, K, p*p*3)
-            with autocast():  # (b, M, p*p*3), (b, M, 2), (b, 1+K, D)
-                pred, stats, tokens = mae(visible, ids_keep, ids_mask)
+            with autocast():
+                # pred (b, M, p*p*3), stats (b, M, 2) of each hidden patch, tokens (b, 1+K, D)
+                pred, stats, tokens = network(visible, ids_keep, ids_mask)
 
             # 4. loss
             # A drawing is mostly flat colour. Predicting it teaches little, so it weighs little.
             weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (b, M)
             loss, error = reconstruction_loss(
-                pred, view, ids_mask, p, weight, **target, error_of=error_of, return_error=True
+                pred,
+                view,
+                ids_mask,
+                p,
+                weight,
+                **target_options,
+                error_of=error_of,
+                return_error=True,
             )
-            # norm_pix takes mean and contrast out of a patch, but a picture needs them back. A head
-            # predicts both from detached features, so it changes nothing in the rest of the network.
-            side_loss = stats_loss(stats, view, ids_keep, ids_mask, p)
-            side_loss = side_loss + source.loss(ids_mask, error)
+            # norm_pix takes mean and standard deviation out of a patch, but a picture needs them back.
+            # A head corrects what the visible neighbours suggest. It reads detached features, so it
+            # changes nothing in the rest of the network.
+            other_losses = stats_loss(stats, view, ids_keep, ids_mask, p)
+            # --mask learned: a small network learns to predict these errors. Of other masks it is 0.
+            other_losses = other_losses + source.loss(ids_mask, error)
 
-            # 4b. the reader of attention: does it find the second view of some images?
+            # 4b. contrastive loss: does the reader of attention find the other view of an image?
             if contrast and run.step % contrast_settings["every"] == 0:
-                # A stream of its own: with and without this loss, the MAE sees the same crops.
+                # A seed of its own: with and without this loss, the MAE sees the same crops. The m
+                # second views are of the first m images. Only their tokens are needed, so the
+                # encoder runs alone.
                 generator = train.seeded(*stream, SECOND_STREAM)
                 second, ids = contrast.second_views(batch, index, generator, K)
-                visible = masked_patch_gather(second, ids, p, dtype)  # (m, K, p*p*3)
+                second_visible = masked_patch_gather(second, ids, p, dtype)  # (m, K, p*p*3)
                 with torch.set_grad_enabled(contrast.trains_encoder), autocast():
-                    second_tokens = model.encoder(visible, ids)  # (m, 1+K, D)
-                side_loss = side_loss + contrastive_loss(tokens, second_tokens, index)
-            # One backward pass for all losses. Where their networks share nothing, so do their gradients.
-            (loss + side_loss).backward()
+                    second_tokens = model.encoder(second_visible, ids)  # (m, 1+K, D)
+                other_losses = other_losses + contrast_net(tokens, second_tokens, index)
+            # One backward pass. Of the other losses, only --contrast cls reaches the encoder.
+            (loss + other_losses).backward()
 
             # 5. update
             grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
@@ -459,7 +488,7 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
             source.update_teacher(model.encoder, run.step, total)
-            run.update(loss, grad_norm)
+            run.update(loss, grad_norm)  # from here on, run.step counts this step, too
 
             # 6. log, evaluate, save
             stop_together(run)
@@ -469,9 +498,9 @@ def main():
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
                 draw_masks(run.out, view, ids_mask, guidance.as_pictures(scores), p)
-                log_evaluation(run, model, source.teacher, splits, target, autocast)
-            run.save_if_due()
-    finish(run, model, source, held_set, target, autocast)
+                log_evaluation(run, model, source.teacher, splits, target_options, autocast)
+            run.save_if_due()  # at most every two minutes, behind a row of the log
+    finish(run, model, source, held_set, target_options, autocast)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def parse_args():
     if "run" in takes and not args.run:
         raise UserError(f"--map {args.map} needs an encoder of pretrain.py; add --run RUN")
     if args.map == "attn" and args.attention is None:
-        args.attention = guidance.default_source(flags_of(args.run), args.run)
+        args.attention = guidance.default_attention(flags_of(args.run), args.run)
     return args
 
 
@@ -268,7 +268,7 @@ def rows_of_map(args, images, device):
     encoder = load_teacher(args.run).to(device)
     if args.map == "parts":
         return encoder.side, "U8", part_rows(images, encoder, args.parts)
-    guidance.check_source(args.attention, encoder)
+    guidance.check_attention(args.attention, encoder)
     return encoder.side, "F16", guidance.attention_rows(images, encoder, args.attention, EXACT)
 
 

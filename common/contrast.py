@@ -33,7 +33,8 @@ HIDDEN, OUT = 1024, 128  # widths of the projector
 JITTER = 0.3  # by so much brightness, contrast and saturation of a second view change at most
 # Keys of --contrast. share: of the pictures that get a second view; every: in how many steps one
 # has the loss. The pooler has less to learn than the encoder, so that every second step is enough.
-# AdamW makes its weight of 2 the same as 1, because no other loss trains those parameters.
+# A weight of 2 would change nothing: AdamW divides by the size of the gradient, and no other loss
+# trains the pooler.
 SETTINGS = {
     "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0, "share": 0.5, "every": 2},
     "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0.0, "share": 1.0, "every": 1},
@@ -79,6 +80,7 @@ class Contrast(nn.Module):
             fg = data.view_maps(fg, boxes, flip, self.image_size)[..., None] / 255  # (m, s, s, 1)
             view = data.swap_backgrounds(view, fg)
         view = data.jitter_colour(view, torch.rand(m, 3, generator=generator), JITTER)
+        # A random mask, whatever --mask is: what is visible must not tell the two views apart.
         noise = masking.gumbel_noise(m, self.patches, generator)
         ids_keep, _ = masking.sample(data.send(noise, device), K)
         return view, ids_keep
@@ -90,6 +92,7 @@ class Contrast(nn.Module):
     def forward(self, tokens, second, index):
         """tokens (b, 1+K, D) of the MAE's views, second (m, 1+K, D), index (b,) -> the weighted loss."""
         m = len(second)
+        # Second views first: then rows i and m + i are the two views of a picture.
         summaries = torch.cat([self.summary(second), self.summary(tokens)])  # (m + b, D)
         h = F.normalize(self.projector(summaries.float()), dim=1)  # (m + b, E)
         groups = self.groups[data.send(index, h.device)]

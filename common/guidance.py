@@ -39,29 +39,29 @@ HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 %
 # One class for each source. pretrain.py calls the same methods of all of them.
 
 
-class NoScore:
-    """Of masks that follow nothing, such as random: the methods of a source, and nothing behind them."""
+class Source:
+    """Where a score comes from. This base class is the source of masks that follow none, such as random."""
 
     teacher = None  # a Teacher, whose attention is the score
     predictor = None  # a network that predicts the score
     file = None  # of the teacher's maps, which a resumed run opens again
 
     def networks(self):
-        """{name: network} of those that learn, which are part of a run's state."""
+        """{name: network} of those that are saved with the run."""
         return {}
 
     def state_dict(self):
         return {"maps": self.file}
 
     def load_state_dict(self, state):
-        """Nothing but the teacher's maps has to be restored here."""
+        """Nothing to restore; TeacherScore opens its maps."""
 
     def scores(self, index, boxes, flip, view):
         """{name: (B, N), or (B, N, P) for parts} of views u8 (B, S, S, 3), cut from images `index`."""
         return {}
 
     def loss(self, ids_mask, error):
-        """The loss of a network that predicts the score, from the errors (B, M) of hidden patches."""
+        """The loss of a network that predicts the score, by the errors (B, M) of hidden patches."""
         return 0.0
 
     def update_teacher(self, encoder, step, total):
@@ -72,7 +72,7 @@ class NoScore:
         return {}
 
 
-class PixelScore(NoScore):
+class PixelScore(Source):
     """detail: the contrast of the pixels of each patch."""
 
     def __init__(self, encoder, shuffle=False):
@@ -85,7 +85,7 @@ class PixelScore(NoScore):
         return {"detail": score.roll(1, 0) if self.shuffle else score}
 
 
-class PredictedScore(NoScore):
+class PredictedScore(Source):
     """difficulty: the loss that a small network expects in each patch. It learns during the run."""
 
     def __init__(self, encoder, autocast, shuffle=False):
@@ -104,10 +104,11 @@ class PredictedScore(NoScore):
         return {"difficulty": score.roll(1, 0) if self.shuffle else score}
 
     def loss(self, ids_mask, error):
+        # By what `scores` has predicted for this very batch.
         return ranking_loss(self.predicted.gather(1, ids_mask), error)
 
 
-class MapScore(NoScore):
+class MapScore(Source):
     """attn, fg or parts, from maps (n, G, G) of the training images; parts: how many a map has."""
 
     def __init__(self, name, encoder, maps=None, parts=0, shuffle=False):
@@ -177,15 +178,16 @@ def as_pictures(scores):
 
 
 class Teacher:
-    """The encoder whose attention guides; it learns if it is the average of the run's encoder.
+    """The encoder whose attention masks follow; it learns if it is the average of the run's encoder.
 
-    source: how its attention is read; epochs: at whose start it makes maps of all images.
+    attention_kind: how its attention is read (`attention`); epochs: at whose start it makes maps of
+    all images.
     """
 
-    def __init__(self, encoder, source, epochs, learns=False):
-        check_source(source, encoder)
+    def __init__(self, encoder, attention_kind, epochs, learns=False):
+        check_attention(attention_kind, encoder)
         self.encoder = encoder.requires_grad_(False)
-        self.source, self.epochs, self.learns = source, epochs, learns
+        self.attention_kind, self.epochs, self.learns = attention_kind, epochs, learns
 
     @torch.no_grad()
     def update(self, encoder, step, total):
@@ -199,18 +201,21 @@ class Teacher:
         """Write the attention to all images as f16 (n, g, g): memory does not grow with the data."""
         n = len(images)
         g = self.encoder.side
-        rows = attention_rows(images, self.encoder, self.source, autocast)
+        rows = attention_rows(images, self.encoder, self.attention_kind, autocast)
         chunks = progress(rows, "attention", math.ceil(n / data.CHUNK), leave=False)
         data.write_maps(path, "attn", chunks, (n, g, g), "F16")
 
 
-def average_of(encoder, source, epochs, start):
-    """The Teacher that is the run's own average; it guides after the share `start` of the epochs."""
+def average_of(encoder, attention_kind, epochs, start):
+    """The Teacher that is the exponential moving average (EMA) of the run's encoder.
+
+    Masks follow it after the share `start` of the epochs.
+    """
     # a young teacher's attention is poor, so it makes new maps at a quarter and at half of the run
     at = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
     if min(at) >= epochs:
         print(f"warning  {epochs} epochs end before the teacher makes a map: masks stay random")
-    return Teacher(copy.deepcopy(encoder).eval(), source, at, learns=True)
+    return Teacher(copy.deepcopy(encoder).eval(), attention_kind, at, learns=True)
 
 
 def ema_momentum(step, total):
@@ -224,7 +229,7 @@ def initial_share(step, total):
     return float(ema_momentum(np.arange(step), total).prod())
 
 
-def default_source(flags, teacher):
+def default_attention(flags, teacher):
     """How to read the attention of a teacher ("self", a run or a file): by what its run trained."""
     contrast = str(flags.get("contrast"))  # a public checkpoint has no flags
     if contrast.startswith("cls"):
@@ -236,9 +241,9 @@ def default_source(flags, teacher):
     return "cls" if is_public else "outlier"
 
 
-def check_source(source, encoder):
+def check_attention(kind, encoder):
     """The attention of a pooler needs a pooler."""
-    if source == "pooler" and encoder.pooler is None:
+    if kind == "pooler" and encoder.pooler is None:
         raise UserError("--attention pooler: --contrast pooler trains one; choose outlier")
 
 

@@ -92,7 +92,7 @@ def test_a_teacher_is_read_by_its_training(tmp_path, monkeypatch, flags, teacher
     for name in ["run/e.safetensors", "dino.pth", *files]:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("")
-    assert guidance.default_source(flags, teacher) == source
+    assert guidance.default_attention(flags, teacher) == source
 
 
 def test_a_teacher_that_was_given_does_not_learn():
@@ -200,7 +200,7 @@ def test_each_source_gives_the_score_of_its_name(batch):
     source = guidance.MapScore("parts", small_encoder(), maps, 4)
     shares = guidance.crop_parts(maps, index, boxes, flip, 4, 4)
     assert torch.equal(source.scores(*batch)["parts"], shares)
-    assert guidance.NoScore().scores(*batch) == {} and not guidance.NoScore().loss(None, None)
+    assert guidance.Source().scores(*batch) == {} and not guidance.Source().loss(None, None)
     teacher = guidance.Teacher(small_encoder(), "cls", {0})
     before = guidance.TeacherScore(small_encoder(), teacher, "out").scores(*batch)
     assert torch.equal(before["attn"], torch.ones(6, 16))  # no maps yet: masks stay random
@@ -232,7 +232,7 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
 
 
 def test_the_log_says_how_much_of_the_teacher_is_old():
-    assert guidance.NoScore().statistics(3, 10) == {}
+    assert guidance.Source().statistics(3, 10) == {}
     teacher = guidance.average_of(small_encoder(), "cls", 4, 0.1)
     numbers = guidance.TeacherScore(small_encoder(), teacher, "out").statistics(3, 10)
     assert numbers["teacher_initial"] == pytest.approx(guidance.initial_share(3, 10), abs=1e-4)
