@@ -78,6 +78,7 @@ CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray (of stres
 # Without smoothing the cross-entropy never stops asking for larger logits, and the head becomes too
 # sure of itself (Szegedy et al. 2016, arXiv:1512.00567, section 7).
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
+NEXT = "python -m apps.recognize"  # lab.convnets names its own
 NECK_OF_CLASS = 20  # pictures of each character give the neck its statistics at the end
 NECK_IN_ALL = 256  # at most so many of these pictures do so after an epoch
 
@@ -671,7 +672,7 @@ def write_results(flags, task, run, best_epoch):
         f"controls Top-1 by thumbnails {row['thumbnails_top1']:.1f} %, by histograms of colours "
         f"{row['histograms_top1']:.1f} %\n"
         f"wrote    {out}/ after {row['seconds']:.0f} s; the weights are those of epoch {best_epoch}\n"
-        f"next: python -m apps.recognize {shlex.quote(str(out))} PICTURE"
+        f"next: {NEXT} {shlex.quote(str(out))} PICTURE"
     )
 
 

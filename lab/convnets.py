@@ -120,6 +120,7 @@ def in_stages():
     finetune_lora.save_encoder = save_any
     finetune_lora.untrained_like = untrained_like
     finetune_lora.add_lora = refuse_lora
+    finetune_lora.NEXT = "python -m lab.convnets"
 
 
 def main():
