@@ -47,7 +47,7 @@ from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 
 # The recipe. Learning rates were chosen on dev of faces20 in short runs (results/TRIED.md). With LoRA at
-# 0.01, training collapsed. The head has the largest one, because it alone begins at random numbers.
+# 0.01, training collapsed. The head is new and has everything to learn, so its rate is larger.
 METHODS = {
     "linear": {},
     "lora": {"r": 8, "alpha": 0.0},  # alpha 0 is 2r
@@ -57,7 +57,8 @@ METHODS = {
 }
 # Early steps are cheap, because they show a quarter of the patches, so there is time for more of them.
 # Later ones come closer to use, where a picture is whole. On dev, in equal time, this was better than
-# one share for all steps, and also than a rise to 1 (results/TRIED.md).
+# one share for all steps, and also than a rise to 1. On val it helped LoRA, but made no difference to
+# the fine-tuning of all weights (results/TRIED.md).
 RISING = 0.25, 0.75  # share of the patches that is shown, from the first step to the last
 RECIPE = {
     "linear": {"epochs": 50, "batch_size": 256, "lr": 0.0, "head_lr": 3e-2, "keep": (1.0, 1.0)},
@@ -412,7 +413,7 @@ def draw_order(index, labels, balanced, seed, epoch):
     if not balanced:
         return index[data.epoch_order(len(index), seed, epoch)]
     # An epoch stays as long as before. So frequent characters lose some of their pictures, and the few
-    # pictures of rare ones come again and again, each time as another crop.
+    # pictures of rare ones come again and again: only augmentation makes them different.
     weights = 1 / torch.bincount(labels[index]).double()[labels[index]]
     generator = train.seeded(seed, epoch)
     return index[torch.multinomial(weights, len(index), replacement=True, generator=generator)]

@@ -158,9 +158,9 @@ def measure(vectors, task):
     labels = task.labels[task.held]
     C = len(task.names)
     # It standardises first: a feature with small numbers needs large weights, which the penalty would
-    # forbid. Mean and deviation are those of the fitted pictures, because the others are not known yet.
-    # Features are rounded to fp16, and scikit-learn fits on the CPU in float64. So tiny differences
-    # between two machines vanish, and the same command gives the same digits.
+    # forbid. Mean and deviation are those of the fitted pictures, because the others stand for pictures
+    # that nobody has seen yet. Features are rounded to fp16, and scikit-learn fits on the CPU in
+    # float64, so that errors of rounding hardly ever reach a digit that is printed.
     classify, strength = metrics.logistic_probe(
         bank[task.fit],
         task.labels["train"][task.fit],

@@ -157,9 +157,9 @@ def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
-        # The head begins at random numbers and takes the whole rate. The encoder is pre-trained, the more
-        # generally the lower the block, so each level below takes less (Clark et al. 2020,
-        # arXiv:2003.10555).
+        # The head is new and has everything to learn. In the pre-trained encoder, what a block knows is
+        # more general the lower it stands, so each level below the head changes less (Clark et al.
+        # 2020, arXiv:2003.10555).
         peak = head_lr
         if name.startswith("encoder."):
             peak = lr * layer_decay ** (depth + 1 - level_of(name, depth))

@@ -214,7 +214,7 @@ def extract(extractor, size, task):
         for _, view in data.whole_views(images, rows, size, task.device, bar):
             with task.autocast():
                 pools = extractor(view)
-            # fp16 takes half the memory, and hides tiny differences between machines.
+            # fp16 takes half the memory, and hides most of the tiny differences between machines.
             chunks.append({pool: x.half().cpu() for pool, x in pools.items()})
         for pool in chunks[0]:
             x = torch.cat([chunk[pool] for chunk in chunks])

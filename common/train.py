@@ -191,8 +191,8 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            # Decay keeps matrices from growing. A bias or the scale of a norm has no input to fit noise
-            # with, and pulling it to zero would only shift what the next layer gets.
+            # Decay limits how much a matrix can multiply its input. A bias multiplies nothing, and a norm
+            # whose scale went to zero would switch its layer off. MAE and nanoGPT leave them, too.
             plain = p.ndim < 2 or name.endswith("_token")
             groups[1 if plain else 0]["params"].append(p)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
