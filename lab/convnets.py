@@ -21,6 +21,7 @@ from common.checkpoints import about_model, load_exactly, model_file
 from common.classifier import is_recogniser
 from common.command import cli, require
 from common.io import UserError, read_safetensors, save_safetensors
+from finetune_lora import add_lora
 from kernels.gather import MEAN, STD
 
 NETWORKS = {  # width of the last map
@@ -110,8 +111,11 @@ def untrained_like(encoder, seed=0):
     return ConvNet(**encoder.config).eval()
 
 
-def refuse_lora(encoder, *_):
-    raise UserError("--method lora adapts the layers of a ViT; give --method full or linear")
+def add_any(encoder, *settings):
+    """As finetune_lora.add_lora, which adapts the layers of a ViT alone."""
+    if isinstance(encoder, ConvNet):
+        raise UserError("--method lora adapts the layers of a ViT; give --method full or linear")
+    add_lora(encoder, *settings)
 
 
 def in_stages():
@@ -119,7 +123,7 @@ def in_stages():
     finetune_lora.load_encoder = load_any
     finetune_lora.save_encoder = save_any
     finetune_lora.untrained_like = untrained_like
-    finetune_lora.add_lora = refuse_lora
+    finetune_lora.add_lora = add_any
     finetune_lora.NEXT = "python -m lab.convnets"
 
 
