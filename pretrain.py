@@ -11,8 +11,9 @@ Writes: runs/NAME/ state.pt and attn-*.safetensors (what a resumed run needs), m
 Random numbers are drawn on the CPU from (seed, epoch, step, process). So two masks with one seed see
 the same images with the same crops. On a CPU, a run resumed by the same code ends with the same bits.
 
-    b images of a process   B images of all processes   m of the b have a second view
-    s view side   p patch side   N patches of a view   K visible   M hidden   D encoder width
+    b images of a step, of one process (helpers write B)   m of them have a second view
+    S side of a stored image   s side of a view   p side of a patch, which has p*p*3 numbers
+    N patches of a view   K visible   M hidden   D width of the encoder
 """
 
 import argparse
@@ -370,22 +371,24 @@ def main():
 
     train_set, held_set = open_data(flags, s, rank)
     images = data.resident(train_set["images"], device)  # on the GPU, if it has room for them
+    # Foreground masks u8 (n, S, S), or None: second views get the background of another image.
     figures = data.resident(train_set.get("fg") if contrast_settings else None, device)
-    b, per_epoch = set_length(flags, len(images), device, world)
+    b, per_epoch = set_length(flags, len(images), device, world)  # and the flags of the length
     total = flags.epochs * per_epoch
     # Twice the batch means half the steps, so the learning rate grows with it (Goyal et al. 2017).
     peak_lr = flags.blr * flags.batch_size / 256
 
     model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
-    # network: the model, with the same weights, as the loop calls it: compiled on a GPU, and its
-    # gradients averaged over processes. It is made before the pooler is added, because the average
-    # waits for a gradient of every weight in every step, and the pooler has none in some.
+    # network: the model, with the same weights, as the loop calls it: compiled where that pays, and
+    # its gradients averaged over processes. build_contrast then adds model.encoder.pooler, which
+    # that average must not know: it waits for a gradient of every weight in every step, and the
+    # pooler has none in some.
     cut_views, network = compiled(model, flags, device)
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
     strategy, source, throw = make_mask(flags, model.encoder, train_set, autocast)
-    # All that learns has one optimizer. A teacher is among the networks, because it is part of the
-    # state of the run; it has no gradients, so the optimizer leaves it alone.
+    # All that learns has one optimizer. The run's own teacher is among the networks, because it is
+    # part of the state; it has no gradients, so the optimizer leaves it alone.
     networks = {"model": model, **source.networks()}
     if contrast:
         networks["contrast"] = contrast
@@ -394,7 +397,9 @@ def main():
     # gradients of another size: in one norm they would shrink the step of the encoder.
     clipped = [w for name, w in model.named_parameters() if not name.startswith(UNCLIPPED)]
     contrast_net = share_gradients(contrast)
-    source.predictor = share_gradients(source.predictor)  # after networks(): files know no wrapper
+    source.predictor = share_gradients(
+        source.predictor
+    )  # now, so that names in state.pt lack DDP's "module."
 
     target_options = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}
     error_of = absolute_error if kind is SimMIM else None  # None: the squared error of MAE
@@ -423,6 +428,7 @@ def main():
         order = order[rank::world]
         for index, batch in data.batches(images, order, b, device, run.step % per_epoch):
             # 1. a view of each image
+            # index (b,): numbers of the images; batch u8 (b, S, S, 3): whole images, as stored.
             # Crops, flips and noise are drawn on the CPU from these four, so that a GPU and a laptop
             # see the same crops, and a resumed run sees those that it would have seen.
             stream = (flags.seed, epoch, run.step, rank)
@@ -434,7 +440,9 @@ def main():
             K = masking.kept(N, ratio_at(flags.ratio, t, stream))
             thrown = round(throw * N)  # patches that are neither seen nor predicted
             M = N - K - thrown
-            scores = source.scores(index, boxes, flip, view)  # {name: (b, N)}, parts (b, N, P)
+            scores = source.scores(
+                index, boxes, flip, view
+            )  # {name: (b, N)}; of parts, a share for each
             # The noise alone would be random masking: a strategy decides how far a score may overrule it.
             priority = strategy(scores, noise, t, M)  # (b, N): the highest M are hidden
             ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (b, K), (b, M)
@@ -443,7 +451,7 @@ def main():
             # Hidden patches are not even embedded: that is what makes an MAE cheap.
             visible = masked_patch_gather(view, ids_keep, p, dtype)  # (b, K, p*p*3)
             with autocast():
-                # pred (b, M, p*p*3), stats (b, M, 2) of each hidden patch, tokens (b, 1+K, D)
+                # pred (b, M, p*p*3), stats (b, M, 2), tokens (b, 1+K, D), which SimMIM lacks
                 pred, stats, tokens = network(visible, ids_keep, ids_mask)
 
             # 4. loss
@@ -459,14 +467,14 @@ def main():
                 error_of=error_of,
                 return_error=True,
             )
-            # norm_pix takes mean and standard deviation out of a patch, but a picture needs them back.
-            # A head corrects what the visible neighbours suggest. It reads detached features, so it
-            # changes nothing in the rest of the network.
+            # norm_pix normalises the target, so pred lacks each patch's mean and standard deviation,
+            # but a picture needs them. They are estimated from visible neighbours, and stats corrects
+            # the estimate. Its head reads detached features, so it changes nothing else.
             other_losses = stats_loss(stats, view, ids_keep, ids_mask, p)
             # --mask learned: a small network learns to predict these errors. Of other masks it is 0.
             other_losses = other_losses + source.loss(ids_mask, error)
 
-            # 4b. contrastive loss: does the reader of attention find the other view of an image?
+            # 4b. contrastive loss: does the pooler, or the CLS token, find the other view of an image?
             if contrast and run.step % contrast_settings["every"] == 0:
                 # A seed of its own: with and without this loss, the MAE sees the same crops. The m
                 # second views are of the first m images. Only their tokens are needed, so the
