@@ -39,6 +39,11 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
 
 
+def rand(*shape, dtype=torch.float32):
+    """In [0, 1), the same in every run: a bound on rounding must not depend on luck."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(2), dtype=dtype).to(DEVICE)
+
+
 def patches(view, ids, p):
     """Raw patches (B, K, p*p, 3) one by one: the slow, sure way."""
     g = view.shape[1] // p
@@ -145,7 +150,7 @@ def test_flat_patches_have_no_detail_at_all():
 def test_loss_and_gradient_against_float64(p, ratio, dtype, norm_pix, weighted):
     view, _, ids = case(p, ratio=ratio)
     pred = randn(*ids.shape, p * p * 3, dtype=dtype)
-    weight = torch.rand(ids.shape).to(DEVICE) if weighted else torch.ones(ids.shape, device=DEVICE)
+    weight = rand(*ids.shape) if weighted else torch.ones(ids.shape, device=DEVICE)
     y = pred.clone().requires_grad_()
     value, error = loss(y, view, ids, p, weight if weighted else None, norm_pix, return_error=True)
     value.backward()
@@ -184,7 +189,7 @@ def test_the_kernel_refuses_a_second_derivative():
 def test_simmims_absolute_error_trains():
     """The slope is the sign of the error."""
     view, _, ids = case(4)
-    weight = torch.rand(ids.shape, dtype=torch.float64) + 0.1
+    weight = rand(*ids.shape, dtype=torch.float64) + 0.1
     pred = randn(*ids.shape, 48, dtype=torch.float64).requires_grad_()
     value = loss(pred, view, ids, 4, weight, error_of=L.absolute_error)
     (found,) = torch.autograd.grad(value, pred)
@@ -303,7 +308,7 @@ def test_what_does_not_fit_is_refused(change, word):
 @needs_kernel
 def test_opcheck():
     view, keep, ids = case(4)
-    pred, weight = randn(*ids.shape, 48), torch.rand(ids.shape).to(DEVICE)
+    pred, weight = randn(*ids.shape, 48), rand(*ids.shape)
     for y in (pred.clone().requires_grad_(), pred.bfloat16()):
         arguments = (y, view, ids, weight, 4, True, 0.15, y.requires_grad)
         torch.library.opcheck(L.loss_op, arguments)
