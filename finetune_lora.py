@@ -145,8 +145,8 @@ class LoRA(nn.Module):
         super().__init__()
         self.base = base
         # B A is a sum of r products. Dividing it by r helps another rank to work with the same learning
-        # rate (section 4.1). For large ranks try alpha / sqrt(r), which is rsLoRA (Kalajdzievski 2023,
-        # arXiv:2312.03732).
+        # rate (section 4.1); the default alpha = 2r makes this 2 for every r. For large ranks try
+        # alpha / sqrt(r), which is rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
         self.scale = alpha / r
         device = base.weight.device
         # B A is zero at first, so that training begins at the pre-trained encoder. If A were zero, too,
@@ -164,18 +164,18 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         A, B = self.factors()
-        # First A x, which is only r numbers long: B A would be as large as the weight itself.
+        # First A x, which is only chunks * r numbers long: B A would be as large as the weight itself.
         return self.base(x) + self.scale * F.linear(F.linear(x, A), B)
 
 
 def lora_layers(encoder):
-    """{name: (A (r, in), B (out, r), scale)}, all that is saved; the output gains scale * B A x."""
+    """{name: (A (chunks*r, in), B (out, chunks*r), scale)}, all that is saved: scale * B A x is added."""
     modules = {name: m for name, m in encoder.named_modules() if isinstance(m, LoRA)}
     return {name: (*lora.factors(), lora.scale) for name, lora in modules.items()}
 
 
 def add_lora(encoder, r=8, alpha=None):
-    """Freeze the encoder and put LoRA on LAYERS of every block. alpha is 2r if None."""
+    """Freeze the encoder and put LoRA on LAYERS of every block. alpha is 2r if None or 0."""
     dim = encoder.cls_token.shape[2]
     if not 1 <= r <= dim:
         raise UserError(f"--method lora:r={r}: the rank must lie in 1 to {dim}")
@@ -188,8 +188,8 @@ def add_lora(encoder, r=8, alpha=None):
 @torch.no_grad()
 def merge_lora(encoder):
     """Put plain layers in place of LoRA: W + alpha/r B A."""
-    # The product has the shape of the weight, so a merged encoder is as fast as a plain one. But it
-    # can't be taken off again exactly, because the sum is rounded: training keeps them apart.
+    # The product has the shape of the weight, so a merged encoder is as fast as a plain one. But the
+    # product can't be subtracted again exactly, because the sum is rounded: training keeps them apart.
     for name, (A, B, scale) in lora_layers(encoder).items():
         base = encoder.get_submodule(name).base
         base.weight += scale * (B @ A)
@@ -511,6 +511,7 @@ def finetune(flags, task):
     hits = []  # share of each batch that is recognised, since the last row of the log
     for epoch in range(run.step // per_epoch, flags.epochs):
         net.train()
+        # It changes something only for --method full with --unfreeze-every.
         unfreeze(net, task.trained.tensors, epoch, unfreeze_every)
         order = draw_order(train_index, labels, flags.balanced, seed, epoch)
         for index, batch in data.batches(images, order, B, device, run.step % per_epoch):
@@ -522,14 +523,15 @@ def finetune(flags, task):
                 patches, ids = draw_views(task, batch, run.step / total, generator)
 
             # 2. forward
-            # A frozen encoder did its work before the loop: then the batch is its pooled tokens.
+            # With --method linear the encoder ran before the loop: the batch is its pooled tokens.
             if linear:
                 pooled = batch  # (B, D), for ifa (B, D, L)
             else:
                 with task.autocast():
                     pooled = net.pooled(patches, ids)
             y = data.send(labels[index], device)  # (B,)
-            # A margin head makes the true class harder by its margin, so it has to know the labels.
+            # The encoder has run; this is neck and head. A margin head makes the true class harder by
+            # its margin, so it has to know the labels.
             logits = net(pooled, y)  # (B, C)
 
             # 3. loss
@@ -554,7 +556,8 @@ def finetune(flags, task):
             hits.append((logits.argmax(1) == y).float().mean())
             if run.logs_now:
                 train_top1 = 100 * torch.stack(hits).mean().item()
-                run.log_step(lr=optimizer.param_groups[-1]["lr"], train_top1=train_top1)
+                head_lr = optimizer.param_groups[-1]["lr"]  # the last group is the head's
+                run.log_step(lr=head_lr, train_top1=train_top1)
                 hits = []
             if run.step % per_epoch == 0:
                 settle_neck(task, NECK_IN_ALL)

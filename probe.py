@@ -68,8 +68,17 @@ def parse_args():
     add("runs", nargs="+", metavar="RUN", help="run folders of pretrain.py, or public checkpoints")
     add("--data", metavar="DIR", help="packed set with labels (default: that of the first run)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
-    add("--pool", default=features.HEADLINE, choices=features.POOLS, help="of the patch tokens")
-    add("--headline", action="store_true", help="headline and kNN alone: no controls, no pictures")
+    add(
+        "--pool",
+        default=features.HEADLINE,
+        choices=features.POOLS,
+        help="how tokens become one vector",
+    )
+    add(
+        "--headline",
+        action="store_true",
+        help="one pool: no controls, no verification, no pictures",
+    )
     add("--out", metavar="DIR", help="of a comparison (default: compare/ next to the run)")
     add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
@@ -83,8 +92,8 @@ def parse_args():
 class Task(features.Task):
     """What is measured of every set of features: the same rows, classes and episodes."""
 
-    pool: str  # of the patch tokens
-    headline: bool  # headline and kNN alone
+    pool: str  # how the tokens become one vector
+    headline: bool  # this pool alone, without controls, verification and pictures
     folders: dict  # {run: folder of its results}
     out: Path | None  # of a comparison; None for one run
     fit: torch.Tensor | None = None  # which pictures of train the linear probe learns from
@@ -157,7 +166,7 @@ def measure(vectors, task):
     queries = vectors[task.held]
     labels = task.labels[task.held]
     C = len(task.names)
-    # It standardises first: a feature with small numbers needs large weights, which the penalty would
+    # logistic_probe standardises first: a feature with small numbers needs large weights, which the penalty would
     # forbid. Mean and deviation are those of the fitted pictures, because the others stand for pictures
     # that nobody has seen yet. Features are rounded to fp16, and scikit-learn fits on the CPU in
     # float64, so that errors of rounding hardly ever reach a digit that is printed.
@@ -236,7 +245,7 @@ def thumbs(view):
 def control_rows(encoder, task):
     """Rows of the random-init encoder and of thumbnails: measured once for all runs of one shape."""
     # An encoder of random weights is no blank: it mixes the pixels, and a linear probe reads colours and
-    # edges from that. Only what a run has above it was learned. Thumbnails tell how far colours alone
+    # edges from that. Only what a run gains over that row was learned. Thumbnails tell how far colours alone
     # lead. A character has its hair colour, so that is far: 82.5 % on faces20 (docs/results.md).
     shape = tuple(shape_of(encoder).values())
     if shape not in task.controls:
