@@ -187,7 +187,8 @@ def address(base):
     """apps/demo.py, started as a user would -> its address."""
     pytest.importorskip("gradio", reason="pip install -e '.[demo]'")
     words = [sys.executable, "-m", "apps.demo", *CPU.split()]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=base)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=base, env=env)
     try:
         yield re.search(r"http://\S+?:\d+", server.stdout.readline()).group()
     finally:

@@ -67,7 +67,7 @@ def steps(folder, resume=None):
     for w in model.parameters():
         w.grad = torch.ones_like(w)
     optimizer.step()
-    flags = SimpleNamespace(out=folder, resume=resume, epochs=1, log=(), batch_size=1)
+    flags = SimpleNamespace(out=str(folder), resume=resume, epochs=1, log=(), batch_size=1)
     run = train.Run(flags, {"model": model, "optimizer": optimizer}, 10**9, 1, CPU)
     run.resume_or_begin()
     optimizer.step()
