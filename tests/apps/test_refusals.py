@@ -117,6 +117,7 @@ REFUSED = (  # the command, and a telling word of its message
 REPEATED = (  # the command, and what it refuses one by one: each is repeated in the message
     (PRE, "--mask nothing, --model huge, --ratio 1.5, --ratio .99999, --init runs/a"),
     (PRE, "--device tpu, --flat-weight nan, --batch-size 1, --seed -1, --log mlflow"),
+    (PRE, "--contrast pooler:every=0, --contrast cls:share=2, --contrast pooler:share=0"),
     (f"{PRE} --init", "nowhere"),
     (f"{PRE} --data", "nowhere"),
     (TUNE, "--method adapters, --head sphere, --batch-size 1, --hold-out 2"),
