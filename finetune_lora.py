@@ -16,6 +16,7 @@ The kept epoch is chosen on dev, or on a held-out tenth of train. Results are th
 
 import math
 import shlex
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import nn
 import data
 import mask as masking
 from common import classifier, controls, metrics, readout, stats, train
-from common.checkpoints import flags_of, load_encoder, load_exactly
+from common.checkpoints import fixed_view, flags_of, load_encoder, load_exactly
 from common.command import (
     Parser,
     at_least,
@@ -42,8 +43,17 @@ from common.command import (
     set_defaults,
 )
 from common.features import name_of, open_rows, some_characters, split_suffix, untrained_like
-from common.io import UserError, reading, save_json, save_safetensors
-from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
+from common.io import UserError, one_line, reading, save_json, save_safetensors
+from common.lora import (
+    ADAPTER,
+    REMEDY,
+    fingerprint,
+    read_adapter,
+    read_own_adapter,
+    save_adapter,
+    save_encoder,
+    save_own_adapter,
+)
 from kernels.gather import masked_patch_gather
 
 # The recipe. Learning rates were chosen on dev of faces20 in short runs (results/TRIED.md). With LoRA at
@@ -162,6 +172,11 @@ class LoRA(nn.Module):
         """-> A (chunks*r, in) and B (out, chunks*r): the As stacked, the Bs on a diagonal."""
         return self.A.flatten(0, 1), torch.block_diag(*self.B)
 
+    def weight(self):
+        """W + alpha/r B A, (out, in): the one matrix that could stand in place of this layer."""
+        A, B = self.factors()
+        return self.base.weight + self.scale * (B @ A)
+
     def forward(self, x):
         A, B = self.factors()
         # First A x, which is only chunks * r numbers long: B A would be as large as the weight itself.
@@ -169,13 +184,38 @@ class LoRA(nn.Module):
 
 
 def lora_layers(encoder):
-    """{name: (A (chunks*r, in), B (out, chunks*r), scale)}, all that is saved: scale * B A x is added."""
-    modules = {name: m for name, m in encoder.named_modules() if isinstance(m, LoRA)}
-    return {name: (*lora.factors(), lora.scale) for name, lora in modules.items()}
+    """{name: LoRA layer} of an encoder."""
+    return {name: m for name, m in encoder.named_modules() if isinstance(m, LoRA)}
+
+
+def learned(encoder):
+    """{name: parameter} of what is trained in an encoder with an adapter."""
+    return {name: w for name, w in encoder.named_parameters() if w.requires_grad}
+
+
+@torch.no_grad()
+def computes(lora, weight):
+    """Is the output of a LoRA layer the same as weight x + b?"""
+    x = torch.linspace(-1, 1, lora.base.in_features, device=weight.device)[None]
+    return torch.allclose(lora(x), F.linear(x, weight, lora.base.bias), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def is_plain(encoder):
+    """Is its adapter a LoRA as peft knows it: is nothing learned but A and B, and used as in eq. 3?"""
+    layers = lora_layers(encoder)
+    for lora in layers.values():
+        A, B = lora.factors()
+        if not computes(lora, lora.base.weight + lora.scale * (B @ A)):
+            return False
+    return learned(encoder).keys() == {f"{name}.{factor}" for name in layers for factor in "AB"}
 
 
 def add_lora(encoder, r=8, alpha=None):
-    """Freeze the encoder and put LoRA on LAYERS of every block. alpha is 2r if None or 0."""
+    """Freeze the encoder and put LoRA on LAYERS of every block. alpha is 2r if None or 0.
+
+    The arguments are keys of --method lora. What is added here to be trained is saved and read back.
+    """
     dim = encoder.cls_token.shape[2]
     if not 1 <= r <= dim:
         raise UserError(f"--method lora:r={r}: the rank must lie in 1 to {dim}")
@@ -187,18 +227,29 @@ def add_lora(encoder, r=8, alpha=None):
 
 @torch.no_grad()
 def merge_lora(encoder):
-    """Put plain layers in place of LoRA: W + alpha/r B A."""
+    """Put plain layers in place of LoRA: W + alpha/r B A. A UserError where that would be another network."""
     # The product has the shape of the weight, so a merged encoder is as fast as a plain one. But the
     # product can't be subtracted again exactly, because the sum is rounded: training keeps them apart.
-    for name, (A, B, scale) in lora_layers(encoder).items():
-        base = encoder.get_submodule(name).base
-        base.weight += scale * (B @ A)
-        encoder.set_submodule(name, base)
+    for name, lora in lora_layers(encoder).items():
+        merged = lora.weight()
+        if not computes(lora, merged):
+            reason = "LoRA.weight in finetune_lora.py is not what its forward multiplies by"
+            raise UserError(f"the adapter of {name} can't be merged: {reason}; change it there")
+        lora.base.weight.copy_(merged)
+        encoder.set_submodule(name, lora.base)
 
 
 @torch.no_grad()
 def load_lora(encoder, folder):
     """Put the adapter of a folder, ours or one that peft made, on a plain encoder; freeze both."""
+    if own := read_own_adapter(folder, encoder):
+        tensors, keys = own
+        with reading(Path(folder) / ADAPTER[1], "adapter", REMEDY):
+            add_lora(encoder, **keys)
+        kept = {k: w for k, w in encoder.state_dict().items() if k not in learned(encoder)}
+        load_exactly(encoder, kept | tensors, folder)
+        encoder.requires_grad_(False)
+        return
     for name, (A, B, scale) in read_adapter(folder, encoder).items():
         # A file has the stacked A and the block-diagonal B, so q, k and v come back as one pair of rank
         # 3r. It gives the same output. But training would fill the zeros of B, so both are frozen.
@@ -384,7 +435,7 @@ def open_task(flags, device, autocast):
     torch.manual_seed(flags.seed)
     encoder.requires_grad_(method == "full")
     if method == "lora":
-        add_lora(encoder, keys["r"], keys["alpha"])
+        add_lora(encoder, **keys)
     pool = "mean" if head == "ifa" else flags.pool
     net = classifier.Classifier(encoder, len(classes), head, pool, **head_keys).to(device)
     return Task(
@@ -605,21 +656,73 @@ def results(flags, task, run, best_epoch):
     return row | {"commit": train.commit(), "machine": train.machine(task.device)}
 
 
-def write_network(flags, task, run):
-    """head.safetensors, and under it the adapter or the whole encoder."""
+def write_network(flags, task, folder, notes):
+    """head.safetensors, and under it the adapter or the whole encoder, to which the notes belong."""
     encoder, split = task.net.encoder, task.train.split
+    digest = flags.fingerprint  # of the encoder as it was before training
     if task.method == "lora":
-        save_adapter(lora_layers(encoder), encoder, task.out, flags.encoder)
+        write_adapter(encoder, task.keys, digest, folder, flags.encoder)
     elif task.method == "full" or flags.from_scratch:
-        save_encoder(encoder, task.out / "model.safetensors", {"step": run.step, "run": run.config})
+        save_encoder(encoder, folder / "model.safetensors", notes)
+        digest = fingerprint(encoder)
     head = {name: w for name, w in task.trained.tensors.items() if not name.startswith("encoder.")}
     header = {"config": task.net.config, "classes": task.classes, "method": task.method}
-    header |= {"base": str(flags.encoder), "fingerprint": fingerprint(encoder)}
+    header |= {"base": str(flags.encoder), "fingerprint": digest}
     # New pictures must be cut and resized as those of the training set were.
     header |= {"image_size": encoder.image_size, "packed_size": split["images"].shape[1]}
     header |= {name: split["header"][name] for name in ("crop", "margin")}
     header |= {"data": flags.data, "split": flags.split, "hold_out": flags.hold_out}
-    save_safetensors(head, task.out / "head.safetensors", header)
+    save_safetensors(head, folder / "head.safetensors", header)
+
+
+def write_adapter(encoder, keys, digest, folder, base):
+    """The adapter of an encoder: for peft, too, if it is a plain LoRA; keys are those of --method."""
+    notes = {"fingerprint": digest, "image_size": encoder.image_size}
+    if is_plain(encoder):
+        layers = lora_layers(encoder).items()
+        save_adapter({name: (*x.factors(), x.scale) for name, x in layers}, notes, folder, base)
+    else:
+        keys = {name: keys[name] for name in METHODS["lora"]}
+        save_own_adapter(learned(encoder), keys, notes, folder, base)
+
+
+@torch.no_grad()
+def check_readable(flags, task):
+    """A UserError if the files of this run would not give its network back, before it trains.
+
+    They are written and read in a temporary folder. So who has changed LoRA, a head or the encoder
+    learns before the first step what would be lost.
+    """
+    before = {name: w.clone() for name, w in task.trained.tensors.items()}
+    # All that is trained is moved a little: B begins at zero, and what it multiplies would not be seen.
+    generator = torch.Generator().manual_seed(0)
+    for w in task.trained.tensors.values():
+        if w.is_floating_point():
+            w += 0.01 * torch.rand(w.shape, generator=generator).to(w.device)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_network(flags, task, Path(folder), {})
+            copy, _ = load_classifier(folder)
+        same = torch.allclose(answer(copy), answer(task.net), rtol=1e-3, atol=1e-3)
+        reason = "its answers would differ"
+    except (UserError, TypeError, ValueError, RuntimeError) as problem:
+        same, reason = False, one_line(problem)
+    task.trained.load_state_dict(before)
+    if not same:
+        raise UserError(
+            f"this network could not be read back from its files: {reason}; what is learned has to be "
+            "a Parameter of the encoder, LoRA, neck or head, and arguments have to be in config"
+        )
+
+
+def answer(net):
+    """The logits (1, C) of a network, in eval mode, for a fixed picture."""
+    training = net.training
+    net.eval()
+    view = fixed_view(net.encoder.image_size).to(net.encoder.cls_token.device)
+    logits = net(net.pooled(*net.encoder.all_patches(view)))
+    net.train(training)
+    return logits.cpu()
 
 
 def draw_curves(path, rows, best, title):
@@ -661,7 +764,7 @@ def write_results(flags, task, run, best_epoch):
     suffix = split_suffix(flags.split)
     row = results(flags, task, run, best_epoch)  # settles the neck, so the head is written after it
     if not any(out.glob("metrics*.json")):
-        write_network(flags, task, run)
+        write_network(flags, task, task.out, {"step": run.step, "run": run.config})
     # Before it come all other files that matter: where it is, the run is finished.
     save_json(row, out / f"metrics{suffix}.json")
     with drawing("curves.png or confusion.png"):
@@ -688,6 +791,7 @@ def main():
     device, autocast, machine = train.open_machine(flags)
     print(machine)
     task = open_task(flags, device, autocast)
+    check_readable(flags, task)
     write_results(flags, task, *finetune(flags, task))
 
 

@@ -196,7 +196,11 @@ class ViT(nn.Module):
 
     def __init__(self, image_size, patch_size, dim, depth, heads):
         super().__init__()
-        check_sizes(image_size, patch_size, dim, heads)
+        check_sizes(image_size, patch_size, dim, depth, heads)
+        # All arguments. They go into every file of weights, from which ViT(**config) builds it again.
+        self.config = dict(
+            image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads
+        )
         self.image_size = image_size
         self.patch_size = patch_size
         self.side = image_size // patch_size  # g
@@ -292,25 +296,16 @@ class ViT(nn.Module):
         return path[:, None, 0, 1:]
 
 
-def check_sizes(image_size, patch_size, dim, heads):
+def check_sizes(image_size, patch_size, dim, depth, heads):
     """A ValueError where patches do not divide the view, or heads do not divide the width."""
-    if image_size < 1 or not 0 < patch_size <= LARGEST or image_size % patch_size:
+    if min(image_size, patch_size, dim, depth, heads) < 1:
+        raise ValueError("image_size, patch_size, dim, depth and heads must be at least 1")
+    if patch_size > LARGEST or image_size % patch_size:
         advice = f"choose one up to {LARGEST} that divides it, such as 8 or 16"
         raise ValueError(f"patch size {patch_size} does not fit image size {image_size}; {advice}")
     # Positions have a sine and a cosine for each of two axes: hence the 4.
     if dim % heads or dim % 4:
         raise ValueError(f"width {dim}, {heads} heads; choose a multiple of {math.lcm(heads, 4)}")
-
-
-def shape_of(encoder):
-    """Arguments: ViT(**shape_of(encoder)). A new one goes here and in ENCODER of common/fields.py."""
-    return dict(
-        image_size=encoder.image_size,
-        patch_size=encoder.patch_size,
-        dim=encoder.cls_token.shape[2],
-        depth=len(encoder.blocks),
-        heads=encoder.blocks[0].attn.heads,
-    )
 
 
 # ---- MAE -----------------------------------------------------------------------------------------
@@ -319,12 +314,15 @@ def shape_of(encoder):
 class Decoder(nn.Module):
     """Predicts hidden pixels. Its parts are called decoder_..., so that files do not mix them up."""
 
-    def __init__(self, side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads=None):
+    def __init__(self, encoder, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()
+        side, patch_size = encoder.side, encoder.patch_size
+        dim = encoder.cls_token.shape[2]
         heads = decoder_heads or decoder_dim // 32  # heads of width 32, as in MAE
-        if heads < 1 or decoder_dim % heads or decoder_dim % 32:
-            advice = "choose a width that 32 divides"
-            raise ValueError(f"decoder width {decoder_dim} with {heads} heads; {advice}")
+        if heads < 1 or decoder_dim % heads or decoder_dim % 32 or decoder_depth < 1:
+            advice = "choose a width that 32 divides, and a depth of at least 1"
+            sizes = f"width {decoder_dim}, depth {decoder_depth}, {heads} heads"
+            raise ValueError(f"a decoder of {sizes}; {advice}")
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
@@ -365,28 +363,18 @@ class Decoder(nn.Module):
 
 
 class MAE(nn.Module):
-    """Encoder and decoder. `config` holds the arguments; it is saved in every file of weights."""
+    """Encoder and decoder. vit: the arguments of ViT. `config` holds all; it is saved with the weights."""
 
-    def __init__(
-        self,
-        image_size,
-        patch_size,
-        dim,
-        depth,
-        heads,
-        decoder_dim,
-        decoder_depth,
-        decoder_heads=None,
-    ):
+    def __init__(self, decoder_dim, decoder_depth, decoder_heads=None, **vit):
         super().__init__()
-        self.encoder = ViT(image_size, patch_size, dim, depth, heads)
-        self.config = shape_of(self.encoder)
-        self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth}
+        self.encoder = ViT(**vit)
+        self.decoder = Decoder(self.encoder, decoder_dim, decoder_depth, decoder_heads)
+        self.config = self.encoder.config | {
+            "decoder_dim": decoder_dim,
+            "decoder_depth": decoder_depth,
+        }
         if decoder_heads and decoder_heads != decoder_dim // 32:
             self.config["decoder_heads"] = decoder_heads
-        self.decoder = Decoder(
-            self.encoder.side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads
-        )
 
     def forward(self, patches, ids_keep, ids_mask):
         """patches (B, K, P) -> pred (B, M, P), stats (B, M, 2), tokens (B, 1+K, D).
@@ -421,11 +409,11 @@ class SimMIM(nn.Module):
     and learns from mask tokens, which it never meets again when it is used.
     """
 
-    def __init__(self, image_size, patch_size, dim, depth, heads, **_):
+    def __init__(self, decoder_dim=0, decoder_depth=0, **vit):
         super().__init__()
-        self.encoder = ViT(image_size, patch_size, dim, depth, heads)
-        self.config = shape_of(self.encoder)
-        self.decoder = LinearDecoder(patch_size, dim)
+        self.encoder = ViT(**vit)
+        self.config = self.encoder.config
+        self.decoder = LinearDecoder(self.encoder.patch_size, self.encoder.cls_token.shape[2])
 
     def forward(self, patches, ids_keep, ids_mask):
         """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats, None."""

@@ -34,7 +34,7 @@ import data
 import kernels
 import mask as masking
 from common import guidance, train
-from common.checkpoints import flags_of, init_from, load_teacher, public_weights, save_model
+from common.checkpoints import check_readable, flags_of, init_from, load_teacher, save_model
 from common.command import (
     Parser,
     at_least,
@@ -167,8 +167,6 @@ def parse_model(flags, device):
     sizes = {name: more | size for name, size in SIZES.items()}
     _, size = parse_keys(flags.model, sizes, "--model")
     simmim = size.pop("simmim") != 0
-    if low := [name for name, value in size.items() if value < 1]:
-        raise UserError(f"--model {flags.model}: {low[0]} must be at least 1")
     set_defaults(flags, **RECIPES["simmim" if simmim else "mae"])
     contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
     if settings and not (settings["every"] >= 1 and 0 < settings["share"] <= 1):
@@ -214,7 +212,7 @@ def build_network(kind, size, flags):
         model = kind(**size)
     except ValueError as problem:  # sizes that do not fit each other
         raise UserError(f"--model {flags.model}: {problem}") from None
-    public_weights(model)  # fails now, and not after the last step, if they can't be saved
+    check_readable(model)  # fails now, and not after the last step, if a file could not hold it
     if flags.init and not flags.resume:
         print(f"init     {init_from(model, flags.init)}")
     return model

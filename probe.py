@@ -39,7 +39,6 @@ from common.command import (
 )
 from common.io import UserError, save_json
 from common.train import commit, machine, read_log, seeded
-from model import shape_of
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 PAIRED = 2000  # most images for verification: the number of their pairs grows with the square
@@ -247,7 +246,7 @@ def control_rows(encoder, task):
     # An encoder of random weights is no blank: it mixes the pixels, and a linear probe reads colours and
     # edges from that. Only what a run gains over that row was learned. Thumbnails tell how far colours alone
     # lead. A character has its hair colour, so that is far: 82.5 % on faces20 (docs/results.md).
-    shape = tuple(shape_of(encoder).values())
+    shape = tuple(encoder.config.items())
     if shape not in task.controls:
         untrained = features.untrained_like(encoder).to(task.device)
         pooled = features.of_encoder(untrained, task)

@@ -30,28 +30,19 @@ import data
 import mask as masking
 from apps import detect, maps, recognize, segment, tags
 from common import guidance
-from common.checkpoints import (
-    ENCODER,
-    REMEDY,
-    about_model,
-    beside,
-    init_from,
-    load_beside,
-    load_teacher,
-    read_network,
-)
+from common.checkpoints import about_model, load_mae
 from common.classifier import is_recogniser
 from common.command import Parser, between, cli, parse_keys, require
 from common.evaluate import hide, predict
-from common.io import UserError, open_tensors, reading
+from common.io import UserError, open_tensors
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.pictures import demo_note
 from ingest.scenes import outlined
-from kernels.loss import FLOOR, patch_detail
-from model import MAE, put_patches, to_pixels
+from kernels.loss import patch_detail
+from model import put_patches, to_pixels
 
 CAST = {person["name"]: person for person in toon.cast()}
 FIRST = next(iter(CAST)), 0  # the drawing that the page begins with
@@ -146,21 +137,6 @@ def loaded(load, run):
     """load: of any stage -> the network on its device, its header."""
     net, header = load(run)
     return net.to(MACHINE.device), header
-
-
-def load_mae(run):
-    """A run of pretrain.py -> its MAE with the pooler of its teacher, its header."""
-    _, facts = read_network(run)
-    if not facts["decoder_depth"]:
-        raise UserError(f"{run} has no decoder, as SimMIM has none; give a run with another mask")
-    shape = (*ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
-    with reading(run, "network", REMEDY):
-        net = MAE(**{key: facts[key] for key in shape})
-    init_from(net, run)
-    if beside(run, "stats_head").exists():
-        load_beside(net.decoder.stats_head, run, "stats_head")
-    net.encoder.pooler = load_teacher(run).pooler
-    return net.eval(), {"norm_pix": True, "floor": FLOOR} | about_model(run)
 
 
 # ---- pictures and HTML ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ Shapes: B batch, S side of a view in pixels, K boxes of a view (-1 fills up), N 
 """
 
 import contextlib
+import copy
 import io
 import json
 import shlex
@@ -32,7 +33,13 @@ from torch import nn
 
 import data
 from common import controls, fields, train
-from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
+from common.checkpoints import (
+    blank_encoder,
+    check_size,
+    load_encoder,
+    load_exactly,
+    resize_positions,
+)
 from common.command import (
     Parser,
     at_least,
@@ -47,7 +54,7 @@ from common.features import hold_out, name_of, open_splits, split_suffix, untrai
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
-from model import ViT, shape_of
+from model import ViT
 
 RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
 WEIGHT_DECAY = 0.05
@@ -85,9 +92,8 @@ class Detector(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        shape = shape_of(encoder)
-        D = shape["dim"]
-        self.config = {"encoder": shape, "norm_eps": encoder.norm.eps}  # for load
+        D = encoder.config["dim"]
+        self.config = {"encoder": encoder.config, "norm_eps": encoder.norm.eps}  # for load
         self.encoder = encoder
         self.patch = encoder.patch_size
         maps = nn.ConvTranspose2d(D, WIDTH, 2, 2), nn.Conv2d(D, WIDTH, 1), nn.Conv2d(D, WIDTH, 2, 2)
@@ -149,7 +155,7 @@ def load(path):
     weights, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, FIELDS, path, REMEDY)
     shape = header["detector"]["encoder"]
-    fields.check_encoder(weights, shape, path, REMEDY, "encoder.")
+    check_size(weights, shape, path, REMEDY)
     net = Detector(blank_encoder(shape, header["detector"]["norm_eps"]))
     load_exactly(net, weights, path)
     return net.eval(), header
@@ -466,6 +472,7 @@ def build(task, method):
     encoder.requires_grad_(method in ("full", "scratch"))
     if method == "lora":
         add_lora(encoder)
+        merge_lora(copy.deepcopy(encoder))  # fails now, and not after the last step, if it can't
     net = Detector(encoder)
     if method != "scratch":
         net.load_state_dict(task.heads, strict=False)  # the encoder has its weights already

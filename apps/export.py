@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -34,17 +35,19 @@ from apps.recognize import decide, open_gallery
 from common import checkpoints
 from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, cli, require
-from common.io import UserError, read_safetensors, reading, save_csv, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
 from common.locks import reserve
-from common.lora import ADAPTER, fingerprint, read_files, save_encoder
+from common.lora import ADAPTER, fingerprint, read_config, read_tensors, save_encoder
 from finetune_lora import load_classifier, load_lora, merge_lora
 from kernels.gather import MEAN, STD
-from model import EPS, MAE
+from model import EPS
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
 TENSORS += ("patches",)  # stage 1 of apps/segment.py
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
+PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")  # of a block
+WEIGHTS = ("weight", "bias")
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
 PIP = "pip install -e '.[onnx]'"
 
@@ -59,12 +62,61 @@ def public_weights(source, image_size):
         print(f"note: LayerNorms have the epsilon {facts['norm_eps']:g}, which --to hf alone keeps")
     if not facts["decoder_depth"]:  # SimMIM's linear decoder is nobody else's
         encoder = checkpoints.load_encoder(source, image_size)
-        return checkpoints.as_convolution(encoder.state_dict()), facts
-    shape = (*checkpoints.ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
-    with reading(source, "network", checkpoints.REMEDY):
-        model = MAE(**{name: facts[name] for name in shape})
-    checkpoints.init_from(model, source)
-    return checkpoints.public_weights(model), facts
+        weights = checkpoints.as_convolution(encoder.state_dict())
+    else:
+        model, _ = checkpoints.load_mae(source, image_size)
+        encoder, weights = model.encoder, checkpoints.public_weights(model)
+    check_plain(encoder, checkpoints.encoder_of(weights), source)
+    return weights, facts
+
+
+@torch.no_grad()
+def check_plain(encoder, weights, source):
+    """A UserError if an encoder is not the ViT that timm, Hugging Face and MAE make of its weights.
+
+    weights: those of the encoder, under public names.
+    """
+    names = [f"blocks.{i}.{part}" for i in range(len(encoder.blocks)) for part in PARTS]
+    names = [f"{name}.{w}" for name in ["patch_embed.proj", "norm", *names] for w in WEIGHTS]
+    advice = "these formats hold a plain ViT alone; --to onnx keeps any network"
+    if odd := sorted({"cls_token", "pos_embed", *names} ^ weights.keys()):
+        raise UserError(f"{source}: {', '.join(odd[:3])} is not as in MAE, timm and HF; {advice}")
+    view = checkpoints.fixed_view(encoder.image_size)
+    patches, _ = encoder.all_patches(view)
+    try:
+        theirs = plain_tokens(encoder.state_dict(), encoder.config, encoder.norm.eps, patches)
+        same = torch.allclose(encoder.features(view), theirs, rtol=1e-2, atol=1e-3)
+    except RuntimeError:  # the same names, and other shapes
+        same = False
+    if not same:
+        said = ", ".join(f"{k}={v}" for k, v in encoder.config.items())
+        reason = f"model.py makes of its weights ({said}) something else than MAE, timm and HF do"
+        raise UserError(f"{source}: {reason}; {advice}")
+
+
+def plain_tokens(weights, config, eps, patches):
+    """What public ViTs compute: all patches (B, N, p*p*3) -> normalised tokens (B, 1+N, D).
+
+    Written without model.py, so that it tells whether model.py has been changed.
+    """
+
+    def linear(name, x):
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(name, x):
+        size = weights[f"{name}.weight"].shape
+        return F.layer_norm(x, size, weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+    x = linear("patch_embed.proj", patches)
+    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1) + weights["pos_embed"]
+    for i in range(config["depth"]):
+        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
+        q, k, v = qkv.unflatten(2, (3, config["heads"], -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + linear(f"blocks.{i}.attn.proj", y)
+        y = F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x)))
+        x = x + linear(f"blocks.{i}.mlp.fc2", y)
+    return norm("norm", x)
 
 
 def save_mae(source, out, image_size):
@@ -120,8 +172,8 @@ tokens = net(pixels, noise=torch.arange({patches}.0)[None]).last_hidden_state  #
 @torch.no_grad()
 def save_merged(source, out, image_size):
     """Write the encoder of an adapter with W + scale B A in place of W."""
-    config, _, header = read_files(source)
-    base = config.get("base_model_name_or_path")
+    base = read_config(source).get("base_model_name_or_path")
+    header = read_tensors(source)[1]
     if not base:
         raise UserError(f"{source}/{ADAPTER[1]} names no encoder: base_model_name_or_path")
     encoder = checkpoints.load_encoder(base, image_size or header.get("image_size"))
@@ -284,7 +336,7 @@ def name_alone(found, characters):
     """-> (B, characters): the confidence at the name; 1 of an enrolled one, 0 of unknown pictures."""
     known = found["similarity"] >= found["threshold"]
     sure = torch.where(known, found["confidence"].nan_to_num(1.0), 0.0)
-    return sure[:, None] * nn.functional.one_hot(found["who"], characters)
+    return sure[:, None] * F.one_hot(found["who"], characters)
 
 
 def save_wd(source, folder, image_size=None):

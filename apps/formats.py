@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from common import fields
-from common.checkpoints import as_matrix, check_network
+from common.checkpoints import as_matrix, check_size
 from common.io import UserError, read_json, read_safetensors, read_torch, reading, regular
 from kernels.gather import MEAN, STD
 from model import EPS
@@ -208,5 +208,5 @@ def read_checkpoint(path):
         if "mean" in facts and "std" in facts:
             weights = fold_pixels(weights, facts["mean"], facts["std"])
         weights = as_matrix(weights)
-        check_network(weights, facts, path, REMEDY)
+        check_size(weights, facts, path, REMEDY)
     return weights, facts

@@ -37,7 +37,13 @@ from torch import nn
 import data
 import mask as masking
 from common import fields, train
-from common.checkpoints import about_model, blank_encoder, load_encoder, load_exactly
+from common.checkpoints import (
+    about_model,
+    blank_encoder,
+    check_size,
+    load_encoder,
+    load_exactly,
+)
 from common.command import (
     Parser,
     at_least,
@@ -51,7 +57,7 @@ from common.command import (
 from common.features import hold_out, name_of, open_splits, split_suffix
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
-from model import ViT, shape_of
+from model import ViT
 
 KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
 NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours alone
@@ -82,11 +88,11 @@ class Patches(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        shape = shape_of(encoder)
-        self.config = {"encoder": shape, "norm_eps": encoder.norm.eps}  # for blank_patches
+        dim = encoder.config["dim"]
+        self.config = {"encoder": encoder.config, "norm_eps": encoder.norm.eps}  # for blank_patches
         self.encoder = encoder
-        self.head = nn.Linear(shape["dim"], 1)
-        self.register_buffer("centroids", torch.zeros(2, shape["dim"]))
+        self.head = nn.Linear(dim, 1)
+        self.register_buffer("centroids", torch.zeros(2, dim))
         self.register_buffer("scale", torch.ones(()))  # standard deviation of a patch's score
 
     def forward(self, patches, ids):
@@ -105,9 +111,9 @@ class Patches(nn.Module):
         return scores.mean(1), scores.unflatten(1, (self.encoder.side, self.encoder.side))
 
 
-def blank_patches(config, weights, path, prefix=""):
+def blank_patches(config, weights, path):
     """Patches of a saved shape with random weights; `weights` of the file at path must fit it."""
-    fields.check_encoder(weights, config["encoder"], path, REMEDY, f"{prefix}encoder.")
+    check_size(weights, config["encoder"], path, REMEDY)
     return Patches(blank_encoder(config["encoder"], config["norm_eps"]))
 
 
@@ -361,7 +367,8 @@ def load(path):
     weights, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, PIXELS, path, REMEDY)
     config = header.get("patches")
-    net = Pixels(header["network"], config and blank_patches(config, weights, path, "patches."))
+    inner = {k.removeprefix("patches."): w for k, w in weights.items()}
+    net = Pixels(header["network"], config and blank_patches(config, inner, path))
     load_exactly(net, weights, path)
     return net.eval(), header
 

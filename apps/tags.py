@@ -66,7 +66,7 @@ from common.readout import topk
 from ingest.pictures import picture_files, pictures, tell_problems
 from ingest.tags import is_emoticon
 from kernels.gather import masked_patch_gather
-from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
+from model import MLP, Attention, Block, attention, init_weights, shrink_branches
 
 ARMS = {  # what is read, and what is learned besides the character
     "mfdn": "picture and tags; hidden tags, more and more of them, and all from the half on",
@@ -266,7 +266,7 @@ class MFDN(nn.Module):
 
     def __init__(self, encoder, C, V, arm="mfdn", length=LENGTH):
         super().__init__()
-        shape = shape_of(encoder)
+        shape = encoder.config
         dim, heads = shape["dim"], shape["heads"]
         few = max(1, shape["depth"] // 6)
         self.config = {"encoder": shape, "norm_eps": encoder.norm.eps, "C": C, "V": V}
@@ -389,7 +389,7 @@ def load_tagger(folder):
     listed = len(header.get("thresholds") or [])
     if [len(header["classes"]), words, listed, header["image_size"]] != wanted:
         raise UserError(f"{path} has lists that do not fit its network; {REMEDY}")
-    fields.check_encoder(weights, config["encoder"], path, REMEDY, "encoder.")
+    checkpoints.check_size(weights, config["encoder"], path, REMEDY)
     encoder = checkpoints.blank_encoder(config["encoder"], config["norm_eps"])
     net = MFDN(encoder, config["C"], config["V"], config["arm"], config["length"])
     checkpoints.load_exactly(net, weights, path)

@@ -1,10 +1,14 @@
-"""Networks in files: what a run saves, and how it is read back as an encoder or as a start.
+"""Networks in files: what a run saves, and how it is read back as an encoder, an MAE or a start.
 
-A file of ours says in its header which network it holds. Any other is handed to apps/formats.py,
-which knows the names of MAE, DINO, timm and Hugging Face. What fits only in part is refused.
+A file of ours says in its header with which arguments model.py makes its network. Any other file is
+handed to apps/formats.py, which knows the names of MAE, DINO, timm and Hugging Face. What fits only
+in part is refused.
 """
 
+import inspect
+import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -17,13 +21,22 @@ from common.fields import (
     SIDE,
     TEXT,
     check_arrays,
-    check_encoder,
     check_fields,
     check_finite,
     whole,
 )
-from common.io import UserError, open_tensors, read_safetensors, reading, save_safetensors
-from model import EPS, MLP_RATIO, Pooler, ViT
+from common.io import (
+    UserError,
+    one_line,
+    open_tensors,
+    read_safetensors,
+    reading,
+    save_safetensors,
+)
+from kernels.loss import FLOOR
+from model import EPS, MAE, Pooler, ViT, check_sizes
+
+BESIDE = ("encoder.pooler", "decoder.stats_head")  # parts of an MAE that have files of their own
 
 # ---- a run's files -------------------------------------------------------------------------------
 
@@ -54,8 +67,7 @@ def encoder_of(weights):
 
 def public_weights(model):
     """MAE -> {public name: tensor}; what no public MAE has is left out. Names have to differ."""
-    ours = ("decoder.stats_head", "encoder.pooler")
-    state = [(k, w) for k, w in model.state_dict().items() if not k.startswith(ours)]
+    state = [(k, w) for k, w in model.state_dict().items() if not k.startswith(BESIDE)]
     public = {k.split(".", 1)[-1]: w for k, w in state}
     if len(public) < len(state):
         raise UserError("two weights get one public name; call those of a decoder decoder_...")
@@ -71,7 +83,27 @@ def save_model(model, path, notes):
     for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
         if part is not None:
             save_safetensors(part.state_dict(), beside(path, name), {})
-    save_safetensors(public_weights(model), path, {"config": model.config, **notes})
+    notes = {"config": model.config, "fixed_picture": of_fixed_picture(model.encoder), **notes}
+    save_safetensors(public_weights(model), path, notes)
+
+
+def fixed_view(side):
+    """A view u8 (1, side, side, 3) that is always the same, and like no drawing."""
+    return (torch.arange(side * side * 3) * 7919 % 251).to(torch.uint8).view(1, side, side, 3)
+
+
+@torch.no_grad()
+def of_fixed_picture(encoder):
+    """The first 16 numbers of the mean token of a fixed picture, in fp32.
+
+    They travel in the file. If this code computes others from the same weights, model.py has changed
+    in a way that no name and no shape tells, such as another activation.
+    """
+    view = fixed_view(encoder.image_size)
+    training = encoder.training
+    tokens = encoder.eval().features(view.to(encoder.cls_token.device))
+    encoder.train(training)
+    return [round(x, 4) for x in tokens.float().mean(1)[0, :16].tolist()]
 
 
 def model_file(run):
@@ -106,9 +138,12 @@ def load_beside(part, path, name):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-CONFIG = ENCODER | {"norm_eps?": EPSILON, "decoder_heads?": whole(1, 1000)}  # of a file of ours
-CONFIG |= {"decoder_dim?": whole(1, 2**14), "decoder_depth?": whole(0, 1000)}
+DECODER = {"decoder_dim?": whole(1, 2**14), "decoder_depth?": whole(0, 1000)}
+DECODER |= {"decoder_heads?": whole(1, 1000)}
+CONFIG = ENCODER | DECODER | {"norm_eps?": EPSILON}  # of a file of ours
 REMEDY = "take another copy, or make the run again"
+OTHER_CODE = "take the model.py that wrote it, or train again"
+TOLERANCE = 0.05  # of features: weights in 16 bits change them by less than 0.01
 
 
 def read_network(path):
@@ -125,23 +160,50 @@ def read_network(path):
 
         return read_checkpoint(path)
     check_fields(config, CONFIG, f"{file}: config", REMEDY)
+    known = {*inspect.signature(ViT).parameters, *(key.removesuffix("?") for key in CONFIG)}
+    if odd := sorted(config.keys() - known):
+        raise UserError(f"{file}: no network here has {', '.join(odd)}; {OTHER_CODE}")
     weights, header = read_safetensors(file, REMEDY)
     with reading(file, "network", REMEDY):
         weights = as_matrix({name: w.float() for name, w in weights.items()})
     facts = {"norm_eps": EPS, "norm_pix": header.get("norm_pix", True)}
     facts |= {"decoder_dim": 0, "decoder_depth": 0} | config
     facts.setdefault("decoder_heads", facts["decoder_dim"] // 32)
-    check_network(weights, facts, file, REMEDY)
+    facts["fixed_picture"] = header.get("fixed_picture")
+    check_size(weights, facts, file, REMEDY)
     return weights, facts
 
 
-def check_network(weights, facts, path, remedy):
-    """A UserError if weights have other shapes than facts say: such a network is not even built."""
-    check_encoder(weights, facts, path, remedy)
-    width = facts["decoder_dim"]
-    names = [f"decoder_blocks.{i}.mlp.fc1.weight" for i in range(facts["decoder_depth"])]
-    table = dict.fromkeys(names, "float F D")
-    check_arrays(weights, table, path, remedy, D=width, F=MLP_RATIO * width)
+def vit_arguments(facts):
+    """Those of the facts that are arguments of ViT: ViT(**vit_arguments(facts))."""
+    return {name: facts[name] for name in inspect.signature(ViT).parameters if name in facts}
+
+
+def mae_arguments(facts):
+    """Those of the facts that are arguments of MAE."""
+    decoder = {name: facts[name] for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    return vit_arguments(facts) | decoder
+
+
+def check_size(weights, facts, path, remedy):
+    """A UserError if weights are too few for the network of these facts, or positions do not fit it.
+
+    So a file that claims a huge network is refused before anything is allocated. All other names and
+    shapes are checked by `load_exactly`, once the network is there.
+    """
+    size, p, dim, depth, heads = (facts[name] for name in ENCODER)
+    width = facts.get("decoder_dim", 0)
+    N = 1 + (size // p) ** 2
+    with reading(path, "network", remedy):
+        check_sizes(size, p, dim, depth, heads)
+    there = sum(w.numel() for w in weights.values())
+    wanted = dim * (N + 3 * p * p + 12 * dim * depth)
+    wanted += 12 * width**2 * facts.get("decoder_depth", 0)
+    # A network that somebody changed may have fewer weights than this formula says; hence the 8.
+    if wanted > 8 * there + 10**6:
+        raise UserError(f"{path} claims {wanted:,} weights, and holds {there:,}; {remedy}")
+    positions = {"pos_embed?": "float 1 N D", "decoder_pos_embed?": "float 1 N W"}
+    check_arrays(weights, positions, path, remedy, N=N, D=dim, W=width)
 
 
 def load_exactly(module, weights, path):
@@ -151,7 +213,14 @@ def load_exactly(module, weights, path):
         module.load_state_dict(weights)
     except RuntimeError as problem:
         reasons = " ".join(str(problem).split("\n\t")[1:])
-        raise UserError(f"{path} does not fit this model: {reasons[:300]}") from None
+        raise UserError(f"{path} does not fit model.py: {reasons[:300]}; {OTHER_CODE}") from None
+
+
+def load_mae_weights(model, weights, path, stays=BESIDE):
+    """Load weights under public names into an MAE; what begins with a name of `stays` is kept."""
+    loaded = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
+    kept = {k: w for k, w in model.state_dict().items() if k.startswith(stays)}
+    load_exactly(model, kept | loaded, path)
 
 
 def resize_positions(pos, side):
@@ -175,9 +244,9 @@ def at_size(weights, facts, image_size, path):
     return weights | resized, facts | {"image_size": size}
 
 
-def blank_encoder(shape, norm_eps):
-    """A ViT of this shape whose weights are still to be loaded; norm_eps is no weight."""
-    encoder = ViT(**{k: shape[k] for k in ENCODER})  # `check_network` has seen that it can be built
+def blank_encoder(facts, norm_eps):
+    """The ViT of these facts, whose weights are still to be loaded; norm_eps is no weight."""
+    encoder = ViT(**vit_arguments(facts))  # `check_size` has seen that it can be built
     for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
         norm.eps = norm_eps
     return encoder
@@ -192,16 +261,79 @@ def load_encoder(path, image_size=None):
     with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
         encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path)
+    if image_size is None:
+        warn_of_other_code(encoder.eval(), facts.get("fixed_picture"), path)
     return encoder.eval()
+
+
+def warn_of_other_code(encoder, expected, path):
+    """A line if this model.py computes something else from the same weights; see `of_fixed_picture`."""
+    if not expected or len(found := of_fixed_picture(encoder)) != len(expected):
+        return
+    found, expected = torch.tensor(found), torch.tensor(expected)
+    off = ((found - expected).norm() / expected.norm()).item()
+    if off > TOLERANCE:
+        print(f"warning  {path}: its features are {off:.0%} off; {OTHER_CODE}", file=sys.stderr)
+
+
+def load_mae(path, image_size=None):
+    """A run of pretrain.py or a public MAE -> (MAE in eval mode, header).
+
+    The MAE has the run's pooler and stats_head, if there are some; the header says norm_pix, floor.
+    """
+    weights, facts = at_size(*read_network(path), image_size, path)
+    if not facts["decoder_depth"]:
+        raise UserError(f"{path} has no decoder, as SimMIM has none; give a run with another mask")
+    with torch.random.fork_rng(devices=[]), reading(path, "network", REMEDY):
+        model = MAE(**mae_arguments(facts))
+    for norm in (m for m in model.encoder.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = facts["norm_eps"]
+    load_mae_weights(model, weights, path)
+    if beside(path, "stats_head").exists():
+        load_beside(model.decoder.stats_head, path, "stats_head")
+    add_pooler(model.encoder, path)
+    return model.eval(), {"norm_pix": True, "floor": FLOOR} | about_model(path)
 
 
 def load_teacher(path):
     """load_encoder, and the pooler of the run, if it has one."""
     encoder = load_encoder(path)
+    add_pooler(encoder, path)
+    return encoder
+
+
+def add_pooler(encoder, path):
+    """The pooler of a run, if it has one, joins its encoder."""
     if beside(path, "pooler").exists():
         encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
         load_beside(encoder.pooler, path, "pooler")
-    return encoder
+
+
+# ---- before a run --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_readable(model):
+    """A UserError if a file of this network, MAE or SimMIM, would not give the same network back.
+
+    It is written and read as at the end of the run, in memory. So who has changed model.py learns
+    before the first step what would be lost.
+    """
+    weights = as_matrix(public_weights(model))
+    try:
+        facts = json.loads(json.dumps(model.config))
+        with torch.random.fork_rng(devices=[]):
+            copy = type(model)(**facts)
+        load_mae_weights(copy, weights, "the file")
+        same = of_fixed_picture(copy.encoder) == of_fixed_picture(model.encoder)
+        reason = "the features of a picture would differ"
+    except (UserError, TypeError, ValueError, RuntimeError) as problem:
+        same, reason = False, one_line(problem)
+    if not same:
+        raise UserError(
+            f"this network could not be read back from its file: {reason}; in model.py, put every "
+            "argument of ViT into self.config, and what is learned into a Parameter or a buffer"
+        )
 
 
 # ---- a start for pre-training --------------------------------------------------------------------
@@ -225,10 +357,7 @@ def init_from(model, path):
         fix = ",".join(f"{k}={facts[k]}" for k in keys if k != "decoder_heads")
         raise UserError(f"--init {path} has {there}, this run {here}; give --model nano:{fix}")
     weights, _ = at_size(weights if decoder else encoder_of(weights), facts, size, path)
-    loaded = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
-    stays = ("encoder.pooler", "decoder.stats_head" if decoder else "decoder.")
-    kept = {k: w for k, w in model.state_dict().items() if k.startswith(stays)}
-    load_exactly(model, kept | loaded, path)
+    load_mae_weights(model, weights, path, stays=BESIDE if decoder else (*BESIDE, "decoder."))
     line = f"{path}: encoder{' and decoder' if decoder else ', the decoder starts anew'}"
     if facts["image_size"] != size:
         line += f"; positions resized from {facts['image_size']} px"

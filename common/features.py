@@ -20,7 +20,7 @@ from common.fields import check_finite
 from common.io import UserError
 from common.readout import extremes
 from common.train import autocast_of, pick_device, pick_dtype
-from model import ViT, shape_of
+from model import ViT
 
 POOLS = ("mean", "cls", "extremes")
 HEADLINE = "extremes"
@@ -190,7 +190,7 @@ def open_rows(folder, held, left_out):
 def untrained_like(encoder, seed=0):
     """A random-init encoder of the same shape: the control of every feature."""
     torch.manual_seed(seed)
-    return ViT(**shape_of(encoder)).eval()
+    return ViT(**encoder.config).eval()
 
 
 def pooled(encoder, view):

@@ -103,19 +103,6 @@ def check_arrays(arrays, table, path, remedy, **sizes):
             raise UserError(f"{path}: {name} is {found}, not {dtype} {wanted}; {remedy}")
 
 
-def check_encoder(weights, shape, path, remedy, prefix=""):
-    """A UserError if weights of a file do not fit a ViT of this shape, which is then not built."""
-    size, p, dim, depth, heads = (shape[k] for k in ENCODER)
-    if size % p or dim % 4 or dim % heads:
-        raise UserError(f"{path} has {size} px, patches of {p}, D {dim}, {heads} heads; {remedy}")
-    table = {"cls_token": "float 1 1 D", "pos_embed": "float 1 N D"}
-    table["patch_embed.proj.weight"] = "float D P"
-    table |= {f"blocks.{i}.attn.proj.weight": "float D D" for i in range(depth)}
-    table = {prefix + name: says for name, says in table.items()}
-    sizes = {"D": dim, "N": 1 + (size // p) ** 2, "P": 3 * p * p}
-    check_arrays(weights, table, path, remedy, **sizes)
-
-
 def check_range(array, low, high, name, path, remedy):
     """A UserError if a value of an array or tensor lies outside [low, high)."""
     if 0 not in array.shape and not (low <= array.min() and array.max() < high):

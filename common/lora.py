@@ -1,7 +1,9 @@
 """Files of LoRA adapters, as the `peft` library reads and writes them; files of encoders.
 
 An adapter is adapter_model.safetensors and adapter_config.json. It belongs to the one encoder that
-it was trained on, which a fingerprint names. The method itself is in finetune_lora.py.
+it was trained on, which a fingerprint names. The method itself is in finetune_lora.py. If it is
+changed there, so that it is no plain LoRA any more, its files hold what was trained under the names
+that it has there, and peft refuses them.
 """
 
 import hashlib
@@ -10,14 +12,14 @@ from pathlib import Path
 
 from torch import nn
 
-from common.checkpoints import as_convolution
+from common.checkpoints import as_convolution, of_fixed_picture
 from common.fields import SIDE, TEXT, check_fields, check_finite, number, one_of, short
 from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
-from model import shape_of
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"
 TENSOR = "base_model.model.{}.lora_{}.weight"  # peft's name for a layer's A or B
 ALPHA = number(1e-6)
+OWN = "ANIMASK"  # in place of LORA, in adapter_config.json of an adapter that peft can't read
 CONFIG = {  # fields of adapter_config.json: plain LoRA of an unchanged encoder
     "peft_type": one_of("LORA"),
     "base_model_name_or_path?": TEXT,
@@ -41,26 +43,27 @@ PLAIN = (
 
 def save_encoder(encoder, path, notes):
     """Write an encoder without a decoder; `notes` join the header."""
-    config = shape_of(encoder) | {"norm_eps": encoder.norm.eps}
-    save_safetensors(as_convolution(encoder.state_dict()), path, {"config": config, **notes})
+    config = encoder.config | {"norm_eps": encoder.norm.eps}
+    notes = {"config": config, "fixed_picture": of_fixed_picture(encoder), **notes}
+    save_safetensors(as_convolution(encoder.state_dict()), path, notes)
 
 
 def fingerprint(encoder):
-    """12 hex digits of an encoder's weights, without its adapter and its positions."""
+    """12 hex digits of the weights of an encoder that has no adapter."""
     digest = hashlib.sha256()
-    weights = {k.replace(".base.", "."): w for k, w in encoder.state_dict().items()}
-    for name, weight in sorted(weights.items()):
-        # Positions are resized with the picture: at another image size it is still the same encoder.
-        if name != "pos_embed" and not name.endswith((".A", ".B")):
+    for name, weight in sorted(encoder.state_dict(keep_vars=True).items()):
+        # Fixed positions are computed for each image size, so they tell nothing of the encoder.
+        if name != "pos_embed" or isinstance(weight, nn.Parameter):
+            weight = weight.detach()
             digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def save_adapter(layers, encoder, folder, base):
+def save_adapter(layers, notes, folder, base):
     """Write {layer: (A (r, in), B (out, r), scale)}; `base` is the file or run of the encoder.
 
     Layers have the same names, ranks and scales in every block. peft has one rank and one alpha;
-    those of other layers are patterns. Our header adds the encoder's fingerprint and image size.
+    those of other layers are patterns. notes: "fingerprint" and "image_size" of the encoder.
     """
     tensors = {}
     ranks, alphas = {}, {}
@@ -75,29 +78,66 @@ def save_adapter(layers, encoder, folder, base):
     config["rank_pattern"] = {k: v for k, v in ranks.items() if v != ranks[least]}
     config["lora_alpha"] = alphas[least]
     config["alpha_pattern"] = {k: v for k, v in alphas.items() if v != alphas[least]}
-    notes = {"fingerprint": fingerprint(encoder), "image_size": encoder.image_size}
     save_safetensors(tensors, Path(folder) / ADAPTER[0], notes)
     save_json(config, Path(folder) / ADAPTER[1], 2)
 
 
-def read_files(folder):
-    """-> adapter_config.json, {layer: [A, B]}, our header or {}. Other kinds of LoRA are refused."""
+def save_own_adapter(tensors, keys, notes, folder, base):
+    """Write an adapter that is no plain LoRA: {name in the encoder: tensor}, and keys of --method."""
+    config = {"peft_type": OWN, "base_model_name_or_path": str(base), "keys": keys}
+    save_safetensors(tensors, Path(folder) / ADAPTER[0], notes)
+    save_json(config, Path(folder) / ADAPTER[1], 2)
+
+
+def read_config(folder):
+    """-> adapter_config.json of a folder, a dict. Other kinds of LoRA than plain ones and ours are refused."""
     path, about = (Path(folder) / name for name in ADAPTER)
     if not path.exists() or not about.exists():
         raise UserError(f"{folder} has no adapter: that is {' and '.join(ADAPTER)}")
     config = read_json(about, fix=REMEDY)
-    check_fields(config, CONFIG, about, PLAIN)
+    own = {"peft_type": one_of(OWN), "base_model_name_or_path": TEXT, "keys": {}}
+    check_fields(config, own if config.get("peft_type") == OWN else CONFIG, about, PLAIN)
+    return config
+
+
+def read_tensors(folder):
+    """-> the tensors of an adapter, {name: tensor fp32}, and our header or {}."""
+    path = Path(folder) / ADAPTER[0]
     tensors, header = read_safetensors(path, REMEDY)
     check_fields(header, NOTES if header else {}, path, REMEDY)
     check_finite(tensors, path)
+    return {name: w.float() for name, w in tensors.items()}, header
+
+
+def check_base(folder, header, encoder):
+    """A UserError if the adapter of a folder was trained on another encoder."""
+    if header and header["fingerprint"] != fingerprint(encoder):
+        base = read_config(folder).get("base_model_name_or_path")
+        its = short(header["fingerprint"])
+        ours = f"this encoder's is {fingerprint(encoder)}"
+        raise UserError(f"the adapter in {folder} is for {base}, fingerprint {its}; {ours}")
+
+
+def read_own_adapter(folder, encoder):
+    """What `save_own_adapter` wrote for this encoder -> tensors, keys; None for a plain LoRA."""
+    config = read_config(folder)
+    if config["peft_type"] != OWN:
+        return None
+    tensors, header = read_tensors(folder)
+    check_base(folder, header, encoder)
+    return tensors, config["keys"]
+
+
+def pairs_of(tensors, path):
+    """The tensors of a plain LoRA -> {layer: [A, B]}."""
     layers = {re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", k) for k in tensors}
     pairs = {}
     for layer in sorted(layers):
         names = [TENSOR.format(layer, factor) for factor in "AB"]
         if missing := [name for name in names if name not in tensors]:
             raise UserError(f"{path} is no LoRA of a ViT; missing: {', '.join(missing)}; {REMEDY}")
-        pairs[layer] = [tensors[name].float() for name in names]
-    return config, pairs, header
+        pairs[layer] = [tensors[name] for name in names]
+    return pairs
 
 
 def alphas_of(names, config, path):
@@ -120,7 +160,9 @@ def read_adapter(folder, encoder):
 
     One that was trained on another encoder, or does not fit this one, is a UserError.
     """
-    config, pairs, header = read_files(folder)
+    config = read_config(folder)
+    tensors, header = read_tensors(folder)
+    pairs = pairs_of(tensors, Path(folder) / ADAPTER[0])
     alphas = alphas_of(pairs, config, folder)
     linear = {k: m for k, m in encoder.named_modules() if isinstance(m, nn.Linear)}
     if odd := sorted(pairs.keys() - linear.keys()):
@@ -134,9 +176,5 @@ def read_adapter(folder, encoder):
             shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)} for a layer of {wide} to {high}"
             raise UserError(f"the adapter in {folder} does not fit {name}: {shapes}")
         layers[name] = A, B, alphas[name] / (rank**0.5 if config.get("use_rslora") else rank)
-    if header and header["fingerprint"] != fingerprint(encoder):
-        base = config.get("base_model_name_or_path")
-        its = short(header["fingerprint"])
-        ours = f"this encoder's is {fingerprint(encoder)}"
-        raise UserError(f"the adapter in {folder} is for {base}, fingerprint {its}; {ours}")
+    check_base(folder, header, encoder)
     return layers

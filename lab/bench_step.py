@@ -70,7 +70,7 @@ class Case:
         """Our MAE of this size."""
         width, depth = map(int, self.decoder.split("x"))
         size = {k: SIZES[self.model][k] for k in ("dim", "depth", "heads")}
-        return MAE(self.image_size, self.patch_size, **size, decoder_dim=width, decoder_depth=depth)
+        return MAE(width, depth, image_size=self.image_size, patch_size=self.patch_size, **size)
 
     def settings(self, candidate, small):
         """All settings of a candidate that are tried. Our own attention has no other form."""

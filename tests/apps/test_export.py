@@ -19,6 +19,9 @@ from common.io import save_safetensors
 from common.train import seeded
 from model import MAE
 
+TINY_MAE = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2}
+TINY_MAE |= {"decoder_dim": 32, "decoder_depth": 1}
+
 
 def model_of(path):
     """-> a function from pictures to a dict of outputs, and what the file says of itself."""
@@ -120,7 +123,7 @@ def test_a_tagger(arm, at):
 def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
     cards = pytest.importorskip("huggingface_hub")
     flags = {"data": f"datasets/{pictures}", "mask": "attn_high", "ratio": "0.75", "seed": 3}
-    save_model(MAE(32, 8, 32, 2, 2, 32, 1), tmp_path / "run/model.safetensors", {"run": flags})
+    save_model(MAE(**TINY_MAE), tmp_path / "run/model.safetensors", {"run": flags})
     probe = {"headline": 0.414, "split": "val", "data": flags["data"], "command": "probe.py X"}
     (tmp_path / "run/probe.json").write_text(json.dumps(probe))
     (tmp_path / "run/metrics.json").write_text("{}")  # another program's
@@ -138,7 +141,7 @@ def test_a_card_names_the_pictures_of_the_encoder_that_a_run_began_from(tmp_path
     runs = {"mine": {}, "toon": {"init": "mine"}, "lost": {"init": "gone"}, "own": {"init": "own"}}
     for name, more in runs.items():
         flags = {"data": f"datasets/{name}", **more}
-        save_model(MAE(32, 8, 32, 2, 2, 32, 1), Path(name, "model.safetensors"), {"run": flags})
+        save_model(MAE(**TINY_MAE), Path(name, "model.safetensors"), {"run": flags})
     text = export.card_of(Path("toon"), "pytorch", "")
     assert "license: other" in text and "(datasets/toon, datasets/mine)" in text
     for name in ("lost", "own"):  # its encoder is gone, or another run has its folder

@@ -29,7 +29,9 @@ from model import MAE
 
 SEED, DEEP = 0, "@deep"
 CPU, VIEW = torch.device("cpu"), some_view(1)
-SHAPE, AUTOCAST = (32, 8, 32, 2, 2), train.autocast_of(CPU, "fp32")
+SHAPE = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2}
+SHAPE |= {"decoder_dim": 32, "decoder_depth": 1}
+AUTOCAST = train.autocast_of(CPU, "fp32")
 VALUES = {
     "null": None,
     "text": "$_$\x1b[2J\n\0",
@@ -62,7 +64,7 @@ def home(base):
 
 def steps(folder, resume=None):
     """A step of AdamW, a run that begins or is resumed, and another step -> where the run stands."""
-    model = MAE(*SHAPE, 32, 1)
+    model = MAE(**SHAPE)
     optimizer = train.make_optimizer(model, 1e-3, 0.05)
     for w in model.parameters():
         w.grad = torch.ones_like(w)
@@ -75,7 +77,7 @@ def steps(folder, resume=None):
 
 
 def use_encoder(base):
-    init_from(MAE(*SHAPE[:3], 4, 2, 32, 1), base / "runs/a")
+    init_from(MAE(**SHAPE | {"depth": 4}), base / "runs/a")
     encoder = load_encoder(base / "runs/a")
     return encoder.features(VIEW)
 
@@ -263,7 +265,7 @@ LARGE = (  # a file, the way to a field, a value that would take all memory or t
     ("runs/a-det/detector.safetensors", ("page",), 40_000, "page can't be"),
     ("runs/a-lora/head.safetensors", ("image_size",), 10**9, "image_size can't be"),
     ("runs/a-lora/head.safetensors", ("packed_size",), 30_000, "packed_size can't be"),
-    ("runs/a-seg/model.safetensors", ("patches", "encoder", "depth"), 900, "has no array"),
+    ("runs/a-seg/model.safetensors", ("patches", "encoder", "depth"), 900, "claims"),
     ("runs/a-lora/adapter_config.json", ("alpha_pattern",), SLOW, "fits no layer"),
 )
 

@@ -36,7 +36,7 @@ def test_flops_are_those_of_the_formula():
     once = 2 * K * P * D + 2 * (N - K) * W * 2  # patch embedding, head for pictures
     expected = 3 * (depth * block(K + 1, D, K + 1) + decoder) + 2 * once
     with torch.device("meta"):
-        model = MAE(S, p, D, depth, 2, W, blocks)
+        model = MAE(W, blocks, image_size=S, patch_size=p, dim=D, depth=depth, heads=2)
     assert step.step_flops(model, K) == expected
     assert step.step_bytes(1000, 7) == 40_007  # ten fp32 numbers a weight, and pixels
     assert bench.least_seconds(100, 10, 50, 10) == 2  # 2 s of operations, 1 s of bytes

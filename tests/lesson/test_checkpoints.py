@@ -300,3 +300,62 @@ def test_a_match_in_part_is_refused_by_name(tmp_path, changes, config, word):
     write_config(tmp_path, **config)
     with pytest.raises(UserError, match=word):
         C.load_encoder(tmp_path / "x.pth")
+
+
+# ---- a network that somebody changed -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["MAE", "SimMIM"])
+def test_a_network_whose_file_would_lose_something_is_refused(kind):
+    """An epsilon is in no file: the network that is read back computes something else."""
+    model = getattr(M, kind)(**TINY, decoder_dim=64, decoder_depth=1)
+    before = model.training, torch.get_rng_state()
+    C.check_readable(model)
+    assert model.training == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    model.encoder.norm.eps = 1.0
+    with pytest.raises(UserError, match="read back"):
+        C.check_readable(model)
+
+
+def test_an_argument_that_this_code_does_not_know_is_refused(tmp_path):
+    model = small_mae()
+    model.config |= {"registers": 4}
+    C.save_model(model, tmp_path / "model.safetensors", {})
+    with pytest.raises(UserError, match="registers"):
+        C.load_encoder(tmp_path)
+
+
+def test_code_that_makes_other_features_of_a_file_says_so(tmp_path, monkeypatch, capsys):
+    """Another activation changes no name and no shape; no public format has a place for it."""
+    C.save_model(small_mae(), tmp_path / "model.safetensors", {})
+    C.load_encoder(tmp_path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(M.MLP, "forward", lambda self, x: self.fc2(self.fc1(x).relu()))
+    C.load_encoder(tmp_path)
+    assert capsys.readouterr().err.startswith("warning")
+    with pytest.raises(UserError, match="plain ViT"):
+        export(tmp_path, "timm")
+    assert not (tmp_path / "timm.safetensors").exists()
+
+
+def test_weights_in_16_bits_are_the_same_features(tmp_path, capsys):
+    C.save_model(small_mae(), tmp_path / "model.safetensors", {})
+    out, _ = export(tmp_path, "half")
+    C.load_encoder(out)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_mae_comes_back_whole(tmp_path):
+    """The same prediction, statistics and attention of the pooler, from a folder alone."""
+    model = small_mae()
+    model.encoder.pooler = shaken(M.Pooler(64, 2))
+    C.save_model(model, tmp_path / "model.safetensors", {"norm_pix": False})
+    copy, header = C.load_mae(tmp_path)
+    keep, hidden = torch.arange(16).expand(3, -1).split([4, 12], 1)
+    patches = masked_patch_gather(some_view(S=32), keep.contiguous(), 8)
+    for x, y in zip(model.eval()(patches, keep, hidden), copy(patches, keep, hidden), strict=True):
+        close(x, y)
+    view = some_view(S=32)
+    attention = copy.encoder.patch_attention(view, "pooler")
+    close(attention, model.encoder.patch_attention(view, "pooler"))
+    assert header["norm_pix"] is False

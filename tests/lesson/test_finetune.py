@@ -216,3 +216,42 @@ def test_what_is_chosen_on_is_dev_or_a_tenth_of_train(small, tmp_path, with_dev)
     for images in (fit, dev, report):
         names = [classes[c] for c in images.split["labels"][images.rows]]
         assert names == [some[c] for c in images.labels[images.rows]]
+
+
+# ---- an adapter that somebody changed ------------------------------------------------------------
+
+
+def test_an_adapter_whose_files_would_lose_something_is_refused_before_it_trains(
+    at, monkeypatch, capsys
+):
+    """What is learned beside A and B comes back under its name; what is no Parameter would not."""
+    call = f"{TUNE} --method lora:r=2 --out runs/changed"
+
+    class Scaled(finetune_lora.LoRA):
+        def __init__(self, *args, **keys):
+            super().__init__(*args, **keys)
+            self.s = torch.nn.Parameter(torch.ones(self.base.out_features, 1))
+
+        def weight(self):
+            return self.s * super().weight()
+
+        def forward(self, x):
+            return F.linear(x, self.weight() + shift, self.base.bias)
+
+    shift = 0.0
+    monkeypatch.setattr(finetune_lora, "LoRA", Scaled)
+    run_line(call, at, check=0)
+    net, _ = finetune_lora.load_classifier(at / "runs/changed")
+    assert not torch.equal(net.encoder.blocks[0].mlp.fc1.s, torch.ones(128, 1))
+    config = json.loads((at / "runs/changed/adapter_config.json").read_text())
+    assert config["peft_type"] != "LORA"  # peft refuses it
+
+    class Forgetful(Scaled):
+        def forward(self, x):
+            if not hasattr(self, "shift"):
+                self.shift = torch.rand(1)  # no Parameter and no buffer
+            return super().forward(x) + self.shift
+
+    monkeypatch.setattr(finetune_lora, "LoRA", Forgetful)
+    done = run_line(call.replace("changed", "lost"), at, check=2)
+    assert "read back" in done.stderr and not (at / "runs/lost").exists()

@@ -68,7 +68,9 @@ def test_the_learning_rate_rises_on_a_line_and_falls_by_half_a_cosine_to_0():
 def test_biases_norms_and_tokens_are_not_decayed(stage):
     """Written by the names of the parameters: only matrices are decayed."""
     if stage == "pretrain":
-        net = MAE(32, 8, 32, 2, 2, 32, 1)
+        net = MAE(
+            decoder_dim=32, decoder_depth=1, image_size=32, patch_size=8, dim=32, depth=2, heads=2
+        )
         net.encoder.pooler = Pooler(32, 2)
         groups = train.make_optimizer(net, 1e-3, 0.05).param_groups
     else:

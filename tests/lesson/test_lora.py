@@ -13,8 +13,8 @@ import model as M
 from apps.export import export
 from common.checkpoints import load_encoder
 from common.io import UserError
-from common.lora import save_adapter, save_encoder
-from finetune_lora import LoRA, add_lora, load_lora, lora_layers
+from common.lora import fingerprint, save_encoder
+from finetune_lora import LoRA, add_lora, load_lora, lora_layers, write_adapter
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
 ATTN = ["attn.qkv", "attn.proj"]
@@ -42,7 +42,7 @@ def adapted(vit=None, r=4, alpha=None):
 def save_adapted(folder):
     """Such an adapter in files; its encoder is called runs/x."""
     vit = adapted(alpha=6)
-    save_adapter(lora_layers(vit), vit, folder, "runs/x")
+    write_adapter(vit, {"r": 4, "alpha": 6}, fingerprint(small_vit()), folder, "runs/x")
     return vit
 
 
@@ -208,7 +208,9 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     """At the image size of the adapter, which is not that of its encoder's file."""
     save_encoder(small_vit(), tmp_path / "base.safetensors", {})
     base = adapted(load_encoder(tmp_path / "base.safetensors", image_size=48))
-    save_adapter(lora_layers(base), base, tmp_path / "run", tmp_path / "base.safetensors")
+    digest = fingerprint(load_encoder(tmp_path / "base.safetensors"))
+    keys = {"r": 4, "alpha": 0}
+    write_adapter(base, keys, digest, tmp_path / "run", tmp_path / "base.safetensors")
     out, _ = export(tmp_path / "run", "merged")
     encoder = load_encoder(out)
     assert encoder.image_size == 48 and not lora_layers(encoder)

@@ -188,7 +188,9 @@ def held():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return shaken(MAE(32, 8, 32, 1, 2, 32, 1))
+    return shaken(
+        MAE(decoder_dim=32, decoder_depth=1, image_size=32, patch_size=8, dim=32, depth=1, heads=2)
+    )
 
 
 def test_the_masked_error_is_the_formula_under_the_fixed_mask(model, held):

@@ -209,9 +209,12 @@ def test_pixels_survive_the_round_trip_with_and_without_statistics():
     assert torch.equal(painted, torch.full((3,), 11 / 16))
 
 
-@pytest.mark.parametrize("sizes", [(0, 8, 32, 1), (32, 7, 32, 1), (32, 8, 32, 3), (32, 8, 6, 3)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 8, 32, 1, 1), (32, 7, 32, 1, 1), (32, 8, 32, 1, 3), (32, 8, 6, 1, 3), (32, 8, 32, 0, 1)],
+)
 def test_sizes_that_do_not_fit_are_refused(sizes):
-    """Side of the view and of a patch, width, heads."""
+    """Side of the view and of a patch, width, depth, heads."""
     with pytest.raises(ValueError):
         M.check_sizes(*sizes)
 
@@ -224,7 +227,7 @@ def test_sizes_are_those_of_the_literature():
             shape = {k: v for k, v in size.items() if k != "decoder_dim"}
             vit = M.ViT(**shape)
             millions[name] = round(sum(w.numel() for w in vit.parameters()) / 1e6, 1)
-            assert M.shape_of(vit) == shape
+            assert vit.config == shape
     assert (millions["small"], millions["base"]) == (21.6, 85.6)
 
 
