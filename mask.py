@@ -7,26 +7,32 @@ hidden. `sample` turns priorities into an exact number of hidden patches.
 
 Arguments of a strategy:
 
-    patches   {score: tensor} of the view's patches; NEEDS says which strategy reads which score
+    patches   {name: tensor}, what is known of the patches; NEEDS says which strategy reads what
               attn        (B, N)     a teacher's attention to the patch
               fg          (B, N)     share of foreground, 0 to 1
               parts       (B, N, P)  share of each part; part 0 is the background
-              detail      (B, N)     contrast of the pixels
               difficulty  (B, N)     predicted loss of the patch
+              view        (B, S, S, 3) u8: the pixels, for a strategy that computes its own score
     noise     (B, N) Gumbel noise. The top M of score + noise are M patches drawn without
               replacement with odds exp(score) (Gumbel-top-k; Kool et al. 2019, arXiv:1903.06059).
     t         progress of the run, from 0 to 1
     hidden    M, the number of patches to hide
 
-Keyword parameters are keys of the flag: `--mask attn_high:beta=2,start=0.2`. A strategy that reads a
-score also has shuffle=1, the control: each image then gets the score of another image. Any strategy
+Keyword parameters are keys of the flag: `--mask attn_high:beta=2,start=0.2`. A strategy in NEEDS
+also has shuffle=1, the control: each image then gets the score of another image. Any strategy
 has throw=0.4: that share of the patches, of the lowest priority, is neither seen nor predicted.
 
-To add a strategy, write a function, add it to STRATEGIES, and say in NEEDS which score it reads. A new
-kind of score also needs a class in common/guidance.py, and a branch in make_source of pretrain.py.
+To add a strategy, write a function, add it to STRATEGIES, and say in NEEDS what it reads, if it reads
+anything. For example, this one reads the pixels and hides bright patches first. Once STRATEGIES
+has `"bright": bright` and NEEDS has `"bright": "view"`, it is trained, tested and drawn as others are:
 
-    def mine(patches, noise, t, hidden, beta=1.0):
-        return guided(patches["detail"], beta, noise)
+    def bright(patches, noise, t, hidden, beta=1.0):
+        pixels = pixels_of(patches["view"], noise)  # (B, N, p*p, 3), from 0 to 1
+        return guided(pixels.mean((2, 3)), beta, noise)
+
+To see what it hides before you train: python mask.py --show bright bright:beta=3. A score that can't
+be computed from the pixels needs a class in common/guidance.py, and a branch in make_source of
+pretrain.py.
 """
 
 import inspect
@@ -34,6 +40,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from kernels.loss import patch_detail
 
 START = 0.1  # share of the run before guidance starts: until then the teacher's attention is noise
 RAMP = 0.1  # share of the run over which guidance rises to its full strength
@@ -208,7 +216,11 @@ def detail(patches, noise, t, hidden, beta=1.0):
     """Hides flat colour first and fine detail later; halfway, at t = 1/2, it is random."""
     # Flat colour is easy: its neighbours tell it. The sign of beta turns halfway, so that the
     # hidden patches go from what can be copied to what has to be understood.
-    return guided(patches["detail"], beta * (2 * t - 1), noise)
+    view = patches["view"]
+    B, N = noise.shape
+    every = torch.arange(N, device=view.device).expand(B, N).contiguous()  # places of all patches
+    contrast = patch_detail(view, every, patch_side(view, N))  # (B, N)
+    return guided(contrast, beta * (2 * t - 1), noise)
 
 
 def learned(patches, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
@@ -222,14 +234,14 @@ def learned(patches, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
     return guided(patches["difficulty"], beta * ramp(t, start, ramp_for) * (2 * t - 1), noise)
 
 
-NEEDS = {  # strategy: the score that it reads
+NEEDS = {  # strategy: the score that it reads, or "view", of whose pixels it computes its own
     "attn_high": "attn",
     "attn_low": "attn",
     "attn_hint": "attn",
     "fg_heavy": "fg",
     "bg_heavy": "fg",
     "parts": "parts",
-    "detail": "detail",
+    "detail": "view",
     "learned": "difficulty",
 }
 STRATEGIES = {
@@ -263,6 +275,19 @@ for guided_strategy in NEEDS:
 
 
 # ---- helpers of the strategies -------------------------------------------------------------------
+
+
+def pixels_of(view, noise):
+    """Views u8 (B, S, S, 3) -> (B, N, p*p, 3): the pixels of each patch, from 0 to 1."""
+    p = patch_side(view, noise.shape[1])
+    # Rows and columns of pixels are each split in two: of which patch, and where in it.
+    cells = view.unflatten(2, (-1, p)).unflatten(1, (-1, p))  # (B, g, p, g, p, 3)
+    return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2) / 255
+
+
+def patch_side(view, N):
+    """p, the side in pixels of each of the N patches of views (B, S, S, 3)."""
+    return view.shape[1] // math.isqrt(N)
 
 
 def log_attention(patches):
@@ -358,3 +383,10 @@ def sample(priority, K, T=0):
     # alike anywhere.
     order = priority.argsort(dim=1, stable=True)
     return order[:, T : T + K].contiguous(), order[:, T + K :].contiguous()
+
+
+if __name__ == "__main__":
+    from common.command import cli  # runs up: only the command draws, and masks need no more
+    from common.sheets import main
+
+    cli(main)

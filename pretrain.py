@@ -269,8 +269,8 @@ def make_source(score, flags, encoder, train_set, autocast, start, shuffle):
     """Where the score that a strategy follows comes from (common/guidance.py)."""
     if score is None:
         return guidance.Source()
-    if score == "detail":
-        return guidance.PixelScore(encoder, shuffle)
+    if score == "view":
+        return guidance.ViewScore(shuffle)
     if score == "difficulty":
         return guidance.PredictedScore(encoder, autocast, shuffle)
     if score == "attn" and flags.teacher != "maps":
@@ -440,9 +440,8 @@ def main():
             K = masking.kept(N, ratio_at(flags.ratio, t, stream))
             thrown = round(throw * N)  # patches that are neither seen nor predicted
             M = N - K - thrown
-            scores = source.scores(
-                index, boxes, flip, view
-            )  # {name: (b, N)}; of parts, a share for each
+            # {name: (b, N)}; of parts, a share for each; or the view, for strategies that read pixels
+            scores = source.scores(index, boxes, flip, view)
             # The noise alone would be random masking: a strategy decides how far a score may overrule it.
             priority = strategy(scores, noise, t, M)  # (b, N): the highest M are hidden
             ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (b, K), (b, M)
@@ -505,7 +504,7 @@ def main():
                 numbers |= contrast.statistics() if contrast else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
-                draw_masks(run.out, view, ids_mask, guidance.as_pictures(scores), p)
+                draw_masks(run.out, view, scores, priority, ids_mask, p)
                 log_evaluation(run, model, source.teacher, splits, target_options, autocast)
             run.save_if_due()  # at most every two minutes, behind a row of the log
     finish(run, model, source, held_set, target_options, autocast)

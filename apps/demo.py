@@ -29,10 +29,10 @@ from PIL import Image
 import data
 import mask as masking
 from apps import detect, maps, recognize, segment, tags
-from common import guidance
+from common import guidance, sheets
 from common.checkpoints import about_model, load_mae
 from common.classifier import is_recogniser
-from common.command import Parser, between, cli, parse_keys, require
+from common.command import Parser, between, cli, require
 from common.evaluate import hide, predict
 from common.io import UserError, open_tensors
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
@@ -41,7 +41,6 @@ from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.pictures import demo_note
 from ingest.scenes import outlined
-from kernels.loss import patch_detail
 from model import put_patches, to_pixels
 
 CAST = {person["name"]: person for person in toon.cast()}
@@ -219,7 +218,10 @@ def note_on(picture, header):
 
 
 def maps_of(net, picture, view, need):
-    """{name: (1, N), or (1, N, P)}: maps of a picture. Those of a drawing are the true ones."""
+    """{name: (1, N), or (1, N, P)}: maps of a picture. Those of a drawing are the true ones.
+
+    The view is with them, for strategies that read its pixels.
+    """
     place = torch.zeros(1, dtype=torch.long), *data.full_boxes(1), net.encoder.side
     source = "rollout" if net.encoder.pooler is None else "pooler"
     with MACHINE.autocast():
@@ -231,25 +233,19 @@ def maps_of(net, picture, view, need):
         fg, parts = figure["fg"], figure["parts"]
         found["parts"] = guidance.crop_parts(parts[None], *place, len(toon.PARTS))
     found["fg"] = guidance.crop_map(fg[None], *place)
-    if need == "detail":
-        found[need] = patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])
     if need == "parts" and need not in found:
         raise UserError("the parts of this picture are not known: choose a drawing or another mask")
-    if need and need not in found:
+    if need not in (None, "view", *found):
         raise UserError(f"the page can't compute {need}: add it to maps_of in apps/demo.py")
-    return {name: score.to(view.device) for name, score in found.items()}
+    return {"view": view} | {name: score.to(view.device) for name, score in found.items()}
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
     """words: a strategy with its keys; scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
-    strategy, params = parse_keys(words or "", masking.PARAMS, "mask")
-    for key in ("shuffle", "throw"):  # they need a batch, and a loss
-        if params.pop(key, 0):
-            raise UserError(f"the page does not show {key}: leave it out")
+    strategy = sheets.parse_strategy(words or "", "mask")
     K = masking.kept(N, ratio)
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
-    priority = masking.STRATEGIES[strategy](scores, noise, t, N - K, **params)
-    return masking.sample(priority, K)
+    return masking.sample(strategy(scores, noise, t, N - K), K)
 
 
 def psnr(a, b, where):
@@ -278,18 +274,15 @@ def mask_page(run, picture, words, ratio, t, seed):
     """Maps of the picture, what the strategy hides, and what the network predicts there."""
     mae = net, _ = loaded(load_mae, run)
     view = torch.from_numpy(square_of(picture, net.config["image_size"])).to(MACHINE.device)
-    need = masking.NEEDS.get((words or "").partition(":")[0])
     g = net.encoder.side
-    scores = maps_of(net, picture, view, need)
+    scores = maps_of(net, picture, view, sheets.need_of(words or ""))
     ids_keep, ids_mask = draw_mask(words, scores, g * g, ratio, t, seed)
     pasted, where = filled_in(mae, view, ids_keep, ids_mask, MACHINE.autocast)
     decibel = psnr(pasted, view, where).item()
     seen = hide(view, ids_mask, net.config["patch_size"])[0]
     items = [("picture", view[0].cpu())]
-    for need, name in (("attn", "attention"), ("fg", "foreground"), ("parts", "parts")):
-        if need in scores:
-            levels = scores[need].argmax(2) if need == "parts" else scores[need]
-            items.append((name, maps.coloured(levels.view(1, g, g).cpu())[0]))
+    for name, levels in guidance.as_pictures(scores).items():
+        items.append((name, sheets.coloured(levels.cpu())[0]))
     items.append((f"seen: {ids_keep.shape[1]} of {g * g} patches", seen.cpu()))
     items.append((f"predicted, {decibel:.1f} dB", pasted[0].cpu()))
     return figures(items) + element("code", f"python pretrain.py --mask {words} --ratio {ratio:g}")

@@ -21,22 +21,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
 
 import data
 import mask as masking
-from common import guidance, plots
+from common import guidance, sheets
 from common.checkpoints import flags_of, load_teacher
 from common.command import Parser, between, cli, progress, refuse_useless
 from common.io import UserError
 from common.locks import reserve
-from common.train import commit, pick_device, seeded
-from kernels.loss import patch_detail
+from common.train import commit, pick_device
 
 SAMPLE = 1024  # images that give the mean token of each place and the clusters of parts
-RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
 EXACT = contextlib.nullcontext  # fp32: maps are made once, and are nearly the same on every machine
-SHOWN = 3  # images of a sheet
 NEEDED_AS = {name: need for need, name in guidance.IN_FILES.items()}  # map: its need in mask.py
 GUIDES = {"attn": ["attn_high", "--teacher", "maps"], "saliency": ["fg_heavy"], "parts": ["parts"]}
 TAKES = {"attn": {"run", "attention"}, "saliency": set(), "parts": {"run", "parts"}}  # flags
@@ -272,79 +268,21 @@ def rows_of_map(args, images, device):
     return encoder.side, "F16", guidance.attention_rows(images, encoder, args.attention, EXACT)
 
 
-# ---- sheets: what strategies hide ----------------------------------------------------------------
-
-
-def hidden_by(strategy, scores, n, g, ratio):
-    """(n, g, g) bool: what a strategy hides at the end of a run, with the same noise as others."""
-    K = masking.kept(g * g, ratio)
-    noise = masking.gumbel_noise(n, g * g, seeded(0))
-    priority = masking.STRATEGIES[strategy](scores, noise, 1.0, g * g - K)
-    _, ids_mask = masking.sample(priority, K)
-    hidden = torch.zeros(n, g * g, dtype=torch.bool)
-    return hidden.scatter(1, ids_mask, True).view(n, g, g)
-
-
-def coloured(maps):
-    """(n, g, g) -> u8 (n, g, g, 3). Whole numbers up to 12 are parts, a colour for each.
-
-    Others are drawn in viridis: u8 from 0 to 255, floats from 0 to their image's maximum.
-    """
-    if not maps.is_floating_point() and maps.max() <= 12:
-        colours = colormaps["tab20"].colors
-        palette = np.array([(0.93, 0.93, 0.93), *colours[::2], *colours[1::2]])  # 0 is light grey
-        return np.uint8(255 * palette[maps.numpy()])
-    top = 255
-    if maps.is_floating_point():
-        top = maps.float().amax((1, 2), keepdim=True).clamp(min=1e-9)
-    return np.uint8(255 * colormaps["viridis"]((maps / top).float().numpy())[..., :3])
-
-
-def scores_of_sheet(args, split, maps, rows, images):
-    """Images, `rows` of the set -> {need of a strategy: scores (n, N), of parts (n, N, P)}.
-
-    The maps (n, G, G) give one of them. A set with true foreground or parts gives these, too.
-    """
-    whole = data.full_boxes(len(rows))
-    g = 12 if args.map == "saliency" else maps.shape[-1]  # 12 as in the demo's network
-    cut = (rows, *whole, g)
-    view = data.view_images(images, *whole, 8 * g)
-    every = torch.arange(g * g).expand(len(rows), -1).contiguous()
-    scores = {"detail": patch_detail(view, every, 8)}
-    if "fg" in split:
-        scores["fg"] = guidance.crop_map(split["fg"], *cut)
-    if split["header"].get("parts"):
-        count = len(split["header"]["parts"])
-        scores["parts"] = guidance.crop_parts(split["parts"], *cut, count)
-    if args.map == "parts":
-        return scores | {"parts": guidance.crop_parts(maps, *cut, 1 + args.parts)}
-    return scores | {NEEDED_AS[args.map]: guidance.crop_map(maps, *cut)}
-
-
-def draw_sheet(path, args, split, maps):
-    """Draw what each strategy hides whose scores are known: a row for each, at RATIOS."""
-    chosen = data.evenly_spaced(len(maps), SHOWN)
-    images = torch.from_numpy(split["images"][chosen.numpy()])
-    n, S = images.shape[:2]
-    scores = scores_of_sheet(args, split, maps, chosen, images)
-    g = math.isqrt(scores["detail"].shape[1])
-    shown = coloured(torch.from_numpy(maps[chosen.numpy()]))
-    rows = [("image", [*images] * len(RATIOS)), (args.map, [*shown] * len(RATIOS))]
-    dark = (0.16 * images.float().mean(3, keepdim=True) + 38).byte()  # a hidden patch
-    for name in masking.STRATEGIES:
-        if masking.NEEDS.get(name) not in (None, *scores):
-            continue
-        pictures = []
-        for ratio in RATIOS:
-            hidden = hidden_by(name, scores, n, g, ratio)
-            hidden = F.interpolate(hidden[:, None].float(), S)[:, 0, :, :, None] > 0
-            pictures += torch.where(hidden, dark, images).unbind()
-        rows.append((name, pictures))
-    columns = [f"{ratio:.0%} hidden" for ratio in np.repeat(RATIOS, n)]
-    plots.image_grid(path, f"Hidden patches, by {args.map} maps", rows, columns)
-
-
 # ---- the command ---------------------------------------------------------------------------------
+
+
+def draw_sheet(path, args, folder, split, maps):
+    """What each strategy hides whose score is known; maps (n, G, G) give one of the scores."""
+    rows = data.evenly_spaced(len(maps), sheets.SHOWN)
+    side = sheets.SIDE if args.map == "saliency" else maps.shape[-1]
+    view = sheets.whole_images(split["images"], rows, side)
+    where = {NEEDED_AS[args.map]: path.parent}
+    scores, _ = sheets.read_scores(folder, split, rows, view, side, where)
+    known = (name for name in masking.STRATEGIES if masking.NEEDS.get(name) in (None, *scores))
+    strategies = {name: masking.STRATEGIES[name] for name in known}
+    shown = {args.map: torch.from_numpy(maps[rows.numpy()])}
+    title = f"Hidden patches, by {args.map} maps"
+    sheets.draw_sheet(path, title, view, side, shown, strategies, scores)
 
 
 def advice(args, folder, out, split):
@@ -374,7 +312,7 @@ def main():
     header |= {"images": n, "data_digest": data.fingerprint(split), "commit": commit()}
     header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(args.map, {})
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
-    draw_sheet(sheet, args, split, data.open_map(path, args.map, split))
+    draw_sheet(sheet, args, folder, split, data.open_map(path, args.map, split))
     print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}")
     print(advice(args, folder, out, split))
 

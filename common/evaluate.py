@@ -142,10 +142,14 @@ def evaluate(model, splits, norm, autocast, epoch):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def draw_masks(out, view, ids_mask, scores, patch):
-    """masks.png: views u8 (n, S, S, 3), {need: scores (n, g, g)} and what the encoder sees."""
+def draw_masks(out, view, scores, priority, ids_mask, patch):
+    """masks.png: views u8 (n, S, S, 3), what a strategy read and returned, and what is left to see.
+
+    scores {name: (n, N), of parts (n, N, P)}; priority (n, N), of which the highest are hidden.
+    """
+    maps = guidance.as_pictures({**scores, "score + noise": priority})
     seen = hide(view[:8], ids_mask[:8], patch)
-    lines = [("view", view[:8]), *scores.items(), ("seen", seen)]
+    lines = [("view", view[:8]), *maps.items(), ("seen", seen)]
     with drawing("masks.png"):
         from common import plots  # matplotlib takes a second to load
 

@@ -1,10 +1,10 @@
-"""Scores that masks follow: a teacher's attention, maps from files, and predicted losses.
+"""What masks follow: a teacher's attention, maps from files, predicted losses, and pixels.
 
     attn        attention of a teacher: the average of the run, another encoder, or apps/maps.py
     fg          share of foreground: true masks of the data, or apps.maps --map saliency
     parts       shares of eyes, hair, clothes, ...: true parts of the data, or apps.maps --map parts
-    detail      contrast of the pixels (kernels/loss.py)
     difficulty  loss that a small head predicts, which learns during the run
+    view        no score, but the pixels, of which a strategy of mask.py computes its own
 
 Maps belong to whole images, and are cropped and flipped as the images are.
 
@@ -25,10 +25,10 @@ from common.checkpoints import beside
 from common.command import progress
 from common.io import UserError
 from kernels.gather import masked_patch_gather
-from kernels.loss import patch_detail
 from model import Block, init_weights, sincos_positions
 
 IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # score: the map of apps/maps.py
+NAMES = {"attn": "attention", "fg": "foreground", "parts": "parts", "difficulty": "predicted loss"}
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # true maps that a data set may hold
 SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
 SAMPLE = 1024  # images that the mean token of each place is taken from, for `outlier`
@@ -57,7 +57,10 @@ class Source:
         """Nothing to restore; TeacherScore opens its maps."""
 
     def scores(self, index, boxes, flip, view):
-        """{name: (B, N), or (B, N, P) for parts} of views u8 (B, S, S, 3), cut from images `index`."""
+        """What a strategy reads, {name: tensor}, of views u8 (B, S, S, 3), cut from images `index`.
+
+        A score is (B, N), that of parts (B, N, P).
+        """
         return {}
 
     def loss(self, ids_mask, error):
@@ -72,17 +75,15 @@ class Source:
         return {}
 
 
-class PixelScore(Source):
-    """detail: the contrast of the pixels of each patch."""
+class ViewScore(Source):
+    """view: the strategy computes a score of its own from the pixels, as `detail` does in mask.py."""
 
-    def __init__(self, encoder, shuffle=False):
-        self.side, self.patch = encoder.side, encoder.patch_size
+    def __init__(self, shuffle=False):
         self.shuffle = shuffle
 
     def scores(self, index, boxes, flip, view):
-        score = patch_detail(view, all_places(view, self.side), self.patch)
-        # The control: each view gets the score of the view before it, so that only the content is lost.
-        return {"detail": score.roll(1, 0) if self.shuffle else score}
+        # The control: each mask follows the view before its own, so that only the content is lost.
+        return {"view": view.roll(1, 0) if self.shuffle else view}
 
 
 class PredictedScore(Source):
@@ -165,12 +166,17 @@ def all_places(view, side):
 
 
 def as_pictures(scores):
-    """{name: (B, N) or (B, N, P)} -> {name: (B, g, g)}; for parts, the largest part of each patch."""
+    """Scores (B, N) or (B, N, P) -> {name: (B, g, g)}; for parts, the largest part of each patch.
+
+    The view is no score. What a strategy computes of it is in the priority that it returns.
+    """
     pictures = {}
     for name, score in scores.items():
+        if name == "view":
+            continue
         score = score.argmax(2) if score.dim() == 3 else score
         side = math.isqrt(score.shape[1])
-        pictures[name] = score.unflatten(1, (side, side))
+        pictures[NAMES.get(name, name)] = score.unflatten(1, (side, side))
     return pictures
 
 

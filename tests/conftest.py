@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes, and so are theirs
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+import mask as masking  # noqa: E402
 from common import train  # noqa: E402
 from common.command import cli  # noqa: E402
 
@@ -37,6 +39,9 @@ def pytest_collection_modifyitems(items):
 
 
 # ---- running a stage -----------------------------------------------------------------------------
+
+
+MAIN_OF = {"data.py": "ingest.pack", "mask.py": "common.sheets"}  # these have none of their own
 
 
 def call(script, *words, cwd, check=None):
@@ -50,8 +55,7 @@ def call(script, *words, cwd, check=None):
     here = os.getcwd()
     name = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
     sys.argv = [name, *map(str, words)]
-    packing = script == "data.py"  # its other half has no main
-    module = importlib.import_module("ingest.pack" if packing else script.removesuffix(".py"))
+    module = importlib.import_module(MAIN_OF.get(script, script.removesuffix(".py")))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             os.chdir(cwd)
@@ -111,6 +115,19 @@ def no_pictures(monkeypatch):
     """Figures take most of the time of a short run."""
     for name in FIGURES:
         monkeypatch.setattr(name, lambda *_, **__: None)
+
+
+@pytest.fixture
+def bright(monkeypatch):
+    """The strategy that mask.py has as an example in its docstring, added as the docstring says."""
+    code = textwrap.dedent(re.search(r"    def bright.*?\n\n", masking.__doc__, re.S).group())
+    source = (ROOT / "mask.py").read_text().replace("\nNEEDS = {", f"\n{code}\nNEEDS = {{")
+    for table, entry in re.findall(r"(STRATEGIES|NEEDS)\s+has `(.*?)`", masking.__doc__):
+        source = source.replace(f"\n{table} = {{", f"\n{table} = {{\n    {entry},")
+    changed = {"__name__": "changed"}
+    exec(source, changed)
+    for name in ("STRATEGIES", "NEEDS", "PARAMS"):
+        monkeypatch.setattr(masking, name, changed[name])
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 
 import mask as masking
 from apps import demo, detect
+from common import guidance
 
 WHO = "akika"
 
@@ -40,7 +42,7 @@ def own(path, size=(50, 40)):
 # ---- the tabs ------------------------------------------------------------------------------------
 
 
-SHOWN = {None, "attn", "fg", "parts", "detail"}  # scores that maps_of of apps/demo.py knows
+SHOWN = {None, "view", *guidance.IN_FILES}  # what maps_of of apps/demo.py knows
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,13 @@ def test_every_strategy_is_shown_and_of_ones_own_picture_what_is_known(at, strat
     assert f"--mask {strategy}" in text
     text = mask_page(strategy, picture=own(tmp_path / "mine.png"))
     assert ("not known" in text) == (strategy == "parts")
+
+
+def test_a_strategy_of_ones_own_that_reads_pixels_is_on_the_page(at, bright):
+    assert mask_page("bright:beta=9") != mask_page("bright:beta=-9")
+    gradio = MagicMock()
+    demo.mask_controls(gradio)
+    assert "bright" in gradio.Dropdown.call_args.args[0]
 
 
 def test_sliders_change_what_is_hidden(at):

@@ -137,6 +137,16 @@ def test_the_next_command_finds_these_maps(at, words, flags):
     assert found is not None
 
 
+def test_a_sheet_has_every_strategy_whose_score_is_known(at, bright, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "common.plots.image_grid", lambda path, _, rows, *__: drawn.update(dict(rows))
+    )
+    run_line("apps.maps --data datasets/packed --map saliency --out sheet --device cpu", at, 0)
+    assert {"image", "saliency", "bright", "random", "fg_heavy"} < drawn.keys()
+    assert "learned" not in drawn
+
+
 @pytest.mark.parametrize(
     ("path", "kind", "split", "word"),
     [

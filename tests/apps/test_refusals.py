@@ -14,6 +14,7 @@ PRE = f"pretrain.py --data datasets/packed --out new {CPU} --epochs 1 --batch-si
 TUNE = f"finetune_lora.py runs/a --data datasets/packed --out new {CPU} --epochs 1 --batch-size 8"
 PROBE = f"probe.py runs/a --data datasets/packed {CPU}"
 MAPS = "apps.maps --data datasets/packed --out new"
+MASKS = "mask.py --data datasets/packed"
 NAME = f"apps.recognize runs/a-lora {CPU}"
 SORT = f"apps.sort runs/a-lora {CPU}"
 UNKNOWN = f"apps.unknown runs/a-lora {CPU}"
@@ -58,6 +59,13 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{TUNE} --data plain --split dev", "dev"),
     ("finetune_lora.py --data datasets/packed", "ENCODER"),
     (f"{MAPS} --map attn", "--run RUN"),
+    (f"{MASKS} --show nonsense", "nonsense is unknown"),
+    (f"{MASKS} --show block:sise=1", "no key 'sise'"),
+    (f"{MASKS} --show block:throw=.1", "throw"),
+    (f"{MASKS} --show parts", "--map parts"),
+    (f"{MASKS} --show learned", "during a run"),
+    (f"{MASKS} --show block --teacher runs/a", "--teacher has no effect"),
+    (f"{MASKS} --out new", "masks.png"),
     (f"{MAPS} --map saliency --out text.txt/maps", "is a file"),
     (NAME, "give pictures"),
     (f"{NAME} {THREE} --threshold 3", "--threshold"),

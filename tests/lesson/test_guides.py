@@ -10,13 +10,12 @@ import golden
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, equal
+from conftest import ROOT, equal, run_line
 
 import data
 import mask as masking
 from common import guidance
 from common.io import UserError
-from kernels.loss import patch_detail
 from model import Pooler, ViT
 
 EXACT = contextlib.nullcontext
@@ -179,13 +178,9 @@ def test_the_control_gets_the_score_of_another_image(batch):
     )
     torch.testing.assert_close(score, guidance.crop_map(maps, index, boxes, flip, 4))
     torch.testing.assert_close(other, guidance.crop_map(maps, index.roll(1), boxes, flip, 4))
-    for make, name in ((pixels, "detail"), (predicted, "difficulty")):
+    for make, name in ((guidance.ViewScore, "view"), (predicted, "difficulty")):
         score, other = (make(shuffle).scores(*batch)[name] for shuffle in (False, True))
         assert torch.equal(other, score.roll(1, 0)) and not torch.equal(score, other)
-
-
-def pixels(shuffle=False):
-    return guidance.PixelScore(small_encoder(), shuffle)
 
 
 def predicted(shuffle=False):
@@ -194,8 +189,7 @@ def predicted(shuffle=False):
 
 def test_each_source_gives_the_score_of_its_name(batch):
     index, boxes, flip, view = batch
-    every = torch.arange(16).repeat(6, 1)
-    assert torch.equal(pixels().scores(*batch)["detail"], patch_detail(view, every, 8))
+    assert torch.equal(guidance.ViewScore().scores(*batch)["view"], view)
     maps = np.random.default_rng(0).integers(0, 4, (6, 8, 8), np.uint8)
     source = guidance.MapScore("parts", small_encoder(), maps, 4)
     shares = guidance.crop_parts(maps, index, boxes, flip, 4, 4)
@@ -204,9 +198,9 @@ def test_each_source_gives_the_score_of_its_name(batch):
     teacher = guidance.Teacher(small_encoder(), "cls", {0})
     before = guidance.TeacherScore(small_encoder(), teacher, "out").scores(*batch)
     assert torch.equal(before["attn"], torch.ones(6, 16))  # no maps yet: masks stay random
-    drawn = guidance.as_pictures({"parts": shares, "attn": before["attn"]})
+    drawn = guidance.as_pictures({"view": view, "parts": shares, "attn": before["attn"]})
     assert torch.equal(drawn["parts"], shares.argmax(2).view(6, 4, 4))
-    assert drawn["attn"].shape == (6, 4, 4)
+    assert drawn["attention"].shape == (6, 4, 4) and len(drawn) == 2  # the view is no score
 
 
 def test_the_predictor_learns_the_order_of_the_losses(batch):
@@ -228,7 +222,7 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
     assert all(w.grad.any() for w in learned)
     assert not score.requires_grad
     assert source.predictor(torch.zeros(1, 16, 192)).unique().numel() == 16  # places differ
-    assert pixels().loss(ids, error) == 0 and set(source.networks()) == {"predictor"}
+    assert guidance.ViewScore().loss(ids, error) == 0 and set(source.networks()) == {"predictor"}
 
 
 def test_the_log_says_how_much_of_the_teacher_is_old():
@@ -277,3 +271,23 @@ def test_the_readmes_exercise_works_as_it_stands():
     _, ids = masking.sample(priority, 32)
     often = torch.bincount(ids.flatten(), minlength=64).view(8, 8)
     assert often[3:5, 3:5].min() > 2 * often[0].max()
+
+
+def test_a_strategy_that_reads_pixels_is_written_in_one_file(bright, tmp_path, monkeypatch):
+    """The example of mask.py's docstring: the brightest are hidden, it trains, and it is drawn."""
+    noise = masking.gumbel_noise(6, 16, torch.Generator().manual_seed(0))
+    view = torch.from_numpy(noise_images(6)) // 4
+    view[:, :16] += 150
+    priority = masking.STRATEGIES["bright"]({"view": view}, noise, 0.5, 8, beta=1e6)
+    assert (masking.sample(priority, 8)[1] < 8).all()  # the upper half
+    golden.write_packed(tmp_path / "packed", 32, (("train", 12), ("val", 12)))
+    drawn = {}
+    monkeypatch.setattr(
+        "common.plots.image_grid", lambda path, _, rows, *__: drawn.update({Path(path): dict(rows)})
+    )
+    words = "--data packed --model nano:image_size=32 --device cpu --epochs 1 --out run"
+    run_line(f"pretrain.py --mask bright:beta=2,shuffle=1 {words}", tmp_path, check=0)
+    masks = drawn[Path("run/masks.png")]
+    assert [*masks] == ["view", "score + noise", "seen"] and masks["score + noise"].shape[1] == 4
+    run_line("mask.py --show bright bright:beta=1e6 --data packed", tmp_path, check=0)
+    assert {"bright", "bright:\nbeta=1e6"} < drawn[Path("masks.png")].keys()

@@ -22,7 +22,9 @@ def patches_of(B, N, parts=5):
     """All that a strategy may ask for, at random."""
     draw = torch.Generator().manual_seed(1)
     attn = torch.rand(B, N, generator=draw) ** 4 + 1e-4
-    known = {name: torch.rand(B, N, generator=draw) for name in ("fg", "detail", "difficulty")}
+    known = {name: torch.rand(B, N, generator=draw) for name in ("fg", "difficulty")}
+    side = 4 * math.isqrt(N)
+    known["view"] = torch.randint(0, 256, (B, side, side, 3), generator=draw, dtype=torch.uint8)
     shares = torch.rand(B, N, parts, generator=draw)
     known["attn"] = attn / attn.sum(1, keepdim=True)
     known["parts"] = shares / shares.sum(2, keepdim=True)
@@ -80,6 +82,16 @@ def test_an_exact_number_is_kept_and_both_sides_have_one():
             masking.kept(N, ratio, throw)
 
 
+def test_the_pixels_of_a_patch_are_those_at_its_place():
+    view = patches_of(2, 9)["view"]
+    pixels = masking.pixels_of(view, torch.zeros(2, 9))
+    assert pixels.shape == (2, 9, 16, 3)
+    for k in range(9):
+        top, left = 4 * (k // 3), 4 * (k % 3)
+        square = view[:, top : top + 4, left : left + 4].reshape(2, 16, 3)
+        assert torch.equal(pixels[:, k], square / 255)
+
+
 # ---- guidance: from random to certain ------------------------------------------------------------
 
 
@@ -91,7 +103,8 @@ def test_without_strength_or_before_its_start_a_guide_is_random_bit_for_bit(name
     assert torch.equal(strategy(patches, noise, 1.0, 27, beta=0.0), noise)
     assert torch.equal(strategy(patches, noise, turn, 27), noise)
     assert torch.equal(strategy(patches, noise, turn, 27, beta=HUGE), noise)
-    flat = {masking.NEEDS[name]: torch.full((4, 36), 0.3)}
+    flat = {"view": torch.full_like(patches["view"], 7)}
+    flat |= dict.fromkeys(("attn", "difficulty"), torch.full((4, 36), 0.3))
     assert torch.equal(strategy(flat, noise, 1.0, 27), noise)
 
 
@@ -99,7 +112,9 @@ def test_without_strength_or_before_its_start_a_guide_is_random_bit_for_bit(name
 def test_beta_infinite_is_top_k(name):
     """attn_low hides the least attended; detail and learned begin with the lowest."""
     patches = patches_of(6, 64)
-    score = patches[masking.NEEDS[name]]
+    score = patches.get(masking.NEEDS[name])
+    if name == "detail":
+        score = masking.pixels_of(patches["view"], torch.zeros(6, 64)).std(2).square().sum(2)
     for t in (0.2, 1.0):
         lowest = name == "attn_low" or (name in ("detail", "learned") and t < 0.5)
         first = score.topk(48, 1, largest=not lowest).indices

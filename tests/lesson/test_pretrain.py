@@ -137,9 +137,7 @@ def test_other_ways_to_compute_it(small, tmp_path, words):
     assert 0 < row["contrastive_loss"] < 6
 
 
-NO_ATTENTION = [
-    name for name, need in masking.NEEDS.items() if need in (None, "detail", "difficulty")
-]
+NO_ATTENTION = [name for name, need in masking.NEEDS.items() if need in ("view", "difficulty")]
 
 
 @pytest.mark.parametrize("mask", ["random", *NO_ATTENTION])

@@ -1,0 +1,195 @@
+"""Sheets: what strategies hide, drawn in seconds and without any training.
+
+    python mask.py --show middle:beta=3 squares          (its main is here)
+
+Reads:  train of datasets/NAME (the demo set is drawn if absent), its true maps or those in maps/NAME
+Writes: masks.png: three images, the scores that strategies follow, and a row for each strategy
+
+    n images   S their side   g patches a side   N = g * g patches   P parts   G cells of a map
+"""
+
+import contextlib
+import functools
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+
+import data
+import mask as masking
+from common import guidance, plots
+from common.checkpoints import flags_of, load_teacher
+from common.command import Parser, parse_keys, refuse_overwrite, refuse_useless
+from common.io import UserError
+from common.train import seeded
+
+RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
+SHOWN = 3  # images of a sheet
+SIDE = 8  # patches a side, as in the networks that pretrain.py trains by default
+SIZE = 128  # px of an image on a sheet, at most
+WITHOUT = {  # why a score can't be drawn, where it is no lack of maps
+    "attn": "the score is the attention of a trained network; add --teacher runs/NAME",
+    "difficulty": "the score is learned during a run, whose masks.png shows it",
+}
+
+
+# ---- what strategies read ------------------------------------------------------------------------
+
+
+def parse_strategy(words, flag):
+    """ "attn_high:beta=2" -> the strategy, with these keys."""
+    name, params = parse_keys(words, masking.PARAMS, flag)
+    for key in ("shuffle", "throw"):  # they need a batch, and a loss
+        if params.pop(key, 0):
+            raise UserError(f"{flag} {words}: {key} acts in a run alone; leave it out")
+    return functools.partial(masking.STRATEGIES[name], **params)
+
+
+def need_of(words):
+    """What a strategy with its keys reads: an entry of NEEDS, or None."""
+    return masking.NEEDS.get(words.partition(":")[0])
+
+
+def whole_images(images, rows, side):
+    """Images `rows` of the set, u8 (n, S, S, 3), of a size that cuts into side * side patches."""
+    size = side * max(1, SIZE // side)
+    ((_, view),) = data.whole_views(images, rows, size, torch.device("cpu"))
+    return view
+
+
+def read_scores(folder, split, rows, view, side, where):
+    """-> {score: (n, N), of parts (n, N, P)} of whole images, `rows` of the set, and {score: why not}.
+
+    The view itself is among the scores. where {score: folder of apps/maps.py}; other maps are those
+    that pretrain.py would take.
+    """
+    cut = (rows, *data.full_boxes(len(rows)), side)
+    scores, missing = {"view": view}, {}
+    for name in guidance.IN_FILES:
+        try:
+            maps, parts, _ = guidance.open_maps(name, where.get(name, "auto"), folder, split)
+        except UserError as problem:
+            missing[name] = problem
+            continue
+        if name == "parts":
+            scores[name] = guidance.crop_parts(maps, *cut, parts)
+        else:
+            scores[name] = guidance.crop_map(maps, *cut)
+    return scores, missing | WITHOUT
+
+
+def attention_of(run, encoder, images, rows):
+    """(n, N): the attention of a trained network, as masks with this --teacher read it."""
+    kind = guidance.default_attention(flags_of(run), run)
+    found = guidance.attention(encoder, images, rows, kind, contextlib.nullcontext)
+    return torch.cat([score for _, score in found])
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+def hidden_by(strategy, patches, n, N, ratio):
+    """(n, N) bool: what a strategy hides at the end of a run, with the same noise as others."""
+    K = masking.kept(N, ratio)
+    noise = masking.gumbel_noise(n, N, seeded(0))
+    _, ids_mask = masking.sample(strategy(patches, noise, 1.0, N - K), K)
+    return torch.zeros(n, N, dtype=torch.bool).scatter(1, ids_mask, True)
+
+
+def coloured(maps):
+    """(n, G, G) -> u8 (n, G, G, 3). Whole numbers up to 12 are parts, a colour for each.
+
+    Others are drawn in viridis: u8 from 0 to 255, floats from 0 to their image's maximum.
+    """
+    if not maps.is_floating_point() and maps.max() <= 12:
+        colours = colormaps["tab20"].colors
+        palette = np.array([(0.93, 0.93, 0.93), *colours[::2], *colours[1::2]])  # 0 is light grey
+        return np.uint8(255 * palette[maps.numpy()])
+    top = 255
+    if maps.is_floating_point():
+        top = maps.float().amax((1, 2), keepdim=True).clamp(min=1e-9)
+    return np.uint8(255 * colormaps["viridis"]((maps / top).float().numpy())[..., :3])
+
+
+def draw_sheet(path, title, view, side, maps, strategies, scores):
+    """Views u8 (n, S, S, 3), maps {name: (n, G, G)}, then a row for each of strategies, at RATIOS.
+
+    strategies {words: function}: each gets of the scores the one that it needs, as in training.
+    """
+    n, S = view.shape[:2]
+    rows = [("image", [*view] * len(RATIOS))]
+    rows += [(name, [*coloured(some)] * len(RATIOS)) for name, some in maps.items()]
+    dark = (0.16 * view.float().mean(3, keepdim=True) + 38).byte()  # a hidden patch
+    for words, strategy in strategies.items():
+        patches = {need: scores[need] for need in [need_of(words)] if need}
+        pictures = []
+        for ratio in RATIOS:
+            hidden = hidden_by(strategy, patches, n, side * side, ratio).view(n, 1, side, side)
+            hidden = F.interpolate(hidden.float(), S)[:, 0, :, :, None] > 0
+            pictures += torch.where(hidden, dark, view).unbind()
+        rows.append((words.replace(":", ":\n"), pictures))
+    columns = [f"{ratio:.0%} hidden" for ratio in np.repeat(RATIOS, n)]
+    plots.image_grid(path, title, rows, columns)
+
+
+# ---- python mask.py ------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = Parser(description="What masks hide, drawn in seconds and without any training.")
+    add = parser.add_argument
+    words = "NAME[:key=value,...]"
+    add("--show", nargs="+", metavar=words, help=f"default: all of {', '.join(masking.STRATEGIES)}")
+    add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
+    add("--teacher", metavar="RUN", help="a trained network, whose attention attn_* follow")
+    add("--out", default="masks.png", metavar="FILE.png", help="default: masks.png, drawn anew")
+    args = parser.parse_args()
+    args.show = args.show or [*masking.STRATEGIES]
+    args.strategies = {words: parse_strategy(words, "--show") for words in args.show}
+    if "attn" not in map(need_of, args.show):
+        refuse_useless(args.given & {"teacher"}, f"with --show {' '.join(args.show)}")
+    if Path(args.out).suffix != ".png":
+        raise UserError(f"--out {args.out}: give the name of a PNG, such as masks.png")
+    if "out" in args.given:  # the default may be drawn over, while you try keys one after the other
+        refuse_overwrite([args.out])
+    return args
+
+
+def leave_out(strategies, scores, missing):
+    """The strategies whose score is known; a line says of the others why theirs is not."""
+    unknown = {}
+    for words in strategies:
+        need = need_of(words)
+        if need is not None and need not in scores:
+            unknown.setdefault(need, []).append(words)
+    for need, names in unknown.items():
+        why = f"{', '.join(names)}: {missing.get(need, f'nothing here computes {need}')}"
+        if len(names) == len(strategies):
+            raise UserError(f"--show {why}")
+        print(f"left out {why}")
+    return {words: f for words, f in strategies.items() if need_of(words) in (None, *scores)}
+
+
+def main():
+    args = parse_args()
+    encoder = load_teacher(args.teacher) if args.teacher else None
+    side = encoder.side if encoder else SIDE
+    folder = data.open_or_pack(args.data)
+    split = data.open_split(folder, "train")
+    images = split["images"]
+    rows = data.evenly_spaced(len(images), SHOWN)
+    view = whole_images(images, rows, side)
+    scores, missing = read_scores(folder, split, rows, view, side, where={})
+    if encoder:
+        scores["attn"] = attention_of(args.teacher, encoder, images, rows)
+    strategies = leave_out(args.strategies, scores, missing)
+    read = {need: scores[need] for need in map(need_of, strategies) if need}
+    maps = guidance.as_pictures(read)
+    title = f"What masks hide at the end of a run: {folder.name}"
+    draw_sheet(args.out, title, view, side, maps, strategies, scores)
+    print(f"wrote {args.out}: three images of {folder}, cut into {side} x {side} patches")
+    words = ["--data", args.data] if "data" in args.given else []
+    print(f"next: python pretrain.py {shlex.join([*words, '--mask', next(iter(strategies))])}")
