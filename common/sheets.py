@@ -1,6 +1,6 @@
 """Sheets: what strategies hide, drawn in seconds and without any training.
 
-    python mask.py --show middle:beta=3 squares          (its main is here)
+    python mask.py --show block:size=0.5 squares         (its main is here)
 
 Reads:  train of datasets/NAME (the demo set is drawn if absent), its true maps or those in maps/NAME
 Writes: masks.png: three images, the scores that strategies follow, and a row for each strategy
