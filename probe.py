@@ -291,7 +291,7 @@ def table(rows):
 
 
 def threshold_of(runs):
-    """-> (the threshold, kNN Top-1 in percent, and its source); (None, why) if no log has kNN.
+    """-> (the threshold, kNN Top-1 in percent, and its source); (None, why) if there is none.
 
     The reference is the first run with random masks, else the first run.
     """
@@ -303,6 +303,9 @@ def threshold_of(runs):
     knn = [row["knn"] for row in log if "knn" in row]
     if not knn:
         return None, f"no kNN in {reference}/log.jsonl"
+    # The first epochs may cost accuracy. Ninety percent of a loss would be reached before training.
+    if knn[-1] <= knn[0]:
+        return None, f"kNN of {Path(reference).name} gained nothing over its random init"
     return metrics.threshold_of(knn), f"random init + 90 % of the gain of {Path(reference).name}"
 
 
@@ -464,7 +467,8 @@ def by_config(reports):
         seed = flags.get("seed", 0)
         if seed in seeds:
             first = seeds[seed]["path"]
-            raise UserError(f"{report['path']} and {first} have the same flags and the same seed")
+            alike = f"{report['path']} and {first} have the same flags and the same seed"
+            raise UserError(f"{alike}; if their code differs, give one of the folders another name")
         seeds[seed] = report
     named = {}
     for (name, _), seeds in groups.items():
@@ -536,7 +540,7 @@ def compare(reports, task, threshold):
     report |= {"split": task.held, "pool": task.pool, "threshold": threshold}
     report |= {"configurations": summaries, "pairs": rows}
     save_json(report, task.out / "compare.json")
-    if threshold[0] is not None:  # there are logs
+    if any(report["log"] for report in reports):  # public checkpoints have none
         thumbnails = [row["knn_thumbnail"] for row in reports[0]["log"] if "knn_thumbnail" in row]
         thumbnail = thumbnails[0] if thumbnails else None
         curves(configs, task.out / "curves.png", threshold[0], thumbnail)
@@ -547,7 +551,7 @@ def curves(configs, path, threshold, thumbnail):
     """kNN by epoch and by second in the logs of the runs: a line each, a colour a configuration."""
     from common import plots
 
-    limits = {f"threshold {threshold:.1f} %": (threshold, "--"), "4x4 thumbnails": (thumbnail, ":")}
+    limits = {"threshold": (threshold, "--"), "4x4 thumbnails": (thumbnail, ":")}
     labels = {"epoch": "epochs", "seconds": "seconds of the run, teacher included"}
     with plots.panels(path, "Learning curves", 1, 2, (9.6, 3.9), sharey=True) as axes:
         for axis, (key, label) in zip(axes, labels.items(), strict=True):
@@ -560,7 +564,8 @@ def curves(configs, path, threshold, thumbnail):
             axis.set(xlabel=label)
             for legend, (value, style) in limits.items():
                 if value is not None:
-                    axis.axhline(value, color=plots.INK, ls=style, lw=1, label=legend)
+                    name = f"{legend}, {value:.1f} %"
+                    axis.axhline(value, color=plots.INK, ls=style, lw=1, label=name)
         axes[0].set(ylabel="kNN Top-1 during the run, %")
         axes[0].legend(loc="lower right")
 

@@ -68,7 +68,7 @@ def test_one_command_writes_what_its_docstring_says(runs):
     assert report["headline"] == rows["extremes"]["logistic"]["top1"]
     assert rows["thumb4"]["logistic"]["top1"] > 0.9  # classes are colours
     assert rows["chance"]["logistic"]["top1"] < 0.5
-    assert report["efficiency"]["threshold"] > 0 and "kNN of" in done.stdout
+    assert "kNN of" in done.stdout and "efficiency" in report
 
 
 def test_the_headline_alone_has_the_same_digits(runs, tmp_path):
@@ -167,6 +167,16 @@ def test_an_interval_is_above_zero_only_where_there_is_a_difference():
     assert probe.differences({"a": configs["plain"], "b": {9: reports[0]}}, np.arange(400)) == []
     with pytest.raises(features.UserError, match="the same seed"):
         probe.by_config([reports[0], reports[0]])
+
+
+@pytest.mark.parametrize("last, expected", [(60, 58), (40, None), (30, None)])
+def test_the_threshold_needs_a_run_that_gained_something(runs, tmp_path, last, expected):
+    """Ninety percent of a loss would count as reached before the first step."""
+    run = copy(runs, "random-s0", tmp_path)
+    rows = [{"epoch": epoch, "knn": knn} for epoch, knn in enumerate((40, 35, last))]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, source = probe.threshold_of([run])
+    assert found == expected and "random-s0" in source
 
 
 def test_efficiency_against_a_log():
