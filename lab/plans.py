@@ -106,7 +106,9 @@ PARTS, PARTS_SHUFFLED = "parts --maps {parts}", "parts:shuffle=1 --maps {parts}"
 H2 = ["random", BG, FG, FG_SHUFFLED]
 H2_HALF = [f"{arm} --ratio 0.5" for arm in H2]
 
-PLANS["mine"] = masks(["random"], "Is this mask better than random masks?", set=RICH)
+# Evaluated at the start and the end alone: without pilots nobody asks for the epochs to a threshold.
+ONCE = RICH | {"recipe": f"{RICH['recipe']} --eval-every 1000"}
+PLANS["mine"] = masks(["random"], "Is this better than random masks?", set=ONCE)
 PLANS["mine"] |= {"seeds": range(2000, 2003)}
 PLANS["arms"] = masks(["random"], "How do these masks compare?", set=RICH)
 PLANS["h1"] = masks(
