@@ -160,9 +160,9 @@ def machine(device):
     return f"{device.type} {name}, {torch.get_num_threads()} threads, {versions}"
 
 
-def commit():
+def commit(checkout=Path(__file__).parent.parent):
     """The commit that this code is at, with a + if code was changed since: results name it."""
-    git = ["git", "-C", os.fspath(Path(__file__).parent.parent)]
+    git = ["git", "-C", os.fspath(checkout)]
     try:
         name = subprocess.check_output([*git, "describe", "--always"], stderr=subprocess.DEVNULL)
         changed = subprocess.check_output([*git, "status", "--porcelain", "--", "*.py"])

@@ -1,7 +1,8 @@
 """Run a plan: every arm with every seed -> a row each, then table.md, table.csv and figure.png.
 
     python -m lab.run mine --arms "middle:beta=3" --seeds 3    # your mask against random
-    python -m lab.run h1 --data datasets/faces20 --dry         # what would run
+    python -m lab.run mine --arms "random --source ../edited"  # edited code against this code
+    python -m lab.run h1 --data datasets/faces20 --dry         # what would run, and how long
     python -m lab.run tags --data datasets/toon --set encoder=runs/first
 
 Reads:  plans.py, datasets/NAME
@@ -45,6 +46,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "common/*.py", "kernels/*.py", "ingest/*.py", "apps/*.py", "lab/*.py")
 PILOT_SEED = 1000  # and the next ones: never reported
 TRIAL_SEED = 500
+SOURCE = " --source "  # in an arm; behind it, the folder of a checkout whose code the arm runs
+OF_ALL = {"--epochs", "--model"}  # flags that no arm has for itself: a longer run learns more
+OF_PLAN = {"--data", "--seed", "--split", "--out"}
+READING = (
+    "How to read it: the true difference may lie anywhere in the brackets. Where 0 is inside, these\n"
+    "runs can't tell the two apart (undecided). More --seeds make the interval narrower."
+)
 IN_PLACE = {"probe": "probe*.json", "unknown": "recognize.json", "stress": "stress-*.json"}
 IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
 KEPT = "question", "compare", "differences", "hypotheses", "margin", "axes"  # in PLAN.json
@@ -60,11 +68,16 @@ class Diverged(UserError):
 # ---- one command ---------------------------------------------------------------------------------
 
 
+def checkout_of(words):
+    """The checkout that a command runs: "../edited/pretrain.py" names it, "pretrain.py" is ours."""
+    return Path(os.path.dirname(words[0]) or ROOT)
+
+
 def folder_of(words, args):
     """Where the results of a command are -> its folder, its name, what it writes in another's."""
-    script = words[1] if words[0] == "-m" else words[0]
+    script = words[1] if words[0] == "-m" else Path(words[0]).name
     stem = script.removesuffix(".py").rpartition(".")[2]
-    text = shlex.join([*words, args.digest, args.code])
+    text = shlex.join([*words, args.digest, args.code[checkout_of(words)]])
     name = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     target = Path(words[2] if words[0] == "-m" and len(words) > 2 else words[1])
     in_place = stem in IN_PLACE and args.work in target.parents
@@ -75,6 +88,7 @@ def make(text, args):
     """Run a command, or go on with it, unless it is done -> the file in its folder that says so."""
     words = shlex.split(text)
     out, name, files = folder_of(words, args)
+    checkout = checkout_of(words)
     done = out / f"{name}.done.json"
     with locked(lock_beside(args.work / f"{name}.run"), wait=True) as lock:  # data.py has one, too
         reason = read_json(done).get("failed") if done.exists() else None
@@ -90,14 +104,14 @@ def make(text, args):
         else:
             shutil.rmtree(out, ignore_errors=True)
             words += ["--out", str(out)]
-        row = {"command": f"python {text}", "commit": commit()}
+        row = {"command": f"python {text}", "commit": commit(checkout)}
         start = time.perf_counter()
         try:
             execute(words, args, args.work / f"{name}.log", lock)
         except Diverged as problem:
             save_json(row | {"failed": str(problem)}, done)
             raise
-        if digest_of_code() != args.code:
+        if digest_of_code(checkout) != args.code[checkout]:
             raise UserError(f"the code changed while {out} was made; give the command again")
         save_json(row | {"seconds": round(time.perf_counter() - start, 1)}, done)
     return done
@@ -106,8 +120,10 @@ def make(text, args):
 def execute(words, args, log, lock):
     """Run a stage; what it prints goes to a file. It holds our lock, too, should we be killed."""
     print(f"OMP_NUM_THREADS={args.threads} python {shlex.join(words)}", flush=True)
-    script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
+    # Python looks for imports beside the script first, so an edited checkout runs its own code.
+    checkout = checkout_of(words)
+    script = words if words[0] == "-m" else [checkout / Path(words[0]).name, *words[1:]]
+    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(checkout)}
     held = () if lock is None else (lock,)
     with open(log, "ab") as file:
         pipes = {"stdout": file, "stderr": file}
@@ -233,8 +249,10 @@ def curve_of(log):
 def row_of(arm, seed, args):
     """Make the runs of an arm with a seed -> its row."""
     plan = args.plan
-    row = {"arm": arm, "seed": seed, "phase": "run", "data": args.data.name, "commit": commit()}
-    row |= {"code": args.code, "machine": machine(args.device), "metrics": {}, "right": {}}
+    source = source_of(arm)
+    row = {"arm": arm, "seed": seed, "phase": "run", "data": args.data.name}
+    row |= {"commit": commit(source), "code": args.code[source]}
+    row |= {"machine": machine(args.device), "metrics": {}, "right": {}}
     if seed in range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0)):
         row["phase"] = "pilot"
     try:
@@ -293,10 +311,32 @@ def check(args, arms):
     args.device = pick_device(asked[1] if asked else "auto")
     for arm in arms if "template" in plan else ():
         parse_keys(arm.split(" ")[0], masking.PARAMS, "--arms")
-        if given := {"--data", "--seed", "--out"} & {word.split("=")[0] for word in arm.split()}:
-            raise UserError(f"--arms {arm}: the plan gives {min(given)}; leave it out")
+        check_flags(arm, args)
         if "--maps truth" in arm and "fg" not in train:
             raise UserError(f"{args.data} has no true maps: {arm} can't run there")
+
+
+def check_flags(arm, args):
+    """An arm of the user's own: the flags that it may have, and the checkout that it names."""
+    given = {word.split("=")[0] for word in arm.split()}
+    if planned := given & OF_PLAN:
+        raise UserError(f"--arms {arm}: the plan gives {min(planned)}; leave it out")
+    if unequal := given & OF_ALL:
+        flag = min(unequal)
+        everyone = shlex.quote(f"recipe={args.set['recipe']} {flag} ...")
+        raise UserError(f"--arms {arm}: {flag} has to be equal in all arms: --set {everyone}")
+    source = source_of(arm)
+    if "--source=" in arm or not (source / "pretrain.py").exists():
+        raise UserError(f"--arms {arm}: end it with --source DIR, a checkout of this repository")
+    if SOURCE in arm and any(command.startswith("-m") for command in args.plan["template"]):
+        raise UserError(f"--arms {arm}: plan {args.name} can't run another checkout; plan mine can")
+    if SOURCE in arm and digest_of_code(source) == digest_of_code(ROOT):
+        raise UserError(f"--arms {arm}: the code there is the same as here; edit it there")
+
+
+def source_of(arm):
+    """The checkout whose code an arm runs."""
+    return Path(arm.partition(SOURCE)[2] or ROOT)
 
 
 def against(plan, arm):
@@ -306,16 +346,24 @@ def against(plan, arm):
 
 
 def with_masks(plan, arms):
-    """A plan of masks, with arms of the user's own; the baseline is always among the arms."""
-    arms = list(dict.fromkeys([next(iter(plan["arms"])), *arms]))
+    """A plan of masks, with arms of the user's own; what an arm is compared with is among the arms.
+
+    That is the plan's first arm, and for an arm of edited code the same arm of this code.
+    """
+    first = next(iter(plan["arms"]))
+    edited = {arm: arm.partition(SOURCE)[0] for arm in arms if SOURCE in arm}
+    arms = list(dict.fromkeys([first, *edited.values(), *arms]))
     own = [arm for arm in arms if arm not in plan["arms"]]
     commands = plan["arms"] | dict.fromkeys(own, plan["template"])
     for arm, templates in commands.items():
-        commands[arm] = [template.replace("{arm}", arm) for template in templates]
-    baselines = plan["against"]
-    if isinstance(baselines, dict):
-        baselines = dict.fromkeys(own, arms[0]) | baselines
-    return plan | {"arms": commands, "against": baselines}, arms
+        mask, _, source = arm.partition(SOURCE)
+        source = shlex.quote(source) if source else ""
+        scripts = [template.replace("{arm}", mask) for template in templates]
+        commands[arm] = [os.path.join(source, script) for script in scripts]
+    baselines = dict.fromkeys(commands, first)
+    if isinstance(plan["against"], dict):
+        baselines |= plan["against"]
+    return plan | {"arms": commands, "against": baselines | edited}, arms
 
 
 def chosen(args):
@@ -367,12 +415,20 @@ def save_plan(args, arms, seeds, folder):
             save_json(found, folder / "images.json", None)
 
 
-def digest_of_code():
+def digest_of_code(checkout):
     """A hash of what trains and measures: after an edit, rows that are there are of other code."""
-    files = sum((sorted(ROOT.glob(pattern)) for pattern in CODE), [])
-    ours = [ROOT / f"lab/{name}.py" for name in ("plans", "run", "report", "stats")]
+    files = sum((sorted(checkout.glob(pattern)) for pattern in CODE), [])
+    ours = [checkout / f"lab/{name}.py" for name in ("plans", "run", "report", "stats")]
     files = [path for path in files if path not in ours]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
+
+
+def said(row, plan):
+    """A row's numbers under their headings, or why it has none."""
+    columns = {name: column[0] for name, column in plan["columns"].items()}
+    known = {name: value for name, value in row["metrics"].items() if value is not None}
+    numbers = ", ".join(f"{columns[name]}: {value:.2f}" for name, value in known.items())
+    return row.get("failed", numbers)
 
 
 def run_all(jobs, args, folder):
@@ -383,7 +439,7 @@ def run_all(jobs, args, folder):
         try:
             row = row_of(*job, args)
             add_row(folder / "rows.jsonl", row)
-            print(f"{job[0]}, seed {job[1]}: {row.get('failed', row['metrics'])}", flush=True)
+            print(f"{job[0]}, seed {job[1]}: {said(row, args.plan)}", flush=True)
         except Exception as problem:  # whatever it is, the other runs go on
             reason = problem if isinstance(problem, UserError) else repr(problem)
             failed.append(f"{job[0]}, seed {job[1]}: {reason}")
@@ -402,12 +458,34 @@ def run_all(jobs, args, folder):
     return failed
 
 
+def time_of(jobs, args):
+    """How long these runs take, by the rows that there are of this plan and its settings -> a line.
+
+    Those in args.folder were made here; published ones perhaps on a faster machine.
+    """
+    for folder in (args.folder, *sorted(ROOT.glob(f"results/*/{args.folder.name}"))):
+        rows = [row for row in report.read_rows(folder) if "seconds" in row]
+        if rows and read_json(folder / "PLAN.json")["set"] == args.set:
+            break
+    else:
+        return "how long is unknown: no run of this plan with these settings has a row yet"
+    each = median(row["seconds"] for row in rows) / 60
+    total = each * len(jobs) / args.jobs
+    machines = " and ".join(sorted({row["machine"] for row in rows}))
+    text = f"about {total:.0f} minutes: {len(jobs)} runs of {each:.1f} minutes, the median of "
+    text += f"{len(rows)} in {os.path.relpath(folder)} ({machines})"
+    commands = shlex.join(command for arm, _ in jobs for command in args.plan["arms"][arm])
+    if any(f"{{{name}}}" in commands for name in args.plan.get("made", {})):
+        text += "; what the arms share is made first, and comes on top"
+    return text
+
+
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("name", choices=PLANS, metavar="PLAN", help=", ".join(PLANS))
     add("--data", default="datasets/toon", metavar="DIR", help="packed set (default: %(default)s)")
-    add("--arms", nargs="+", metavar="ARM", help="only these; or masks of your own, with flags")
+    add("--arms", nargs="+", metavar="ARM", help="only these; masks with flags or --source DIR")
     add("--seeds", type=at_least(1), metavar="N", help="of every arm (default: the plan's)")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="words in braces of the plan")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
@@ -438,12 +516,15 @@ def main():
     done = {(row["arm"], row["seed"]) for row in rows}
     left = [job for job in jobs if job not in done]
     print(f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
-    args.code = digest_of_code()
-    if older := sum(row.get("code", args.code) != args.code for row in rows):
+    sources = {source_of(arm) for arm in [*arms, *(row["arm"] for row in rows)]}
+    args.code = {source: digest_of_code(source) for source in sources | {ROOT}}
+    codes = [(row.get("code"), args.code[source_of(row["arm"])]) for row in rows]
+    if older := sum(made not in (None, now) for made, now in codes):
         again = shlex.join(["rm", "-r", str(folder)])
         print(f"warning  {older} rows were made by other code; {again}, and they are made again")
     if args.dry:
         print(*(f"  {arm}, seed {seed}" for arm, seed in left), sep="\n")
+        print(time_of(left, args))
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which nohup ignores
     save_plan(args, arms, seeds, folder)
@@ -451,6 +532,7 @@ def main():
     study = report.judged([report.open_folder(folder)])[0]
     if study.rows:
         report.write(study, figure=True)
+        print("", (folder / "table.md").read_text(), READING, sep="\n")
         print(f"wrote    {folder}/table.md, table.csv, figure.png")
     if failed:
         raise UserError(f"{len(failed)} runs failed, repeat the command; the first: {failed[0]}")

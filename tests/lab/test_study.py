@@ -177,6 +177,49 @@ def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small, m
     assert list(plan["arms"]) == ["random", "block", "green"] and plan["seeds"][-1] == 2003
 
 
+def test_an_arm_of_edited_code_is_compared_with_the_same_arm_of_this_code(home, small):
+    shutil.copytree(home / "stages", home / "an edit")
+    line = "mine --arms 'block --source an edit' --seeds 2"
+    assert "the same" in refused(study(small, line, check=2))
+    with open(home / "an edit/probe.py", "a") as file:
+        file.write("# an edit\n")
+    study(small, line)
+    rows = rows_of(home)
+    assert [row["arm"] for row in rows[:3]] == ["random", "block", "block --source an edit"]
+    assert rows[1]["code"] == rows[0]["code"] != rows[2]["code"]
+    assert all(c.startswith("python 'an edit'/") for c in rows[2]["commands"])
+    assert len((home / "an edit/calls.txt").read_text().splitlines()) == 2
+    plan = json.loads((folder_of(home) / "PLAN.json").read_text())
+    against = {"block": "random", "block --source an edit": "block"}
+    assert plan["arms"] == {"random": "random"} | against
+    assert "6 runs, 6 done" in study(small, line).stdout
+    (home / "an edit/pretrain.py").write_text("# another edit")
+    assert "warning  2 rows" in study(small, line).stdout  # those of the edited code alone
+    h3 = study(small, "h3 --arms 'parts --source an edit'", check=2)
+    assert "another checkout" in refused(h3)  # lab.stress is a module
+
+
+@pytest.mark.parametrize(
+    "flags", ["--epochs 2", "--model=tiny", "--data x", "--source nowhere", "--source=nowhere"]
+)
+def test_what_an_arm_may_not_have_is_refused_before_the_first_run(home, small, flags):
+    line = refused(study(small, f"mine --arms 'block {flags}'", check=2))
+    assert f"block {flags}" in line
+    assert not (home / "runs").exists()
+
+
+def test_a_dry_call_tells_the_time_by_rows_of_the_same_settings(home, small):
+    dry = "mine --arms block --dry --jobs 2 --seeds"
+    assert "unknown" in study(small, f"{dry} 3").stdout
+    study(small, MINE)
+    path = folder_of(home) / "rows.jsonl"
+    rows = [row | {"seconds": 60.0 * row["seed"]} for row in rows_of(home)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = study(small, f"{dry} 5").stdout.splitlines()[-1]
+    assert "4 runs of 2001.0 minutes" in said and "about 4002 minutes" in said
+    assert "unknown" in study(small, f"{dry} 5 --set recipe=").stdout
+
+
 def test_two_arms_with_one_command_share_it(home, small, monkeypatch):
     text = "pretrain.py --data {data} --seed {seed} --mask random"
     plan = plans.PLANS["mine"] | {"arms": {"a": [text, plans.PROBE], "b": [text, plans.PROBE]}}
@@ -342,7 +385,7 @@ def test_every_plan_is_whole(name, home, small, monkeypatch):
 
     monkeypatch.setattr(run.data, "open_split", opened)
     lines = study(small, f"{name} --dry --seeds 1").stdout.splitlines()
-    assert {line.strip().rpartition(", seed ")[0] for line in lines[1:]} == plan["arms"].keys()
+    assert {line.strip().rpartition(", seed ")[0] for line in lines[1:-1]} == plan["arms"].keys()
     assert not (home / "runs").exists()
     known = {*plan.get("made", {}), *plan["set"], "data", "seed", "epochs", "arm"}
     made = [*plan["arms"].values(), *plan.get("made", {}).values(), [plan.get("judge", "")]]
