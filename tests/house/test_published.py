@@ -18,6 +18,7 @@ RESULTS = ROOT / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("study/*/verdicts.json"))
 TABLES = sorted(path.parent for path in RESULTS.rglob("PLAN.json"))
 TABLES = [folder for folder in TABLES if folder.parent.name != "unfinished"]  # without a table
+README = (ROOT / "README.md").read_text()
 NUMBERS = ("effect", "low", "high", "p", "p_against", "holm_against")
 
 
@@ -142,6 +143,13 @@ def test_the_means_of_groups_follow_from_their_rows(arm, measure):
 
 
 # ---- numbers in prose, pictures ------------------------------------------------------------------
+
+
+def test_the_minutes_of_the_exercise_follow_from_rows():
+    text = re.search(r"about (\d+) minutes, six times the median\s+of \[(\d+) ", README).groups()
+    rows = report.read_rows(RESULTS / "study/first-toon")
+    median = np.median([row["seconds"] for row in rows])
+    assert text == (f"{6 * median / 60:.0f}", str(len(rows)))
 
 
 def test_h3_on_the_demo_set_depends_on_its_threshold(judged):
