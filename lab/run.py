@@ -47,7 +47,7 @@ CODE = ("*.py", "common/*.py", "kernels/*.py", "ingest/*.py", "apps/*.py", "lab/
 PILOT_SEED = 1000  # and the next ones: never reported
 TRIAL_SEED = 500
 SOURCE = " --source "  # in an arm; behind it, the folder of a checkout whose code the arm runs
-OF_ALL = {"--epochs", "--model"}  # flags that no arm has for itself: a longer run learns more
+OF_ALL = {"--epochs"}  # no arm has this flag for itself: a longer run learns more
 OF_PLAN = {"--data", "--seed", "--split", "--out"}
 READING = (
     "How to read it: the true difference may lie anywhere in the brackets. Where 0 is inside, these\n"

@@ -200,7 +200,7 @@ def test_an_arm_of_edited_code_is_compared_with_the_same_arm_of_this_code(home, 
 
 
 @pytest.mark.parametrize(
-    "flags", ["--epochs 2", "--model=tiny", "--data x", "--source nowhere", "--source=nowhere"]
+    "flags", ["--epochs 2", "--data x", "--source nowhere", "--source=nowhere"]
 )
 def test_what_an_arm_may_not_have_is_refused_before_the_first_run(home, small, flags):
     line = refused(study(small, f"mine --arms 'block {flags}'", check=2))
