@@ -33,7 +33,7 @@ from common import guidance, sheets
 from common.checkpoints import about_model, load_mae
 from common.classifier import is_recogniser
 from common.command import Parser, between, cli, require
-from common.evaluate import hide, predict
+from common.evaluate import filled_in, hide, psnr
 from common.io import UserError, open_tensors
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
@@ -41,7 +41,6 @@ from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.pictures import demo_note
 from ingest.scenes import outlined
-from model import put_patches, to_pixels
 
 CAST = {person["name"]: person for person in toon.cast()}
 FIRST = next(iter(CAST)), 0  # the drawing that the page begins with
@@ -246,28 +245,6 @@ def draw_mask(words, scores, N, ratio, t, seed):
     K = masking.kept(N, ratio)
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
     return masking.sample(strategy(scores, noise, t, N - K), K)
-
-
-def psnr(a, b, where):
-    """Peak signal-to-noise ratio in dB, (n,), of u8 pictures a, b (n, S, S, 3) where (n, S, S) is true.
-
-    10 log10(255^2 / mean squared error); nan where no pixel is true.
-    """
-    a, b, where = a.cpu(), b.cpu(), where.cpu()  # Metal has no float64
-    error = (a.double() - b.double()).square().mean(3)
-    return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
-
-
-def filled_in(mae, view, ids_keep, ids_mask, autocast):
-    """mae of `load_mae` -> view u8 (B, S, S, 3) with predicted patches, and where they are (B, S, S).
-
-    norm_pix is undone by predicted statistics alone: the true ones would tell the answer.
-    """
-    net, header = mae
-    pred, stats = predict(net, view, ids_keep, ids_mask, autocast, header["floor"])
-    pixels = to_pixels(pred, stats if header["norm_pix"] else None)
-    where = put_patches(torch.zeros_like(view), ids_mask, torch.ones_like(pixels))[..., 0] > 0
-    return put_patches(view, ids_mask, pixels), where
 
 
 def mask_page(run, picture, words, ratio, t, seed):

@@ -1,5 +1,6 @@
 """Evaluations while a model trains, the same for every run: whole images, one fixed mask."""
 
+import contextlib
 import functools
 
 import numpy as np
@@ -21,7 +22,7 @@ from common.readout import (
 )
 from common.train import read_log, seeded
 from kernels.gather import masked_patch_gather
-from kernels.loss import FLOOR, patch_error, visible_stats
+from kernels.loss import FLOOR, mean_of_neighbours, patch_error, visible_stats
 from model import put_patches, to_pixels
 
 EVAL_RATIO = 0.75  # of the fixed mask
@@ -32,7 +33,7 @@ GRAY = 128  # a masked patch in a picture
 # ---- while a model trains ------------------------------------------------------------------------
 
 
-def predict(model, view, ids_keep, ids_mask, autocast, floor=FLOOR):
+def predict(model, view, ids_keep, ids_mask, autocast=contextlib.nullcontext, floor=FLOOR):
     """view u8 (B, S, S, 3) -> pred (B, M, P), and stats (B, M, 2) that undo norm_pix."""
     p = model.config["patch_size"]
     with autocast():
@@ -156,16 +157,20 @@ def draw_masks(out, view, scores, priority, ids_mask, patch):
         plots.image_grid(out / "masks.png", f"What the last batch hid: {out.name}", lines)
 
 
-def draw_run(out, model, held, norm, autocast):
+def draw_run(out, model, held, norm, autocast=contextlib.nullcontext):
     """curves.png and recon.png of a run."""
-    title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
     with drawing("curves.png or recon.png"):
         from common import plots
 
         split = held["header"].get("split", "val")
         plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
-        lines = reconstruct(model, held, norm, autocast)
-        plots.image_grid(out / "recon.png", title, lines)
+        n, ours, neighbours = mean_psnr(model, held, norm, autocast)
+        title = (
+            f"Pictures that it never trained on, {EVAL_RATIO:.0%} hidden at random. "
+            f"PSNR of hidden patches, mean of {n} pictures:\n"
+            f"{ours:.1f} dB predicted, {neighbours:.1f} dB with the mean colour of visible neighbours"
+        )
+        plots.image_grid(out / "recon.png", title, reconstruct(model, held, norm, autocast))
 
 
 def hide(view, ids, patch):
@@ -174,12 +179,68 @@ def hide(view, ids, patch):
 
 
 @torch.no_grad()
-def reconstruct(model, split, norm, autocast):
-    """[(name, u8 (8, S, S, 3))] of eight images. Only predicted statistics undo norm_pix."""
-    view, ids_keep, ids_mask = next(masked_views(model, split, 8))
+def filled_in(mae, view, ids_keep, ids_mask, autocast=contextlib.nullcontext):
+    """view u8 (B, S, S, 3) with predicted patches, and where they are (B, S, S).
+
+    mae: a model, and {"norm_pix", "floor"}: what it predicts. norm_pix is undone by predicted
+    statistics alone: the true ones would tell the answer.
+    """
+    model, norm = mae
     pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
-    seen = hide(view, ids_mask, model.config["patch_size"])
-    predicted = put_patches(torch.full_like(view, GRAY), ids_mask, pixels)
-    pasted = put_patches(view, ids_mask, pixels)
-    return [("original", view), ("seen", seen), ("predicted", predicted), ("pasted", pasted)]
+    where = put_patches(torch.zeros_like(view), ids_mask, torch.ones_like(pixels))[..., 0] > 0
+    return put_patches(view, ids_mask, pixels), where
+
+
+def neighbours_in(view, ids_keep, ids_mask, patch):
+    """The baseline of `filled_in`: each hidden patch gets one colour, the mean of visible neighbours."""
+    # A patch's own mean colour would be a dishonest baseline: the network can't see it either. Its
+    # neighbours it sees, and blurring them needs no learning. So what is better than this was learned.
+    g = view.shape[2] // patch
+    B, K = ids_keep.shape
+    visible = masked_patch_gather(view, ids_keep, patch)  # (B, K, p*p*3)
+    colours = visible.view(B, K, patch * patch, 3).mean(2)  # (B, K, 3)
+    colours = mean_of_neighbours(colours, ids_keep, ids_mask, g)  # (B, M, 3)
+    return put_patches(view, ids_mask, to_pixels(colours.repeat(1, 1, patch * patch)))
+
+
+def psnr(a, b, where):
+    """Peak signal-to-noise ratio in dB, (n,), of u8 pictures a, b (n, S, S, 3) where (n, S, S) is true.
+
+    10 log10(255^2 / mean squared error); nan where no pixel is true.
+    """
+    a, b, where = a.cpu(), b.cpu(), where.cpu()  # Metal has no float64
+    error = (a.double() - b.double()).square().mean(3)
+    return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
+
+
+@torch.no_grad()
+def mean_psnr(model, split, norm, autocast=contextlib.nullcontext):
+    """Number of pictures, and the mean PSNR of their hidden patches in dB: predicted, and neighbours'."""
+    scores = []
+    for view, ids_keep, ids_mask in masked_views(model, split, EVAL_IMAGES):
+        pasted, where = filled_in((model, norm), view, ids_keep, ids_mask, autocast)
+        blurred = neighbours_in(view, ids_keep, ids_mask, model.config["patch_size"])
+        scores.append(torch.stack([psnr(x, view, where) for x in (pasted, blurred)]))
+    scores = torch.cat(scores, 1)  # (2, n)
+    # A blank picture is filled in exactly, and its PSNR is infinite.
+    scores = scores[:, scores.isfinite().all(0)]
+    return scores.shape[1], *scores.mean(1).tolist()
+
+
+@torch.no_grad()
+def reconstruct(model, split, norm, autocast=contextlib.nullcontext):
+    """[(name, u8 (8, S, S, 3))] of eight images, as they are and as they are filled in."""
+    patch = model.config["patch_size"]
+    view, ids_keep, ids_mask = next(masked_views(model, split, 8))
+    pasted, where = filled_in((model, norm), view, ids_keep, ids_mask, autocast)
+    return [
+        ("original", view),
+        ("what the\nencoder sees", hide(view, ids_mask, patch)),
+        ("predicted\npatches", torch.where(where[..., None], pasted, GRAY)),
+        ("both together", pasted),
+        (
+            "baseline: mean\ncolour of visible\nneighbours",
+            neighbours_in(view, ids_keep, ids_mask, patch),
+        ),
+    ]

@@ -83,8 +83,9 @@ def show_rows(axes, rows):
 
 def image_grid(path, title, rows, columns=()):
     """rows as in show_rows, all of one length; columns: names over them."""
-    n, has_names = len(rows[0][1]), bool(rows[0][0])
-    size = (1.15 * n + has_names, 1.15 * len(rows) + (0.7 if columns else 0.5))
+    n = len(rows[0][1])
+    letters = max(len(line) for name, _ in rows for line in name.split("\n"))  # of the longest line
+    size = (1.15 * n + 0.09 * letters, 1.15 * len(rows) + (0.7 if columns else 0.5))
     with panels(path, title, len(rows), n, size, squeeze=False) as axes:
         show_rows(axes, rows)
         for axis, name in zip(axes[0], columns, strict=False):
@@ -99,15 +100,23 @@ def curves(path, rows, split, title):
     held = [r for r in rows if "val_mse" in r]
     optional = {"knn": recognition, "attention_on": attention_on}
     more = [draw for key, draw in optional.items() if any(key in r for r in held)]
-    n = 2 + len(more)
-    with panels(path, title, 1, n, (3.4 * n, 3.2)) as axes:
+    lines = 2 if more else 1
+    with panels(path, title, lines, 2, (8, 0.3 + 3.2 * lines), squeeze=False) as grid:
+        axes = grid.flat
         plot_rows(axes[0], rows, "epoch", "loss", color=BLUE)
         axes[0].set(title="Training loss", xlabel="epoch", ylabel="weighted masked error")
         plot_rows(axes[1], held, "epoch", "val_mse", "o-", color=BLUE)
         axes[1].set(title=f"Masked error on {split}", xlabel="epoch")
         axes[1].set(ylabel="mean squared error, fixed mask")
-        for draw, axis in zip(more, axes[2:], strict=True):
+        for draw, axis in zip(more, axes[2:], strict=False):
             draw(axis, held)
+        for axis in axes[2 + len(more) :]:
+            axis.remove()
+
+
+def legend_below(axis, columns):
+    """A legend under the label of the x axis, where it covers no curve, whatever the data."""
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns)
 
 
 def attention_on(axis, held):
@@ -119,7 +128,7 @@ def attention_on(axis, held):
         plot_rows(axis, ratios, "epoch", name, mark, color=colour, label=name, markersize=4)
     axis.axhline(1, color=INK, lw=0.8)
     axis.set(title="What the teacher attends to", xlabel="epoch", ylabel="attention / area, shares")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_below(axis, 3)
 
 
 def recognition(axis, held):
@@ -130,4 +139,4 @@ def recognition(axis, held):
         axis.axhline(control, color=colour, ls=":", label=f"4x4 thumbnails, {name}")
     axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %")
     axis.set_ylim(bottom=0)
-    axis.legend()
+    legend_below(axis, 2)

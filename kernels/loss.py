@@ -304,15 +304,22 @@ def visible_stats(view, ids_keep, ids_mask, patch, floor=FLOOR):
     # A decoder that predicts normalised patches is never asked for their means, so its tokens
     # hardly hold them. Visible neighbours do: on the demo set theirs explains 65 % of the variance
     # of the means.
-    g = view.shape[2] // patch
+    _, stats = targets(view, ids_keep, patch, True, floor)  # (B, K, 2)
+    return mean_of_neighbours(stats, ids_keep, ids_mask, view.shape[2] // patch)
+
+
+def mean_of_neighbours(values, ids_keep, ids_mask, g):
+    """values (B, K, V) of visible patches -> (B, M, V): their mean for each hidden one, near ones first.
+
+    The weight is distance^-3 on a grid of g x g patches.
+    """
     hidden = torch.stack([ids_mask // g, ids_mask % g], 2).float()
     visible = torch.stack([ids_keep // g, ids_keep % g], 2).float()
     # cdist's default is a matrix product, which in TF32 rounds the distance of neighbours to 0, and
     # 0^-3 is infinite. A true 0 can't occur, as no place is both hidden and visible.
     mode = "donot_use_mm_for_euclid_dist"
     weight = torch.cdist(hidden, visible, compute_mode=mode).pow(-3)  # (B, M, K)
-    _, stats = targets(view, ids_keep, patch, True, floor)  # (B, K, 2)
-    return weight @ stats / weight.sum(2, keepdim=True)
+    return weight @ values / weight.sum(2, keepdim=True)
 
 
 def stats_loss(stats, view, ids_keep, ids_mask, patch, floor=FLOOR):

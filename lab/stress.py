@@ -21,11 +21,10 @@ from scipy.ndimage import gaussian_filter
 
 import data
 import mask as masking
-from apps.demo import filled_in, psnr
 from common import features, metrics, stats
 from common.checkpoints import load_encoder, load_mae
 from common.command import Parser, at_least, cli, command, progress
-from common.evaluate import masked_mse
+from common.evaluate import filled_in, masked_mse, psnr
 from common.io import UserError, save_json
 from common.locks import reserve
 from common.train import commit, machine, seeded

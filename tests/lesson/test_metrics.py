@@ -19,7 +19,6 @@ from sklearn.metrics import (
 )
 from sklearn.neighbors import KNeighborsClassifier
 
-from apps import demo
 from common import evaluate, metrics, readout
 from common.train import seeded
 from kernels.loss import visible_stats
@@ -211,11 +210,48 @@ def test_the_masked_error_is_the_formula_under_the_fixed_mask(model, held):
 
 
 def test_a_picture_of_a_reconstruction_pastes_the_prediction_over_what_was_hidden(model, held):
-    lines = dict(evaluate.reconstruct(model, held, {"norm_pix": True, "floor": 0.15}, EXACT))
-    original, hidden = lines["original"], (lines["seen"] == 128).all(3, keepdim=True)
+    lines = evaluate.reconstruct(model, held, {"norm_pix": True, "floor": 0.15})
+    original, seen, predicted, pasted, neighbours = (pictures for _, pictures in lines)
+    hidden = (seen == 128).all(3, keepdim=True)
     assert torch.equal(original, torch.from_numpy(held["images"]))
     assert hidden.float().mean() == pytest.approx(0.75, abs=0.01)
-    assert torch.equal(lines["pasted"], torch.where(hidden, lines["predicted"], original))
+    assert torch.equal(pasted, torch.where(hidden, predicted, original))
+    assert torch.equal(neighbours, torch.where(hidden, neighbours, original))
+    assert not torch.equal(neighbours, pasted)
+
+
+def test_the_baseline_of_a_reconstruction_is_the_mean_colour_of_near_visible_patches(held):
+    """Each hidden patch by a loop; and what is hidden has no part in it."""
+    view = torch.from_numpy(held["images"][:1])
+    order = gumbel_noise(1, 16, seeded(0)).argsort(1)
+    keep, hide = order[:, :4].contiguous(), order[:, 4:].contiguous()
+    found = evaluate.neighbours_in(view, keep, hide, 8)
+    for patch in hide[0].tolist():
+        y, x = divmod(patch, 4)
+        total = colour = 0
+        for other in keep[0].tolist():
+            v, u = divmod(other, 4)
+            near = math.dist((y, x), (v, u)) ** -3
+            mean = view[0, 8 * v : 8 * v + 8, 8 * u : 8 * u + 8].double().mean((0, 1))
+            total, colour = total + near, colour + near * mean
+        filled = found[0, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].double()
+        assert (filled - colour / total).abs().max() < 0.51  # it is rounded
+    other = evaluate.hide(view, hide, 8)
+    assert torch.equal(evaluate.neighbours_in(other, keep, hide, 8), found)
+
+
+def test_the_psnr_of_a_run_is_the_mean_over_pictures_that_are_not_blank(model, held):
+    norm = {"norm_pix": True, "floor": 0.15}
+    view, keep, hide = next(evaluate.masked_views(model, held, 5))
+    pasted, where = evaluate.filled_in((model, norm), view, keep, hide)
+    ours = evaluate.psnr(pasted, view, where)
+    baseline = evaluate.psnr(evaluate.neighbours_in(view, keep, hide, 8), view, where)
+    expected = 5, ours.mean().item(), baseline.mean().item()
+    assert evaluate.mean_psnr(model, held, norm) == pytest.approx(expected)
+    held["images"] = held["images"].copy()
+    held["images"][0] = 255  # its neighbours tell all
+    n, *means = evaluate.mean_psnr(model, held, norm)
+    assert n == 4 and means == pytest.approx([ours[1:].mean().item(), baseline[1:].mean().item()])
 
 
 def test_attention_by_part_is_its_share_over_the_share_of_the_area(held):
@@ -242,7 +278,7 @@ def test_psnr_and_ssim_are_skimages():
     b = np.clip(a + rng.normal(0, 20, a.shape), 0, 255).astype(np.uint8)
     everywhere = torch.ones(3, 40, 40, dtype=torch.bool)
     pair = torch.tensor(a), torch.tensor(b)
-    ours, similar = demo.psnr(*pair, everywhere), stress.ssim_map(*pair)
+    ours, similar = evaluate.psnr(*pair, everywhere), stress.ssim_map(*pair)
     how = dict(channel_axis=2, gaussian_weights=True, use_sample_covariance=False)
     for i in range(3):
         assert ours[i].item() == pytest.approx(peak_signal_noise_ratio(a[i], b[i]), abs=1e-9)
@@ -250,4 +286,4 @@ def test_psnr_and_ssim_are_skimages():
         assert np.abs(similar[i].numpy() - theirs.mean(2)).max() < 1e-9  # at the border, too
     everywhere[:, :20] = False
     expected = 10 * math.log10(255**2 / np.mean((a[0, 20:] - b[0, 20:].astype(float)) ** 2))
-    assert demo.psnr(*pair, everywhere)[0].item() == pytest.approx(expected)
+    assert evaluate.psnr(*pair, everywhere)[0].item() == pytest.approx(expected)

@@ -1,0 +1,55 @@
+"""common/plots.py: what the pictures of pre-training cover."""
+
+import itertools
+
+import pytest
+
+from common import plots
+
+PARTS = ("background", "hair", "face", "eyes", "mouth")
+
+
+def log(most):
+    """A log of ten evaluations, with curves that go from corner to corner."""
+    for epoch in range(10):
+        share = epoch / 9
+        row = {"epoch": epoch, "loss": 1 - share, "val_mse": share}
+        row |= {"knn": most * share, "linear": most * (1 - share)}
+        row |= {"knn_thumbnail": most / 2, "linear_thumbnail": most / 3}
+        yield row | {"attention_on": {part: i * share for i, part in enumerate(PARTS)}}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn(rows) -> the figure of plots.curves, laid out."""
+
+    def drawn(rows):
+        kept = []
+        monkeypatch.setattr(plots, "save", lambda figure, _: kept.append(figure))
+        plots.curves("curves.png", rows, "val", "a run")
+        kept[0].canvas.draw()
+        return kept[0]
+
+    yield drawn
+    plots.plt.close("all")
+
+
+@pytest.mark.parametrize("most", [0.001, 100])
+def test_a_legend_covers_no_curve_and_no_label(drawn, most):
+    figure = drawn([*log(most)])
+    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    assert len(figure.axes) == 4 and len(legends) == 2
+    boxes = [legend.get_window_extent() for legend in legends]
+    boxes += [axis.get_window_extent() for axis in figure.axes]
+    boxes += [axis.xaxis.label.get_window_extent() for axis in figure.axes]
+    boxes += [axis.title.get_window_extent() for axis in figure.axes]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for legend in boxes[:2]:  # the figure cuts off nothing
+        assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= legend.y0
+
+
+def test_a_log_without_labels_has_two_panels(drawn):
+    rows = [{key: row[key] for key in ("epoch", "loss", "val_mse")} for row in log(1)]
+    assert len(drawn(rows).axes) == 2
