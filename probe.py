@@ -42,6 +42,7 @@ from common.train import commit, machine, read_log, seeded
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 PAIRED = 2000  # most images for verification: the number of their pairs grows with the square
+LEAST_GAIN = 2.0  # points of kNN: a few hundred pictures can't tell less from chance
 INTERVAL = "{low:+.2f} to {high:+.2f}"
 HEADS = {"logistic": "logistic regression", "knn": "kNN"}
 COLUMNS = {  # of the printed table: the keys of a number in a row of probe.json, and its heading
@@ -296,17 +297,19 @@ def threshold_of(runs):
     The reference is the first run with random masks, else the first run.
     """
     # A round number such as 70 % would mean nothing where random weights have 70 % already. So the
-    # threshold is nine tenths of the way from there to the end of a run with random masks.
+    # threshold is nine tenths of the way from there to the end of a run with random masks. Where that
+    # run gained nothing, its start would be a threshold that every run has reached after 0 epochs.
     plain = [run for run in runs if flags_of(run).get("mask") == "random"]
     reference = (plain or runs)[0]
     log = read_log(features.home_of(reference) / "log.jsonl")
     knn = [row["knn"] for row in log if "knn" in row]
     if not knn:
         return None, f"no kNN in {reference}/log.jsonl"
-    # The first epochs may cost accuracy. Ninety percent of a loss would be reached before training.
-    if knn[-1] <= knn[0]:
-        return None, f"kNN of {Path(reference).name} gained nothing over its random init"
-    return metrics.threshold_of(knn), f"random init + 90 % of the gain of {Path(reference).name}"
+    name = Path(reference).name
+    threshold, least = metrics.threshold_of(knn), knn[0] + LEAST_GAIN
+    if threshold < least:
+        return least, f"random init + {LEAST_GAIN:g} points, as {name} hardly gained"
+    return threshold, f"random init + 90 % of the gain of {name}"
 
 
 def efficiency(rows, threshold):
@@ -321,6 +324,7 @@ def efficiency(rows, threshold):
     epochs, seconds = ([row[key] for row in evaluated] for key in ("epoch", "seconds"))
     return {
         "threshold": threshold,
+        "gain": max(knn[1:], default=knn[0]) - knn[0],
         "reached_epoch": metrics.first_crossing(epochs, knn, threshold),
         "reached_seconds": metrics.first_crossing(seconds, knn, threshold),
     }
@@ -332,6 +336,8 @@ def efficiency_line(row, source):
     reached = "not reached"
     if row["reached_epoch"] is not None:
         reached = f"reached after {row['reached_epoch']:.1f} epochs, {row['reached_seconds']:.0f} s"
+    elif row["gain"] < LEAST_GAIN:
+        reached = f"no gain, at most {row['gain']:+.1f} points after the start"
     return f"kNN of {row['threshold']:.1f} % in the run ({source}): {reached}"
 
 

@@ -186,3 +186,16 @@ def test_efficiency_against_a_log():
     assert (found["reached_epoch"], found["reached_seconds"]) == (15, 151)
     assert probe.efficiency(rows, 81)["reached_epoch"] is None
     assert probe.efficiency([], 75) is None
+
+
+@pytest.mark.parametrize("knn", [(50, 40, 45), (50, 50.5, 51), (50,)])
+def test_a_run_that_gains_nothing_reaches_no_threshold(tmp_path, knn):
+    """Its start would be the threshold, and every run would reach it after 0 epochs."""
+    rows = [{"epoch": e, "seconds": 9.0 * e, "knn": k} for e, k in enumerate(knn)]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    threshold, source = probe.threshold_of([str(tmp_path)])
+    found = probe.efficiency(rows, threshold)
+    assert found["reached_epoch"] is None and found["reached_seconds"] is None
+    assert "no gain" in probe.efficiency_line(found, source)
+    gain = [*rows, {"epoch": 9, "seconds": 90.0, "knn": 70}]
+    assert probe.efficiency(gain, threshold)["reached_epoch"] > 0
