@@ -196,7 +196,9 @@ def set_length(flags, n_images, device, world):
     defaults = DEFAULTS[device.type]
     epochs = max(1, round(defaults["views"] / n_images))
     set_defaults(flags, epochs=epochs, batch_size=defaults["batch"])
-    every = min(max(10, flags.epochs // 20), (flags.epochs + 1) // 2)
+    # An evaluation of the demo set takes about as long as an epoch, so there are five epochs or more
+    # between two. Only a shorter run has one in its middle.
+    every = min(max(5, flags.epochs // 16), (flags.epochs + 1) // 2)
     set_defaults(flags, eval_every=every)
     b = min(flags.batch_size, n_images) // world
     if b < (1 if flags.contrast == "none" else 2):  # the contrastive loss compares images

@@ -93,6 +93,23 @@ def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast):
     assert (flags["mask"], flags["ratio"], flags["contrast"]) == ("squares", "0.6", "none")
 
 
+@pytest.mark.parametrize(
+    ("device", "epochs", "least", "most"),
+    [
+        ("cpu", 38, 8, 10),
+        ("cuda", 195, 10, 20),
+        ("cuda", 2381, 10, 20),
+        ("cpu", 4, 3, 5),
+        ("cpu", 1, 2, 2),
+    ],
+)
+def test_a_curve_has_points_enough(device, epochs, least, most):
+    flags = SimpleNamespace(epochs=epochs, contrast="none", given={"epochs"})
+    pretrain.set_length(flags, 1680, torch.device(device), 1)
+    points = {*range(0, epochs, flags.eval_every), epochs}
+    assert least <= len(points) <= most
+
+
 def test_what_is_random_in_training_is_not_in_evaluations(monkeypatch):
     """Dropout, which a student may add to model.py."""
     model = torch.nn.Dropout()
