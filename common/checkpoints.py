@@ -23,6 +23,8 @@ from common.fields import (
     check_arrays,
     check_fields,
     check_finite,
+    list_of,
+    number,
     whole,
 )
 from common.io import (
@@ -164,6 +166,7 @@ def read_network(path):
     if odd := sorted(config.keys() - known):
         raise UserError(f"{file}: no network here has {', '.join(odd)}; {OTHER_CODE}")
     weights, header = read_safetensors(file, REMEDY)
+    check_fields(header, {"fixed_picture?": list_of(number(), 1, 16)}, file, REMEDY)
     with reading(file, "network", REMEDY):
         weights = as_matrix({name: w.float() for name, w in weights.items()})
     facts = {"norm_eps": EPS, "norm_pix": header.get("norm_pix", True)}
@@ -241,7 +244,9 @@ def at_size(weights, facts, image_size, path):
         raise UserError(f"--image-size {size} is no multiple of {p} px, a patch of {path}, or huge")
     positions = [name for name in weights if name.endswith("pos_embed")]
     resized = {name: resize_positions(weights[name], size // p) for name in positions}
-    return weights | resized, facts | {"image_size": size}
+    if size != facts["image_size"]:
+        facts = facts | {"image_size": size, "fixed_picture": None}  # which had another size
+    return weights | resized, facts
 
 
 def blank_encoder(facts, norm_eps):
@@ -261,8 +266,7 @@ def load_encoder(path, image_size=None):
     with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
         encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path)
-    if image_size is None:
-        warn_of_other_code(encoder.eval(), facts.get("fixed_picture"), path)
+    warn_of_other_code(encoder, facts.get("fixed_picture"), path)
     return encoder.eval()
 
 
@@ -292,6 +296,7 @@ def load_mae(path, image_size=None):
     if beside(path, "stats_head").exists():
         load_beside(model.decoder.stats_head, path, "stats_head")
     add_pooler(model.encoder, path)
+    warn_of_other_code(model.encoder, facts.get("fixed_picture"), path)
     return model.eval(), {"norm_pix": True, "floor": FLOOR} | about_model(path)
 
 
