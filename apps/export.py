@@ -303,7 +303,8 @@ RATINGS = ("general", "sensitive", "questionable", "explicit")
 class WDGraph(nn.Module):
     """pictures float32 (B, 448, 448, 3), 0 to 255, BGR -> {"output": probabilities (B, rows)}.
 
-    graph: a `Graph` of a tagger or a recogniser of so many names. order: the tags' rows, as places.
+    graph: a `Graph` of a tagger or a recogniser of so many names. order: the places among the tags of
+    ratings and tags, row for row; the place behind the last tag is 0 for every picture.
     """
 
     def __init__(self, graph, order, names):
@@ -319,8 +320,11 @@ class WDGraph(nn.Module):
             x = (x @ self.resize).round().clamp(0, 255).mT
         found = self.inner(x.permute(0, 2, 3, 1).to(torch.uint8))
         if "who" in found:
-            return {"output": name_alone(found, self.names)}
-        tags = found["tags"][:, self.order]
+            found |= {
+                "tags": x.new_zeros(x.shape[0], 0),
+                "characters": name_alone(found, self.names),
+            }
+        tags = F.pad(found["tags"], (0, 1))[:, self.order]
         characters = [found["characters"]] if "characters" in found else []
         return {"output": torch.cat([tags, *characters], 1)}
 
@@ -346,8 +350,12 @@ def save_wd(source, folder, image_size=None):
         raise UserError(f"{source} names nothing; give a run of apps/tags.py or finetune_lora.py")
     tags = notes.get("tags", [])
     names = notes["names"]
-    order = sorted(range(len(tags)), key=lambda i: tags[i] not in RATINGS)  # ratings first
-    rows = [(tags[i], RATING if tags[i] in RATINGS else GENERAL) for i in order]
+    # Readers take the first four outputs for the ratings, whatever selected_tags.csv says. Without
+    # these rows, each tag would get the probability of the fourth one after it.
+    places = {tag: i for i, tag in enumerate(tags)}
+    general = [tag for tag in tags if tag not in RATINGS]
+    order = [places.get(tag, len(tags)) for tag in (*RATINGS, *general)]
+    rows = [(tag, RATING) for tag in RATINGS] + [(tag, GENERAL) for tag in general]
     if notes["is"] == "recogniser" or "characters" in graph(graph.example):
         rows += [(name, CHARACTER) for name in names]
     folder.mkdir()

@@ -1,5 +1,6 @@
 """apps/export.py: the same answers from onnxruntime as from torch, a reader without torch, and the card beside it."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from conftest import ROOT, json_of, python, refused, run_line
 from made import CPU, QUICK
 from PIL import ExifTags, Image
+from torch import nn
 
 import data
 from apps import export, tags
@@ -167,3 +169,43 @@ def test_a_folder_is_written_whole_or_not_at_all(at, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "save_json", full_disk)  # behind the weights
     assert "no room" in refused(run_line(f"apps.export runs/a --to hf --out {tmp_path}/hf", at))
     assert not list(tmp_path.iterdir())
+
+
+class Constant(nn.Module):
+    """Stands for a tagger: the same probability of each tag, whatever the picture."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.tags = nn.Parameter(torch.tensor(probabilities))
+        self.example = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+
+    def forward(self, images):
+        return {"tags": self.tags + 0 * images.flatten(1).float().mean(1, True)}
+
+
+RATED = {  # the tags of a run, and the ratings by their place: the number of the tag, or 0
+    "smile hat": [0, 0, 0, 0],
+    "smile explicit hat general": [4, 0, 0, 2],
+    "explicit questionable sensitive general": [4, 3, 2, 1],
+    "Sensitive rating:general sensitive": [0, 3, 0, 0],
+}
+
+
+@pytest.mark.parametrize("words", RATED)
+def test_the_first_four_outputs_for_wd_programs_are_ratings(tmp_path, monkeypatch, words):
+    words, ratings = words.split(), RATED[words]
+    numbers = [float(i) for i in range(1, len(words) + 1)]
+    notes = {"is": "tagger", "tags": words, "names": []}
+    graphs = []
+    monkeypatch.setattr(export, "graph_of", lambda *_: (Constant(numbers), notes))
+    monkeypatch.setattr(export, "write_onnx", lambda graph, *_: graphs.append(graph))
+    export.save_wd("runs/x", tmp_path / "wd")
+    found = graphs[0](graphs[0].example)["output"][0].tolist()
+    assert found[:4] == ratings
+    with open(tmp_path / "wd/selected_tags.csv", newline="") as file:
+        names = [row["name"] for row in csv.DictReader(file) if row["category"] == "0"]
+    assert dict(zip(names, found[4:], strict=True)) == {
+        word: number
+        for word, number in zip(words, numbers, strict=True)
+        if word not in export.RATINGS
+    }
