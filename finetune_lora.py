@@ -29,7 +29,14 @@ from torch import nn
 import data
 import mask as masking
 from common import classifier, controls, metrics, readout, stats, train
-from common.checkpoints import fixed_view, flags_of, load_encoder, load_exactly
+from common.checkpoints import (
+    fixed_view,
+    flags_of,
+    load_encoder,
+    load_exactly,
+    model_file,
+    places_of,
+)
 from common.command import (
     Parser,
     at_least,
@@ -260,16 +267,33 @@ def load_lora(encoder, folder):
     encoder.requires_grad_(False)
 
 
+def load_base(name, folder, image_size, digest=None):
+    """The encoder that the run or adapter in a folder names -> the ViT in eval mode.
+
+    digest: its fingerprint, None of an adapter that does not tell it.
+    """
+    places = [place for place in places_of(name, folder) if model_file(place).exists()]
+    for place in places:
+        encoder = load_encoder(place, image_size)
+        # An adapter is nothing on other weights, so the name of an encoder is not enough.
+        if digest in (None, fingerprint(encoder)):
+            return encoder
+    if places:
+        raise UserError(f"{places[0]} is not the encoder that {folder} was trained on; restore it")
+    looked = "not in this folder, not above the run, and not in the program's folder"
+    fix = f"copy it to {Path(folder).with_name(Path(name).name)}"
+    raise UserError(
+        f"{folder} was trained on the encoder {name}, which is missing: {looked}; {fix}"
+    )
+
+
 def load_classifier(folder):
     """runs/NAME of this stage -> (Classifier in eval mode, header of its head file)."""
     folder = Path(folder)
     weights, header = classifier.read_head(folder)
-    # Only a run that changed all weights has an encoder of its own. Others name theirs, and since an
-    # adapter is nothing on other weights, the fingerprint tells whether it is still the same one.
-    base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
-    encoder = load_encoder(base, header["image_size"])
-    if fingerprint(encoder) != header["fingerprint"]:
-        raise UserError(f"{base} is not the encoder that {folder} was trained on; restore it")
+    # Only a run that changed all weights has an encoder of its own. Others name theirs.
+    base = folder if (folder / "model.safetensors").exists() else header["base"]
+    encoder = load_base(base, folder, header["image_size"], header["fingerprint"])
     if header["method"] == "lora":
         load_lora(encoder, folder)
     config = {key: value for key, value in header["config"].items() if key != "dim"}

@@ -30,7 +30,7 @@ import data
 import mask as masking
 from apps import detect, maps, recognize, segment, tags
 from common import guidance, sheets
-from common.checkpoints import about_model, load_mae
+from common.checkpoints import about_model, load_mae, place_of
 from common.classifier import is_recogniser
 from common.command import Parser, between, cli, require
 from common.evaluate import filled_in, hide, psnr
@@ -116,7 +116,7 @@ def base_of(run):
     """The encoder that the file of a recogniser, detector or tagger names, or None."""
     files = [Path(run, f"{stem}.safetensors") for stem in ("head", "detector", "model")]
     header = next((open_tensors(file)["header"] for file in files if file.exists()), {})
-    return str(header["base"]) if header.get("base") else None
+    return str(place_of(header["base"], run)) if header.get("base") else None
 
 
 def made_of(run, fits):
@@ -279,7 +279,7 @@ def recognise_page(run, picture):
     shares = {key: max(0.0, x) for key, x in shares.items() if x is not None}
     faces = [("input", image[0])]
     with contextlib.suppress(UserError):  # the data set may be gone
-        split = data.open_split(header["data"], "train")
+        split = data.open_split(place_of(header["data"], run), "train")
         keys = split["header"].get("keys", [])
         for near in row["nearest"]:
             if near["picture"] in keys:

@@ -38,7 +38,7 @@ from common.command import Parser, at_least, cli, require
 from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
 from common.locks import reserve
 from common.lora import ADAPTER, fingerprint, read_config, read_tensors, save_encoder
-from finetune_lora import load_classifier, load_lora, merge_lora
+from finetune_lora import load_base, load_classifier, load_lora, merge_lora
 from kernels.gather import MEAN, STD
 from model import EPS
 
@@ -176,7 +176,8 @@ def save_merged(source, out, image_size):
     header = read_tensors(source)[1]
     if not base:
         raise UserError(f"{source}/{ADAPTER[1]} names no encoder: base_model_name_or_path")
-    encoder = checkpoints.load_encoder(base, image_size or header.get("image_size"))
+    size = image_size or header.get("image_size")
+    encoder = load_base(base, source, size, header.get("fingerprint"))
     load_lora(encoder, source)
     merge_lora(encoder)
     save_encoder(encoder, out, {"merged": str(source), "origin": flags_of_run(source)})
@@ -393,7 +394,7 @@ def sets_behind(source, later=()):
     flags = flags_of_run(source)
     found = [flags.get("data", "not known here")]
     if before := flags.get("encoder") or flags.get("init"):
-        found += sets_behind(Path(before), (*later, source.resolve()))
+        found += sets_behind(checkpoints.place_of(before, source), (*later, source.resolve()))
     return list(dict.fromkeys(found))
 
 
@@ -432,7 +433,8 @@ def flags_of_run(source):
         header = read_head(source)[1]
         flags = {"encoder": header.get("base")} | header["config"]
         flags |= {"data": header["data"], "method": header["method"]}
-        before = checkpoints.flags_of(header["base"]) if header.get("base") else {}
+        base = checkpoints.place_of(header["base"], source)
+        before = checkpoints.flags_of(base) if header["base"] else {}
         return flags | {
             f"{name} of its encoder": before[name] for name in MADE_BY if name in before
         }

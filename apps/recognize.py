@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 import data
 from common import fields
+from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
 from common.features import open_rows
@@ -360,7 +361,7 @@ def faces_learned(run, device, dtype):
     unknown                                the same of characters that --hold-out left out, or None
     """
     net, header, autocast = open_network(run, device, dtype)
-    folder = header["data"]
+    folder = place_of(header["data"], run)
     held = header.get("split", "val")
     (train, dev, _), classes = open_rows(folder, held, header.get("hold_out", 0))
     if classes != header["classes"]:

@@ -56,6 +56,7 @@ from apps.recognize import (
 )
 from apps.sort import alike, centred
 from common import metrics, stats
+from common.checkpoints import place_of
 from common.command import between, cli, command, refuse_useless
 from common.features import results_folder
 from common.io import UserError, read_json, save_json
@@ -243,12 +244,13 @@ def measure(asked, own, learned):
 
 def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
-    folder = Path(data.open_or_pack(args.data or header["data"]))
-    home = results_folder(args.run, folder, args.split, header["data"])
+    learned = place_of(header["data"], args.run)
+    folder = Path(data.open_or_pack(args.data or learned))
+    home = results_folder(args.run, folder, args.split, learned)
     reserve([home / "recognize.json"], fix="choose another --data or --split")
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
-    if (asked.true < 0).all() and Path(header["data"]).exists():
-        own = faces_of(net, gallery, header["data"], header.get("split", "val"), autocast)
+    if (asked.true < 0).all() and learned.exists():
+        own = faces_of(net, gallery, learned, header.get("split", "val"), autocast)
     found = measure(asked, own, gallery["learned"])
     if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")

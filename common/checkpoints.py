@@ -8,6 +8,7 @@ in part is refused.
 import inspect
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from common.io import (
 from kernels.loss import FLOOR
 from model import EPS, MAE, Pooler, ViT, check_sizes
 
+ROOT = Path(__file__).resolve().parent.parent  # the program's folder
 BESIDE = ("encoder.pooler", "decoder.stats_head")  # parts of an MAE that have files of their own
 
 # ---- a run's files -------------------------------------------------------------------------------
@@ -121,6 +123,23 @@ def about_model(run):
         return {}
     check_fields(header, {"config?": {}, "run?": {"data?": TEXT}}, path, "make the run again")
     return header
+
+
+def places_of(name, run):
+    """Where the path that a run names may lie -> those of the places that are there.
+
+    It is relative to the folder in which the run was made, as runs/a is. A stage may be started in
+    another one, and a run may be copied with what it names.
+    """
+    run = Path(run).resolve()
+    tried = [Path(name), *(folder / name for folder in run.parents)]
+    tried += [run.parent / Path(name).name, ROOT / name]
+    return [place for place in tried if os.path.exists(place)]
+
+
+def place_of(name, run):
+    """The first of these places; the name as it is where there is none."""
+    return next(iter(places_of(name, run)), Path(name))
 
 
 def flags_of(run):

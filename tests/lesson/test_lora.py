@@ -14,7 +14,7 @@ from apps.export import export
 from common.checkpoints import load_encoder
 from common.io import UserError
 from common.lora import fingerprint, save_encoder
-from finetune_lora import LoRA, add_lora, load_lora, lora_layers, write_adapter
+from finetune_lora import LoRA, add_lora, load_base, load_lora, lora_layers, write_adapter
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
 ATTN = ["attn.qkv", "attn.proj"]
@@ -217,3 +217,45 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     close(encoder.features(some_view(S=48)), base.features(some_view(S=48)))
     with pytest.raises(UserError, match="--to merged"):
         export(tmp_path / "run", "timm")
+
+
+# ---- the encoder that an adapter names -----------------------------------------------------------
+
+PLACES = {  # where the encoder lies, where the run does; the stage is started in here/
+    "runs/x": "runs/x-lora",  # as they were made, and it is started elsewhere
+    "runs/deep/x": "runs/deep/study/x-lora",
+    "copied/x": "copied/x-lora",  # the two alone were copied
+    "here/runs/x": "else/x-lora",
+    "program/runs/x": "else/x-lora",
+}
+
+
+def put(folder, seed=0):
+    folder.mkdir(parents=True)
+    save_encoder(small_vit(seed), folder / "model.safetensors", {})
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("others", [(), ("here/runs/x", "runs/x", "copied/x")])
+def test_an_encoder_is_found_wherever_its_run_was_made(tmp_path, monkeypatch, place, others):
+    """Another encoder of the same name is not taken for it."""
+    put(tmp_path / place)
+    for other in set(others) - {place}:
+        put(tmp_path / other, seed=1)
+    (tmp_path / "here/runs/x").mkdir(parents=True, exist_ok=True)  # an empty folder is no encoder
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("common.checkpoints.ROOT", tmp_path / "program")
+    name = "runs/deep/x" if "deep" in place else "runs/x"
+    digest = fingerprint(small_vit())
+    assert fingerprint(load_base(name, tmp_path / PLACES[place], None, digest)) == digest
+
+
+def test_an_encoder_that_is_nowhere_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/x", str(tmp_path / "gone.pth")):
+        with pytest.raises(UserError, match=f"{name}, which is missing"):
+            load_base(name, tmp_path / "x-lora", None, "0")
+    put(tmp_path / "runs/x", seed=1)
+    with pytest.raises(UserError, match="runs/x is not the encoder"):
+        load_base("runs/x", tmp_path / "x-lora", None, "0")
+    assert load_base("runs/x", tmp_path / "x-lora", None).image_size == 32
