@@ -1,23 +1,33 @@
 """Picture files in folders, lists, zips and tars: names and bytes. Nothing is extracted to disk.
 
-open_...(path) -> (found, fetch): found is [(place, name)] of the pictures, and fetch(records)
-yields (record, load) for records with such a place, where load() -> bytes.
+open_...(path) -> (found, fetch, *notes): found is [(place, name)] of the pictures, and fetch(records)
+yields (record, load) for records with such a place, where load() -> bytes. notes are lines on files
+that are no pictures, and on code pages.
 """
 
 import os
+import posixpath
 import re
 import sys
 import tarfile
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from common.fields import shown
 from common.io import UserError, reading, regular
+from ingest import codepages
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
+# what may lie beside pictures, and nobody misses: texts, and what tools keep there
+TEXTS = ".txt .caption .tags .json .jsonl .csv .tsv .xml .yaml .yml .toml .md .html .htm .log .nfo"
+BESIDE = {*TEXTS.split(), ".ini", ".db", ".npy", ".npz", ".py", ".sh"}
+LINK = "links to nothing"
+LONGEST_CHAIN = 40  # of links to links, as in Linux
 # folders of macOS, Synology, QNAP and Windows, with thumbnails or what was deleted
 TOOLS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}
 
@@ -27,11 +37,49 @@ def nfc(text):
     return unicodedata.normalize("NFC", text)
 
 
-def is_image(name):
-    """By its suffix; a tool's or hidden one, as __MACOSX/._x.png and .thumbnails/x.png, is none."""
+def is_hidden(name):
+    """By a dot, or a tool's, as __MACOSX/._x.png and .thumbnails/x.png."""
     parts = set(name.split("/")) - {".", ".."}
-    hidden = any(part in TOOLS or part.startswith(".") for part in parts)
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not hidden
+    return any(part in TOOLS or part.startswith(".") for part in parts)
+
+
+def suffix_of(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def is_image(name):
+    """By its suffix; a hidden one is none."""
+    return suffix_of(name) in SUFFIXES and not is_hidden(name)
+
+
+def left_out(names, kinds, pictures):
+    """A line, or none, on files that may be pictures and are not read.
+
+    names: of all files that are no pictures; kinds: {name: what it is} where its suffix does not tell;
+    pictures: names of those that are read, for the folders in which there are none.
+    """
+    lost = {}
+    for name in sorted(names):
+        if not is_hidden(name) and suffix_of(name) not in BESIDE:
+            lost[name] = kinds.get(name) or suffix_of(name) or "without suffix"
+    if not lost:
+        return []
+    count = Counter(lost.values()).most_common()
+    told = ", ".join(f"{n} {kind}" for kind, n in count[:5]) + ", ..." * (len(count) > 5)
+    line = f"{len(lost)} files left out: {told}; the first: {next(iter(lost))}"
+    read = {folder for name in set(map(posixpath.dirname, pictures)) for folder in above(name)}
+    empty = sorted(set(map(posixpath.dirname, lost)) - read - {""})
+    if empty:
+        line += f"; folders that lost everything: {len(empty)}, such as {', '.join(empty[:3])}"
+    return [shown(f"{line}; convert or rename what should be read, such as to .png")]
+
+
+def above(folder):
+    """a/b -> a/b, a and "", the top."""
+    while folder:
+        yield folder
+        folder = posixpath.dirname(folder)
+    yield ""
 
 
 def refuse_large(size):
@@ -42,16 +90,25 @@ def refuse_large(size):
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def walk(folder, prefix="", above=()):
-    """Names of the images below a folder, sorted. Links that lead back are not followed."""
+def walk_all(folder, prefix="", above=()):
+    """Yield (name, what it is if it is no file) of all below a folder, sorted.
+
+    Links that lead back are not followed.
+    """
     here = os.path.realpath(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name) if here not in above else ():
+        name = prefix + entry.name
         if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
-            continue
-        if entry.is_dir():
-            yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
-        elif is_image(prefix + entry.name) and entry.is_file():
-            yield prefix + entry.name
+            yield name, LINK
+        elif entry.is_dir():
+            yield from walk_all(entry.path, f"{name}/", (*above, here))
+        else:
+            yield name, None if entry.is_file() else "pipes or devices"
+
+
+def walk(folder):
+    """Names of the images below a folder, sorted."""
+    return (name for name, kind in walk_all(folder) if is_image(name) and not kind)
 
 
 def read_whole(path):
@@ -73,7 +130,10 @@ def files_below(root):
 
 
 def open_folder(root):
-    return [(name, name) for name in walk(root)], files_below(root)
+    kinds = dict(walk_all(root))
+    names = [name for name, kind in kinds.items() if is_image(name) and not kind]
+    others = kinds.keys() - set(names)
+    return [(name, name) for name in names], files_below(root), *left_out(others, kinds, names)
 
 
 def open_list(_):
@@ -83,7 +143,9 @@ def open_list(_):
     if paths and all(map(os.path.isabs, paths)):
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    return [(p, name) for p, name in named if is_image(name)], fetch_files
+    found = [(p, name) for p, name in named if is_image(name)]
+    others = [name for p, name in named if not is_image(name) and not os.path.isdir(p)]
+    return found, fetch_files, *left_out(others, {}, [name for _, name in found])
 
 
 # ---- archives ------------------------------------------------------------------------------------
@@ -95,32 +157,23 @@ def refuse_escape(archive, name):
         raise UserError(f"{archive} holds the name {name!r}, which leads out of it; pack it anew")
 
 
-def open_zip(path):
-    """The members of a zip are read in place, by name."""
+def open_zip(path, code=None):
+    """The members of a zip are read in place, by name. code: of names that tell no code page."""
     with reading(path, "zip archive", "pack it anew"):
         archive = zipfile.ZipFile(path)
-    for name in archive.namelist():
-        refuse_escape(path, name)
     members = sorted(archive.infolist(), key=lambda info: info.filename)
-    images = [(info, zip_name(info)) for info in members if is_image(zip_name(info))]
+    names, notes = codepages.names_of(members, code)
+    names = [name.replace("\\", "/") for name in names]  # some tools on Windows write those
+    for name in names:
+        refuse_escape(path, name)
+    images = [pair for pair in zip(members, names, strict=True) if is_image(pair[1])]
+    others = [name for name in names if not is_image(name) and not name.endswith("/")]
+    notes += left_out(others, {}, [name for _, name in images])
 
     def fetch(records):
         return ((r, partial(read_member, archive, r.place)) for r in records)
 
-    return images, fetch
-
-
-def zip_name(info):
-    """Names without the UTF-8 flag are mostly UTF-8 (macOS) or Japanese, not cp437."""
-    name = info.filename
-    if not info.flag_bits & 0x800 and not name.isascii():
-        for code in ("utf-8", "cp932"):
-            try:
-                name = info.filename.encode("cp437").decode(code)
-                break
-            except UnicodeError:
-                continue
-    return name.replace("\\", "/")  # some tools on Windows write those between folders
+    return images, fetch, *notes
 
 
 def read_member(archive, info):
@@ -129,15 +182,44 @@ def read_member(archive, info):
 
 
 def open_tar(path):
-    """A tar is read through from its beginning for every split."""
+    """A tar is read through from its beginning for every split. Its links are what they lead to."""
 
     def fetch(records):
-        wanted = {r.place: r for r in records}
-        for name, data in tar_images(path, wanted):
+        wanted = {}
+        for record in records:
+            wanted.setdefault(record.place, []).append(record)
+        for member, data in tar_members(path, wanted):
             if data is not None:
-                yield wanted.pop(name), partial(bytes, data)
+                for record in wanted.pop(member.name):
+                    yield record, partial(bytes, data)
 
-    return [(name, name) for name, _ in tar_images(path)], fetch
+    names = []
+    whole = {}  # {a file's path: its name in the tar, which may begin with ./}
+    links = {}  # {a link's path: what it names}
+    for member, _ in tar_members(path):
+        key = posixpath.normpath(member.name)
+        if member.isfile():
+            whole[key] = member.name
+        elif member.islnk():
+            links[key] = posixpath.normpath(member.linkname)
+        elif member.issym():  # counts from its own folder
+            beside = posixpath.join(posixpath.dirname(key), member.linkname)
+            links[key] = posixpath.normpath(beside)
+        if not member.isdir():
+            names.append(member.name)
+    places = {name: whole.get(end_of(posixpath.normpath(name), links)) for name in names}
+    found = [(places[name], name) for name in names if places[name] and is_image(name)]
+    read = {name for pair in found for name in pair}  # what a link leads to is read, too
+    others = [name for name in names if name not in read]
+    kinds = {name: LINK for name in names if not places[name]}
+    return found, fetch, *left_out(others, kinds, [name for _, name in found])
+
+
+def end_of(name, links):
+    """What a chain of links {name: name} leads to. One that is longer, as a circle, leads to a link."""
+    for _ in range(LONGEST_CHAIN):
+        name = links.get(name, name)
+    return name
 
 
 # ---- tars ----------------------------------------------------------------------------------------
@@ -175,8 +257,8 @@ def is_tar(path):
         return False
 
 
-def tar_images(path, wanted=()):
-    """Yield (name, bytes, or None if it is not wanted) of the pictures of a tar, in its order."""
+def tar_members(path, wanted=()):
+    """Yield (member, bytes of a file, or None if it is not wanted) of a tar, in its order."""
     most = 2**30 + 1000 * os.path.getsize(path)  # pictures hardly shrink when they are packed
     try:
         with tarfile.open(path, "r|*", tarinfo=Member) as tar:
@@ -185,10 +267,9 @@ def tar_images(path, wanted=()):
                 refuse_escape(path, member.name)
                 if member.offset_data + member.size > most:
                     raise tarfile.ReadError(f"{member.name[:80]!r} says {member.size} bytes")
-                if member.isfile() and is_image(member.name):
-                    # one too large can't be read, and is named
-                    size = member.size if member.size <= MOST_BYTES else 0
-                    asked = member.name in wanted
-                    yield member.name, tar.extractfile(member).read(size) if asked else None
+                # one too large can't be read, and is named
+                size = member.size if member.size <= MOST_BYTES else 0
+                asked = member.isfile() and member.name in wanted
+                yield member, tar.extractfile(member).read(size) if asked else None
     except BROKEN_TAR as problem:
         raise UserError(f"{path} is not a whole tar archive: {problem}") from None

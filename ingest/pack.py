@@ -49,7 +49,7 @@ from common.io import UserError, open_tensors
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
 from data import SMALL, evenly_spaced, open_split
-from ingest import boxes, duplicates, hybrid, layouts, scenes, sources, tags, toon
+from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
 from ingest.splits import assign_splits, hold_out_test, large_enough, long_tailed, without_copies
 
@@ -90,7 +90,8 @@ def render(records, draw, size, dims):
 def open_images(flags, size):
     """Pictures, cut as --crop says; their alpha is the foreground where most have some."""
     by_folders = sources.reader_of(flags.path)[1] is None
-    records, fetch, notes = sources.find(flags.path, flags.layout if by_folders else None)
+    layout = flags.layout if by_folders else None
+    records, fetch, notes = sources.find(flags.path, layout, flags.names)
     crop, margin = flags.crop
     found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
@@ -163,8 +164,9 @@ def open_source(flags, size):
         usable = OF_DRAWN | ({"tail", "drawings"} if path == "toon" else set())
         refuse_useless(flags.given - usable, f"on {path}, which is drawn")
         return DRAWN[path](flags, size)
-    by_folders = not flags.detect and sources.reader_of(path)[1] is None
-    useless = {"drawings"} if by_folders else {"drawings", "layout"}
+    reader, name = (None, "boxes") if flags.detect else sources.reader_of(path)
+    useless = {"drawings"} if name is None else {"drawings", "layout"}
+    useless |= {"names"} if reader is not files.open_zip else set()
     useless |= {"crop"} if flags.detect else set()
     refuse_useless(flags.given & useless, "on these pictures")
     source = open_boxes(flags, size) if flags.detect else open_images(flags, size)
@@ -400,6 +402,15 @@ def parse_crop(text):
     return name, margin
 
 
+def code_page(text):
+    try:
+        b"a".decode(text)
+    except (LookupError, UnicodeError):  # also of one that is no code page, such as zip or utf-16
+        fix = "give one that Python knows, such as cp932, gbk, big5, cp949 or cp866"
+        raise UserError(f"--names {text} is no code page; {fix}") from None
+    return text
+
+
 def regex(text):
     try:
         return re.compile(text).pattern
@@ -483,6 +494,7 @@ def parse_flags(words=None):
     add("--show", action="store_true", help="draw a sheet of a packed folder")
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--layout", type=layouts.parse_layout, help="split/-/class; -: no labels (default: found)")
+    add("--names", type=code_page, help="code page of a zip's names, as cp949 (default: guessed)")
     add("--size", type=side, help=f"side in pixels (default: {SIDE}; pages {LARGE})")
     centre = {"type": parse_crop, "default": parse_crop("centre")}
     add("--crop", help="centre (default), or figure:margin=0.1 by box, alpha or colours", **centre)

@@ -41,7 +41,9 @@ def each_picture(paths, work, problems, at_once=16):
     count = 0
     for path in paths:
         try:
-            records, fetch = found_at(path)
+            records, fetch, notes = found_at(path)
+            for note in notes:
+                print(f"note: {path}: {shown(note)}", file=sys.stderr)
             # files of two folders may have one name; a list on standard input holds paths
             below = len(paths) > 1 and path != "-" and not is_picture(Path(path))
             for record, row in decode_records(records, fetch, work, at_once):
@@ -60,10 +62,11 @@ def each_picture(paths, work, problems, at_once=16):
 
 
 def found_at(path):
-    """-> records and fetch of a path on the command line."""
+    """-> records and fetch of a path on the command line, and lines on what was left out of it."""
     if path == "-" or not is_picture(Path(path)):
-        return sources.find(path, layout=())[:2]
-    return [sources.Record(path, str(Path(path).resolve()))], files.fetch_files
+        records, fetch, notes = sources.find(path, layout=())
+        return records, fetch, notes[1:]  # the first says that folders are not read
+    return [sources.Record(path, str(Path(path).resolve()))], files.fetch_files, []
 
 
 def is_picture(path):

@@ -34,12 +34,15 @@ UNKNOWN = (None, None, None, (), None)
 Record = namedtuple("Record", "key place label split group tags box", defaults=UNKNOWN)
 
 
-def find(path, layout=None):
+def find(path, layout=None, names=None):
     """A path or the word - -> (records, fetch, notes), every key once.
 
     layout: a pattern for sources that only folders tell of; (): all pictures, no labels.
+    names: the code page of a zip's names, where they do not tell it.
     """
     reader, name = reader_of(path)
+    if reader is files.open_zip:
+        reader = partial(files.open_zip, code=names)
     if layout == () and Path(path).is_dir() and reader is not from_parquet:
         reader = open_folder
         name = None
@@ -47,12 +50,14 @@ def find(path, layout=None):
         found, fetch, *notes = reader(Path(path))
         notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
     else:
-        pictures, fetch = reader(Path(path))
+        pictures, fetch, *told = reader(Path(path))
         found, *notes = by_path(pictures, layout)
+        notes += told
     if not found:
         looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
         fix = "give an archive itself; data.py reads a file of boxes with --detect"
-        raise UserError(f"no image found in {path}; looked for {looked}; {fix}")
+        told = [f"no image found in {path}", *notes[1:], f"looked for {looked}", fix]
+        raise UserError("; ".join(told))
     if reader is open_folder and layout != ():
         found = [tags.with_caption(r, path) for r in found]
     records = {}

@@ -6,16 +6,18 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
 import tarfile
 import types
 import unicodedata
 import zipfile
+import zlib
 from itertools import product
 
 import numpy as np
 import pytest
-from conftest import CODE, ROOT, call, draw_folder
+from conftest import CODE, ROOT, call, draw_folder, refused, run_line
 from PIL import Image
 
 import data
@@ -157,11 +159,89 @@ def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
     assert files.is_image("__miku_drawn_by_w__1.png")  # Danbooru's name of a picture
 
 
-def test_old_zip_names_are_read_as_utf8_or_japanese():
-    names = {"utf-8": "初音ミク/1.png", "cp932": "初音ミク/1.png", "cp437": "é/1.png"}
-    for code, name in names.items():
-        info = zipfile.ZipInfo(name.encode(code).decode("cp437"))
-        assert files.zip_name(info) == name
+# Names as people have them, in code pages that a zip does not tell.
+PAGES = {
+    "cp932": "初音ミク 暁美ほむら 涼宮ハルヒ 十六夜咲夜 博麗霊夢 イラスト 表紙 ソ能 新しいフォルダー 矢澤にこ",
+    "gbk": "初音未来 洛天依 神里绫华 新建文件夹 钟离 雷电将军 王小明 孙悟空 三月七 图片",
+    "cp949": "하츠네미쿠 아이유 장원영 스크린샷 렘 프리렌 최유리 뷁 학습 짱구",
+    "utf-8": "初音ミク 神里绫华 하츠네미쿠 Éclair Müller Привет École 표지 表紙 ñandú",
+    "cp437": "café Müller Ñandú élan für naïve garçon Ångström señor straße",
+}
+
+
+def zip_of_raw(raw, fields=None):
+    """A zip of a picture for each name, bytes as an old program writes them; {name: extra field}."""
+    file = io.BytesIO()
+    stand_ins = {}
+    with zipfile.ZipFile(file, "w") as archive:
+        for i, name in enumerate(raw):
+            stand_ins[name] = f"{i:04d}".encode() + bytes([0x21]) * (len(name) - 4)
+            info = zipfile.ZipInfo(stand_ins[name].decode())
+            info.extra = (fields or {}).get(name, b"")
+            archive.writestr(info, png(i))
+    data = file.getvalue()
+    for name, stand_in in stand_ins.items():
+        data = data.replace(stand_in, name)
+    return data
+
+
+def names_in(tmp_path, data, **more):
+    (tmp_path / "old.zip").write_bytes(data)
+    records, fetch, notes = sources.find(tmp_path / "old.zip", **more)
+    assert {load() for _, load in fetch(records)} == {png(i) for i in range(len(records))}
+    return {r.key for r in records}, notes
+
+
+@pytest.mark.parametrize("code", PAGES)
+@pytest.mark.parametrize("count", [3, 10])
+def test_the_code_page_of_a_zip_is_found_for_all_names_together(tmp_path, code, count):
+    for first in range(0, 11 - count, 3):
+        words = PAGES[code].split()[first : first + count]
+        names = {f"{word}/{i}.png" for i, word in enumerate(words)}
+        raw = [name.encode(code) for name in sorted(names)]
+        found, notes = names_in(tmp_path, zip_of_raw([*raw, b"plain/1.png"]))
+        assert found == names | {"plain/1.png"}
+        assert f"{count} names tell no code page, and are read as {code}," in notes[1]
+
+
+def test_what_a_zip_says_of_its_names_goes_before_a_guess(tmp_path):
+    """Plain ASCII, the flag of UTF-8, and Info-ZIP's field, unless it repeats another name."""
+    files = {"plain/1.png": png(0), "初音ミク/1.png": png(1)}
+    with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    records, _, notes = sources.find(tmp_path / "new.zip")
+    assert {r.key for r in records} == {*files} and len(notes) == 1
+    name, raw = "プール/1.png", "プール/1.png".encode("cp949", "replace")
+    field = struct.pack("<BI", 1, zlib.crc32(raw)) + name.encode()
+    field = struct.pack("<HHHHH", 0x5455, 2, 0, 0x7075, len(field)) + field
+    korean = "하츠네미쿠/2.png".encode("cp949")
+    data = zip_of_raw([raw, korean], {raw: field, korean: field})
+    assert names_in(tmp_path, data)[0] == {name, "하츠네미쿠/2.png"}
+
+
+def test_a_flag_overrules_the_guess(tmp_path):
+    russian = ["Аска/1.png".encode("cp866"), "Рей/2.png".encode("cp866")]
+    found, notes = names_in(tmp_path, zip_of_raw(russian), names="cp866")
+    assert found == {"Аска/1.png", "Рей/2.png"} and "read as cp866" in notes[1]
+    with pytest.raises(UserError, match="--names utf-8"):
+        names_in(tmp_path, zip_of_raw(russian), names="utf-8")
+    line = f"data.py {tmp_path / 'old.zip'} --out out --size 16 --dedupe off --names"
+    assert "--names klingon" in refused(run_line(f"{line} klingon", tmp_path))
+    assert "--names zip" in refused(run_line(f"{line} zip", tmp_path))
+    assert "Аска, Рей" in run_line(f"{line} cp866", tmp_path, check=0).stdout
+    draw_folder(tmp_path / "images", classes=1, each=2)
+    words = ("images", "--out", "other", "--names", "gbk")
+    assert "--names" in refused(call("data.py", *words, cwd=tmp_path))
+
+
+def test_a_name_that_does_not_fit_the_others_is_counted(tmp_path):
+    """A truncated name, or one that another program added, does not decide for all."""
+    names = [f"{word}/{i}.png" for i, word in enumerate(PAGES["cp949"].split())]
+    cut = b"abcd/" + "미쿠".encode("cp949")[:3] + b".png"
+    found, notes = names_in(tmp_path, zip_of_raw([*(n.encode("cp949") for n in names), cut]))
+    assert set(names) <= found and len(found) == len(names) + 1
+    assert "read as cp949" in notes[1] and "1 do not fit" in notes[1]
 
 
 def test_a_list_on_standard_input_is_read_below_the_folders_that_all_have(tmp_path, monkeypatch):
@@ -186,6 +266,84 @@ def test_links_are_followed_but_never_round_in_circles(tmp_path):
     os.symlink(tmp_path / "nowhere.png", tmp_path / "set/miku/dead.png")
     keys = set(told(tmp_path / "set"))
     assert {"miku/1.png", "rin/1.png"} <= keys and len(keys) <= 4
+
+
+LEFT = {  # files beside two pictures of rin and one of luka, what is told of them
+    "miku/1.jxl miku/2.JXL rin/x": (
+        "3 files left out: 2 .jxl, 1 without suffix; the first: miku/1",
+        "miku",
+    ),
+    "rin/1.png_large luka/a.heic": ("2 files left out: 1 ", None),
+    "meiko/a.jpg:orig kaito/b.psd": ("kaito/b.psd", "kaito, meiko"),
+    "rin/1.txt notes.md Thumbs.db rin/.hidden __MACOSX/x.heic": (None, None),
+}
+
+
+@pytest.mark.parametrize("names", LEFT)
+@pytest.mark.parametrize("kind", ["folder", "zip", "gztar", "list"])
+def test_files_that_are_not_read_are_counted_and_the_first_is_named(
+    tmp_path, monkeypatch, names, kind
+):
+    read = ["rin/1.png", "rin/deep/2.png", "luka/1.png"]
+    root = lay(tmp_path / "set", [*read, *names.split()])
+    path = root if kind == "folder" else "-"
+    if kind in ("zip", "gztar"):
+        path = shutil.make_archive(tmp_path / "packed", kind, root)
+    monkeypatch.setattr("sys.stdin", sorted(map(str, root.rglob("*"))))
+    records, _, notes = sources.find(path)
+    told, lost = LEFT[names]
+    assert len(notes) == 1 + (told is not None)
+    assert len(records) == len(read)
+    if told:
+        assert told in notes[1].replace("./", "")
+        assert ("lost everything" in notes[1]) == (lost is not None)
+        assert lost is None or f"such as {lost};" in notes[1].replace("./", "")
+
+
+def test_links_to_nothing_are_counted(tmp_path):
+    lay(tmp_path, ["rin/1.png"])
+    for name, to in {"a.png": "nowhere", "b.png": "b.png", "rin/c": "/else/rin"}.items():
+        os.symlink(to, tmp_path / name)
+    os.mkfifo(tmp_path / "rin/pipe.png")
+    note = sources.find(tmp_path)[2][1]
+    assert "4 files left out: 3 links to nothing, 1 pipes or devices" in note
+    problems = []
+    assert len(list(pictures.pictures([tmp_path], 16, "centre", 0, problems))) == 1
+
+
+def test_what_is_left_out_is_told_by_stages_too(tmp_path, capsys):
+    lay(tmp_path, ["a.png", "b.jxl"])
+    assert len(list(pictures.pictures([tmp_path], 16, "centre", 0, []))) == 1
+    assert "1 .jxl" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="1 files left out: 1 .jxl"):
+        sources.find(tmp_path)
+
+
+def test_links_in_a_tar_are_what_they_lead_to(tmp_path):
+    lay(tmp_path / "set", ["miku/1.png", "store/ab12", "rin/4.png"])
+    links = {"miku/2.png": "1.png", "rin/1.png": "../miku/2.png", "rin/2.png": "../store/ab12"}
+    lost = {
+        "rin/x.png": "/etc/x.png",
+        "rin/y.png": "y.png",
+        "rin/z.png": "../../z.png",
+        "luka": "miku",
+    }
+    for name, to in (links | lost).items():
+        os.symlink(to, tmp_path / "set" / name)
+    os.link(tmp_path / "set/store/ab12", tmp_path / "set/rin/3.png")
+    os.link(tmp_path / "set/rin/4.png", tmp_path / "set/miku/5.png")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name in ("miku", "store", "rin", "luka"):
+            tar.add(tmp_path / "set" / name, name)
+        assert sum(member.islnk() for member in tar) == 2
+    records, fetch, notes = sources.find(tmp_path / "set.tar")
+    held = {r.key: load() for r, load in fetch(records)}
+    assert held == {
+        key: (tmp_path / "set" / key).read_bytes()
+        for key in [*links, "miku/1.png", "rin/3.png", "rin/4.png", "miku/5.png"]
+    }
+    assert "4 files left out: 4 links to nothing; the first: luka" in notes[1]
 
 
 # ---- tables and published data sets --------------------------------------------------------------
