@@ -14,28 +14,21 @@ from common.fields import shown
 from common.io import UserError
 
 CODES = ("utf-8", "cp932", "gbk", "cp949", "cp437")
-ORDINARY = {  # bits of a letter; the first and the last of its kind
-    "cp932": ((8.4, 0x829F, 0x8396), (12.7, 0x889F, 0x9872)),  # kana; the 2,965 common kanji
-    "gbk": ((11.9, 0xB0A1, 0xD7F9),),  # the 3,755 common hanzi
+COMMON = {  # the first and the last letter of a kind, and their bits
+    "cp932": ((0x829F, 0x8396, 8.4), (0x889F, 0x9872, 12.7)),  # kana; the first level of kanji
+    "gbk": ((0xB0A1, 0xD7F9, 11.9),),  # the first level of hanzi
+    "cp949": ((0xB0A1, 0xC8FE, 11.7),),  # hangul
 }
-# The 2,350 common hangul, without a final consonant, with one of the usual ones, and others. Half of
-# the hanzi have codes of hangul, and these syllables alone tell two short names apart.
-HANGUL = (9.3, 11.7, 14.8)
-FINALS = (1, 4, 8, 16, 17, 21)
+# Half of the common hanzi have codes of hangul. Two short names are told apart by how syllables end:
+# most have no final consonant, or one of these, by their number in Unicode.
+USUAL = (1, 4, 8, 16, 17, 21)
+OPEN, UNUSUAL = 9.3, 14.8
+RARE = 18.6  # any other letter of these three
 ASCII = 6.0
 ACCENTED = 6.2  # such as é, beside a letter of ASCII; where none is, it is hardly a word
 TWO_BYTES, THREE_BYTES = 12.0, 14.0  # of UTF-8
-ODD = 18.6  # all other letters
-BROKEN = 20.0  # a byte of a name that is none in this code page
-
-
-def bits(name, code):
-    """Of a name, bytes, in a code page."""
-    try:
-        text = name.decode(code)
-    except UnicodeDecodeError:
-        return BROKEN * len(name)
-    return sum(bits_of(x, code, text[max(0, i - 1) : i + 2]) for i, x in enumerate(text))
+BROKEN = 20.0  # a byte of a name that can't be read in this code page
+ENOUGH = 2000  # names are looked at; of three, hardly a guess was wrong
 
 
 def bits_of(letter, code, around):
@@ -48,21 +41,30 @@ def bits_of(letter, code, around):
         return ACCENTED if beside and letter.isalpha() and letter < "\u0250" else TWO_BYTES
     if code == "utf-8":
         return THREE_BYTES
-    if code == "cp949":
-        final = (ord(letter) - 0xAC00) % 28  # Unicode counts hangul by their three sounds
-        common = b"\xb0\xa1" <= raw <= b"\xc8\xfe" and raw[1] >= 0xA1
-        return HANGUL[(final > 0) + (final > 0 and final not in FINALS)] if common else ODD
     number = int.from_bytes(raw, "big")
-    fitting = [one for one, first, last in ORDINARY[code] if first <= number <= last]
-    if code == "gbk" and raw[-1] < 0xA1:  # rare ones stand between the rows of common ones
-        return ODD
-    return fitting[0] if fitting else ODD
+    fitting = [bits for first, last, bits in COMMON[code] if first <= number <= last]
+    # Both bytes of a common letter are A1 or more in gbk and cp949; rare ones were added between them.
+    if not fitting or (code != "cp932" and raw[1] < 0xA1):
+        return RARE
+    end = (ord(letter) - 0xAC00) % 28  # Unicode numbers hangul by their three sounds
+    if code == "cp949" and end not in USUAL:
+        return UNUSUAL if end else OPEN
+    return fitting[0]
 
 
-def guess(names):
-    """The code page in which names, bytes, are the most ordinary. A folder's counts once."""
-    parts = {part for name in names for part in name.split(b"/") if not part.isascii()}
-    return min(CODES, key=lambda code: sum(bits(part, code) for part in parts))
+def bits_of_name(name, code):
+    try:
+        text = name.decode(code)
+    except UnicodeDecodeError:
+        return BROKEN * len(name)
+    return sum(bits_of(x, code, text[max(0, i - 1) : i + 2]) for i, x in enumerate(text))
+
+
+def ranked(names):
+    """The code pages, first the one in which names, bytes, are the most ordinary."""
+    parts = sorted({part for name in names for part in name.split(b"/") if not part.isascii()})
+    some = parts[:: 1 + len(parts) // ENOUGH]  # a folder once
+    return sorted(CODES, key=lambda code: sum(bits_of_name(part, code) for part in some))
 
 
 def told_name(member):
@@ -90,7 +92,7 @@ def names_of(members, code=None):
     if not silent:
         return names, []
     raw = {i: members[i].orig_filename.encode("cp437") for i in silent}
-    used = code or guess(raw.values())
+    used, second = (code, None) if code else ranked(raw.values())[:2]
     odd = []
     for i in silent:
         try:
@@ -99,12 +101,11 @@ def names_of(members, code=None):
             names[i] = raw[i].decode("cp437")
             odd.append(names[i])
     if code and odd:
-        raise UserError(
-            f"--names {code}: {odd[0]!r} is no name in this code page; give another one"
-        )
-    line = (
-        f"{len(silent)} names tell no code page, and are read as {used}, such as {names[silent[0]]}"
-    )
-    line += "" if code else "; --names CODEPAGE overrules it"
-    line += f"; {len(odd)} do not fit, such as {odd[0]}" if odd else ""
+        raise UserError(f"--names {code}: {shown(odd[0])} is no name in it; give another code page")
+    first = silent[0]
+    line = f"{len(silent)} names tell no code page, and are read as {used}, such as {names[first]}"
+    if odd:
+        line += f"; {len(odd)} do not fit, such as {odd[0]}"
+    if second:
+        line += f"; data.py --names {second} would read {raw[first].decode(second, 'replace')}"
     return names, [shown(line)]
