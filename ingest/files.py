@@ -26,7 +26,7 @@ MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at
 # what may lie beside pictures, and nobody misses: texts, and what tools keep there
 TEXTS = ".txt .caption .tags .json .jsonl .csv .tsv .xml .yaml .yml .toml .md .html .htm .log .nfo"
 BESIDE = {*TEXTS.split(), ".ini", ".db", ".npy", ".npz", ".py", ".sh"}
-LINK = "links to nothing"
+LINK = "links to no file"
 LONGEST_CHAIN = 40  # of links to links, as in Linux
 # folders of macOS, Synology, QNAP and Windows, with thumbnails or what was deleted
 TOOLS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}
@@ -61,25 +61,26 @@ def left_out(names, kinds, pictures):
     lost = {}
     for name in sorted(names):
         if not is_hidden(name) and suffix_of(name) not in BESIDE:
-            lost[name] = kinds.get(name) or suffix_of(name) or "without suffix"
+            kind = kinds.get(name) or suffix_of(name) or "without suffix"
+            lost[name.removeprefix("./")] = kind
     if not lost:
         return []
     count = Counter(lost.values()).most_common()
     told = ", ".join(f"{n} {kind}" for kind, n in count[:5]) + ", ..." * (len(count) > 5)
     line = f"{len(lost)} files left out: {told}; the first: {next(iter(lost))}"
-    read = {folder for name in set(map(posixpath.dirname, pictures)) for folder in above(name)}
-    empty = sorted(set(map(posixpath.dirname, lost)) - read - {""})
+    folders = {posixpath.dirname(name.removeprefix("./")) for name in pictures}
+    read = {"", *(folder for inner in folders for folder in folders_above(inner))}
+    empty = sorted(set(map(posixpath.dirname, lost)) - read)
     if empty:
         line += f"; folders that lost everything: {len(empty)}, such as {', '.join(empty[:3])}"
     return [shown(f"{line}; convert or rename what should be read, such as to .png")]
 
 
-def above(folder):
-    """a/b -> a/b, a and "", the top."""
-    while folder:
+def folders_above(folder):
+    """Yield a/b and a of a/b."""
+    while folder.strip("/"):
         yield folder
         folder = posixpath.dirname(folder)
-    yield ""
 
 
 def refuse_large(size):
