@@ -205,7 +205,10 @@ def refuse_overwrite(paths, fix="choose another --out"):
 
 
 def progress(items=None, name=None, total=None, **options):
-    """tqdm's bar; where output is piped, it is written every ten seconds."""
+    """tqdm's bar; where output is piped, it is written every ten seconds. TQDM_DISABLE=1: none."""
     if not sys.stderr.isatty():
         options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
+    # tqdm reads this variable itself, but only where a call says nothing of `disable`.
+    if os.environ.get("TQDM_DISABLE"):
+        options["disable"] = True
     return tqdm(items, name, total, **options)

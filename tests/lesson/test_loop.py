@@ -13,7 +13,16 @@ from torch import nn
 
 from common import train
 from common.classifier import Classifier, make_optimizer
-from common.command import AT_END, Parser, UserError, cli, parse_keys, run_name, set_defaults
+from common.command import (
+    AT_END,
+    Parser,
+    UserError,
+    cli,
+    parse_keys,
+    progress,
+    run_name,
+    set_defaults,
+)
 from common.io import save_text
 from model import MAE, SIZES, Pooler, ViT
 
@@ -29,6 +38,13 @@ def flags_of(*words):
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=0.1)
     return parser.parse_args(words)
+
+
+@pytest.mark.parametrize("words", [{}, {"disable": False}])
+def test_a_notebook_can_do_without_bars(words, monkeypatch):
+    assert not progress(range(3), **words).disable
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert progress(range(3), **words).disable
 
 
 def test_flags_are_given_or_saved_or_defaults(tmp_path, monkeypatch):
