@@ -268,6 +268,11 @@ class ViT(nn.Module):
                 CLS token through all blocks, H = 1; "pooler": of the pooler's queries
         """
         if source == "pooler":
+            if self.pooler is None:
+                raise ValueError(
+                    "this encoder has no pooler: load_mae or load_teacher of common/checkpoints.py "
+                    "read the one of a run; without one, take the source cls or rollout"
+                )
             return self.pooler.keys_and_values(self.features(view))[0]
         if source == "rollout":
             return self.rollout(view)

@@ -185,6 +185,12 @@ def test_views_of_another_size_are_refused(S):
             read(some_view(S=S))
 
 
+def test_an_encoder_without_a_pooler_says_how_to_get_one():
+    encoder = M.ViT(image_size=32, patch_size=8, dim=32, depth=1, heads=2)
+    with pytest.raises(ValueError, match="load_mae"):
+        encoder.patch_attention(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), "pooler")
+
+
 def test_the_pooler_is_attention_with_one_query_a_head():
     torch.manual_seed(0)
     pooler, tokens = M.Pooler(64, 4), torch.randn(3, 17, 64)
