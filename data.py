@@ -30,6 +30,7 @@ from common.fields import check_arrays, check_range
 from common.io import UserError, open_tensors
 
 SMALL = 3000  # training pictures: with 3,000, a new encoder was worse than weights/toon
+PACKED = 128  # side of packed pictures, unless a larger one is asked for
 APART = 0.1  # share of train that is held out for choices, if there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)
@@ -101,7 +102,7 @@ def open_or_pack(path, image_size=128, pages=False):
     if not files:
         # Packed larger than a small network's views: a crop of 0.4 of the area then still has its
         # own pixels, and is not a picture of few pixels blown up.
-        options = {"detect": True} if pages else {"size": max(128, image_size)}
+        options = {"detect": True} if pages else {"size": max(PACKED, image_size)}
         pack(path, out, **options)
     elif Path(open_tensors(files[0])["header"]["source"]).resolve() != path.resolve():
         advice = f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that"
@@ -365,6 +366,20 @@ def view_maps(maps, boxes, flip, side):
     # crop. Attention computed anew for every crop would be 57.5 % of a step on a CPU.
     Wy, Wx = view_matrices(send(boxes, maps.device), send(flip, maps.device), maps.shape[-1], side)
     return Wy @ maps.float() @ Wx
+
+
+def read_view(picture, size):
+    """One picture of any size -> a view u8 (1, size, size, 3), the same as of a packed set.
+
+    picture: a path, an image of Pillow, or pixels u8 (H, W, 3). The square in its middle is cut out,
+    and transparent pixels become white. A UserError where it can't be read.
+    """
+    # Runs up, as in open_or_pack: this is for one picture in a notebook, and loops read packed sets.
+    from ingest.decode import centre_of
+
+    # Resized twice, as pictures of a packed set are: first for the file, and then for the network.
+    pixels = torch.from_numpy(centre_of(picture, max(PACKED, size)).copy())
+    return view_images(pixels[None], *full_boxes(1), size)
 
 
 def evenly_spaced(n, most):

@@ -7,6 +7,7 @@ end as RGB. What can't be read raises.
 import contextlib
 import io
 import math
+import os
 import re
 import threading
 import warnings
@@ -14,6 +15,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -127,6 +129,11 @@ def square(img, box=None, margin=0.0):
     return left, top, left + side, top + side
 
 
+def resized(img, area, size):
+    """The square `area` of an image, size x size pixels."""
+    return img.resize((size, size), Image.Resampling.BICUBIC, area, reducing_gap=2.0)
+
+
 def decode(data, size, fg, box=None, crop="centre", margin=0.1):
     """Bytes of an image file -> {"images": u8 (S, S, 3)[, "fg": u8 (S, S)]}, cut by `crop`.
 
@@ -137,7 +144,7 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
         if crop == "figure":
             box = [scale * x for x in box] if box else foreground_box(img)
         area = square(img, box if crop == "figure" else None, margin)
-        img = img.resize((size, size), Image.Resampling.BICUBIC, area, reducing_gap=2.0)
+        img = resized(img, area, size)
     found = {"images": np.asarray(on_paper(img))}
     return found | ({"fg": np.asarray(img.convert("RGBA"))[..., 3]} if fg else {})
 
@@ -147,6 +154,23 @@ def on_paper(img):
     if img.mode == "RGBA":
         img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img).convert("RGB")
     return img
+
+
+def centre_of(picture, size):
+    """A path, an image of Pillow, or pixels u8 (H, W) or (H, W, 3 or 4) -> u8 (size, size, 3), as `decode`."""
+    if isinstance(picture, str | os.PathLike):
+        try:
+            return decode(Path(picture).read_bytes(), size, False)["images"]
+        except Exception as problem:  # decoders raise a dozen kinds
+            raise UserError(f"{picture} can't be read as a picture: {reason(problem)}") from None
+    if not isinstance(picture, Image.Image):
+        pixels = np.asarray(picture)
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+            shape = f"{pixels.dtype} {pixels.shape}"
+            raise UserError(f"pixels must be uint8 (H, W, 3), from 0 to 255, not {shape}")
+        picture = Image.fromarray(pixels)
+    img = upright(picture.copy())
+    return np.array(on_paper(resized(img, square(img), size)))
 
 
 def whole(data):

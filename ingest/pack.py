@@ -48,7 +48,7 @@ from common.command import (
 from common.io import UserError, open_tensors
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
-from data import SMALL, evenly_spaced, open_split
+from data import PACKED, SMALL, evenly_spaced, open_split
 from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
 from ingest.splits import assign_splits, hold_out_test, large_enough, long_tailed, without_copies
@@ -56,7 +56,6 @@ from ingest.splits import assign_splits, hold_out_test, large_enough, long_taile
 SHARES = (0.7, 0.1, 0.2)  # of train, val, test
 TOON_SHARES = (0.7, 0.15, 0.15)  # the demo set has small classes
 CROPS = {"centre": {}, "figure": {"margin": 0.1}}
-SIDE = 128  # of packed pictures
 LARGE = 256  # of packed pages
 DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
@@ -274,7 +273,7 @@ def write_splits(flags):
     """Write OUT/{train,val,test[,dev]}.safetensors and print what was done."""
     path = flags.path
     large = path == "scenes" or flags.detect
-    size = flags.size or (LARGE if large else SIDE)
+    size = flags.size or (LARGE if large else PACKED)
     source = open_source(flags, size)
     refuse_flags_of_deal(flags, source)
     how = vars(flags)
@@ -495,7 +494,7 @@ def parse_flags(words=None):
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--layout", type=layouts.parse_layout, help="split/-/class; -: no labels (default: found)")
     add("--names", type=code_page, help="code page of a zip's names, as cp949 (default: guessed)")
-    add("--size", type=side, help=f"side in pixels (default: {SIDE}; pages {LARGE})")
+    add("--size", type=side, help=f"side in pixels (default: {PACKED}; pages {LARGE})")
     centre = {"type": parse_crop, "default": parse_crop("centre")}
     add("--crop", help="centre (default), or figure:margin=0.1 by box, alpha or colours", **centre)
     add("--split", type=parse_shares, help=f"shares of train,val,test (default: {SHARES})")

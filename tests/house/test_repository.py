@@ -213,6 +213,7 @@ FLOORS |= {"common.rows": 0, "common.locks": 0, "common.readout": 0}
 FLOORS |= {"mask": 1, "model": 1, "data": 1, "common": 2, "ingest": 3}
 FLOORS |= {"pretrain": 4, "probe": 4, "finetune_lora": 4, "apps": 5, "lab": 6}
 UP = {  # imports in functions that run up, each with its reason where it stands
+    ("data", "ingest.decode"),
     ("data", "ingest.pack"),
     ("mask", "common.sheets"),
     ("common.checkpoints", "apps.formats"),
