@@ -1,13 +1,32 @@
-"""In a notebook: a picture of any size becomes a view."""
+"""What the README says of notebooks: its code runs, and a picture of any size becomes a view."""
+
+import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder, run_line
+from conftest import ROOT, draw_folder, run_line
 from PIL import Image
 
 import data
 from common.io import UserError
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of matplotlib with a tensor
+def test_the_code_of_the_readme_runs_and_predicts_the_hidden_half(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    section = re.search(
+        r"^## In a notebook\n.*?(?=^## )", (ROOT / "README.md").read_text(), re.S | re.M
+    )
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", section.group(), re.S)[1], names)
+    view, predicted, S = names["view"], names["predicted"], names["S"]
+    assert (predicted[:, :, S // 2 :] == view[:, :, S // 2 :]).all()  # what it has seen stays
+    error = (predicted - view.float())[:, :, : S // 2].square().mean()
+    mean = view[:, :, S // 2 :].float().mean((1, 2), keepdim=True)  # the colour of the other half
+    assert error < (mean - view)[:, :, : S // 2].square().mean()
+    assert names["attention"].sum(1).allclose(torch.ones(2))
+    names["plt"].close("all")
 
 
 @pytest.mark.parametrize("size", [64, 160])
