@@ -151,6 +151,21 @@ PLANS["attend"] = masks(
         (f"{GUIDED}.knn", f"{SHUFFLED}.knn", "exploratory: kNN against the shuffled control"),
     ),
 )
+# Does the default, with its pooler, cost accuracy in equal time? The encoder of both arms learns by the
+# same steps (tests/lesson/test_pretrain.py), so only the length can matter. A step with the pooler
+# takes 1.14 times as long, by CPU time: 8 epochs without it are as long as 7 with it.
+ALONE, BESIDE = "random --contrast none --epochs 8", "random --contrast pooler --epochs 7"
+PLANS["beside"] = masks(
+    [ALONE, BESIDE],
+    "In equal time, is an encoder whose run also trains a pooler worse than that of plain MAE?",
+    seeds=range(5000, 5008),
+    against=ALONE,
+    set={"recipe": "--eval-every 8 --flat-weight 0.1", "pool": "extremes", "split": "test"},
+    right={"knn": (1, "probe-headline.json", "right/knn")},
+    columns=KNN,
+    compare=("top1", "knn"),
+    margin=0.3,
+)
 PLANS["h2"] = masks(
     [*H2, *H2_HALF],
     "Is it steadier to hide the background first, and better to hide the foreground first?",
