@@ -134,7 +134,11 @@ def places_of(name, run):
     run = Path(run).resolve()
     tried = [Path(name), *(folder / name for folder in run.parents)]
     tried += [run.parent / Path(name).name, ROOT / name]
-    return [place for place in tried if os.path.exists(place)]
+    there = {}  # each once, by the name that was tried first
+    for place in tried:
+        if os.path.exists(place):
+            there.setdefault(place.resolve(), place)
+    return [*there.values()]
 
 
 def place_of(name, run):

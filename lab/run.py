@@ -311,7 +311,8 @@ def check(args, arms):
     args.device = pick_device(asked[1] if asked else "auto")
     for arm in arms if "template" in plan else ():
         parse_keys(arm.split(" ")[0], masking.PARAMS, "--arms")
-        check_flags(arm, args)
+        if arm not in PLANS[args.name]["arms"]:
+            check_flags(arm, args)
         if "--maps truth" in arm and "fg" not in train:
             raise UserError(f"{args.data} has no true maps: {arm} can't run there")
 

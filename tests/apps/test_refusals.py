@@ -248,6 +248,7 @@ def adapt_to_another(base):
     """A recogniser whose encoder has other weights."""
     weights, header = read_safetensors(base / "runs/a/model.safetensors")
     other = {name: 2 * w for name, w in weights.items()}
+    del header["fixed_picture"]  # which would tell that the weights are others
     save_safetensors(other, base / "random/model.safetensors", header)
     shutil.copytree(base / "runs/a-lora", base / "other-encoder")
     weights, header = read_safetensors(base / "runs/a-lora/head.safetensors")
