@@ -30,6 +30,7 @@ import data
 import mask as masking
 from common import classifier, controls, metrics, readout, stats, train
 from common.checkpoints import (
+    check_registered,
     fixed_view,
     flags_of,
     load_encoder,
@@ -229,6 +230,9 @@ def add_lora(encoder, r=8, alpha=None):
     encoder.requires_grad_(False)
     for block in encoder.blocks:
         for name, chunks in LAYERS.items():
+            if name not in dict(block.named_modules()):
+                fix = "LAYERS in finetune_lora.py names the layers of a block that get LoRA"
+                raise UserError(f"a block has no {name}; {fix}")
             block.set_submodule(name, LoRA(block.get_submodule(name), r, alpha or 2 * r, chunks))
 
 
@@ -717,6 +721,7 @@ def check_readable(flags, task):
     They are written and read in a temporary folder. So who has changed LoRA, a head or the encoder
     learns before the first step what would be lost.
     """
+    check_registered(task.net)
     before = {name: w.clone() for name, w in task.trained.tensors.items()}
     # All that is trained is moved a little: B begins at zero, and what it multiplies would not be seen.
     generator = torch.Generator().manual_seed(0)

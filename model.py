@@ -249,6 +249,11 @@ class ViT(nn.Module):
         S = self.image_size
         # Without this check, the upper left of a larger view would be read, and the rest ignored:
         # `ids` are the places of this encoder's grid, and all of them exist in a larger grid, too.
+        if view.dim() != 4 or view.shape[3] != 3:
+            shape = tuple(view.shape)
+            raise ValueError(
+                f"views are u8 (B, {S}, {S}, 3), not {shape}; of one picture: view[None]"
+            )
         if view.shape[1:3] != (S, S):
             size = " x ".join(str(side) for side in view.shape[1:3])
             raise ValueError(

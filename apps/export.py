@@ -35,7 +35,7 @@ from apps.recognize import decide, open_gallery
 from common import checkpoints
 from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, cli, require
-from common.io import UserError, read_safetensors, save_csv, save_json, save_safetensors
+from common.io import UserError, one_line, read_safetensors, save_csv, save_json, save_safetensors
 from common.locks import reserve
 from common.lora import ADAPTER, fingerprint, read_config, read_tensors, save_encoder
 from finetune_lora import load_base, load_classifier, load_lora, merge_lora
@@ -281,7 +281,11 @@ def write_onnx(graph, notes, out):
         program = torch.onnx.export(graph, (graph.example,), verbose=False, **options)
     program.model.metadata_props["animask"] = json.dumps(notes, ensure_ascii=False)
     program.save(str(out), external_data=False)
-    found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
+    try:
+        found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
+    except Exception as problem:  # onnxruntime's own kinds
+        fix = "in what you changed, write x.shape[0] and not len(x), which becomes a constant"
+        raise UserError(f"onnxruntime can't run it: {one_line(problem)}; {fix}") from None
     for x, y in zip(found, expected.values(), strict=True):
         if not torch.allclose(torch.from_numpy(x), y, atol=1e-4, equal_nan=True):
             raise UserError(f"onnxruntime's answers are not torch's; try newer ones: {PIP}")

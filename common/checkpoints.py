@@ -5,6 +5,7 @@ handed to apps/formats.py, which knows the names of MAE, DINO, timm and Hugging 
 in part is refused.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -167,7 +168,7 @@ DECODER = {"decoder_dim?": whole(1, 2**14), "decoder_depth?": whole(0, 1000)}
 DECODER |= {"decoder_heads?": whole(1, 1000)}
 CONFIG = ENCODER | DECODER | {"norm_eps?": EPSILON}  # of a file of ours
 REMEDY = "take another copy, or make the run again"
-OTHER_CODE = "take the model.py that wrote it, or train again"
+OTHER_CODE = "take the code that wrote it, or train again"
 TOLERANCE = 0.05  # of features: weights in 16 bits change them by less than 0.01
 
 
@@ -239,7 +240,9 @@ def load_exactly(module, weights, path):
         module.load_state_dict(weights)
     except RuntimeError as problem:
         reasons = " ".join(str(problem).split("\n\t")[1:])
-        raise UserError(f"{path} does not fit model.py: {reasons[:300]}; {OTHER_CODE}") from None
+        raise UserError(
+            f"{path} does not fit this network: {reasons[:300]}; {OTHER_CODE}"
+        ) from None
 
 
 def load_mae_weights(model, weights, path, stays=BESIDE):
@@ -300,7 +303,12 @@ def warn_of_other_code(encoder, expected, path):
     found, expected = torch.tensor(found), torch.tensor(expected)
     off = ((found - expected).norm() / expected.norm()).item()
     if off > TOLERANCE:
-        print(f"warning  {path}: its features are {off:.0%} off; {OTHER_CODE}", file=sys.stderr)
+        warn_once(f"warning  {path}: its features are {off:.0%} off; {OTHER_CODE}")
+
+
+@functools.cache
+def warn_once(line):
+    print(line, file=sys.stderr)
 
 
 def load_mae(path, image_size=None):
@@ -348,6 +356,7 @@ def check_readable(model):
     before the first step what would be lost.
     """
     weights = as_matrix(public_weights(model))
+    check_registered(model)
     try:
         facts = json.loads(json.dumps(model.config))
         with torch.random.fork_rng(devices=[]):
@@ -362,6 +371,23 @@ def check_readable(model):
             f"this network could not be read back from its file: {reason}; in model.py, put every "
             "argument of ViT into self.config, and what is learned into a Parameter or a buffer"
         )
+
+
+def check_registered(network):
+    """A UserError if a module keeps a tensor or a module as a plain attribute, or in a list.
+
+    No optimizer would train it, and no file would hold it.
+    """
+    for where, module in network.named_modules():
+        for name, value in vars(module).items():
+            values = value if isinstance(value, list | tuple) else [value]
+            if not name.startswith("_") and any(
+                isinstance(x, torch.Tensor | nn.Module) for x in values
+            ):
+                raise UserError(
+                    f"{where}.{name} is neither trained nor saved: make it a Parameter, a buffer, "
+                    "a ParameterList or a ModuleList"
+                )
 
 
 # ---- a start for pre-training --------------------------------------------------------------------

@@ -51,10 +51,10 @@ def save_encoder(encoder, path, notes):
 def fingerprint(encoder):
     """12 hex digits of the weights of an encoder that has no adapter."""
     digest = hashlib.sha256()
-    for name, weight in sorted(encoder.state_dict(keep_vars=True).items()):
-        # Fixed positions are computed for each image size, so they tell nothing of the encoder.
-        if name != "pos_embed" or isinstance(weight, nn.Parameter):
-            weight = weight.detach()
+    for name, weight in sorted(encoder.state_dict().items()):
+        # Positions are resized with the picture: at another image size it is still the same encoder.
+        # Where they learn, all other weights do, too, and tell two encoders apart.
+        if name != "pos_embed":
             digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 

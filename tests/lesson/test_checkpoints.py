@@ -317,6 +317,19 @@ def test_a_network_whose_file_would_lose_something_is_refused(kind):
         C.check_readable(model)
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [torch.zeros(3), [torch.nn.Parameter(torch.zeros(3))], (torch.nn.Linear(2, 2),)],
+    ids=["tensor", "list of Parameters", "tuple of modules"],
+)
+def test_what_no_optimizer_would_train_is_refused(kept):
+    model = small_mae()
+    C.check_registered(model)
+    model.encoder.blocks[1].attn.mine = kept
+    with pytest.raises(UserError, match="encoder.blocks.1.attn.mine"):
+        C.check_readable(model)
+
+
 def test_an_argument_that_this_code_does_not_know_is_refused(tmp_path):
     model = small_mae()
     model.config |= {"registers": 4}
