@@ -31,6 +31,7 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,7 +65,7 @@ from common.io import (
 )
 from common.readout import topk
 from ingest.pictures import picture_files, pictures, tell_problems
-from ingest.tags import is_emoticon
+from ingest.tags import captions_of, is_emoticon
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shrink_branches
 
@@ -845,8 +846,9 @@ def caption_files(paths, append):
     """-> {picture: caption file} of the pictures at paths. Captions that are there are refused."""
     found = {}
     for path in paths:
-        for file in picture_files(path).values():
-            found[str(file)] = file.with_suffix(".txt")
+        files = [str(file) for file in picture_files(path).values()]
+        captions = captions_of(files)
+        found |= {x: captions.get(x, Path(x).with_suffix(".txt")) for x in files}
     if not found:
         raise UserError(f"no picture was found in {', '.join(paths)}")
     twice = [file for file, n in Counter(found.values()).items() if n > 1]

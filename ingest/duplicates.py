@@ -207,6 +207,8 @@ def report(records, pairs, most=3):
         return []
     mixed = [group[0].key for group in groups if len({r.label for r in group}) > 1]
     several = f"; {len(mixed)} hold several classes ({', '.join(mixed[:most])})" if mixed else ""
+    if any(key.count("/") > 1 for key in mixed):
+        several += ", and if another level of folders is the class, --layout says so"
     first = ", ".join(f"{len(group)} x {group[0].key}" for group in groups[:most])
     count = f"{len(groups)} groups of {sum(map(len, groups))} images"
     return [f"near-duplicates: {count}{several}; {first}"]

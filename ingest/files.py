@@ -137,9 +137,17 @@ def open_folder(root):
     return [(name, name) for name in names], files_below(root), *left_out(others, kinds, names)
 
 
+def as_it_lies(name, root=""):
+    """A name in a list, with slashes for the backslashes of Windows where only so it is there."""
+    slashed = name.replace("\\", "/")
+    there = [x for x in (name, slashed) if os.path.exists(os.path.join(root, x))]
+    return there[0] if there else name
+
+
 def open_list(_):
     """Standard input, one path a line; the folders that all of them have in common say nothing."""
-    paths = [os.path.normpath(line.rstrip("\r\n")) for line in sys.stdin if line.strip()]
+    lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    paths = [os.path.normpath(as_it_lies(line)) for line in lines]
     top = "."
     if paths and all(map(os.path.isabs, paths)):
         top = os.path.commonpath([os.path.dirname(p) for p in paths])

@@ -13,6 +13,7 @@ the other levels, the one with the most names is the class. Pictures that do not
 """
 
 import re
+from collections import defaultdict
 from functools import cache
 
 from common.io import UserError
@@ -49,23 +50,30 @@ def are_numbered(names):
     return all(map(NUMBERED.fullmatch, names))
 
 
+def without_number(name):
+    found = NUMBERED.fullmatch(name)
+    return found[1] if found else name
+
+
 # ---- finding the pattern -------------------------------------------------------------------------
 
 
 def understand(dirs, layout=None):
-    """Folders of each picture, [["train", "miku"], ...] -> rows as of `read`; read as what.
+    """Folders of each picture, [["train", "miku"], ...] -> rows as of `read`; read as what; doubts.
 
-    Where every class has a number before its name, it is left out: kohya's scripts count repeats,
-    AnimeFace Character (moeimouto) its classes.
+    Where most classes have a number before their name, it is left out: kohya's scripts count
+    repeats, AnimeFace Character (moeimouto) its classes. Doubts are lines, of which there may be none.
     """
     pattern = detect(dirs) if layout is None else layout
     rows = read(dirs, pattern)
     what = "/".join(pattern) or "pictures only"
+    if layout is not None:
+        return rows, what
     labels = {row[1] for row in rows if row} - {None}
-    if layout is None and labels and are_numbered(labels):
+    if 2 * sum(label != without_number(label) for label in labels) > len(labels):
         what += ", the numbers before names left out"
-        rows = [row and (row[0], row[1] and NUMBERED.fullmatch(row[1])[1]) for row in rows]
-    return rows, what
+        rows = [row and (row[0], row[1] and without_number(row[1])) for row in rows]
+    return rows, what, *doubts(dirs, pattern)
 
 
 def detect(dirs):
@@ -107,7 +115,13 @@ def labelled(dirs, at):
 
 
 def class_level(dirs, at):
-    """-> the level that is the class, or None: one of numbered names, or else of the most names.
+    """-> the level that is the class, or None. Where all are wrappers, it is the last one."""
+    levels = [k for k in shared_levels(dirs) if k != at]
+    return next(iter(class_levels(dirs, at)), max(levels, default=None))
+
+
+def class_levels(dirs, at):
+    """-> the levels that may be the class: those of numbered names first, then by how many names.
 
     A level whose folders stand alone in the folder above is a wrapper, where they have no numbers.
     """
@@ -118,7 +132,32 @@ def class_level(dirs, at):
         names = {d[-1] for d in deep}
         if are_numbered(names) or len(deep) > len({d[:-1] for d in deep}):
             order[k] = (are_numbered(names), len(names))
-    return max(order, key=order.get) if order else max(levels, default=None)
+    return sorted(order, key=order.get, reverse=True)
+
+
+def doubts(dirs, pattern):
+    """Lines where another level may be the class, because folders of two levels cross.
+
+    miku/2021 beside rin/2021 are years of characters, safe/miku beside explicit/miku are characters
+    of ratings: only who made the folders can tell. Characters below their series do not cross.
+    """
+    at = pattern.index("split") if "split" in pattern else None
+    dirs = labelled(dirs, at)
+    chosen, *others = class_levels(dirs, at) or [None]
+    lines = []
+    for k in others:
+        above = defaultdict(set)
+        for d in dirs:
+            if len(d) > max(k, chosen):
+                above[d[max(k, chosen)]].add(d[min(k, chosen)])
+        twice = [name for name, folders in above.items() if len(folders) > 1]
+        if twice:
+            roles = {k: "class", at: "split"}
+            layout = "/".join(roles.get(i, "-") for i in range(max(k, at or 0) + 1))
+            names = {d[k] for d in dirs if len(d) > k}
+            cross = f"{first(twice)} lie below several folders, so the class may be another level"
+            lines.append(f"{cross}: --layout {layout} learns {len(names)} ({first(names)})")
+    return lines
 
 
 # ---- reading by it -------------------------------------------------------------------------------

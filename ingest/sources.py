@@ -17,6 +17,7 @@ ingest/layouts.py reads their folders. No picture is opened here.
 import contextlib
 import csv
 import json
+import os
 import re
 import zipfile
 from collections import namedtuple
@@ -28,6 +29,7 @@ from ingest import files, layouts, tags
 from ingest.files import files_below, is_image, nfc, open_folder, open_list, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
+MOST_ABSENT = 0.5  # of the paths in a list: where more are not there, they lie somewhere else
 MOST_NAME = 1000  # characters of a picture's name
 ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, escapes and what breaks a line
 UNKNOWN = (None, None, None, (), None)
@@ -40,12 +42,9 @@ def find(path, layout=None, names=None):
     layout: a pattern for sources that only folders tell of; (): all pictures, no labels.
     names: the code page of a zip's names, where they do not tell it.
     """
-    reader, name = reader_of(path)
+    reader, name = reader_of(path, layout)
     if reader is files.open_zip:
         reader = partial(files.open_zip, code=names)
-    if layout == () and Path(path).is_dir() and reader is not from_parquet:
-        reader = open_folder
-        name = None
     if name:
         found, fetch, *notes = reader(Path(path))
         notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
@@ -53,26 +52,44 @@ def find(path, layout=None, names=None):
         pictures, fetch, *told = reader(Path(path))
         found, *notes = by_path(pictures, layout)
         notes += told
+    if reader in (open_folder, open_beside) and layout != ():
+        told = []
+        if layout is None:
+            found, told = with_metadata(found, Path(path))
+        found, more = tags.with_captions(found, folder_of(path))
+        notes += told + more
     if not found:
         looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
         fix = "give an archive itself; data.py reads a file of boxes with --detect"
         told = [f"no image found in {path}", *notes[1:], f"looked for {looked}", fix]
         raise UserError("; ".join(told))
-    if reader is open_folder and layout != ():
-        found = [tags.with_caption(r, path) for r in found]
     records = {}
     for r in found:
         records.setdefault(r.key, r)
     refuse_odd(path, records)
+    if reader in (from_table, open_list):
+        refuse_absent([r.place for r in records.values()], Path(path).parent)
     if twice := len(found) - len(records):
         notes.append(f"{twice} names came twice; the first of each is kept")
-    return list(records.values()), fetch, notes
+    records, told = tags.without_names(list(records.values()))
+    return records, fetch, notes + told
 
 
-def reader_of(path):
-    """-> the function that reads this path, and its name, None where only folders tell of pictures."""
+def reader_of(path, layout=None):
+    """-> the function that reads this path, and its name, None where only folders tell of pictures.
+
+    With a layout they alone do, whatever else lies in a folder; but pictures in parquet have none.
+    """
     known = "folder, whole archive (zip, tar, tar.gz) or list (csv, tsv, jsonl)"
-    return choose(path, READERS, known)
+    reader, name = choose(path, READERS, known)
+    if layout is not None and Path(path).is_dir() and reader is not from_parquet:
+        return open_folder, None
+    return reader, name
+
+
+def folder_of(path):
+    """A folder itself, or the one that a file lies in."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def choose(path, readers, known):
@@ -94,28 +111,37 @@ def refuse_odd(path, names):
             raise UserError(f"{path} holds the name {name[:80]!r}, which {odd}")
 
 
+def refuse_absent(names, root):
+    """A list that was written elsewhere: most of what it names is not there."""
+    absent = [name for name in names if not os.path.exists(root / name)]
+    if len(absent) > MOST_ABSENT * len(names):
+        count = f"{len(absent)} of {len(names)} paths do not lie below {root.resolve()}"
+        raise UserError(f"{count}, the first: {absent[0]}; write them relative to it")
+
+
 # ---- what folders tell ---------------------------------------------------------------------------
 
 
 def by_path(found, layout=None):
-    """[(place, name)] -> records whose folders say split and class, and a line: read as what."""
+    """[(place, name)] -> records whose folders say split and class, and lines: read as what."""
     named = [(place, nfc(name.removeprefix("./"))) for place, name in found]
-    rows, what = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
+    rows, what, *doubt = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
     pairs = [*zip(named, rows, strict=True)]
     records = [Record(key, place, row[1], row[0]) for (place, key), row in pairs if row]
     aside = [key for (_, key), row in pairs if row is None]
     if named and not records:
         problem = f"--layout {what} fits none of the {len(rows)} pictures, such as {named[0][1]}"
         raise UserError(f"{problem}; a split is named train, val, dev or test, or much like it")
-    return records, layouts.told(what, [row for row in rows if row], aside)
+    return records, layouts.told(what, [row for row in rows if row], aside), *doubt
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 COLUMNS = ("path", "label", "split", "tags")  # of a table whose first line does not name them
 BOX = ("x1", "y1", "x2", "y2")
+EXCEL = re.compile(r"sep=(.)\r?\n?$")  # the first line of a csv, where Excel is told its separator
 CALLED = dict.fromkeys(("dir", "file", "filename", "file_name", "image", "picture"), "path")
-CALLED |= dict.fromkeys(("class", "class_id", "character"), "label")
+CALLED |= dict.fromkeys(("labels", "class", "class_id", "character"), "label")
 CALLED |= dict(zip(("xmin", "ymin", "xmax", "ymax"), BOX, strict=True))
 CALLED |= dict(zip(("left", "top", "right", "bottom"), BOX, strict=True))
 
@@ -129,15 +155,33 @@ def header_of(row):
     return ["path", *words[1:]] if "x1" in words else None
 
 
+def style_of(path):
+    """How a table separates its cells: a csv by what makes a header or a picture of its first line.
+
+    Where numbers have a comma, Excel writes semicolons; and it may say so in a line before the first.
+    """
+    if path.suffix.lower() != ".csv":
+        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    with open(regular(path), encoding="utf-8-sig", errors="replace") as f:
+        line = next((line for line in f if line.strip()), "")
+        if said := EXCEL.match(line):
+            return {"delimiter": said[1], "skipinitialspace": True}
+    for sign in ",;\t":
+        cells = [cell.strip(' "\n') for cell in line.split(sign)]
+        if header_of(cells) or any(map(is_image, cells)):
+            return {"delimiter": sign, "skipinitialspace": True}
+    return {"skipinitialspace": True}
+
+
 def table_rows(path, columns=COLUMNS):
     """Yield (where, {column: cell}) of a csv, or of a file with tabs between its cells.
 
     Its first line may name the columns. `where` is for messages. Tabs go without quotes.
     """
-    tabs = path.suffix.lower() != ".csv"
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    style = style_of(path)
     with open(regular(path), newline="", encoding="utf-8-sig") as f:
-        rows = csv.reader(f, **style)
+        lines = ("\n" if EXCEL.match(line) else line for line in f)  # the count of lines stays
+        rows = csv.reader(lines, **style)
         try:
             for number, row in enumerate(filter(None, rows)):
                 if number == 0 and header_of(row):
@@ -211,16 +255,26 @@ def read_names(path, columns):
 
 def from_table(path):
     """csv or tsv of path,label[,split][,tags][,group][,x1,y1,x2,y2]; paths relative to its folder."""
+    known = (*COLUMNS, "group", *BOX)
     records = read_table(path)
     named = [is_image(r.place) for r in records[:2]]
     if named == [False, True]:
-        known = ", ".join([*COLUMNS, "group", *BOX])
-        raise UserError(f"{path}: {records[0].key!r} is no picture; name the columns {known}")
+        fix = f"name the columns {', '.join(known)}"
+        raise UserError(f"{path}: {records[0].key!r} is no picture; {fix}")
+    _, cells = next(table_rows(path), ("", {}))
+    unread = [name for name in cells if name not in known]
+    notes = [f"columns that are not read: {', '.join(unread)}; known are {', '.join(known)}"]
+    records = [moved(r, files.as_it_lies(r.place, path.parent)) for r in records]
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
         fix = "give it to all or none"
         raise UserError(f"{path}: {without} of {len(records)} rows have no split; {fix}")
-    return records, files_below(path.parent)
+    return records, files_below(path.parent), *notes[: len(unread)]
+
+
+def moved(record, place):
+    """A record of a picture that lies elsewhere than a table says."""
+    return record if place == record.place else record._replace(key=nfc(place), place=place)
 
 
 # ---- published data sets -------------------------------------------------------------------------
@@ -247,12 +301,7 @@ def with_tags(root, records):
     """Records with the tags that Danbooru's metadata have of them, and notes."""
     posts, notes = read_posts(root, {Path(r.key).stem: r.key for r in records})
 
-    def plain(name):
-        return name.lower().replace(" ", "_")
-
-    # whoever wrote no categories has the characters among the tags
-    people = {plain(r.label) for r in records if r.label}
-    of = {r.key: tuple(t for t in r.tags if plain(t) not in people) for r in posts}
+    of = {r.key: r.tags for r in posts}
     if posts:
         notes.append(f"{sum(map(bool, of.values()))} of {len(records)} pictures have tags")
     return [r._replace(tags=of.get(r.key, ())) for r in records], notes
@@ -419,22 +468,30 @@ def posts_of(file):
 def read_posts(path, have):
     """The metadata at path -> (records of posts whose picture is in have, notes)."""
     count = absent = 0
+    first = None  # of the lines whose picture is not there
     broken, records = [], []
     for file in metadata_files(path):
         for number, post in posts_of(file):
             count += 1
+            line = f"{file.name}, line {number}"
             try:
                 record = record_of_post(post, have)
             except (AttributeError, TypeError):
-                broken.append(f"{file.name}, line {number}")
+                broken.append(line)
                 continue
-            absent += record is None
-            records += [record] if record else []
+            if record:
+                records.append(record)
+                continue
+            first = first or line
+            absent += 1
     lost = f"{len(broken)} of {count} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * count:
-        fix = "correct or remove them; data.py reads a file of boxes with --detect"
+        fix = "correct or remove them, or let --layout read folders alone"
+        fix += "; data.py reads a file of boxes with --detect"
         raise UserError(f"{path} is no metadata of pictures: {lost}; {fix}")
-    notes = [f"{absent} lines of the metadata have no picture here"] if absent else []
+    notes = []
+    if absent:
+        notes.append(f"{absent} lines of the metadata have no picture here, the first: {first}")
     return records, notes + [lost] * bool(broken)
 
 
@@ -464,13 +521,67 @@ def tags_of_post(post):
 def record_of_post(post, have):
     """None where its picture is not in have."""
     keys = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
+    keys += [key.replace("\\", "/") for key in keys]
     place = next((have[key] for key in keys if key in have), None)
     if place is None:
         return None
     words, people = tags_of_post(post)
     cells = {"path": place, "tags": words, "group": post.get("parent_id") or post.get("id")}
     cells["label"] = people[0] if len(people) == 1 else None
+    if isinstance(post.get("label"), str | int):
+        cells["label"] = post["label"]
     return record_of(cells, place)
+
+
+# ---- metadata beside class folders ---------------------------------------------------------------
+
+READ = {"file_name", "path", "label", "tags", "id", "md5", "parent_id"}  # fields of such lines
+
+
+def first_post(path):
+    """The first line of the metadata at path that is an object, or nothing."""
+    posts = (post for file in metadata_files(path) for _, post in posts_of(file))
+    return next((post for post in posts if isinstance(post, dict)), {})
+
+
+def names_files(path):
+    """Is it of Hugging Face's imagefolder: does it name files, and nothing as Danbooru does?"""
+    post = first_post(path)
+    danbooru = any(key.startswith("tag_string") for key in post)
+    return not danbooru and bool({"file_name", "path"} & post.keys())
+
+
+def open_beside(path):
+    return open_folder(folder_of(path))
+
+
+def with_metadata(records, path):
+    """Records with labels and tags of metadata beside them, or in folders of splits; and lines.
+
+    Where it has labels, folders are no classes. Of a file, only pictures that it names are kept.
+    """
+    inside = sorted(path.iterdir()) if path.is_dir() else ()
+    splits = [folder for folder in inside if folder.is_dir() and layouts.split_of(folder.name)]
+    of, notes = {}, []
+    for place in filter(names_files, [path, *splits]):
+        above = f"{nfc(place.name)}/" if place in splits else ""
+        keys = [r.key for r in records if r.key.startswith(above)]
+        posts, told = read_posts(place, {key.removeprefix(above): key for key in keys})
+        of |= {post.key: post for post in posts}
+        tagged = sum(bool(post.tags) for post in posts)
+        line = f"metadata of {place}: {len(posts)} of {len(keys)} pictures, {tagged} with tags"
+        unread = sorted(first_post(place).keys() - READ)
+        notes += [line + f"; not read: {', '.join(unread)}" * bool(unread), *told]
+    if path.is_file():
+        records = [r for r in records if r.key in of]
+    records = [r._replace(tags=of[r.key].tags) if r.key in of else r for r in records]
+    labels = {post.label for post in of.values()} - {None}
+    if labels:
+        of_post = {key: post.label for key, post in of.items()}
+        records = [r._replace(label=of_post.get(r.key)) for r in records]
+        count = f"{len(labels)} classes ({layouts.first(labels)})"
+        notes.append(f"labels are those of the metadata: {count}; --layout reads folders")
+    return records, notes
 
 
 # ---- the readers ---------------------------------------------------------------------------------
@@ -487,6 +598,7 @@ READERS = (
     (holds("labels/train.csv"), from_dafre, "DAF:re"),
     (holds("icartoonface_rectrain_det.txt"), from_icartoonface, "iCartoonFace"),
     (holds("tagIds.tsv"), from_acrd, "ACRD"),
+    (names_files, open_beside, None),
     (metadata_files, from_danbooru, "Danbooru metadata"),
     (parquet_files, from_parquet, "parquet"),
     (Path.is_dir, open_folder, None),

@@ -9,19 +9,21 @@ import sys
 import zlib
 from collections import Counter
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from common.fields import is_name
 from ingest.files import nfc
-from ingest.layouts import NUMBERED
+from ingest.layouts import first
 
 MOST = 256  # tags of a picture; of more the rarest are left out
 NONE = -1  # fills a list up
 LEAST = 2  # pictures of train that have a tag: nothing is learned from one
 KEPT = 0.5  # of the demo set: share of a picture's tags that it gets
 WITHOUT = 0.1  # of the demo set: share of pictures that get none
+CAPTIONS = (".txt", ".caption")  # suffixes of texts beside pictures; the first counts most
+NUMBER = re.compile(r"[-+.\de]+")
 
 
 def word(text):
@@ -30,17 +32,84 @@ def word(text):
 
 
 def words_of(text):
-    """ "solo, brown hair" -> solo, brown_hair: at commas where there are commas, else at spaces."""
-    parts = text.split(",") if "," in text else text.split()
+    """ "solo, brown hair" -> solo, brown_hair: at commas and ends of lines, else at spaces."""
+    parts = re.split(r"[,\n]", text.strip())
+    parts = parts if len(parts) > 1 else text.split()
     return tuple(word("_".join(part.split())) for part in parts if part.strip())
 
 
-def with_caption(record, root):
-    """The record, with the tags in x.txt beside x.png, in a numbered folder of kohya's scripts."""
-    path = Path(root, record.place).with_suffix(".txt")
-    if not (NUMBERED.fullmatch(path.parent.name) and path.is_file()):
-        return record
-    return record._replace(tags=words_of(path.read_text("utf-8-sig", "replace")))
+def unescaped(text):
+    """miku \\(cosplay\\) -> miku (cosplay): in a prompt, bare brackets would be weights."""
+    return re.sub(r"\\([()\[\]])", r"\1", text)
+
+
+# ---- captions: a text beside a picture -----------------------------------------------------------
+
+
+def captions_of(places, root=""):
+    """Paths of pictures below root -> {path: its caption}: x.txt, x.caption or x.png.txt of x.png."""
+    found = {}
+    for folder in {PurePath(place).parent for place in places}:
+        for file in Path(root, folder).iterdir():
+            if file.suffix.lower() in CAPTIONS and file.is_file():
+                found.setdefault(folder / file.stem, []).append(file)
+    captions = {}
+    for place in places:
+        own = found.get(PurePath(place).with_suffix("")) or found.get(PurePath(place))
+        if own:
+            captions[place] = min(own, key=lambda file: CAPTIONS.index(file.suffix.lower()))
+    return captions
+
+
+def with_captions(records, root):
+    """Records with the tags of their captions, and lines on how many, and on texts that are none."""
+    captions = captions_of([r.place for r in records], root)
+    found, tagged, boxes, unread = [], [], [], []
+    for r in records:
+        words = ()
+        if r.place in captions:
+            try:
+                words = words_of(unescaped(captions[r.place].read_text("utf-8-sig")))
+            except UnicodeDecodeError:
+                unread.append(r.key)
+        if words and all(map(NUMBER.fullmatch, words)):  # as YOLO writes them
+            boxes.append(r.key)
+        elif words:
+            tagged.append(r.key)
+            r = r._replace(tags=words)
+        found.append(r)
+    notes = []
+    if tagged:
+        notes.append(
+            f"captions: {len(tagged)} of {len(records)} pictures have one ({first(tagged)})"
+        )
+    if boxes:
+        notes.append(f"{len(boxes)} captions are numbers ({first(boxes)}); --detect reads boxes")
+    if unread:
+        notes.append(f"{len(unread)} captions are not in UTF-8 ({first(unread)}); save them so")
+    return found, notes
+
+
+# ---- names among tags ----------------------------------------------------------------------------
+
+
+def bare(name):
+    """What spellings of a name have in common: its words in any order, without a series in brackets."""
+    plain = unescaped(name).casefold()
+    plain = re.sub(r"[\s_]*\([^()]*\)$", "", plain) or plain
+    return frozenset(re.split(r"[\s_-]+", plain))
+
+
+def without_names(records):
+    """Records whose tags are no name of a class, and a line: who reads one would know the answer."""
+    names = {bare(label) for label in {r.label for r in records} - {None}}
+    gone = {tag for tag in set(chain.from_iterable(r.tags for r in records)) if bare(tag) in names}
+    if not gone:
+        return records, []
+    kept = [r._replace(tags=tuple(t for t in r.tags if t not in gone)) for r in records]
+    count = sum(old.tags != new.tags for old, new in zip(records, kept, strict=True))
+    told = f"tags: names of classes are left out of those of {count} pictures ({first(gone)})"
+    return kept, [told]
 
 
 def is_emoticon(tag):

@@ -11,6 +11,8 @@ from made import CPU, files_of
 from PIL import Image
 
 from apps import export, tags
+from common.io import UserError
+from ingest import sources
 
 FOLDER = "images/class0"
 
@@ -65,6 +67,17 @@ def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path, monkeyp
     flags = SimpleNamespace(**asked, escape=True)
     tags.write_captions(flags, None, {"words": ["saber_(fate)"]})
     assert (tmp_path / "a.txt").read_text() == r"a \(x\), \(y\), saber \(fate\)"
+    (record,), _, _ = sources.find(tmp_path)  # and data.py reads what was written
+    assert record.tags == ("a_(x)", "(y)", "saber_(fate)")
+
+
+@pytest.mark.parametrize("name", ["a.caption", "a.png.txt", "a.TXT"])
+def test_a_caption_of_another_suffix_is_there_already(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / name).write_text("solo")
+    with pytest.raises(UserError, match="--append"):
+        tags.caption_files([tmp_path], append=False)
+    assert tags.caption_files([tmp_path], True) == {str(tmp_path / "a.png"): tmp_path / name}
 
 
 def test_underscores_become_spaces_but_for_kaomoji():

@@ -70,7 +70,14 @@ FLAT = [f"{i}.png" for i in range(8)]
 ALL = "train/a train/b test/a test/b"
 INSIDE = [f"set/{folder}" for folder in ALL.split()]
 PEOPLE = "-/hutao -/venti -/kiana -/mei"
-NUMBERED = "-/class, the numbers before names left out"
+NUMBERS = "class, the numbers before names left out"
+NUMBERED = f"-/{NUMBERS}"
+# folders of one level in several of another: years of characters, or characters of years?
+CROSSING = [
+    many("a/2019", "a/2020", "b/2019"),
+    many("a/2021", "a/2022", "a/best", "b/2021", "b/best"),
+    many("train/a/2021", "train/a/best", "train/b/2021", "train/b/x", "test/a/best", "test/b/x"),
+]
 HALVES = many("train/a", "train/b")
 LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("a", "b"), "class", "-/a -/b", 0),
@@ -91,9 +98,14 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (["thumb/x.png", *many("thumb/000_a", "thumb/001_b")], NUMBERED, "-/a -/b", 1),
     (many("img/10_a", "reg/1_b"), NUMBERED, "-/a -/b", 0),
     (many("10_a", "b"), "class", "-/10_a -/b", 0),
+    (many("10_a", "5_b", "c"), NUMBERS, "-/a -/b -/c", 0),
+    (many("img/10_a", "img/5_b", "img/c", "img/1_d"), f"-/{NUMBERS}", "-/a -/b -/c -/d", 0),
+    (many("train/10_a", "train/5_b", "val/a"), f"split/{NUMBERS}", "train/a train/b val/a", 0),
     (many("2019_06", "2020_07"), "class", "-/2019_06 -/2020_07", 0),
     # what may be read in two ways
-    (many("a/2019", "a/2020", "b/2019"), "class", "-/a -/b", 0),
+    (CROSSING[0], "class", "-/a -/b", 0),
+    (CROSSING[1], "-/class", "-/2021 -/2022 -/best", 0),
+    (CROSSING[2], "split/-/class", "train/2021 train/best train/x test/best test/x", 0),
     (SERIES, "-/class", PEOPLE, 0),
     (HALVES + many("c", "d"), "split/class", "train/a train/b", 8),
     ([*many("a", "b"), *FLAT], "class", "-/a -/b", 8),
@@ -105,7 +117,8 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
 def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
     names, what, said, aside = LAYOUTS[row]
     lay(tmp_path, dict.fromkeys(names, b""))
-    records, _, (line,) = sources.find(tmp_path)
+    records, _, (line, *doubts) = sources.find(tmp_path)
+    assert bool(doubts) == (names in CROSSING)
     assert {f"{r.split or '-'}/{r.label or '-'}" for r in records} == set(said.split())
     assert len(records) == len(names) - aside
     labels = {r.label for r in records} - {None}
@@ -129,6 +142,19 @@ SPLIT_NAMES = {
 def test_names_of_splits(split):
     assert {layouts.split_of(name) for name in SPLIT_NAMES[split].split()} == {split}
     assert layouts.split_of("") is None and layouts.split_of("test 2") == "test"
+
+
+OTHER = (("-/class", 2), ("class", 2), ("split/class", 2))
+
+
+@pytest.mark.parametrize("row", range(len(CROSSING)))
+def test_where_levels_cross_the_layout_that_reads_the_other_one_is_named(tmp_path, row):
+    lay(tmp_path, dict.fromkeys(CROSSING[row], b""))
+    layout, classes = OTHER[row]
+    (line,) = sources.find(tmp_path)[2][1:]
+    assert f"--layout {layout} learns {classes} (" in line
+    labels = {r.label for r in sources.find(tmp_path, layouts.parse_layout(layout))[0]}
+    assert len(labels) == classes
 
 
 def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
@@ -275,7 +301,7 @@ LEFT = {  # files beside two pictures of rin and one of luka, what is told of th
     ),
     "rin/1.png_large luka/a.heic": ("2 files left out: 1 ", None),
     "meiko/a.jpg:orig kaito/b.psd": ("kaito/b.psd", "kaito, meiko"),
-    "rin/1.txt notes.md Thumbs.db rin/.hidden __MACOSX/x.heic": (None, None),
+    "rin/9.txt notes.md Thumbs.db rin/.hidden __MACOSX/x.heic": (None, None),
 }
 
 
@@ -405,7 +431,8 @@ CAPTIONS = {"img/10_miku/1.txt": "solo, brown hair,\nsmile", "img/10_miku/2.txt"
 KOHYA_SAYS = zip(KOHYA, ("-/miku solo brown_hair smile", "-/miku 1girl", "-/rin hat"), strict=True)
 ABSENT = "lines of faces.tsv have no picture here"
 UNSURE = "1 faces are in none of the lists, and left out"
-UNKNOWN = "lines of the metadata have no picture here"
+UNKNOWN = "lines of the metadata have no picture here, the first: metadata.jsonl, line"
+LEFT_OUT = "tags: names of classes are left out of those of"
 BROKEN = "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21"
 SOURCES = {  # name: files, {key: split/label and tags}, what the notes after the first one say
     "DAF:re, faces first": (DAFRE | TITLED | BLANK, DAFRE_SAYS, []),
@@ -413,7 +440,11 @@ SOURCES = {  # name: files, {key: split/label and tags}, what the notes after th
     "DAF:re with tags": (
         DAFRE | LABELS | {"metadata.jsonl": OF_DAFRE},
         OF_DAFRE_SAYS,
-        [f"1 {UNKNOWN}", "2 of 3 pictures have tags"],
+        [
+            f"1 {UNKNOWN} 3",
+            "2 of 3 pictures have tags",
+            f"{LEFT_OUT} 2 pictures (miku, 初音,_ミク)",
+        ],
     ),
     "iCartoonFace": (CARTOONS | {"icartoonface_rectrain_det.txt": BOXES}, CARTOONS_SAY, []),
     "ACRD": (ACRD, ACRD_SAYS, [f"1 {ABSENT}"]),
@@ -421,17 +452,21 @@ SOURCES = {  # name: files, {key: split/label and tags}, what the notes after th
     "Danbooru": (
         DANBOORU | {"metadata.jsonl": POSTS + 14 * '{"id": 1}\n' + "{broken\n"},
         DANBOORU_SAYS,
-        [f"15 {UNKNOWN}", BROKEN],
+        [f"15 {UNKNOWN} 6", BROKEN],
     ),
     "an array of posts": (
         {"7.png": None, "263159.png": None, "list.json": ARRAY},
         {"263159.png": "-/miku", "7.png": "-/-"},
-        [f"1 {UNKNOWN}"],
+        ["1 lines of the metadata have no picture here, the first: list.json, line 3"],
     ),
     "csv": (IMAGES | {"list.csv": CSV}, TAGGED, []),
     "csv after an empty line": (IMAGES | {"list.csv": f"\n{CSV}"}, TAGGED, []),
     "tsv": (IMAGES | {"list.tsv": TSV}, LISTED, []),
-    "captions of kohya": (KOHYA | CAPTIONS, dict(KOHYA_SAYS), []),
+    "captions of kohya": (
+        KOHYA | CAPTIONS,
+        dict(KOHYA_SAYS),
+        ["captions: 2 of 3 pictures have one (img/10_miku/1.png, img/10_miku/2.png)"],
+    ),
     "a name twice": (
         IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"},
         {"a/1.png": "-/x", "b 3.png": "-/y"},
@@ -452,12 +487,104 @@ def test_published_data_sets_and_tables_keep_their_names_splits_and_tags(tmp_pat
 
 def test_tables_give_groups_and_boxes_and_so_do_posts(tmp_path):
     rows = "path,group,x1,y1,x2,y2\na.png,7,1,2,20,21.5\nb.png,,,,,\n"
-    records = sources.find(lay(tmp_path / "list", {"list.csv": rows}) / "list.csv")[0]
+    lay(tmp_path / "list", {"list.csv": rows, "a.png": b"", "b.png": b""})
+    records = sources.find(tmp_path / "list/list.csv")[0]
     assert [(r.group, r.box) for r in records] == [("7", (1, 2, 20, 21.5)), (None, None)]
     posts = lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS, "more.png": b""})
     groups = [r.group for r in sources.find(posts)[0]]
     assert groups == ["263159", "263159", "8", "10", "11"]
     assert "more.png" in [r.key for r in sources.find(posts, layout=())[0]]  # which no post names
+
+
+# ---- what other programs write -------------------------------------------------------------------
+
+TWO = dict.fromkeys(["a/1.png", "b/2.png"])
+ROWS = {  # the same table, as programs write it
+    "backslashes": "path,label\na\\1.png,miku\nb\\2.png,rin\n",
+    "of Excel": '\ufeffsep=;\r\nPath;Class\r\na\\1.png;"miku"\r\nb\\2.png;rin\r\n',
+    "semicolons without a header": "a/1.png;miku\nb/2.png;rin\n",
+    "tabs": "file\tlabels\na/1.png\tmiku\nb/2.png\trin\n",
+    "a comma said": "sep=,\na/1.png,miku\n.\\b\\2.png,rin\n",
+    "quotes after a space": 'a/1.png, "miku"\nb/2.png, "rin"\n',
+    "quotes and semicolons": '"image"; "labels"\n"a/1.png"; "miku"\n"b/2.png"; "rin"\n',
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_table_of_any_program_gives_the_same_labels(tmp_path, name):
+    path = lay(tmp_path, TWO | {"list.csv": ROWS[name]}) / "list.csv"
+    assert list(told(path).values()) == ["-/miku", "-/rin"]
+    assert [len(line.split("; ")) for line in sources.find(path)[2]] == [1]
+
+
+def test_a_comma_is_kept_before_other_signs_and_unknown_columns_are_named(tmp_path):
+    rows = 'a;b.png,x,train,"d; e"\nc.png,y,val\n'
+    lay(tmp_path, {"a;b.png": None, "c.png": None, "list.csv": rows})
+    assert told(tmp_path / "list.csv") == {"a;b.png": "train/x d; e", "c.png": "val/y"}
+    lay(tmp_path, {"list.csv": "image,who,label\nc.png,me,y\n"})
+    assert told(tmp_path / "list.csv") == {"c.png": "-/y"}
+    assert sources.find(tmp_path / "list.csv")[2][1].startswith("columns that are not read: who;")
+
+
+@pytest.mark.parametrize("above", ["C:\\data\\", "/home/me/", "pictures/"])
+def test_paths_that_lie_elsewhere_are_said_to(tmp_path, monkeypatch, above):
+    lines = [f"{above}a/1.png", f"{above}b/2.png"]
+    lay(tmp_path, TWO | {"list.csv": "\n".join(lines)})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", lines)
+    for path in ("list.csv", "-"):
+        with pytest.raises(UserError, match="2 of 2 paths do not lie below"):
+            sources.find(path)
+
+
+@pytest.mark.parametrize("slash", ["\\", "/"])
+def test_a_list_on_standard_input_may_be_of_windows(tmp_path, monkeypatch, slash):
+    monkeypatch.chdir(lay(tmp_path, TWO))
+    monkeypatch.setattr("sys.stdin", [f"a{slash}1.png\r\n", f"b{slash}2.png\r\n"])
+    assert told("-") == {"a/1.png": "-/a", "b/2.png": "-/b"}
+
+
+def lines_of(*rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+CLASSES_OF_TWO = {"a/1.png": "-/a", "b/2.png": "-/b"}
+TEXTS = [{"file_name": name, "text": "a girl, smiling"} for name in TWO]
+TAGS = [{"path": name.replace("/", "\\"), "tags": "hat, smile"} for name in TWO]
+BY_LABEL = [{"file_name": "a/1.png", "label": "rin"}, {"file_name": "b/2.png", "label": 7}]
+IN_TRAIN = lines_of({"file_name": "1.png", "label": "rin"}, {"file_name": "9.png", "label": "x"})
+METADATA = {  # files beside pictures, {key: split/label and tags}
+    "texts": ({"metadata.jsonl": lines_of(*TEXTS)}, CLASSES_OF_TWO),
+    "an array": ({"metadata.json": json.dumps(TEXTS)}, CLASSES_OF_TWO),
+    "tags": (
+        {"metadata.jsonl": lines_of(*TAGS)},
+        {"a/1.png": "-/a hat smile", "b/2.png": "-/b hat smile"},
+    ),
+    "labels": ({"metadata.jsonl": lines_of(*BY_LABEL)}, {"a/1.png": "-/rin", "b/2.png": "-/7"}),
+    "another file, of one picture": (
+        {"list.jsonl": lines_of(TEXTS[1] | {"tags": "hat"})},
+        {"b/2.png": "-/b hat"},
+    ),
+    "of a split": (
+        {"train/1.png": None, "val/2.png": None, "train/metadata.jsonl": IN_TRAIN},
+        {"train/1.png": "train/rin", "val/2.png": "val/-"},
+    ),
+    "of Danbooru": (
+        {"metadata.jsonl": lines_of({"id": 1, "label": "rin"}, {"id": 2, "tag_string": "hat"})},
+        {"a/1.png": "-/rin", "b/2.png": "-/- hat"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_adds_to_what_folders_tell_and_a_layout_overrules_it(tmp_path, name):
+    contents, says = METADATA[name]
+    lay(tmp_path, contents if "train/1.png" in contents else TWO | contents)
+    assert told(next(tmp_path.glob("list.*"), tmp_path)) == says
+    if "metadata.jsonl" in contents:
+        assert told(tmp_path / "metadata.jsonl") == says
+        assert told(tmp_path, layout=("class",)) == CLASSES_OF_TWO
+        assert set(told(tmp_path, layout=()).values()) == {"-/-"}
 
 
 class Table:
@@ -711,6 +838,55 @@ def test_a_picture_of_many_tags_keeps_the_most_frequent_ones():
     assert words[:2] == ["tag0", "tag1"] and dims == {"tags": (tags.MOST,)}
     [(_, row)] = stream(records[399:])
     assert row["tags"].tolist() == list(range(tags.MOST))
+
+
+CAPTIONED = {  # the caption of a/1.png: its file, and what it says
+    "a tag a line": ("a/1.txt", "solo\nbrown hair\r\nhat\n"),
+    "lines and commas": ("a/1.txt", "solo, brown hair,\nhat"),
+    "a .caption": ("a/1.caption", "solo, brown_hair, hat"),
+    "of gallery-dl": ("a/1.png.txt", "solo\nbrown_hair\nhat"),
+    "in capitals": ("a/1.TXT", "solo brown_hair hat"),
+}
+
+
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_captions_beside_pictures_in_any_folder_give_tags(tmp_path, name):
+    file, text = CAPTIONED[name]
+    lay(tmp_path, TWO | {file: text})
+    says = {"a/1.png": "-/a solo brown_hair hat", "b/2.png": "-/b"}
+    assert told(tmp_path) == told(tmp_path, layout=("class",)) == says
+    assert sources.find(tmp_path)[2][1:] == ["captions: 1 of 2 pictures have one (a/1.png)"]
+
+
+def test_brackets_lose_their_backslash_and_boxes_are_no_captions(tmp_path):
+    escaped = r"hat \(red\), :\(, \[x\], smile (x)"
+    lay(tmp_path, TWO | {"a/1.txt": escaped, "b/2.txt": "0 0.5 0.5 0.25 1e-1\n"})
+    assert told(tmp_path) == {"a/1.png": "-/a hat_(red) :( [x] smile_(x)", "b/2.png": "-/b"}
+    assert sources.find(tmp_path)[2][2].startswith("1 captions are numbers (b/2.png)")
+    lay(tmp_path, {"b/2.txt": "笑顔, 帽子".encode("cp932")})
+    assert told(tmp_path)["b/2.png"] == "-/b"
+    assert sources.find(tmp_path)[2][2].startswith("1 captions are not in UTF-8 (b/2.png)")
+
+
+OWN_NAME = {  # a class: spellings of it that no picture of the set keeps as a tag
+    "aoka": "aoka Aoka AOKA",
+    "hatsune miku": "hatsune_miku Miku_Hatsune hatsune-miku",
+    "saber_(fate)": "saber saber_(fate) saber_(arthur)",
+    "Rin": "rin rin_(series)",
+}
+
+
+@pytest.mark.parametrize("label", OWN_NAME)
+def test_the_name_of_a_class_is_no_tag_in_any_layout(tmp_path, label):
+    spelled = OWN_NAME[label].split()
+    records = [sources.Record(str(i), "", label, tags=(t, "hat")) for i, t in enumerate(spelled)]
+    records += [sources.Record("x", "", "other", tags=("rino", "aoka_blue", spelled[0]))]
+    kept, (line,) = tags.without_names(records)
+    assert {r.tags for r in kept[:-1]} == {("hat",)} and kept[-1].tags == ("rino", "aoka_blue")
+    assert f"those of {len(records)} pictures" in line
+    assert tags.without_names(kept) == (kept, [])
+    lay(tmp_path, dict.fromkeys(["1.png", "2.png"]) | {"a.csv": f"1.png,{label},,{spelled[0]} hat"})
+    assert told(tmp_path / "a.csv") == {"1.png": f"-/{label} hat"}
 
 
 def test_words_that_say_nothing_are_left_out():
