@@ -63,7 +63,8 @@ def open_split(folder, name):
         raise UserError(f"{path} does not exist; {advice}")
     if name not in names:
         choices = ", ".join(names)
-        raise UserError(f"{folder} has no split {name}, only {choices}; choose one of them")
+        fix = "choose one of them, or pack it again, with a share for it: --split .7,.1,.2"
+        raise UserError(f"{folder} has no split {name}, only {choices}; {fix}")
     split = open_tensors(path)
     check_split(split, path, advice)
     # Pictures stay in the file, whatever their number. Labels are small, and are copied, because

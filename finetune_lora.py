@@ -578,7 +578,8 @@ def finetune(flags, task):
     run.resume_or_begin()
     count, share = task.parameters_trained()
     print(
-        f"data     {flags.data}: {C} characters with {sizes.min()} to {sizes.max()} training pictures; "
+        f"data     {flags.data}: {C} of {len(task.train.split['header']['classes'])} characters, "
+        f"with {sizes.min()} to {sizes.max()} training pictures; "
         f"{len(task.dev.rows)} dev pictures choose the epoch\n"
         f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {count:,} "
         f"parameters trained ({share:.2%}), step {run.step} of {total}"

@@ -36,7 +36,7 @@ from common import fields
 from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
-from common.features import open_rows
+from common.features import numbers_of, open_rows
 from common.io import (
     UserError,
     read_safetensors,
@@ -363,7 +363,8 @@ def faces_learned(run, device, dtype):
     net, header, autocast = open_network(run, device, dtype)
     folder = place_of(header["data"], run)
     held = header.get("split", "val")
-    (train, dev, _), classes = open_rows(folder, held, header.get("hold_out", 0))
+    hold_out = header.get("hold_out", 0)
+    (train, dev, _), classes = open_rows(folder, held, hold_out)
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
     outputs = partial(outputs_of, net, autocast=autocast, name="gallery")
@@ -372,11 +373,12 @@ def faces_learned(run, device, dtype):
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
     _, found.embeddings = outputs(train.split, rows)
     found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
-    left_out = (dev.labels < 0).nonzero()[:, 0]
+    labels = torch.as_tensor(dev.split["labels"])
+    kept_back = torch.from_numpy(numbers_of(hold_out, dev.split["header"]["classes"]))
+    left_out = torch.isin(labels, kept_back).nonzero()[:, 0]
     found.unknown = None
     if len(left_out):
-        labels = torch.as_tensor(dev.split["labels"])[left_out]
-        found.unknown = *outputs(dev.split, left_out), labels
+        found.unknown = *outputs(dev.split, left_out), labels[left_out]
     return found
 
 

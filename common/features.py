@@ -153,18 +153,22 @@ def open_rows(folder, held, left_out):
     """-> labelled pictures to learn from, to choose by and to report; the learned classes.
 
     Each set is a namespace: name, split, rows, labels. A label is an image's class among the
-    learned, -1 of others. left_out, as of `some_characters`, are not learned.
+    learned, -1 of others. left_out, as of `some_characters`, are not learned, and neither are classes
+    with fewer than two pictures in train.
     """
     splits = open_splits(folder, held)
-    for name, split in splits.items():
-        if not data.has_labels(split):
-            fix = "python data.py FOLDER, a folder per character, makes a set with labels"
-            raise UserError(f"{folder}: {name} has pictures without a label, or one class; {fix}")
     classes = splits["train"]["header"]["classes"]
-    learned = np.setdiff1d(range(len(classes)), numbers_of(left_out, classes))
+    labels = splits["train"]["labels"]
+    sizes = np.bincount(labels[labels >= 0], minlength=len(classes))
+    enough = np.nonzero(sizes >= 2)[0]
+    if len(enough) < 2:
+        fix = "python data.py FOLDER, a folder per character, makes a set with labels"
+        raise UserError(f"{folder}: train has fewer than two classes with two pictures; {fix}")
+    learned = np.setdiff1d(enough, numbers_of(left_out, classes))
     if len(learned) < 2:
         raise UserError(f"--hold-out {left_out} leaves fewer than two of {len(classes)} characters")
-    new_label = torch.full((len(classes),), -1)
+    # The last of them is what the label -1 reads: a picture without a label.
+    new_label = torch.full((len(classes) + 1,), -1)
     new_label[learned] = torch.arange(len(learned))
     sets = {}
     for name, split in splits.items():
@@ -175,13 +179,11 @@ def open_rows(folder, held, left_out):
     seed, _ = part_of(left_out)  # each part has a held-out tenth of its own
     train.rows, chosen, where = hold_out(splits, train.rows, seed)
     dev = sets["dev"] if where == "dev" else SimpleNamespace(**vars(train) | {"rows": chosen})
-    names = [classes[c] for c in learned]
-    sizes = torch.bincount(train.labels[train.rows], minlength=len(names))
-    if sizes.min() < 2 or not len(dev.rows):
-        few = f"{sizes.min()} pictures of {names[sizes.argmin()]} to learn, {len(dev.rows)} for dev"
-        fix = "2 and 1 are needed: pack it again, with more of them or without this class"
-        raise UserError(f"{folder} has {few}; {fix}")
-    return [train, dev, sets[held]], names
+    for name, some in {"dev": dev, held: sets[held]}.items():
+        if not len(some.rows):
+            fix = "data.py needs more pictures, or a larger share for it: --split .6,.2,.2"
+            raise UserError(f"{folder} has no picture of a learned character for {name}; {fix}")
+    return [train, dev, sets[held]], [classes[c] for c in learned]
 
 
 # ---- features ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections import namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -45,6 +45,7 @@ from common.command import (
     refuse_useless,
     set_defaults,
 )
+from common.features import open_rows
 from common.io import UserError, open_tensors
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
@@ -88,9 +89,7 @@ def render(records, draw, size, dims):
 
 def open_images(flags, size):
     """Pictures, cut as --crop says; their alpha is the foreground where most have some."""
-    by_folders = sources.reader_of(flags.path)[1] is None
-    layout = flags.layout if by_folders else None
-    records, fetch, notes = sources.find(flags.path, layout, flags.names)
+    records, fetch, notes = sources.find(flags.path, flags.layout, flags.names)
     crop, margin = flags.crop
     found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
@@ -163,7 +162,7 @@ def open_source(flags, size):
         usable = OF_DRAWN | ({"tail", "drawings"} if path == "toon" else set())
         refuse_useless(flags.given - usable, f"on {path}, which is drawn")
         return DRAWN[path](flags, size)
-    reader, name = (None, "boxes") if flags.detect else sources.reader_of(path)
+    reader, name = (None, "boxes") if flags.detect else sources.reader_of(path, flags.layout)
     useless = {"drawings"} if name is None else {"drawings", "layout"}
     useless |= {"names"} if reader is not files.open_zip else set()
     useless |= {"crop"} if flags.detect else set()
@@ -225,7 +224,7 @@ def deal(source, how, shares):
     if "train" not in splits:
         fix = "to have them dealt, give a --layout with - for split"
         notes.append(f"no train: stages can measure on this set, not learn from it; {fix}")
-    notes += unlearned(records)
+    notes += unlearned(records) + spelled_alike(records)
     if how["tail"] and how["path"] != "toon":
         records, thinned = long_tailed(records, how["tail"])
         notes += thinned
@@ -239,13 +238,25 @@ def deal(source, how, shares):
 
 
 def unlearned(records):
-    """-> a line on the classes that no picture of train has."""
-    inside = {r.label for r in records if r.split == "train"}
-    outside = sorted({r.label for r in records} - inside - {None})
-    if not inside or not outside:
+    """-> a line on the classes that train has too few pictures of."""
+    inside = Counter(r.label for r in records if r.split == "train")
+    labels = {r.label for r in records} - {None}
+    few = sorted(label for label in labels if inside[label] < 2)
+    if not inside or not few:
         return []
-    few = f"classes without a picture in train: {len(outside)}, such as {outside[0]}"
-    return [f"{few}; finetune_lora.py needs two of each"]
+    count = f"classes with fewer than two pictures in train: {len(few)}, such as {few[0]}"
+    fix = "finetune_lora.py does not learn them; --min-per-class 3 leaves small ones out"
+    return [f"{count}; {fix}"]
+
+
+def spelled_alike(records):
+    """-> a line on classes that differ in case, spaces and underscores alone."""
+    alike = defaultdict(list)
+    for label in sorted({r.label for r in records} - {None}):
+        alike[re.sub(r"[\s_-]+", " ", label.casefold())].append(label)
+    twice = [" and ".join(names) for names in alike.values() if len(names) > 1]
+    told = f"classes that are spelled alike: {layouts.first(twice)}; give one character one name"
+    return [told] * bool(twice)
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -467,19 +478,23 @@ def to_learn(out):
         return shlex.join(words + of_split)
     tensors = open_tensors(Path(out) / "train.safetensors")
     header = tensors["header"]
-    labelled = len(header["classes"]) > 1
     if "boxes" in tensors:
         return shlex.join(["python", "-m", "apps.detect", "weights/toon", "--data", str(out)])
     if not have:
-        return "pack it again with a val: pretrain.py needs one, to evaluate on"
+        fix = "pack it again with a val, such as by --split .7,.1,.2"
+        return f"{fix}: pretrain.py needs one, to evaluate on"
     small = len(tensors["images"]) < SMALL and header["source"] not in DRAWN
-    if labelled and small:
-        return shlex.join(["python", "finetune_lora.py", "weights/toon", "--data", str(out)])
+    problem = ""
+    try:
+        open_rows(out, have[0], 0)  # as finetune_lora.py will open them
+    except UserError as found:
+        problem = f"; finetune_lora.py can't learn from it: {found}"
+    if small and not problem:
+        words = ["python", "finetune_lora.py", "weights/toon", "--data", str(out)]
+        return shlex.join(words + of_split)
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []
-    words += of_split
-    few = "; probe.py and finetune_lora.py need labels of two classes or more"
-    return shlex.join(words) + few * (not labelled)
+    return shlex.join(words + of_split) + problem
 
 
 def parse_flags(words=None):

@@ -250,18 +250,21 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
 
 
 NEXT = {  # flags: the command that comes next, and words of what is said
-    "images --split .8,0,.2": ("python finetune_lora.py weights/toon --data OUT", "test 12"),
-    "images/class0": ("python pretrain.py --data OUT", "need labels of two classes"),
+    "images --split .8,0,.2": (
+        "python finetune_lora.py weights/toon --data OUT --split test",
+        "test 12",
+    ),
+    "images/class0": ("python pretrain.py --data OUT", "finetune_lora.py can't learn from it"),
     "clear --split .8,0,.2 --dedupe off": (
         "python pretrain.py --data OUT --mask fg_heavy --split test",
-        "need labels of two classes",
+        "finetune_lora.py can't learn from it",
     ),
     "images --split 0,0,1": (
         "python -m apps.unknown RUN --data OUT --split test",
         "no train: stages can measure",
     ),
     "few --split .9,.05,.05": (
-        "pack it again with a val: pretrain.py needs one",
+        "pack it again with a val, such as by --split",
         "no picture is left for val and test: 3 are too few",
     ),
 }
@@ -269,9 +272,17 @@ NEXT = {  # flags: the command that comes next, and words of what is said
 
 def test_a_class_that_nobody_can_learn_is_said():
     a, b = (sources.Record(f"{who}.png", None, who, split="train") for who in "ab")
-    assert pack.unlearned([a, b, b._replace(label=None, split="val")]) == []
-    (line,) = pack.unlearned([a, b._replace(split="val")])
-    assert line.startswith("classes without a picture in train: 1, such as b")
+    assert pack.unlearned([a, a, b, b, b._replace(label=None, split="val")]) == []
+    for few in ([b._replace(split="val")] * 3, [b]):
+        (line,) = pack.unlearned([a, a, *few])
+        assert line.startswith("classes with fewer than two pictures in train: 1, such as b")
+
+
+def test_classes_that_are_spelled_alike_are_said():
+    names = ("Miku", "miku", "hatsune miku", "Hatsune_Miku", "rin", "rin2", "kagamine rin")
+    (line,) = pack.spelled_alike([sources.Record(name, None, name) for name in names])
+    assert "Hatsune_Miku and hatsune miku" in line and "Miku and miku" in line
+    assert "rin" not in line and pack.spelled_alike([sources.Record("a", None, None)] * 2) == []
 
 
 @pytest.mark.parametrize("line", NEXT)
@@ -287,7 +298,7 @@ def test_the_next_line_is_right_and_for_a_shell(tmp_path, images, line):
     shown = run_line("data.py --show it's", tmp_path, check=0).stdout
     assert f"next: python data.py --show {quoted}, or {command}" in said
     assert f"next: {command}" in shown
-    assert words in said + shown and ("need labels" in said) == ("need labels" in words)
+    assert words in said + shown and ("can't learn" in said) == ("can't learn" in words)
     assert "sheet.png is there already" in refused(run_line("data.py --show it's", tmp_path))
 
 

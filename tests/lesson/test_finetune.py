@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_line, some_view, state_of
+from conftest import draw_folder, run_line, some_view, state_of
 from made import QUICK
 
 import data
 import finetune_lora
+from apps import recognize
 from common import classifier, controls, features, metrics, stats, train
 from common.train import read_log, seeded
 from model import ViT
@@ -216,6 +217,34 @@ def test_what_is_chosen_on_is_dev_or_a_tenth_of_train(small, tmp_path, with_dev)
     for images in (fit, dev, report):
         names = [classes[c] for c in images.split["labels"][images.rows]]
         assert names == [some[c] for c in images.labels[images.rows]]
+
+
+@pytest.fixture
+def thin(at):
+    """A packed list: two classes of 24 pictures, one of a single one, and 11 pictures without a label."""
+    root = draw_folder(at / "thin", classes=3, each=24)
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+    labels = {name: name.split("/")[0] for name in names[:49]}
+    rows = [f"{name},{labels.get(name, '')}" for name in names[:60]]
+    (root / "list.csv").write_text("\n".join(["path,label", *rows]))
+    words = "--size 32 --dedupe off --out datasets/thin"
+    done = run_line(f"data.py thin/list.csv {words}", at, check=0)
+    assert "python finetune_lora.py weights/toon --data datasets/thin" in done.stdout
+    return at / "datasets/thin"
+
+
+def test_what_has_no_label_or_no_second_picture_is_not_learned(at, thin, no_pictures):
+    sets, classes = features.open_rows(thin, "val", 0)
+    assert classes == ["class0", "class1"]
+    for images in sets:
+        true = images.split["labels"][images.rows]
+        assert set(true.tolist()) == {0, 1} and images.labels[images.rows].equal(true)
+    fit = sets[0]
+    assert (fit.split["labels"] == -1).any() and (fit.split["labels"] == 2).any()
+    assert (fit.labels[fit.split["labels"] == 2] == -1).all()
+    line = f"finetune_lora.py runs/a --data datasets/thin {QUICK} --method linear --out runs/thin"
+    assert "2 of 3 characters" in run_line(line, at, check=0).stdout
+    assert recognize.faces_learned(at / "runs/thin", "cpu", "fp32").unknown is None
 
 
 # ---- an adapter that somebody changed ------------------------------------------------------------
