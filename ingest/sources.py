@@ -20,7 +20,7 @@ import json
 import os
 import re
 import zipfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +70,8 @@ def find(path, layout=None, names=None):
     if reader in (from_table, open_list):
         refuse_absent([r.place for r in records.values()], Path(path).parent)
     if twice := len(found) - len(records):
-        notes.append(f"{twice} names came twice; the first of each is kept")
+        again = min(key for key, n in Counter(r.key for r in found).items() if n > 1)
+        notes.append(f"{twice} names came twice, such as {again}; the first of each is kept")
     records, told = tags.without_names(list(records.values()))
     return records, fetch, notes + told
 

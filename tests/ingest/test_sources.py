@@ -470,7 +470,7 @@ SOURCES = {  # name: files, {key: split/label and tags}, what the notes after th
     "a name twice": (
         IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"},
         {"a/1.png": "-/x", "b 3.png": "-/y"},
-        ["1 names came twice; the first of each is kept"],
+        ["1 names came twice, such as a/1.png; the first of each is kept"],
     ),
 }
 
