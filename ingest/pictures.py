@@ -1,6 +1,8 @@
 """Pictures that somebody names on a command line, one after the other, cut as a network was trained."""
 
+import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from ingest import files, sources
 from ingest.decode import decode, decode_records, reason, whole
 
 DEMO_SETS = ("toon", "scenes", "hybrid")  # drawn by this project's own program
+LONGEST = 255 - len("-overlay.png")  # bytes of a picture's name: a file's has 255, with its ending
 OWNERS = {}  # {(folder, name) of files that this command writes: the picture that they are of}
 
 
@@ -125,8 +128,18 @@ def save_pngs(out, key, pictures, in_folders=False):
     name = "-".join(words[-1:] if in_folders else words[-2:]).removesuffix(Path(key).suffix)
     if OWNERS.setdefault((folder, name), key) != key:
         name = "-".join(words)  # x.jpg beside x.png
+    name = shortened(name, key)
     for ending, pixels in pictures.items():
         path = out / folder / f"{name}{ending}.png"
         reserve([path], out / ".lock")
         with atomic(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")
+
+
+def shortened(name, key):
+    """The name, or where it is longer than LONGEST its beginning and a digest of the picture key."""
+    letters = os.fsencode(name)
+    if len(letters) <= LONGEST:
+        return name
+    digest = hashlib.blake2b(os.fsencode(key), digest_size=4).hexdigest()
+    return letters[: LONGEST - 9].decode("utf-8", "ignore") + f"-{digest}"

@@ -225,6 +225,19 @@ def test_the_largest_face_of_each_picture_keeps_its_folder(base, monkeypatch):
     assert min(sizes) > Image.open(base / "images/class0/illust0_0.png").size[0] / 2
 
 
+@pytest.mark.parametrize("how", ["--largest", ""])
+def test_pictures_with_long_names_are_written_and_kept_apart(base, monkeypatch, how):
+    """A name as long as a file's may be has no room for the number of its face, or its folder."""
+    finding(monkeypatch, [0.1, 0.3, 0.3, 0.5])
+    names = [249 * "x" + end for end in "ab"] + [83 * "\u3042" + end for end in "ab"]  # of 3 bytes
+    for name in names:
+        (base / "long/of").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(base / f"long/of/{name}.png")
+    run_line(f"apps.detect runs/a-det long {CPU} {how} --out short{how}", base, check=0)
+    cuts = [path.stem for path in (base / f"short{how}").rglob("*.png")]
+    assert len(cuts) == len(names) and all(cut.endswith("_0") == bool(how) for cut in cuts)
+
+
 def test_a_page_s_faces_are_named_one_by_one(base, monkeypatch):
     """apps.recognize --detect: a line for each face, by a recogniser of whole drawings."""
     Image.new("RGB", (64, 64), (200, 90, 90)).save(base / "page.png")
