@@ -450,7 +450,7 @@ def show(flags):
 
 
 def sheet_rows(split, classes=6, each=10):
-    """Pictures of large, small and other classes; and some with their foreground and parts."""
+    """Pictures of large, small and other classes; and some with their boxes, foreground and parts."""
     images = split["images"]
     labels = split["labels"].numpy()
     ids, counts = np.unique(labels[labels >= 0], return_counts=True)
@@ -461,6 +461,10 @@ def sheet_rows(split, classes=6, each=10):
         rows.append((split["header"]["classes"][label][:18], images[own]))
     some = evenly_spaced(len(images), each).numpy()
     rows.append(("pictures", images[some]))
+    if "boxes" in split:
+        size = split["header"]["size"]
+        pages = zip(images[some], split["boxes"][some], strict=True)
+        rows.append(("boxes", [scenes.outlined(x, size * own[own[:, 0] >= 0]) for x, own in pages]))
     if "fg" in split:
         rows.append(("foreground", np.stack([split["fg"][some]] * 3, 3)))  # gray: one scale for all
     if "parts" in split:
