@@ -2,19 +2,18 @@
 
     python data.py PATH --detect --out datasets/NAME
 
-COCO        a JSON file; its pictures lie beside it, or in a folder there
+COCO        a JSON file; its pictures lie beside it, or in a folder there, or beside its folder
+            annotations/. Or a folder with such files, one for each split
 iCartoonFace (Zheng et al. 2020), detection: a csv of picture,x1,y1,x2,y2; pictures lie as COCO's do
-Pascal VOC  a folder with Annotations/*.xml, and pictures in JPEGImages/ or beside; it counts pixels
-            from 1
-YOLO        a folder with labels/**/*.txt of "class x y width height" in shares of the picture, and
-            images/ of the same folders and names, or pictures beside the files; pictures without a
-            file have no box
+Pascal VOC  a folder with *.xml in Annotations/, or anywhere; it counts pixels from 1
+YOLO        a folder with *.txt of "class x y width height" in shares of the picture, in folders
+            labels/ beside images/, or beside the pictures; pictures without a file have no box
 
 A folder train, val or test on the way to a picture is its split. All classes become one. A record's
-`box` is a list of (x1, y1, x2, y2) in pixels, YOLO's in shares of the picture.
+`box` is a list of (x1, y1, x2, y2) in pixels, YOLO's in shares of the picture. ingest/labels.py
+reads the files; here the boxes come to fit the pixels, and what does not fit is left out and told.
 """
 
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,93 +21,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.io import UserError, parse_table, reading, regular
-from ingest import layouts
-from ingest.decode import on_paper, open_image
-from ingest.files import fetch_files, walk
-from ingest.sources import BOX, Record, box_of, choose, nfc, refuse_odd, table_rows
+from common.fields import shown
+from common.io import UserError
+from ingest import labels, layouts
+from ingest.decode import on_paper, open_image, open_picture
+from ingest.files import fetch_files, nfc, walk
+from ingest.sources import MOST_BROKEN, Record, choose, refuse_odd
 
 GRAY = (128, 128, 128)  # what fills a picture up to a square
-
-
-# ---- readers: yield (picture, class, box); the box is None of a picture without boxes -------------
-
-
-def from_coco(path):
-    needs = "it needs images with id and file_name, and annotations with image_id and bbox"
-    with reading(path, "COCO file", needs):
-        found = parse_table(path.read_bytes())
-        names = {image["id"]: "" + image["file_name"] for image in found["images"]}
-        if len(names) < len(found["images"]):
-            raise ValueError("two images have one id")
-        kinds = {c["id"]: str(c["name"]) for c in found.get("categories", ())}
-        yield from ((name, None, None) for name in names.values())
-        for one in found["annotations"]:
-            x, y, w, h = map(float, one["bbox"])
-            kind = kinds.get(one.get("category_id"), "face")
-            yield names[one["image_id"]], kind, (x, y, x + w, y + h)
-
-
-def from_csv(path):
-    for where, cells in table_rows(path, ("path", *BOX, "label")):
-        yield cells["path"], cells.get("label", "face"), box_of(cells, where)
-
-
-def from_voc(root):
-    seen = set()
-    for path in sorted((root / "Annotations").rglob("*.xml")):
-        with reading(path, "annotation of Pascal VOC", "remove it"):
-            tree = ElementTree.parse(path).getroot()
-            name = tree.findtext("filename") or path.stem + ".jpg"
-            if name in seen:
-                raise ValueError(f"{name} is another file's picture")
-            seen.add(name)
-            yield name, None, None
-            for one in tree.iter("object"):
-                corners = (one.find("bndbox").findtext(k) for k in ("xmin", "ymin", "xmax", "ymax"))
-                x1, y1, x2, y2 = map(float, corners)
-                yield name, one.findtext("name") or "face", (x1 - 1, y1 - 1, x2, y2)
-
-
-def from_yolo(root):
-    def place(path):
-        """a/images/b.png -> a/b, and so is a/labels/b.txt, the file with its boxes."""
-        parts = Path(path).with_suffix("").parts
-        return nfc("/".join(x for x in parts if x not in ("images", "labels")))
-
-    names = list(walk(root))
-    labels = [p for p in sorted((root / "labels").rglob("*")) if p.suffix.lower() == ".txt"]
-    files = {place(p.relative_to(root)): p for p in labels}
-    for name in names:
-        yield name, None, None
-        for kind, box in yolo_boxes(files.get(place(name))):
-            yield name, kind, box
-    for lost in sorted(files.keys() - set(map(place, names))):
-        yield str(files[lost].relative_to(root)), None, None
-
-
-def yolo_boxes(path):
-    """Yield (class, box in shares) of the lines of a file, if there is one."""
-    lines = regular(path).read_text("utf-8-sig", "replace").splitlines() if path else ()
-    wanted = "class x y width height in shares of the picture"
-    for number, line in enumerate(lines, 1):
-        with reading(path, f"file of boxes, line {number}", f"a line is {wanted}"):
-            kind, x, y, w, h, *sure = map(float, line.split())
-            if len(sure) > 1 or max(x, y, w, h) > 2:  # an outline, or pixels
-                raise ValueError(line)
-            yield f"{kind:g}", (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-
-
-READERS = (
-    (lambda p: p.suffix.lower() == ".json", from_coco, "COCO"),
-    (lambda p: p.suffix.lower() == ".csv", from_csv, "a table of boxes"),
-    (lambda p: (p / "Annotations").is_dir(), from_voc, "Pascal VOC"),
-    (lambda p: (p / "labels").is_dir(), from_yolo, "YOLO"),
-)
-
-
-KNOWN = "set of boxes: give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a folder "
-KNOWN += "with Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)"
+ORIENTATION = 0x0112  # the field of EXIF: how a stored picture becomes upright
+# where it swaps x and y: which of the two, 0 or 1, then counts from the other side
+FLIPS = {5: [], 6: [0], 7: [0, 1], 8: [1]}
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -117,62 +40,149 @@ KNOWN += "with Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)"
 def find(path):
     """-> (records, fetch, notes, are boxes shares): as sources.find, but `box` is a list of boxes."""
     path = Path(path)
-    reader, layout = choose(path, READERS, KNOWN)
-    rows = list(reader(path))
-    names = list(dict.fromkeys(name for name, _, _ in rows))
-    refuse_odd(path, names)
-    root = path if path.is_dir() else path.parent
-    places = find_places(names, list(walk(root)))
-    if not places:
-        named = f"none of the {len(names)} pictures that {path} names lies beside it"
-        raise UserError(f"{named}; the first: {next(iter(names), None)!r}")
-    boxes = {place: [] for place in places.values()}
-    for name, _, box in rows:
-        if name in places and box and usable(box):
-            boxes[places[name]].append(box)
-    if not any(boxes.values()):
-        raise UserError(f"{path} has no box of a picture that is there")
-    records = []
-    for place, own in boxes.items():
-        split = next(filter(None, map(layouts.split_of, Path(place).parts[:-1])), None)
-        records.append(Record(nfc(place), place, split=split, box=own))
-    notes = about_boxes(layout, rows, [name for name in names if name not in places])
-    return records, partial(fetch_files, root=root), notes, layout == "YOLO"
-
-
-def about_boxes(layout, rows, lost):
-    """Lines on what was read, pictures that are not there, several classes, and wrong boxes."""
-    found = [row for row in rows if row[2]]
-    notes = [f"read as {layout}: {len({row[0] for row in rows})} pictures, {len(found)} boxes"]
-    if lost:
-        notes.append(f"{len(lost)} pictures are not there, the first: {lost[0]}")
-    kinds = [kind for kind, _ in Counter(kind for _, kind, _ in found).most_common()]
+    reader, layout = choose(path, labels.READERS, labels.KNOWN)
+    root = labels.root_of(path)
+    odd = []
+    pages = list(reader(path, list(walk(root)), odd))
+    refuse_odd(path, [page.name for page in pages])
+    faces = [face for page in pages for face in page.faces]
+    count = len({page.place or page.name for page in pages})
+    notes = [f"read as {layout}: {count} pictures, {len(faces)} boxes"]
+    notes += left_out(odd, len(odd) + len(faces), "labels", path)
+    kinds = [kind for kind, _ in Counter(kind for kind, _ in faces).most_common()]
+    pages = [page._replace(faces=[box for _, box in page.faces]) for page in pages]
+    shares = layout == "YOLO" or max((x for _, box in faces for x in box), default=2) <= 1
+    if shares and layout != "YOLO":
+        notes.append("no box reaches beyond 1, so all are taken for shares of the picture")
+    pages, absent = present(pages, path)
+    notes += absent
     if len(kinds) > 1:
         notes.append(f"{len(kinds)} classes are taken as one: {', '.join(kinds[:5])}")
-    if wrong := [f"{name} {box}" for name, _, box in found if not usable(box)]:
-        told = "boxes are empty or inverted, and left out, the first:"
-        notes.append(f"{len(wrong)} {told} {wrong[0]}")
-    return notes
+    pages, empty = without_empty(pages)
+    notes += empty
+    if not shares:
+        pages, changed = fitted(pages, root, path)
+        notes += changed
+    records, repeated = records_of(pages)
+    if not any(record.box for record in records):
+        raise UserError(f"{path} has no box of a picture that is there")
+    return records, partial(fetch_files, root=root), notes + repeated, shares
 
 
-def find_places(told, found):
-    """Names of pictures in a file, and pictures that are there -> {told: found}, of those found.
+def left_out(lines, among, things, path):
+    """A note on what is left out, or none; a UserError where that is more than a twentieth."""
+    if not lines:
+        return []
+    count = f"{len(lines)} of {among} {things}"
+    if len(lines) > MOST_BROKEN * among:
+        fix = "correct or remove them"
+        raise UserError(f"{path}: {count} can't be used, the first: {lines[0]}; {fix}")
+    return [shown(f"{count} can't be used, and are left out, the first: {lines[0]}")]
 
-    A picture may lie in another folder, if it alone has its name.
-    """
-    exact = {nfc(name): name for name in found}
-    count = Counter(Path(key).name for key in exact)
-    alone = {Path(key).name: name for key, name in exact.items() if count[Path(key).name] == 1}
-    places = {}
-    for name in told:
-        key = nfc(name).removeprefix("./")
-        place = exact.get(key) or alone.get(Path(key).name)
-        places |= {name: place} if place else {}
-    return places
+
+def present(pages, path):
+    """-> the pages whose picture is there, and a note on the others."""
+    absent = list(dict.fromkeys(page.name for page in pages if not page.place))
+    found = [page for page in pages if page.place]
+    if not found:
+        named = f"none of the {len(absent)} pictures that {path} names lies beside it"
+        raise UserError(f"{named}; the first: {next(iter(absent), None)!r}")
+    few = f"{len(absent)} pictures are not there, the first: "
+    return found, [few + absent[0]] if absent else []
+
+
+def without_empty(pages):
+    wrong = [f"{page.name} {box}" for page in pages for box in page.faces if not usable(box)]
+    found = [page._replace(faces=list(filter(usable, page.faces))) for page in pages]
+    few = f"{len(wrong)} boxes are empty or inverted, and left out, the first: "
+    return found, [few + wrong[0]] if wrong else []
 
 
 def usable(box):
     return all(abs(x) < 1e6 for x in box) and box[0] < box[2] and box[1] < box[3]
+
+
+def records_of(pages):
+    """-> a record for each picture, and a note on boxes that are there twice.
+
+    A detector would learn that two faces lie in one place, and miss one of them in every test.
+    """
+    boxes, splits = {}, {}
+    for page in pages:
+        boxes.setdefault(page.place, []).extend(map(tuple, page.faces))
+        folders = map(layouts.split_of, Path(page.place).parts[:-1])
+        splits[page.place] = next(filter(None, folders), page.split)
+    records, twice = [], []
+    for place, found in boxes.items():
+        own = list(dict.fromkeys(found))
+        twice += [place] * (len(found) - len(own))
+        records.append(Record(nfc(place), place, split=splits[place], box=own))
+    few = f"{len(twice)} boxes repeat another of their picture, and are left out, the first: "
+    return records, [few + twice[0]] if twice else []
+
+
+# ---- boxes and pixels ----------------------------------------------------------------------------
+
+
+def fitted(pages, root, path):
+    """Pages -> those whose boxes fit their pixels, now or after a change, and notes on the others."""
+    found, odd, scaled, turned = [], [], [], []
+    for page in pages:
+        shape = shape_of(root / page.place) if page.size and page.faces else None
+        if shape:  # what can't be opened is named when it is packed
+            try:
+                own, scales, turns = fit(np.array(page.faces), page.size, *shape)
+            except ValueError as problem:
+                odd.append(f"{page.place} ({problem})")
+                continue
+            scaled += [page.place] * scales
+            turned += [page.place] * turns
+            if scales or turns:
+                page = page._replace(faces=own.tolist())
+        found.append(page)
+    notes = left_out(odd, len(pages), "pictures", path)
+    for places, done in ((scaled, "scaled to the pixels"), (turned, "turned as EXIF says")):
+        if places:
+            notes.append(f"boxes of {len(places)} pictures are {done}, the first: {places[0]}")
+    return found, notes
+
+
+def shape_of(file):
+    """-> (width, height) as it is stored, and its FLIPS or None; None, if it can't be opened.
+
+    Image.Image's own getexif: a PNG's would decode all of the picture.
+    """
+    try:
+        with open_picture(file) as img:
+            return img.size, FLIPS.get(Image.Image.getexif(img).get(ORIENTATION))
+    except Exception:  # as many kinds as in decode_records
+        return None
+
+
+def fit(boxes, size, stored, flips):
+    """Boxes (k, 4) in pixels of a picture of `size` -> in those of the upright file; what was done.
+
+    A picture may have been resized after it was boxed, and boxes may belong to the picture as it is
+    stored, before EXIF turns it. Its proportions tell which, but for half a turn: there boxes are
+    taken for those of the upright picture. ValueError where the proportions are of neither.
+    """
+    upright = stored if flips is None else stored[::-1]
+    turned = off(size, stored) < off(size, upright)
+    like = stored if turned else upright
+    if off(size, like) > sum(size) + sum(like):  # more than rounding to whole pixels
+        own, its = (" x ".join(f"{x:g}" for x in shape) for shape in (size, upright))
+        raise ValueError(f"its boxes are for {own} pixels, it has {its}")
+    corners = boxes.reshape(-1, 2, 2) / size
+    if turned:
+        corners = corners[..., ::-1].copy()
+        corners[..., flips] = 1 - corners[..., flips]
+        corners.sort(1)  # upper left, lower right
+    return (corners * upright).reshape(-1, 4), tuple(size) != like, turned
+
+
+def off(a, b):
+    """How far two sizes (width, height) are from one proportion, in pixels times pixels."""
+    return abs(a[0] * b[1] - a[1] * b[0])
 
 
 def decode(data, size, boxes, most, shares):
