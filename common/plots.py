@@ -116,7 +116,8 @@ def curves(path, rows, split, title):
 
 def legend_below(axis, columns):
     """A legend under the label of the x axis, where it covers no curve, whatever the data."""
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns)
 
 
 def attention_on(axis, held):
