@@ -22,9 +22,9 @@ ORDER = ("train", "dev", "val", "test")  # of the splits, wherever they are list
 VAL = ("val", "valid", "validation", "validate", "eval", "evaluation")
 WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(VAL, "val")
 WORDS |= dict.fromkeys(("dev", "development"), "dev") | dict.fromkeys(("test", "testing"), "test")
-# train_images, test-set, val2017
+# train_images, test-set, val2017, and obj_train_data of CVAT
 THING = r"(?:data|dataset|set|split|images?|imgs?|pictures?|pics?|faces?|crops?)"
-SPLIT = re.compile(rf"(?:{THING}[ _.-])?({'|'.join(WORDS)})(?:[ _.-]?{THING})?[ _.-]?\d*")
+SPLIT = re.compile(rf"(?:obj_|{THING}[ _.-])?({'|'.join(WORDS)})(?:[ _.-]?{THING})?[ _.-]?\d*")
 NUMBERED = re.compile(r"\d+_(\D.*)")  # 10_miku of kohya's scripts, 000_hatsune_miku of moeimouto
 
 

@@ -131,10 +131,10 @@ def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
 
 SPLIT_NAMES = {
     "train": "train TRAIN_SET train-images training trainset train2017 images_train",
-    "val": "valid Validation val_data eval",
+    "val": "valid Validation val_data eval obj_valid_data",
     "dev": "dev development",
     "test": "testing testset test_2",
-    None: "Devi valkyrie test_subject miku trainer",
+    None: "Devi valkyrie test_subject miku trainer obj_",
 }
 
 
