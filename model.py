@@ -415,8 +415,8 @@ class LinearDecoder(nn.Module):
 class SimMIM(nn.Module):
     """The baseline whose encoder also sees hidden places (Xie et al. 2021, arXiv:2111.09886).
 
-    Its interface is that of MAE, without the decoder's sizes. The encoder works on all N tokens,
-    and learns from mask tokens, which it never meets again when it is used.
+    Its interface is that of MAE, but the decoder's sizes are ignored, as it is one layer. The encoder
+    works on all N tokens, and learns from mask tokens, which it never meets again when it is used.
     """
 
     def __init__(self, decoder_dim=0, decoder_depth=0, **vit):

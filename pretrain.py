@@ -399,9 +399,8 @@ def main():
     # gradients of another size: in one norm they would shrink the step of the encoder.
     clipped = [w for name, w in model.named_parameters() if not name.startswith(UNCLIPPED)]
     contrast_net = share_gradients(contrast)
-    source.predictor = share_gradients(
-        source.predictor
-    )  # now, so that names in state.pt lack DDP's "module."
+    # Only now, so that names in state.pt lack the "module." of DistributedDataParallel.
+    source.predictor = share_gradients(source.predictor)
 
     target_options = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}
     error_of = absolute_error if kind is SimMIM else None  # None: the squared error of MAE

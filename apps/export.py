@@ -37,7 +37,7 @@ from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, cli, require
 from common.io import UserError, one_line, read_safetensors, save_csv, save_json, save_safetensors
 from common.locks import reserve
-from common.lora import ADAPTER, fingerprint, read_config, read_tensors, save_encoder
+from common.lora import ADAPTER, adapter_tensors, fingerprint, read_config, save_encoder
 from finetune_lora import load_base, load_classifier, load_lora, merge_lora
 from kernels.gather import MEAN, STD
 from model import EPS
@@ -173,7 +173,7 @@ tokens = net(pixels, noise=torch.arange({patches}.0)[None]).last_hidden_state  #
 def save_merged(source, out, image_size):
     """Write the encoder of an adapter with W + scale B A in place of W."""
     base = read_config(source).get("base_model_name_or_path")
-    header = read_tensors(source)[1]
+    header = adapter_tensors(source)[1]
     if not base:
         raise UserError(f"{source}/{ADAPTER[1]} names no encoder: base_model_name_or_path")
     size = image_size or header.get("image_size")

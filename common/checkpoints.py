@@ -278,9 +278,13 @@ def at_size(weights, facts, image_size, path):
 def blank_encoder(facts, norm_eps):
     """The ViT of these facts, whose weights are still to be loaded; norm_eps is no weight."""
     encoder = ViT(**vit_arguments(facts))  # `check_size` has seen that it can be built
+    set_epsilon(encoder, norm_eps)
+    return encoder
+
+
+def set_epsilon(encoder, norm_eps):
     for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
         norm.eps = norm_eps
-    return encoder
 
 
 def load_encoder(path, image_size=None):
@@ -321,8 +325,7 @@ def load_mae(path, image_size=None):
         raise UserError(f"{path} has no decoder, as SimMIM has none; give a run with another mask")
     with torch.random.fork_rng(devices=[]), reading(path, "network", REMEDY):
         model = MAE(**mae_arguments(facts))
-    for norm in (m for m in model.encoder.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = facts["norm_eps"]
+    set_epsilon(model.encoder, facts["norm_eps"])
     load_mae_weights(model, weights, path)
     if beside(path, "stats_head").exists():
         load_beside(model.decoder.stats_head, path, "stats_head")

@@ -100,7 +100,7 @@ def read_config(folder):
     return config
 
 
-def read_tensors(folder):
+def adapter_tensors(folder):
     """-> the tensors of an adapter, {name: tensor fp32}, and our header or {}."""
     path = Path(folder) / ADAPTER[0]
     tensors, header = read_safetensors(path, REMEDY)
@@ -123,7 +123,7 @@ def read_own_adapter(folder, encoder):
     config = read_config(folder)
     if config["peft_type"] != OWN:
         return None
-    tensors, header = read_tensors(folder)
+    tensors, header = adapter_tensors(folder)
     check_base(folder, header, encoder)
     return tensors, config["keys"]
 
@@ -161,7 +161,7 @@ def read_adapter(folder, encoder):
     One that was trained on another encoder, or does not fit this one, is a UserError.
     """
     config = read_config(folder)
-    tensors, header = read_tensors(folder)
+    tensors, header = adapter_tensors(folder)
     pairs = pairs_of(tensors, Path(folder) / ADAPTER[0])
     alphas = alphas_of(pairs, config, folder)
     linear = {k: m for k, m in encoder.named_modules() if isinstance(m, nn.Linear)}

@@ -1,5 +1,6 @@
 """model.py and common/contrast.py: the formulas of the papers written once more, and what must not leak."""
 
+import inspect
 import math
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_simmim_puts_its_mask_token_where_a_patch_was():
     x = vit.patch_embed["proj"](patches)
     hidden = torch.zeros(3, 16, 1).scatter(1, mask[..., None], 1.0)
     x = x * (1 - hidden) + net.decoder.mask_token * hidden + vit.pos_embed[:, 1:]
-    x = torch.cat([vit.cls_token.expand(3, -1, -1), x], 1)
+    x = torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(3, -1, -1), x], 1)
     for block in vit.blocks:
         x = block(x)
     expected = at(net.decoder.decoder_pred(vit.norm(x))[:, 1:], mask)
@@ -233,7 +234,8 @@ def test_sizes_are_those_of_the_literature():
             shape = {k: v for k, v in size.items() if k != "decoder_dim"}
             vit = M.ViT(**shape)
             millions[name] = round(sum(w.numel() for w in vit.parameters()) / 1e6, 1)
-            assert vit.config == shape
+            more = {k: p.default for k, p in inspect.signature(M.ViT).parameters.items()}
+            assert vit.config == more | shape  # an argument of your own may have a default
     assert (millions["small"], millions["base"]) == (21.6, 85.6)
 
 
