@@ -14,6 +14,7 @@ The kept epoch is chosen on dev, or on a held-out tenth of train. Results are th
     B batch   N patches   K of them shown   S side of a view   D width   C characters
 """
 
+import copy
 import math
 import shlex
 import tempfile
@@ -182,8 +183,7 @@ class LoRA(nn.Module):
 
     def weight(self):
         """W + alpha/r B A, (out, in): the one matrix that could stand in place of this layer."""
-        A, B = self.factors()
-        return self.base.weight + self.scale * (B @ A)
+        return equation_3(self)
 
     def forward(self, x):
         A, B = self.factors()
@@ -202,20 +202,27 @@ def learned(encoder):
 
 
 @torch.no_grad()
-def computes(lora, weight):
-    """Is the output of a LoRA layer the same as weight x + b?"""
-    x = torch.linspace(-1, 1, lora.base.in_features, device=weight.device)[None]
-    return torch.allclose(lora(x), F.linear(x, weight, lora.base.bias), rtol=1e-3, atol=1e-4)
+def computes(lora, weight_of):
+    """Is the output of a LoRA layer the same as weight_of(layer) x + b?"""
+    # On the CPU: a GPU may round products to TF32, and then what is equal would not seem so.
+    layer = copy.deepcopy(lora).cpu()
+    x = torch.linspace(-1, 1, layer.base.in_features)[None]
+    y = F.linear(x, weight_of(layer), layer.base.bias)
+    return torch.allclose(layer(x), y, rtol=1e-3, atol=1e-4)
+
+
+def equation_3(lora):
+    """W + alpha/r B A, whatever `weight` of a changed class says."""
+    A, B = lora.factors()
+    return lora.base.weight + lora.scale * (B @ A)
 
 
 @torch.no_grad()
 def is_plain(encoder):
     """Is its adapter a LoRA as peft knows it: is nothing learned but A and B, and used as in eq. 3?"""
     layers = lora_layers(encoder)
-    for lora in layers.values():
-        A, B = lora.factors()
-        if not computes(lora, lora.base.weight + lora.scale * (B @ A)):
-            return False
+    if not all(computes(lora, equation_3) for lora in layers.values()):
+        return False
     return learned(encoder).keys() == {f"{name}.{factor}" for name in layers for factor in "AB"}
 
 
@@ -242,11 +249,10 @@ def merge_lora(encoder):
     # The product has the shape of the weight, so a merged encoder is as fast as a plain one. But the
     # product can't be subtracted again exactly, because the sum is rounded: training keeps them apart.
     for name, lora in lora_layers(encoder).items():
-        merged = lora.weight()
-        if not computes(lora, merged):
+        if not computes(lora, type(lora).weight):
             reason = "LoRA.weight in finetune_lora.py is not what its forward multiplies by"
             raise UserError(f"the adapter of {name} can't be merged: {reason}; change it there")
-        lora.base.weight.copy_(merged)
+        lora.base.weight.copy_(lora.weight())
         encoder.set_submodule(name, lora.base)
 
 
@@ -732,8 +738,10 @@ def check_readable(flags, task):
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_network(flags, task, Path(folder), {})
-            copy, _ = load_classifier(folder)
-        same = torch.allclose(answer(copy), answer(task.net), rtol=1e-3, atol=1e-3)
+            again, _ = load_classifier(folder)
+        # Both on one device: on another, products are rounded in another way.
+        ours, theirs = answer(task.net), answer(again.to(task.device))
+        same = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
         reason = "its answers would differ"
     except (UserError, TypeError, ValueError, RuntimeError) as problem:
         same, reason = False, one_line(problem)
