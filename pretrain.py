@@ -48,6 +48,7 @@ from common.command import (
 )
 from common.contrast import SETTINGS, Contrast
 from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
+from common.graphs import replayed
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import (
@@ -233,17 +234,22 @@ def build_contrast(encoder, flags, settings, train_set, figures):
         return Contrast(encoder, settings, train_set, figures, flags.min_crop)
 
 
-def compiled(model, flags, device):
-    """`data.view_images` and the network for the loop: compiled, or unchanged.
-
-    A CUDA graph starts many kernels at once. One by one, a host starts them slower than a GPU runs them.
-    """
+def compiles(flags, device):
+    """Whether the loop compiles its functions: --compile, or by default if they all have one shape."""
     can = device.type == "cuda" and kernels.why_not_triton(device) is None  # torch.compile needs it
-    default = can and not re.search("[:-]", flags.ratio)  # one ratio, one graph
-    if not (default if flags.compile is None else flags.compile):
-        return data.view_images, share_gradients(model)
-    network = torch.compile(model, mode="reduce-overhead")
-    return torch.compile(data.view_images), share_gradients(network)
+    default = can and not re.search("[:-]", flags.ratio)  # one ratio, one shape
+    return default if flags.compile is None else flags.compile
+
+
+def why_no_graph(flags, device, world, source):
+    """Why the update of a compiled run can't be replayed as one CUDA graph, or None if it can."""
+    reasons = {
+        f"on this {device.type}": device.type != "cuda",
+        "while processes share gradients": world > 1,
+        f"with --mask {flags.mask}, which learns": source.predictor is not None,
+        f"with --ratio {flags.ratio}, which changes": re.search("[:-]", flags.ratio),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def make_mask(flags, encoder, train_set, autocast):
@@ -382,11 +388,15 @@ def main():
 
     model = build_network(kind, size, flags).to(device)
     N = model.encoder.side**2
-    # network: the model, with the same weights, as the loop calls it: compiled where that pays, and
-    # its gradients averaged over processes. build_contrast then adds model.encoder.pooler, which
-    # that average must not know: it waits for a gradient of every weight in every step, and the
-    # pooler has none in some.
-    cut_views, network = compiled(model, flags, device)
+    # network: the model, with the same weights, as the loop calls it: its gradients are averaged over
+    # processes. build_contrast then adds model.encoder.pooler, which that average must not know: it
+    # waits for a gradient of every weight in every step, and the pooler has none in some.
+    network = model
+    if (
+        compiles(flags, device) and world > 1
+    ):  # else the losses are compiled, and the network with them
+        network = torch.compile(model, mode="reduce-overhead")
+    network = share_gradients(network)
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
     strategy, source, throw = make_mask(flags, model.encoder, train_set, autocast)
     # All that learns has one optimizer. The run's own teacher is among the networks, because it is
@@ -422,6 +432,81 @@ def main():
     if run.writes and run.step == 0:
         log_evaluation(run, model, source.teacher, splits, target_options, autocast)
 
+    def losses(view, ids_keep, ids_mask, *second):
+        """Parts 3 and 4 of a step, as a function that a GPU's compiler makes few kernels of.
+
+        view u8 (b, s, s, 3), ids_keep (b, K), ids_mask (b, M); second: what `contrast.draw` drew, in
+        steps that have the contrastive loss.
+        -> the loss of the MAE, the sum of all, errors (b, M), two numbers of the contrastive loss
+        """
+        # 3. forward
+        # Hidden patches are not even embedded: that is what makes an MAE cheap.
+        visible = masked_patch_gather(view, ids_keep, p, dtype)  # (b, K, p*p*3)
+        with autocast():
+            # pred (b, M, p*p*3), stats (b, M, 2), tokens (b, 1+K, D), which SimMIM lacks
+            pred, stats, tokens = network(visible, ids_keep, ids_mask)
+
+        # 4. loss
+        # A drawing is mostly flat colour. Predicting it teaches little, so it weighs little.
+        weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (b, M)
+        loss, error = reconstruction_loss(
+            pred,
+            view,
+            ids_mask,
+            p,
+            weight,
+            **target_options,
+            error_of=error_of,
+            return_error=True,
+        )
+        # norm_pix normalises the target, so pred lacks each patch's mean and standard deviation,
+        # but a picture needs them. They are estimated from visible neighbours, and stats corrects
+        # the estimate. Its head reads detached features, so it changes nothing else.
+        other_losses = stats_loss(stats, view, ids_keep, ids_mask, p)
+
+        # 4b. contrastive loss: does the pooler, or the CLS token, find the other view of an image?
+        pairs = None
+        if second:
+            # Of the m second views only the tokens are needed, so the encoder runs alone.
+            *drawn, groups = second
+            second_view, second_ids = contrast.second_views(*drawn, ids_keep.shape[1])
+            second_visible = masked_patch_gather(second_view, second_ids, p, dtype)
+            with torch.set_grad_enabled(contrast.trains_encoder), autocast():
+                second_tokens = model.encoder(second_visible, second_ids)  # (m, 1+K, D)
+            contrastive, pairs = contrast_net(tokens, second_tokens, groups)
+            other_losses = other_losses + contrastive
+        return loss.detach(), loss + other_losses, error, pairs
+
+    def update(lr, view, ids_keep, ids_mask, *second):
+        """Parts 3 to 5 of a step: losses, gradients, new weights. On a GPU it is one CUDA graph.
+
+        -> the loss of the MAE, the norm of its gradient, two numbers of the contrastive loss
+        """
+        loss, all_losses, error, pairs = losses(view, ids_keep, ids_mask, *second)
+        # --mask learned: a small network learns to predict these errors. Of other masks it is 0.
+        # One backward pass. Of the other losses, only --contrast cls reaches the encoder.
+        (all_losses + source.loss(ids_mask, error)).backward()
+
+        # 5. update
+        grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss, grad_norm, pairs
+
+    cut_views = data.view_images
+    if compiles(flags, device):
+        cut_views = torch.compile(cut_views)
+        no_graph = why_no_graph(flags, device, world, source)
+        if world == 1:
+            losses = torch.compile(losses, mode="reduce-overhead" if no_graph else None)
+        if no_graph:
+            print(f"note     no CUDA graph of the whole update {no_graph}")
+        else:
+            update = replayed(update, optimizer, device)
+    found = None  # by the contrastive loss, in the last step that had it
+
     for epoch in range(run.step // per_epoch, flags.epochs):
         refresh_maps(source, epoch, run, train_set["images"], autocast)
         # Every process goes through the same order, and takes each world-th image of it.
@@ -447,54 +532,15 @@ def main():
             priority = strategy(scores, noise, t, M)  # (b, N): the highest M are hidden
             ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (b, K), (b, M)
 
-            # 3. forward
-            # Hidden patches are not even embedded: that is what makes an MAE cheap.
-            visible = masked_patch_gather(view, ids_keep, p, dtype)  # (b, K, p*p*3)
-            with autocast():
-                # pred (b, M, p*p*3), stats (b, M, 2), tokens (b, 1+K, D), which SimMIM lacks
-                pred, stats, tokens = network(visible, ids_keep, ids_mask)
-
-            # 4. loss
-            # A drawing is mostly flat colour. Predicting it teaches little, so it weighs little.
-            weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (b, M)
-            loss, error = reconstruction_loss(
-                pred,
-                view,
-                ids_mask,
-                p,
-                weight,
-                **target_options,
-                error_of=error_of,
-                return_error=True,
-            )
-            # norm_pix normalises the target, so pred lacks each patch's mean and standard deviation,
-            # but a picture needs them. They are estimated from visible neighbours, and stats corrects
-            # the estimate. Its head reads detached features, so it changes nothing else.
-            other_losses = stats_loss(stats, view, ids_keep, ids_mask, p)
-            # --mask learned: a small network learns to predict these errors. Of other masks it is 0.
-            other_losses = other_losses + source.loss(ids_mask, error)
-
-            # 4b. contrastive loss: does the pooler, or the CLS token, find the other view of an image?
+            # 3. to 5. forward, loss, update: the two functions above
+            second = []
             if contrast and run.step % contrast_settings["every"] == 0:
-                # A seed of its own: with and without this loss, the MAE sees the same crops. The m
-                # second views are of the first m images. Only their tokens are needed, so the
-                # encoder runs alone.
+                # A seed of its own: with and without this loss, the MAE sees the same crops.
                 generator = train.seeded(*stream, SECOND_STREAM)
-                second, ids = contrast.second_views(batch, index, generator, K)
-                second_visible = masked_patch_gather(second, ids, p, dtype)  # (m, K, p*p*3)
-                with torch.set_grad_enabled(contrast.trains_encoder), autocast():
-                    second_tokens = model.encoder(second_visible, ids)  # (m, 1+K, D)
-                other_losses = other_losses + contrast_net(tokens, second_tokens, index)
-            # One backward pass. Of the other losses, only --contrast cls reaches the encoder.
-            (loss + other_losses).backward()
-
-            # 5. update
-            grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
+                second = contrast.draw(batch, index, generator)
             lr = train.lr_at(run.step, total, WARMUP * total, peak_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+            loss, grad_norm, pairs = update(lr, view, ids_keep, ids_mask, *second)
+            found = pairs.clone() if second else found
             source.update_teacher(model.encoder, run.step, total)
             run.update(loss, grad_norm)  # from here on, run.step counts this step, too
 
@@ -502,7 +548,7 @@ def main():
             stop_together(run)
             if run.logs_now:
                 numbers = source.statistics(run.step, total)
-                numbers |= contrast.statistics() if contrast else {}
+                numbers |= contrast.statistics(found) if contrast else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
                 draw_masks(run.out, view, scores, priority, ids_mask, p)

@@ -63,48 +63,60 @@ class Contrast(nn.Module):
         self.settings, self.figures, self.min_crop = settings, figures, min_crop
         self.pooler = encoder.pooler  # None: the CLS token is compared, and the encoder learns
         self.trains_encoder = encoder.pooler is None
-        self.last = {}
 
-    def second_views(self, images, index, generator, K):
-        """images u8 (b, S, S, 3) -> views u8 (m, s, s, 3) of the first m, their visible places (m, K).
+    def draw(self, images, index, generator):
+        """What the second views of the first m images u8 (b, S, S, 3) are made of, on their device.
+
+        -> images, figures u8 (m, S, S) or None, boxes (m, 4), flips (m,), colours (m, 3) and noise
+        (m, N), for `second_views`; and groups (b,) of all images, for `forward`.
+        """
+        m = max(1, round(self.settings["share"] * len(images)))
+        device = images.device
+        figures = None if self.figures is None else data.take(self.figures, index[:m], device)
+        boxes, flip = data.draw_boxes(m, generator, self.min_crop)
+        colours = torch.rand(m, 3, generator=generator)
+        noise = masking.gumbel_noise(m, self.patches, generator)
+        numbers = [data.send(x, device) for x in (boxes, flip, colours, noise)]
+        return images[:m], figures, *numbers, self.groups[data.send(index, device)]
+
+    def second_views(self, images, figures, boxes, flip, colours, noise, K):
+        """What `draw` drew -> views u8 (m, s, s, 3), and their visible places (m, K).
 
         In other colours and, where the figures are known, on the background of another picture: what
         tells a picture from the others has to be found on the figure, and not behind it.
         """
-        m = max(1, round(self.settings["share"] * len(images)))
-        device = images.device
-        boxes, flip = data.draw_boxes(m, generator, self.min_crop)
-        view = data.view_images(images[:m], boxes, flip, self.image_size)
-        if self.figures is not None:
-            fg = data.take(self.figures, index[:m], device)  # (m, S, S)
-            fg = data.view_maps(fg, boxes, flip, self.image_size)[..., None] / 255  # (m, s, s, 1)
-            view = data.swap_backgrounds(view, fg)
-        view = data.jitter_colour(view, torch.rand(m, 3, generator=generator), JITTER)
+        view = data.view_images(images, boxes, flip, self.image_size)
+        if figures is not None:
+            fg = data.view_maps(figures, boxes, flip, self.image_size)[..., None] / 255
+            view = data.swap_backgrounds(view, fg)  # fg (m, s, s, 1)
+        view = data.jitter_colour(view, colours, JITTER)
         # A random mask, whatever --mask is: what is visible must not tell the two views apart.
-        noise = masking.gumbel_noise(m, self.patches, generator)
-        ids_keep, _ = masking.sample(data.send(noise, device), K)
+        ids_keep, _ = masking.sample(noise, K)
         return view, ids_keep
 
     def summary(self, tokens):
         """tokens (B, 1+K, D) -> (B, D)."""
         return tokens[:, 0] if self.pooler is None else self.pooler(tokens)
 
-    def forward(self, tokens, second, index):
-        """tokens (b, 1+K, D) of the MAE's views, second (m, 1+K, D), index (b,) -> the weighted loss."""
+    def forward(self, tokens, second, groups):
+        """tokens (b, 1+K, D) of the MAE's views, second (m, 1+K, D), groups (b,) of the images.
+
+        -> the weighted loss, and two numbers for the log: the loss, and the share of views that find
+        their pair.
+        """
         m = len(second)
         # Second views first: then rows i and m + i are the two views of a picture.
         summaries = torch.cat([self.summary(second), self.summary(tokens)])  # (m + b, D)
         h = F.normalize(self.projector(summaries.float()), dim=1)  # (m + b, E)
-        groups = self.groups[data.send(index, h.device)]
         groups = torch.cat([groups[:m], groups])
         settings = self.settings
         loss, found = contrastive_loss(h, groups, m, settings["temperature"], settings["dcl"])
-        self.last = {"contrastive_loss": loss.detach(), "pairs_found": found}
-        return settings["weight"] * loss
+        return settings["weight"] * loss, torch.stack([loss.detach(), found])
 
-    def statistics(self):
-        """Of the last step that had the loss: its value, and the share of views that find their pair."""
-        return {name: x.item() for name, x in self.last.items()}
+    def statistics(self, found):
+        """The second result of `forward`, or None -> numbers for the log."""
+        names = "contrastive_loss", "pairs_found"
+        return {} if found is None else dict(zip(names, found.tolist(), strict=True))
 
 
 def contrastive_loss(h, groups, m, temperature, dcl):

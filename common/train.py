@@ -381,9 +381,10 @@ class Run:
         self.step += 1
         self.bar.update()
         # loss.item() would wait until the GPU has done the step. Without it the CPU goes on to prepare
-        # the next one. detach, because the graph of each loss would fill the memory.
-        self.losses.append(loss.detach())
-        self.norms.append(grad_norm)
+        # the next one. detach, because the graph of each loss would fill the memory; clone, because a
+        # CUDA graph writes the next loss into the same place.
+        self.losses.append(loss.detach().clone())
+        self.norms.append(grad_norm.clone())
 
     @property
     def logs_now(self):

@@ -313,12 +313,10 @@ def mean_of_neighbours(values, ids_keep, ids_mask, g):
 
     The weight is distance^-3 on a grid of g x g patches.
     """
-    hidden = torch.stack([ids_mask // g, ids_mask % g], 2).float()
-    visible = torch.stack([ids_keep // g, ids_keep % g], 2).float()
-    # cdist's default is a matrix product, which in TF32 rounds the distance of neighbours to 0, and
-    # 0^-3 is infinite. A true 0 can't occur, as no place is both hidden and visible.
-    mode = "donot_use_mm_for_euclid_dist"
-    weight = torch.cdist(hidden, visible, compute_mode=mode).pow(-3)  # (B, M, K)
+    hidden, visible = ids_mask[:, :, None], ids_keep[:, None]
+    squares = (hidden // g - visible // g).square() + (hidden % g - visible % g).square()
+    # No place is both hidden and visible, so no distance is 0.
+    weight = squares.float().sqrt().pow(-3)  # (B, M, K)
     return weight @ values / weight.sum(2, keepdim=True)
 
 

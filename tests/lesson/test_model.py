@@ -289,11 +289,13 @@ def test_the_projector_is_a_normed_network_on_the_groups_of_the_data():
     h = F.normalize(x @ last.weight.T + last.bias, dim=1)
     assert (first.weight.shape, last.weight.shape) == ((1024, 32), (128, 1024))
     expected = by_hand(h.detach(), [0, 2, 0, 2, 0, 1], 2, 0.15, True)
-    assert contrast(tokens, others, rows).item() == pytest.approx(3 * expected, rel=1e-4)
-    row = contrast.statistics()
+    groups = contrast.groups[rows]
+    loss, found = contrast(tokens, others, groups)
+    assert loss.item() == pytest.approx(3 * expected, rel=1e-4)
+    row = contrast.statistics(found)
     assert row["contrastive_loss"] == pytest.approx(expected, rel=1e-4)
     assert 0 <= row["pairs_found"] <= 1
-    contrast(tokens, others, rows).backward()
+    loss.backward()
     assert all(w.grad.any() for w in contrast.parameters())
 
 
@@ -306,9 +308,11 @@ def test_second_views_are_of_the_first_pictures_in_front_of_other_backgrounds():
     images[:, 24:40, 24:40] = 128
     contrast = contrast_of(SETTINGS["pooler"] | {"share": 0.5}, figures)
     contrast.min_crop = 1.0
-    view, ids = contrast.second_views(images, torch.arange(4), seeded(3), 4)
+    *drawn, groups = contrast.draw(images, torch.arange(4), seeded(3))
+    view, ids = contrast.second_views(*drawn, 4)
     assert (view.shape, ids.shape) == ((2, 32, 32, 3), (2, 4))
+    assert groups.tolist() == [0, 1, 0, 2]
     corners = view[:, 0, 0, 0].float() / view[:, 16, 16, 0]  # brightness cancels
     assert corners[0] > 0.5 > corners[1]  # of pictures 1 and 0; their own are 0.08 and 0.7
-    again, same = contrast.second_views(images, torch.arange(4), seeded(3), 4)
-    assert torch.equal(view, again) and torch.equal(ids, same)
+    again = contrast.draw(images, torch.arange(4), seeded(3))
+    assert all(torch.equal(a, b) for a, b in zip([*drawn, groups], again, strict=True))
