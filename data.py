@@ -10,8 +10,8 @@ Writes: datasets/NAME/{train,val,test}.safetensors, and dev with --dev (ingest/p
     n images of a split   B of a batch   S side of an image   s of a view   G of a map
 
 A split is a dict of arrays that stay in their file, so memory does not grow with the data set. A
-view is a crop, perhaps flipped, and resized by two matrix products on the device. Maps of an image
-go through the same two matrices.
+view is a crop, perhaps flipped, and resized on the device: by two matrix products, or from four
+neighbours where no view has fewer pixels than its crop. Maps of an image are cut in the same way.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.command import cli, progress
 from common.fields import check_arrays, check_range
@@ -256,7 +257,7 @@ def prefetch(items, depth=3):
             yield item
 
 
-# ---- views: crop, flip and resize as two matrix products -----------------------------------------
+# ---- views: crop, flip and resize ----------------------------------------------------------------
 
 
 def draw_boxes(n, generator, min_area):
@@ -289,6 +290,7 @@ def resampling_matrix(start, length, n_in, n_out):
     # w_ij = max(0, 1 - |j - c_i| / max(step, 1)): how much input pixel j counts in output pixel i.
     # F.interpolate has one size for a whole batch. grid_sample can cut each image differently, but
     # it weighs four pixels, however many a view's pixel covers: thin lines would be lost in places.
+    # Where a view's pixel covers at most one, four are all that this triangle reaches, too.
     step = (length * n_in / n_out)[:, None]  # (B, 1), input pixels of an output pixel
     out = torch.arange(n_out, device=start.device) + 0.5
     # Pixel j covers j to j + 1, so its centre is at j + 1/2. Without the halves every view would be
@@ -311,15 +313,40 @@ def view_matrices(boxes, flip, n_in, n_out):
     return Wy, Wx.transpose(1, 2)
 
 
+def bilinear(planes, boxes, flip, side):
+    """planes (B, C, S, S) -> fp32 (B, C, s, s), for s >= S alone: the same as by two matrices.
+
+    Each pixel is read from four. A row of the matrices would hold two numbers, and zeros.
+    """
+    # Where the pixels of the view lie, in shares of the picture. F.affine_grid would compute it by
+    # a matrix product, which a GPU rounds (TF32): crops would be a part of a pixel off.
+    out = (torch.arange(side, device=planes.device) + 0.5) / side
+    y = boxes[:, 0, None] + boxes[:, 2, None] * out  # (B, s)
+    x = boxes[:, 1, None] + boxes[:, 3, None] * out
+    x = torch.where(flip[:, None], x.flip(1), x)
+    places = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), 3)  # (B, s, s, 2)
+    # grid_sample counts from -1 to 1. Beyond the border it reads the border's pixel again, which is
+    # the same as weights that are divided by their sum.
+    grid = 2 * places - 1
+    return F.grid_sample(planes.float(), grid, padding_mode="border", align_corners=False)
+
+
 def view_images(images, boxes, flip, side):
     """images u8 (B, S, S, 3) -> views u8 (B, s, s, 3) of side s, on the same device."""
-    # Crop, resizing and flip are linear in the pixels and treat the two axes apart, so they are two
-    # batched matrix products: fast on every device, and the same formula on all of them.
     B, S = images.shape[:2]
-    Wy, Wx = view_matrices(send(boxes, images.device), send(flip, images.device), S, side)
-    lines = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
-    view = lines.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, s * 3, s)
-    view = view.view(B, side, 3, side).transpose(2, 3).contiguous()  # colours last, as in kernels/
+    boxes, flip = send(boxes, images.device), send(flip, images.device)
+    # The sizes decide, and not the boxes: a batch goes one way, and nothing waits for a GPU to tell
+    # its largest box.
+    if side >= S:
+        view = bilinear(images.permute(0, 3, 1, 2), boxes, flip, side).permute(0, 2, 3, 1)
+    else:
+        # Crop, resizing and flip are linear in the pixels and treat the two axes apart, so they are
+        # two batched matrix products: fast on every device, and the same formula on all of them.
+        Wy, Wx = view_matrices(boxes, flip, S, side)
+        lines = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
+        view = lines.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, s * 3, s)
+        view = view.view(B, side, 3, side).transpose(2, 3)
+    view = view.contiguous()  # colours last, as in kernels/
     # Back to bytes: what is read most in a step takes a quarter of the memory of fp32, the
     # encoder's input and the loss's target have the same values, and flat colour is exactly flat.
     return view.round_().clamp_(0, 255).to(torch.uint8)
@@ -363,9 +390,12 @@ def swap_backgrounds(view, fg):
 
 def view_maps(maps, boxes, flip, side):
     """maps (B, G, G) of whole images -> fp32 (B, s, s), cropped and flipped as the images."""
-    # The matrices of the images, at another resolution: so a map of the whole image serves every
-    # crop. Attention computed anew for every crop would be 57.5 % of a step on a CPU.
-    Wy, Wx = view_matrices(send(boxes, maps.device), send(flip, maps.device), maps.shape[-1], side)
+    # The boxes of the images, at another resolution: so a map of the whole image serves every crop.
+    # Attention computed anew for every crop would be 57.5 % of a step on a CPU.
+    boxes, flip = send(boxes, maps.device), send(flip, maps.device)
+    if side >= maps.shape[-1]:
+        return bilinear(maps[:, None], boxes, flip, side)[:, 0]
+    Wy, Wx = view_matrices(boxes, flip, maps.shape[-1], side)
     return Wy @ maps.float() @ Wx
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder, python, refused, run_line, shared_file
+from conftest import draw_folder, python, refused, run_line, shared_file, some_view
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -457,6 +457,36 @@ def test_views_are_pillows_antialiased_linear_crops(box, side):
         off = np.abs((view[:, ::-1] if flip else view).astype(int) - np.asarray(truth))
         # Pillow reads up to half a pixel beyond the box; we never do
         assert off.max() <= 3 and off.mean() < 0.35
+
+
+EDGES = [(0, 0, 1, 1), (0, 0, 0.3, 0.6), (0.7, 0.4, 0.3, 0.6), (0.7, 0, 0.3, 1), (0, 0.9, 1, 0.1)]
+
+
+@pytest.mark.parametrize(("S", "side"), [(33, 33), (16, 97), (96, 128)])
+def test_a_crop_from_four_pixels_is_that_of_the_two_matrices(S, side):
+    draws = torch.Generator().manual_seed(0)
+    boxes = torch.cat([torch.tensor(EDGES), data.draw_boxes(27, draws, 0.05)[0]]).repeat(2, 1)
+    flip = torch.arange(64) < 32
+    images = torch.randint(0, 256, (64, S, S, 3), dtype=torch.uint8, generator=draws)
+    Wy, Wx = data.view_matrices(boxes, flip, S, side)
+    truth = torch.einsum("bij,bjkc,bkl->bilc", Wy, images.float(), Wx)
+    view = data.view_images(images, boxes, flip, side)
+    assert view.is_contiguous() and (view - truth).abs().max() < 0.52  # the same, and rounded
+    maps = data.view_maps(images[..., 0], boxes, flip, side)
+    assert (maps - truth[..., 0]).abs().max() < 0.02
+    whole = data.view_images(images, *data.full_boxes(64), S)
+    assert torch.equal(whole, images)
+
+
+@pytest.mark.parametrize("side", [16, 32, 48])
+def test_views_are_one_graph_that_waits_for_no_number(side):
+    """torch.compile without a break: nothing in it asks for a value of a box."""
+    images = some_view(4)
+    drawn = data.draw_boxes(4, torch.Generator().manual_seed(0), 0.4)
+    for cut, pixels in ((data.view_images, images), (data.view_maps, images[..., 0])):
+        graph = torch.compile(cut, fullgraph=True, dynamic=False, backend="aot_eager")
+        near = (graph(pixels, *drawn, side).float() - cut(pixels, *drawn, side)).abs()
+        assert near.max() <= 1 and near.mean() < 0.01
 
 
 def test_a_map_follows_crop_and_flip():
