@@ -1,5 +1,6 @@
 """A home with small data sets and a run of every stage, made once in seconds: what applications are tested on."""
 
+import contextlib
 import functools
 import shutil
 import tempfile
@@ -64,7 +65,8 @@ def pristine():
         pack.pack("scenes", base / "datasets/scenes", size=64)
         write_frames(base / "datasets/frames")
         for line in COMMANDS:
-            run_line(line, base, check=0)
+            with contextlib.suppress(pytest.skip.Exception):  # its extra is not here
+                run_line(line, base, check=0)
     return base
 
 
