@@ -60,7 +60,9 @@ def test_a_step_waits_for_nothing(name, at, monkeypatch):
 
 def test_a_compiled_run_ends_near_a_plain_one(at):
     losses = {}
+    many = "--epochs 8 --eval-every 8"  # so that graphs are recorded and replayed
     for flag in ("--compile", "--no-compile"):
-        run_line(f"{TRAIN} --device cuda {flag} --out runs/run{flag}", at, check=0)
+        done = run_line(f"{TRAIN} {many} --device cuda {flag} --out runs/run{flag}", at, check=0)
+        assert "no CUDA graph" not in done.stdout
         losses[flag] = train.read_log(at / f"runs/run{flag}/log.jsonl")[-1]["val_mse"]
     assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=0.02)

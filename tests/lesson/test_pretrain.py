@@ -154,6 +154,35 @@ def test_other_ways_to_compute_it(small, tmp_path, words):
     assert 0 < row["contrastive_loss"] < 6
 
 
+def test_the_losses_are_one_graph_for_the_compiler(small, tmp_path, monkeypatch):
+    """What a GPU compiles: no break, with and without second views, and the same losses."""
+    compile_ = torch.compile
+    one_graph = dict(backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, **one_graph))
+    losses = []
+    for flag in ("--compile", "--no-compile"):
+        train_in(tmp_path / flag, small, flag, "--mask", "attn_high", "--dtype", "fp32")
+        rows = read_log(tmp_path / flag / "log.jsonl")
+        losses.append([r[k] for r in rows for k in ("loss", "contrastive_loss") if k in r])
+    assert len(losses[0]) > 2 and losses[0] == pytest.approx(losses[1], rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "predictor", "ratio", "reason"),
+    [
+        ("cuda", 1, None, "0.75", None),
+        ("cpu", 1, None, "0.75", "on this cpu"),
+        ("cuda", 2, None, "0.75", "processes"),
+        ("cuda", 1, "learns", "0.75", "--mask x"),
+        ("cuda", 1, None, "0.5:0.9", "--ratio 0.5:0.9"),
+    ],
+)
+def test_an_update_that_is_not_replayed_says_why(kind, world, predictor, ratio, reason):
+    flags, source = SimpleNamespace(mask="x", ratio=ratio), SimpleNamespace(predictor=predictor)
+    said = pretrain.why_no_graph(flags, torch.device(kind), world, source)
+    assert said is None if reason is None else reason in said
+
+
 NO_ATTENTION = [name for name, need in masking.NEEDS.items() if need in ("view", "difficulty")]
 
 
