@@ -391,12 +391,11 @@ def main():
     # network: the model, with the same weights, as the loop calls it: its gradients are averaged over
     # processes. build_contrast then adds model.encoder.pooler, which that average must not know: it
     # waits for a gradient of every weight in every step, and the pooler has none in some.
-    network = model
-    if (
-        compiles(flags, device) and world > 1
-    ):  # else the losses are compiled, and the network with them
-        network = torch.compile(model, mode="reduce-overhead")
-    network = share_gradients(network)
+    compiling = compiles(flags, device)
+    alone = world == 1  # then all losses are compiled, and the network with them
+    network = share_gradients(
+        torch.compile(model, mode="reduce-overhead") if compiling and not alone else model
+    )
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
     strategy, source, throw = make_mask(flags, model.encoder, train_set, autocast)
     # All that learns has one optimizer. The run's own teacher is among the networks, because it is
@@ -432,8 +431,11 @@ def main():
     if run.writes and run.step == 0:
         log_evaluation(run, model, source.teacher, splits, target_options, autocast)
 
+    # A step has six parts. The loop below has 1, 2 and 6; parts 3 to 5 are the functions `losses` and
+    # `update`, because a GPU can compile the one, and replay the other as a recording.
+
     def losses(view, ids_keep, ids_mask, *second):
-        """Parts 3 and 4 of a step, as a function that a GPU's compiler makes few kernels of.
+        """Parts 3 and 4 of a step.
 
         view u8 (b, s, s, 3), ids_keep (b, K), ids_mask (b, M); second: what `contrast.draw` drew, in
         steps that have the contrastive loss.
@@ -478,7 +480,7 @@ def main():
         return loss.detach(), loss + other_losses, error, pairs
 
     def update(lr, view, ids_keep, ids_mask, *second):
-        """Parts 3 to 5 of a step: losses, gradients, new weights. On a GPU it is one CUDA graph.
+        """Parts 3 to 5 of a step: losses, gradients, new weights.
 
         -> the loss of the MAE, the norm of its gradient, two numbers of the contrastive loss
         """
@@ -496,10 +498,10 @@ def main():
         return loss, grad_norm, pairs
 
     cut_views = data.view_images
-    if compiles(flags, device):
+    if compiling:
         cut_views = torch.compile(cut_views)
         no_graph = why_no_graph(flags, device, world, source)
-        if world == 1:
+        if alone:
             losses = torch.compile(losses, mode="reduce-overhead" if no_graph else None)
         if no_graph:
             print(f"note     no CUDA graph of the whole update {no_graph}")
