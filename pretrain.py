@@ -50,14 +50,15 @@ from common.contrast import SETTINGS, Contrast
 from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
 from common.graphs import replayed
 from common.io import UserError
-from kernels.gather import masked_patch_gather
+from kernels.gather import FLOOR, masked_patch_gather
 from kernels.loss import (
-    FLOOR,
     absolute_error,
     detail_weight,
     patch_detail,
-    reconstruction_loss,
+    predicted_stats,
+    reconstruction_error,
     stats_loss,
+    weighted_mean,
 )
 from model import MAE, SIZES, Pooler, SimMIM
 
@@ -443,28 +444,25 @@ def main():
         """
         # 3. forward
         # Hidden patches are not even embedded: that is what makes an MAE cheap.
-        visible = masked_patch_gather(view, ids_keep, p, dtype)  # (b, K, p*p*3)
+        # patches (b, K, p*p*3), and mean and contrast of each (b, K, 2)
+        visible, visible_stats = masked_patch_gather(view, ids_keep, p, dtype, return_stats=True)
         with autocast():
             # pred (b, M, p*p*3), stats (b, M, 2), tokens (b, 1+K, D), which SimMIM lacks
             pred, stats, tokens = network(visible, ids_keep, ids_mask)
 
         # 4. loss
+        error, hidden_stats = reconstruction_error(  # (b, M), (b, M, 2)
+            pred, view, ids_mask, p, **target_options, error_of=error_of
+        )
         # A drawing is mostly flat colour. Predicting it teaches little, so it weighs little.
         weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (b, M)
-        loss, error = reconstruction_loss(
-            pred,
-            view,
-            ids_mask,
-            p,
-            weight,
-            **target_options,
-            error_of=error_of,
-            return_error=True,
-        )
+        loss = weighted_mean(error, weight)
         # norm_pix normalises the target, so pred lacks each patch's mean and standard deviation,
         # but a picture needs them. They are estimated from visible neighbours, and stats corrects
         # the estimate. Its head reads detached features, so it changes nothing else.
-        other_losses = stats_loss(stats, view, ids_keep, ids_mask, p)
+        g = model.encoder.side  # patches of a row of the view
+        predicted = predicted_stats(stats, visible_stats, ids_keep, ids_mask, g)
+        other_losses = stats_loss(predicted, hidden_stats)
 
         # 4b. contrastive loss: does the pooler, or the CLS token, find the other view of an image?
         pairs = None
@@ -477,7 +475,7 @@ def main():
                 second_tokens = model.encoder(second_visible, second_ids)  # (m, 1+K, D)
             contrastive, pairs = contrast_net(tokens, second_tokens, groups)
             other_losses = other_losses + contrastive
-        return loss.detach(), loss + other_losses, error, pairs
+        return loss.detach(), loss + other_losses, error.detach(), pairs
 
     def update(lr, view, ids_keep, ids_mask, *second):
         """Parts 3 to 5 of a step: losses, gradients, new weights.
