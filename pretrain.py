@@ -48,7 +48,7 @@ from common.command import (
 )
 from common.contrast import SETTINGS, Contrast
 from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
-from common.graphs import replayed
+from common.graphs import Replayed
 from common.io import UserError
 from kernels.gather import FLOOR, masked_patch_gather
 from kernels.loss import (
@@ -504,7 +504,7 @@ def main():
         if no_graph:
             print(f"note     no CUDA graph of the whole update {no_graph}")
         else:
-            update = replayed(update, optimizer, device)
+            update = Replayed(update, optimizer, device)
     found = None  # by the contrastive loss, in the last step that had it
 
     for epoch in range(run.step // per_epoch, flags.epochs):

@@ -24,6 +24,7 @@ except ImportError:  # on macOS: a kernel is then a plain function that nobody c
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TILE = 2**16 if INTERPRET else 2**11  # pixels per program; the interpreter is slow per program
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton needs it
+OLDEST = (7, 0)  # compute capability; torch.compile refuses older GPUs, too
 LARGEST = 104  # px of a patch: from 105 on, a sum of squared bytes overflows int32
 
 IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you change there trains
@@ -53,6 +54,8 @@ def why_not_triton(device):
         return "Triton needs a GPU (on a CPU, TRITON_INTERPRET=1 runs its interpreter, for tests)"
     if device.type not in ("cpu", "cuda"):
         return f"Triton does not run on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+        return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more"
     if device.type == "cuda" and not COMPILER:
         return "Triton needs a C compiler (install gcc)"
     return None

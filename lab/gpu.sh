@@ -81,10 +81,12 @@ fi
 
 step machine 30 bash -c facts
 # A speed is never reported where the kernels are wrong.
-step gate 100 env TRITON_INTERPRET=$((1 - gpu)) python3 -m lab.bench_kernels --gate || {
-    echo "error: the gate is red, so nothing is timed. Send $folder/send" >&2
-    exit 2
-}
+for dtype in fp32 bf16 fp16; do
+    step "gate-$dtype" 60 env TRITON_INTERPRET=$((1 - gpu)) python3 -m lab.bench_kernels --gate --dtype $dtype || {
+        echo "error: the gate is red, so nothing is timed. Send $folder/send" >&2
+        exit 2
+    }
+done
 step parts 100 python3 -m lab.bench_parts "${small[@]}"
 step pretrain 240 python3 "${pretrain[@]}"
 step weights 30 python3 -m apps.export "$folder/run" --to half --out "$folder/half"
