@@ -460,7 +460,7 @@ def main():
         # norm_pix normalises the target, so pred lacks each patch's mean and standard deviation,
         # but a picture needs them. They are estimated from visible neighbours, and stats corrects
         # the estimate. Its head reads detached features, so it changes nothing else.
-        g = model.encoder.side  # patches of a row of the view
+        g = s // p  # patches of a row of the view
         predicted = predicted_stats(stats, visible_stats, ids_keep, ids_mask, g)
         other_losses = stats_loss(predicted, hidden_stats)
 

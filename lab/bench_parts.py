@@ -24,7 +24,7 @@ DEFAULT = "--mask attn_high:start=0 --ratio 0.75"
 SMALL = "--model nano:depth=1,image_size=32,decoder_dim=32 --epochs 2 --batch-size 64 --mask random"
 COUNTS = {"cuda": (40, 120, 10), "cpu": (3, 4, 1)}  # steps that compile, are timed, and profiled
 KINDS = {  # by words of the names of kernels; the first that fits
-    "handwritten": ("gather_kernel", "detail_kernel", "loss_kernel"),
+    "handwritten": ("gather_kernel", "detail_kernel", "error_kernel", "gradient_kernel"),
     "compiled": ("triton_",),
     "attention": ("sdpa", "flash", "fmha", "attention", "cudnn"),
     "optimizer": ("multi_tensor", "FusedAdam"),
