@@ -1,5 +1,8 @@
 """What the benchmarks count, judge and write; how fast something is is no matter of tests."""
 
+import re
+import subprocess
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -108,6 +111,22 @@ def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "agree", lambda *_: "step 1: another loss")
     with pytest.raises(UserError, match="no speed is reported"):
         step.compare(table, [[replace(TINY, batch=8)]], 2, (1, 1))
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_a_gpu_are_tried_without_one(tmp_path):
+    """Every step, and what is sent; the same command again does nothing."""
+    words = ["bash", ROOT / "lab/gpu.sh", "--small", tmp_path]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    steps = re.findall(r"^== ([\w-]+), after", done.stdout, re.M)
+    again = subprocess.run(words, capture_output=True, text=True)
+    assert re.findall(r"^== ([\w-]+): .* skipped$", again.stdout, re.M) == steps
+    with tarfile.open(tmp_path / "send/logs.tar.gz") as tar:
+        sent = set(tar.getnames())
+    assert {f"./{name}.log" for name in steps} | {"./parts.json", "./run/log.jsonl"} <= sent
+    with tarfile.open(tmp_path / "send/weights.0") as tar:
+        assert "half/model.safetensors" in tar.getnames()
 
 
 def test_the_loader_and_a_model_are_measured(tmp_path):
