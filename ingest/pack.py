@@ -2,7 +2,8 @@
 
 Reads:  whatever ingest/sources.py can read: folders and archives with a folder per class, tables,
         published data sets
-Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
+Writes: datasets/NAME/duplicates.csv, the near-duplicates that were found, by their paths
+        datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
         images u8 (n, S, S, 3)    labels i64 (n), -1 without label
         fg u8 (n, S, S)           opacity of the foreground, where it is known
         parts u8 (n, S, S)        of the demo set; style u8 (n, 3), its strata
@@ -46,7 +47,7 @@ from common.command import (
     set_defaults,
 )
 from common.features import open_rows
-from common.io import UserError, open_tensors
+from common.io import UserError, open_tensors, save_csv
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
 from data import PACKED, SMALL, evenly_spaced, open_split
@@ -210,9 +211,8 @@ def refuse_flags_of_deal(flags, source):
     refuse_useless(flags.given & useless, "on these pictures")
 
 
-def deal(source, how, shares):
+def deal(source, pairs, how, shares):
     """-> the records that stay, each with its split, and lines that tell what was left out."""
-    pairs, copies = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
     records, dropped = without_copies(source.records, how["group_by"], pairs, how["dedupe"])
     records, few = large_enough(records, how["min_per_class"])
     rows = [(r.label, r.group) for r in records]
@@ -220,7 +220,7 @@ def deal(source, how, shares):
     splits = assign_splits([r.split for r in records], rows, named, how["dev"], how["seed"])
     splits = hold_out_test(splits, [r.group for r in records], how["test"])
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
-    notes = copies + dropped + few
+    notes = dropped + few
     if "train" not in splits:
         fix = "to have them dealt, give a --layout with - for split"
         notes.append(f"no train: stages can measure on this set, not learn from it; {fix}")
@@ -289,7 +289,9 @@ def write_splits(flags):
     refuse_flags_of_deal(flags, source)
     how = vars(flags)
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
-    records, told = deal(source, how, shares)
+    pairs, told = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
+    records, more = deal(source, pairs, how, shares)
+    told += more
     words, left_out = tags.vocabulary(records)
     dims, stream = tags.add_planes(words, records, source.dims, source.stream, path == "toon")
     told += left_out
@@ -299,7 +301,8 @@ def write_splits(flags):
     about |= dict(zip(("crop", "margin"), how["crop"], strict=True))
     about |= {name: how[name] for name in AS_GIVEN}
     about |= {"tags": words, "notes": source.notes + told, "style": None, "parts": None}
-    write_all(how["out"], records, dims, stream, about | source.more)
+    copies = duplicates.rows(source.records, pairs, records, sources.folder_of(path))
+    write_all(how["out"], records, dims, stream, about | source.more, copies)
 
 
 def class_names(records):
@@ -358,12 +361,17 @@ def write_split(path, rows, dims, records, labels, about):
     return skipped
 
 
-def write_all(out, records, dims, stream, about):
-    """One file per split, all or none; stops where too many pictures, or a whole split, are broken."""
+def write_all(out, records, dims, stream, about, copies=()):
+    """One file per split, all or none; stops where too many pictures, or a whole split, are broken.
+
+    copies: rows of duplicates.csv.
+    """
     classes = about["classes"]
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
     lost, told = [], []
     with written_aside(out) as folder:
+        if copies:
+            save_csv(copies, folder / "duplicates.csv")
         for split in reversed(layouts.ORDER):
             own = [r for r in records if r.split == split]
             if not own:
