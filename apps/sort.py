@@ -14,7 +14,8 @@ the same command again: it goes on with the pictures that sorted.csv does not li
 --group also finds characters that nobody taught. Faces that look alike, by average linkage of their
 cosines, share a folder. It has the name of a known character if more than half of its faces are
 called so. Otherwise it is called group-001, group-002 and so on, by size. Such groups depend on all
-pictures at once, so --group wants a new folder each time.
+pictures at once, so --group wants a new folder each time. Wrong copies can be moved to where they
+belong: apps/learn.py then learns them.
 
     n faces   D width of an embedding
 """
@@ -25,6 +26,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -154,6 +156,8 @@ def copy_all(found, args, wanted, folders, rows, table):
     copies = [row["copy"] != "" for row in rows]
     more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
     print(f"wrote    {table.parent}/: {more}, listed in {table}")
+    words = shlex.join([args.run, str(table.parent)])
+    print(f"next: move wrong copies to where they belong, then python -m apps.learn {words}")
 
 
 def files_to_sort(paths, out, rows):
