@@ -58,6 +58,7 @@ WHITENED = 20  # faces of a character that the whitening is fitted to
 LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED.md)
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
 MOST_REJECTED = 0.09  # share of known faces on dev called unknown; on new ones a tenth
+OTHERS_OF = 2000  # pictures of nobody in a set that fit the threshold, at most
 OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
@@ -239,20 +240,18 @@ def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
     """-> a dict of numbers for the gallery's header.
 
     held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown: the same of
-    unknown ones; without them each known one stands in. folds (see `fold_of`) have more of both. At
-    most MOST_REJECTED of the known are called unknown.
+    unknown ones. folds (see `fold_of`) have more of both. Where there are no unknown ones, each known
+    one stands in. At most MOST_REJECTED of the known are called unknown.
     The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1, lift_of(logits))
     known_score = similarity_of(logits, known, gallery)
-    if folds:
-        known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
-        unknown_score = torch.cat([fold["unknown"] for fold in folds])
-    elif unknown:
-        unknown_score = similarity_of(*unknown[:2], gallery)
-    else:
-        unknown_score = as_unknown(gallery, held_out)
+    known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
+    unknown_scores = [fold["unknown"] for fold in folds]
+    if unknown:
+        unknown_scores.append(similarity_of(*unknown[:2], gallery))
+    unknown_score = torch.cat(unknown_scores or [as_unknown(gallery, held_out)])
     threshold = threshold_of(known_score, unknown_score)
     return {
         "threshold": threshold,
@@ -359,13 +358,25 @@ def build_gallery(run, device, dtype):
     path = Path(run) / GALLERY
     faces = faces_learned(run, device, dtype)
     header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
-    header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.unknown)
+    unknown = together(faces.unknown, faces.others)
+    header |= calibrate(faces.embeddings, faces.labels, faces.held_out, unknown)
     header["trained"] = len(faces.keys)
     save_gallery(path, faces.embeddings, faces.labels, header)
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
     print(f"wrote {path}: {count}", file=sys.stderr)
-    if faces.unknown is None:
+    if faces.others:
+        gallery = load_gallery(run)
+        below = similarity_of(*faces.others[:2], gallery) < gallery["threshold"]
+        share = f"{below.float().mean():.0%} of the {len(below)} pictures of nobody"
+        print(f"note: {share} are called unknown; they have decided the threshold", file=sys.stderr)
+    elif faces.unknown is None:
         print(f"note: {UNMEASURED.format(run=shlex.quote(str(run)))}", file=sys.stderr)
+
+
+def together(*parts):
+    """Tuples of tensors, or None -> one tuple of them all, or None."""
+    parts = [part for part in parts if part]
+    return tuple(map(torch.cat, zip(*parts, strict=True))) if parts else None
 
 
 def open_network(run, device, dtype):
@@ -399,6 +410,7 @@ def faces_learned(run, device, dtype):
     classes                                the names of the labels
     held_out                               logits (m, C), embeddings (m, D), labels (m,) of dev
     unknown                                the same of characters that --hold-out left out, or None
+    others                                 the same of pictures of nobody in the set, or None
     """
     net, header, autocast = open_network(run, device, dtype)
     folder = place_of(header["data"], run)
@@ -419,6 +431,11 @@ def faces_learned(run, device, dtype):
     found.unknown = None
     if len(left_out):
         found.unknown = *outputs(dev.split, left_out), labels[left_out]
+    found.others = None
+    if (folder / "unknown.safetensors").exists():  # of data.py --unknown
+        split = data.open_split(folder, "unknown")
+        rows = data.evenly_spaced(len(split["labels"]), OTHERS_OF)
+        found.others = *outputs(split, rows), split["labels"][rows]
     return found
 
 

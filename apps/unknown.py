@@ -309,7 +309,7 @@ def calibrate_by_folds(args, count):
             raise UserError(f"dev has no picture of part {part} of {parts}: pack it without --dev")
         folds.append(fold_of(faces))
     own = faces_learned(run, args.device, args.dtype)
-    numbers = calibrate(own.embeddings, own.labels, own.held_out, None, folds)
+    numbers = calibrate(own.embeddings, own.labels, own.held_out, own.others, folds)
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
         save_gallery(path, gallery["embeddings"], gallery["labels"], gallery | numbers)

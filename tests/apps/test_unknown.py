@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_folder, refused, run_line
-from made import CPU
+from made import CPU, PACKED
 from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
+import data
+from apps import recognize
 from apps.unknown import (
     detection_rate,
     open_set,
@@ -116,6 +118,25 @@ def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(fresh):
     left_out = [sorted({*numbers["names"]} - {*fold["classes"]}) for fold in folds]
     assert sorted(sum(left_out, [])) == sorted(numbers["names"])
     assert line.startswith("unknown  ") and "3 characters left out in turn" in line
+
+
+def test_pictures_of_nobody_decide_the_threshold(fresh):
+    """They look like the known characters, and are no copies of their pictures."""
+    draw_folder(fresh / "nobody", 3, 8)  # the colours of the classes; some are copies, and left out
+    run_line(f"data.py list.csv --unknown nobody --out datasets/with {PACKED}", fresh, check=0)
+    shutil.copy(fresh / "datasets/with/unknown.safetensors", fresh / "datasets/packed")
+    count = len(data.open_split("datasets/packed", "unknown")["labels"])
+    gallery = fresh / "runs/a-lora/gallery.safetensors"
+    _, before = read_safetensors(gallery)
+    gallery.unlink()
+    done = run_line(f"apps.recognize runs/a-lora {CPU} images/class0", fresh, check=0)
+    assert count > 10 and f"% of the {count} pictures of nobody are called unknown" in done.stderr
+    _, after = read_safetensors(gallery)
+    assert after["platt"] != before["platt"]  # the threshold is bounded by the known ones
+    faces = recognize.faces_learned("runs/a-lora", "cpu", "fp32")
+    numbers = recognize.calibrate(faces.embeddings, faces.labels, faces.held_out, faces.others)
+    assert numbers["threshold"] == pytest.approx(after["threshold"])
+    assert after["names"] == before["names"] and len(faces.others[2]) == count
 
 
 def test_what_is_promised_is_the_mean_share_over_characters():
