@@ -30,6 +30,7 @@ from apps.recognize import (
     SAME,
     add_faces,
     decide,
+    known_faces,
     load_gallery,
     name_of,
     only,
@@ -181,7 +182,7 @@ def main():
         f"folder, and {len(agree & stayed)} have it now; of {len(moved)} that were moved, "
         f"{len(agree & moved.keys())} have it now"
     )
-    print(renamed(net, before, after))
+    print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     tell_problems(problems, header["data"])
     if left := moved.keys() - {*done}:
         print(f"not learned: {len(left)}, such as {min(left)}")

@@ -21,6 +21,7 @@ apps/unknown.py measures how good they are.
     n faces   m held-out pictures   B batch   D width of an embedding   C characters
 """
 
+import contextlib
 import itertools
 import json
 import shlex
@@ -63,8 +64,10 @@ OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
-HANDICAP = 0.1  # added to the similarity of new characters at most (results/TRIED.md)
-LOST = 0.02  # share of the learned faces that may get the name of a new character
+HANDICAP = 0.05  # so much less similar are new faces to a mean of few faces (results/TRIED.md)
+ASKED = (
+    150  # held-out pictures of each split that are asked whether a new character changes their name
+)
 FLAGS = {  # that each task reads
     "name": "threshold json detect device dtype",
     "enrol": "enrol device dtype",
@@ -150,8 +153,7 @@ def make_gallery(embeddings, labels, learned, lift=None, trained=None):
     gallery |= {"who": torch.cat([torch.arange(learned), added]), "group": group, "sums": sums}
     gallery |= {"sizes": group.bincount(minlength=len(sums)), "trained": trained}
     gallery |= {"embeddings": embeddings, "lift": lift}
-    gallery |= {"unit": unit, "faces": faces}
-    return gallery | {"handicap": handicap_of(gallery)}
+    return gallery | {"unit": unit, "faces": faces}
 
 
 def compared(embeddings, gallery):
@@ -192,7 +194,7 @@ def decide(logits, embeddings, gallery, own=None):
     """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
     The head names the characters that it learned. Where faces were added, their character wins if
-    their mean is nearer, a handicap given, than that of every learned one (`handicap_of`); own: as
+    their mean is nearer, HANDICAP given, than that of every learned one; own: as
     `to_means`. confidence: P(the name is right) where half of all pictures show unknown characters;
     nan of a name that added faces gave.
     """
@@ -208,29 +210,13 @@ def decide(logits, embeddings, gallery, own=None):
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
     near, added = to_mean[:, learned:].max(1)
-    new = near + gallery["handicap"] > to_mean[:, :learned].amax(1)
+    new = near + HANDICAP > to_mean[:, :learned].amax(1)
     return (
         torch.where(new, gallery["who"][learned + added], who),
         torch.where(new, near, similarity),
         torch.where(new, near - gallery["enrolled_threshold"], margin),
         sure.masked_fill(new, torch.nan),
     )
-
-
-def handicap_of(gallery):
-    """-> what is added to the similarity of a new character, so that known faces keep their names.
-
-    New faces are less similar to a mean, which is of few faces that trained nothing. HANDICAP makes
-    up for it where the learned characters have many faces. Where they have few, it would let the new
-    ones take their pictures. So it is as low as needed for at most LOST of the trained faces, each
-    compared with the others of its character, to go to a new one.
-    """
-    learned, trained = gallery["learned"], gallery["trained"]
-    if len(gallery["sums"]) == learned:
-        return HANDICAP
-    to_mean = to_means(gallery["unit"][:trained], gallery, gallery["group"][:trained])
-    ahead = to_mean[:, :learned].amax(1) - to_mean[:, learned:].amax(1)
-    return min(HANDICAP, ahead.sort().values[int(LOST * trained)].item())
 
 
 # ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
@@ -567,7 +553,8 @@ def enrol(args, net, header, autocast):
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
     before = load_gallery(args.run)
     print("\n".join(add_faces(args.run, who, keys, torch.cat(embeddings))))
-    print(renamed(net, before, load_gallery(args.run)))
+    after = load_gallery(args.run)
+    print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     words = f"{shlex.quote(args.run)} PICTURE, or {shlex.quote(f'--forget={who}')}"
     print(f"next: python -m apps.recognize {words}")
 
@@ -633,19 +620,38 @@ def with_faces(gallery, who, keys, embeddings):
 
 
 @torch.no_grad()
-def renamed(net, before, after):
-    """-> a line: how many faces of learned characters have another name in the second gallery."""
-    trained = before["trained"]
-    embeddings = before["embeddings"][:trained]
+def known_faces(run, net, header, autocast, gallery):
+    """Pictures of learned characters -> logits (m, C), embeddings (m, D), groups (m,) or None, what they are.
+
+    They are held-out ones. Where the data set is not there any more they are those of the gallery,
+    each of which is left out of its group's mean; but the network has learned these by heart.
+    """
+    trained = gallery["trained"]
+    embeddings = gallery["embeddings"][:trained]
+    own, what = gallery["group"][:trained], "pictures that were learned"
+    with contextlib.suppress(UserError):
+        held = header.get("split", "val")
+        sets, _ = open_rows(place_of(header["data"], run), held, header.get("hold_out", 0))
+        parts = []
+        for some in sets[1:]:
+            rows = some.rows[data.evenly_spaced(len(some.rows), ASKED)]
+            parts.append(outputs_of(net, some.split, rows, autocast)[1])
+        embeddings, own, what = torch.cat(parts), None, "held-out pictures of learned characters"
     logits = net.head(embeddings.to(net.encoder.cls_token.device)).cpu()
+    return logits, embeddings, own, what
+
+
+def renamed(logits, embeddings, own, what, before, after):
+    """What `known_faces` returns -> a line: how many of them have another name in the second gallery."""
     names = []
     for gallery in (before, after):
-        who = decide(logits, embeddings, gallery, gallery["group"][:trained])[0]
+        who = decide(logits, embeddings, gallery, own)[0]
         names.append([gallery["names"][i] for i in who])
     changed = Counter(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
     told = ", ".join(f"{n} {old} -> {new}" for (old, new), n in changed.most_common(3))
-    count = f"{changed.total()} of {len(logits)} pictures of learned characters change their name"
-    return count + f" ({told})" * bool(changed)
+    return f"{changed.total()} of {len(logits)} {what} change their name" + f" ({told})" * bool(
+        changed
+    )
 
 
 def take_out(run, who):
