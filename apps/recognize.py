@@ -36,12 +36,9 @@ from common import fields
 from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
-from common.features import numbers_of, open_rows
-from common.io import (
-    UserError,
-    read_safetensors,
-    save_safetensors,
-)
+from common.features import FOLDS as BY_FOLDS
+from common.features import numbers_of, open_all, open_rows
+from common.io import UserError, read_json, read_safetensors, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
 from finetune_lora import load_classifier
@@ -49,9 +46,11 @@ from ingest import sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
+PROMISE = "folds/promise.json"  # of apps/folds.py
 FACES = 500  # training pictures of a character in a gallery, at most
 NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
 WHITENED = 20  # faces of a character that the whitening is fitted to
+MOST_LIFT = 3  # standard deviations
 LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED.md)
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
 MOST_REJECTED = 0.09  # share of known faces on dev called unknown; on new ones a tenth
@@ -161,9 +160,17 @@ def similarity_of(logits, embeddings, gallery):
 
     LIFT for each standard deviation of the best logit of known faces. Together they separate best.
     """
-    usual, per_logit = gallery["lift"] or (0.0, 0.0)
     similarity = best_similarity(compared(embeddings, gallery), gallery)
-    return similarity + per_logit * (logits.amax(1) - usual)
+    return lifted(similarity, logits.amax(1), gallery["lift"])
+
+
+def lifted(similarity, strength, lift):
+    """Cosines (n,) and best logits (n,) -> (n,), at most 1; lift as of `lift_of`, or None."""
+    usual, per_logit = lift or (0.0, 0.0)
+    # A head can be far surer of one picture than of any that it was measured by. That is bounded, so
+    # that it never names a face that looks like nobody's.
+    most = MOST_LIFT * LIFT
+    return (similarity + (per_logit * (strength - usual)).clamp(-most, most)).clamp(max=1)
 
 
 def decide(logits, embeddings, gallery):
@@ -178,9 +185,7 @@ def decide(logits, embeddings, gallery):
     who = logits.argmax(1)
     similarity = similarity_of(logits, embeddings, gallery)
     margin = similarity - gallery["threshold"]
-    a, b = gallery["platt"]
-    right_name = (logits / gallery["temperature"]).softmax(1).amax(1)
-    sure = right_name * (a * margin + b).sigmoid()
+    sure = confidence(logits, margin, gallery)
     to_mean = unit @ gallery["means"].T  # (n, characters)
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
@@ -194,35 +199,38 @@ def decide(logits, embeddings, gallery):
     )
 
 
+def confidence(logits, margin, gallery):
+    """Logits (n, C), margins (n,) -> (n,): P(the name is that of a known face) P(it is known)."""
+    a, b = gallery["platt"]
+    right_name = (logits / gallery["temperature"]).softmax(1).amax(1)
+    return right_name * (a * margin + b).sigmoid()
+
+
 # ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
 
 
-def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
-    """-> a dict of numbers for the gallery's header.
+def calibrate(embeddings, labels, held_out, unknown=None):
+    """-> a dict of numbers for the gallery's header, where a run has held-out pictures.
 
     held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown: the same of
-    unknown ones; without them each known one stands in. folds (see `fold_of`) have more of both. At
-    most MOST_REJECTED of the known are called unknown.
+    unknown ones; without them each known one stands in.
     The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1, lift_of(logits))
     known_score = similarity_of(logits, known, gallery)
-    if folds:
-        known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
-        unknown_score = torch.cat([fold["unknown"] for fold in folds])
-    elif unknown:
-        unknown_score = similarity_of(*unknown[:2], gallery)
-    else:
-        unknown_score = as_unknown(gallery, held_out)
-    threshold = threshold_of(known_score, unknown_score)
-    return {
-        "threshold": threshold,
-        "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
-        "temperature": fit_temperature(logits, known_labels),
-        "platt": fit_platt(known_score - threshold, unknown_score - threshold),
-        "lift": gallery["lift"],
-    }
+    new_score = similarity_of(*unknown[:2], gallery) if unknown else as_unknown(gallery, held_out)
+    found = {"enrolled_threshold": enrolled_threshold(gallery, known, known_labels)}
+    found["lift"] = gallery["lift"]
+    return found | decided(logits, known_labels, known_score, new_score)
+
+
+def decided(logits, labels, known, unknown):
+    """Logits (m, C), labels (m,) and similarities (m,) of known faces, those of unknown ones (k,)
+    -> threshold and confidence. At most MOST_REJECTED of the known are called unknown."""
+    threshold = threshold_of(known, unknown)
+    found = {"threshold": threshold, "temperature": fit_temperature(logits, labels)}
+    return found | {"platt": fit_platt(known - threshold, unknown - threshold)}
 
 
 def lift_of(logits):
@@ -276,19 +284,37 @@ def balance(known, unknown):
 
 
 def fit_temperature(logits, labels):
-    """The T for which softmax(logits / T) fits the labels best (Guo et al. 2017, arXiv:1706.04599)."""
-    grid = torch.logspace(-2.5, 1.5, 161)
-    losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
-    return grid[losses.argmin()].item()
+    """The T for which softmax(logits / T) fits the labels best (Guo et al. 2017, arXiv:1706.04599).
+
+    A logit of -inf is that of a character which a network did not learn.
+    """
+    grid = torch.logspace(-1, 1.5, 101)
+    losses = []
+    for T in grid:
+        log_p = (logits / T).log_softmax(1)
+        # Where all names are right, a T of 0 would fit best, and every name would be certain. So one
+        # more picture is counted, which shows each character equally.
+        nobody = -log_p[logits > -torch.inf].mean()
+        losses.append(F.nll_loss(log_p, labels, reduction="sum") + nobody)
+    return grid[torch.stack(losses).argmin()].item()
 
 
 def fit_platt(known, unknown):
-    """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999)."""
+    """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999).
+
+    Half of all faces count as unknown. Targets are Platt's, (n + 1) / (n + 2) and 1 / (m + 2): few
+    faces that are told apart without a mistake do not make it certain.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    x = torch.cat([known, unknown])[:, None].numpy()
-    y = [1] * len(known) + [0] * len(unknown)
-    fit = LogisticRegression(C=1e3, class_weight="balanced").fit(x, y)
+    x = torch.cat([known, unknown])
+    n, m = len(known), len(unknown)
+    target = torch.cat([torch.full((n,), (n + 1) / (n + 2)), torch.full((m,), 1 / (m + 2))])
+    weight = torch.cat([torch.full((n,), 1 / n), torch.full((m,), 1 / m)]) * (n + m) / 2
+    twice = torch.cat([x, x])[:, None].numpy()
+    y = [1] * (n + m) + [0] * (n + m)
+    weights = torch.cat([weight * target, weight * (1 - target)]).numpy()
+    fit = LogisticRegression(C=1e3).fit(twice, y, weights)
     return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
 
 
@@ -300,8 +326,8 @@ HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.nu
 HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
 REMEDY = "remove it, and apps/recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
-    "most new characters may get a known name; python -m apps.unknown {run} --folds 3 trains three more "
-    "times, each time without a third of the characters, and measures it"
+    "most new characters may get a known name; finetune_lora.py --split folds leaves each character out "
+    "once, and measures it"
 )
 
 
@@ -320,12 +346,15 @@ def build_gallery(run, device, dtype):
     path = Path(run) / GALLERY
     faces = faces_learned(run, device, dtype)
     header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
-    header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.unknown)
+    if faces.held_out:
+        header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.unknown)
+    else:
+        header |= read_json(Path(run) / PROMISE, ["calibration"])["calibration"]
     save_gallery(path, faces.embeddings, faces.labels, header)
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
     print(f"wrote {path}: {count}", file=sys.stderr)
-    if faces.unknown is None:
-        print(f"note: {UNMEASURED.format(run=shlex.quote(str(run)))}", file=sys.stderr)
+    if faces.held_out and faces.unknown is None:
+        print(f"note: {UNMEASURED}", file=sys.stderr)
 
 
 def open_network(run, device, dtype):
@@ -359,12 +388,17 @@ def faces_learned(run, device, dtype):
     classes                                the names of the labels
     held_out                               logits (m, C), embeddings (m, D), labels (m,) of dev
     unknown                                the same of characters that --hold-out left out, or None
+
+    A run that learned every picture has no held_out: its folds have measured (apps/folds.py).
     """
     net, header, autocast = open_network(run, device, dtype)
     folder = place_of(header["data"], run)
     held = header.get("split", "val")
     hold_out = header.get("hold_out", 0)
-    (train, dev, _), classes = open_rows(folder, held, hold_out)
+    if held == BY_FOLDS:
+        train, classes = open_all(folder)
+    else:
+        (train, dev, _), classes = open_rows(folder, held, hold_out)
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
     outputs = partial(outputs_of, net, autocast=autocast, name="gallery")
@@ -372,11 +406,13 @@ def faces_learned(run, device, dtype):
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
     _, found.embeddings = outputs(train.split, rows)
+    found.held_out = found.unknown = None
+    if held == BY_FOLDS:
+        return found
     found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
     labels = torch.as_tensor(dev.split["labels"])
     kept_back = torch.from_numpy(numbers_of(hold_out, dev.split["header"]["classes"]))
     left_out = torch.isin(labels, kept_back).nonzero()[:, 0]
-    found.unknown = None
     if len(left_out):
         found.unknown = *outputs(dev.split, left_out), labels[left_out]
     return found

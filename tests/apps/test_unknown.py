@@ -1,4 +1,4 @@
-"""apps/unknown.py: rates, folds and recognize.json; numbers against scikit-learn and scipy, by hand."""
+"""apps/unknown.py: rates and recognize.json; numbers against scikit-learn, by hand."""
 
 import json
 import shutil
@@ -8,24 +8,18 @@ import pytest
 import torch
 from conftest import draw_folder, refused, run_line
 from made import CPU
-from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
 from apps.unknown import (
     detection_rate,
     open_set,
-    promise,
-    promised,
     reliability,
     verification,
 )
 from common import metrics
-from common.classifier import read_head
-from common.io import read_safetensors
 from common.train import seeded
 
 MEASURE = f"apps.unknown runs/a-lora {CPU}"
-GALLERY = "runs/a-lora/gallery.safetensors"
 
 
 # ---- rates ---------------------------------------------------------------------------------------
@@ -100,34 +94,6 @@ def test_names_that_are_sure_are_right_as_often_where_half_are_unknown():
     row = reliability(known, right, torch.tensor([0.85, 0.1]))
     assert row["right_when_sure"] == pytest.approx(100 * (2 / 4) / (3 / 4 + 1 / 2))
     assert reliability(known / 2, right, torch.zeros(2))["right_when_sure"] is None
-
-
-# ---- folds ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(fresh):
-    before, numbers = read_safetensors(fresh / GALLERY)
-    line = run_line(f"{MEASURE} --folds 3", fresh, check=0).stdout.splitlines()[-1]
-    after, header = read_safetensors(fresh / GALLERY)
-    assert torch.equal(before["embeddings"], after["embeddings"])
-    assert header["platt"] != numbers["platt"] and header["names"] == numbers["names"]
-    folds = [read_head(fresh / f"runs/a-lora/fold-{part}-of-3")[1] for part in (1, 2, 3)]
-    left_out = [sorted({*numbers["names"]} - {*fold["classes"]}) for fold in folds]
-    assert sorted(sum(left_out, [])) == sorted(numbers["names"])
-    assert line.startswith("unknown  ") and "3 characters left out in turn" in line
-
-
-def test_what_is_promised_is_the_mean_share_over_characters():
-    labels = torch.tensor([0, 0, 0, 0, 1, 1])
-    fold = {"known": torch.tensor([-1.0, 1, 1, 1]), "labels": labels}
-    first = fold | {"unknown": torch.tensor([-1.0, -1, -1, 1, -1, -1])}  # 75 and 100 %
-    second = fold | {"unknown": torch.tensor([1.0, 1, -1, -1, 1, 1]), "labels": labels + 2}  # 50, 0
-    line = promised(promise([first, second], 0.0))
-    low, high = ttest_1samp([75, 100, 50, 0], 0).confidence_interval(0.95)
-    assert "56 % of the faces of new" in line and "25 % of the known" in line
-    assert low < 0 and high > 100 and "interval 0 to 100, by 4 characters" in line
-    assert "too few" in promised(promise([first], 0.0))
 
 
 # ---- recognize.json ------------------------------------------------------------------------------
