@@ -36,16 +36,14 @@ import torch
 import torch.nn.functional as F
 
 import data
+from apps.groups import best_threshold, f1_curve
 from common import fields
 from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
-from common.features import numbers_of, open_rows
-from common.io import (
-    UserError,
-    read_safetensors,
-    save_safetensors,
-)
+from common.features import FOLDS as BY_FOLDS
+from common.features import numbers_of, open_all, open_others, open_rows
+from common.io import UserError, read_json, read_safetensors, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
 from finetune_lora import load_classifier
@@ -53,13 +51,14 @@ from ingest import sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
+PROMISE = "folds/promise.json"  # of apps/folds.py
 FACES = 500  # training pictures of a character in a gallery, at most
 NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
 WHITENED = 20  # faces of a character that the whitening is fitted to
+MOST_LIFT = 3  # standard deviations
 LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED.md)
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
 MOST_REJECTED = 0.09  # share of known faces on dev called unknown; on new ones a tenth
-OTHERS_OF = 2000  # pictures of nobody in a set that fit the threshold, at most
 OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
@@ -175,9 +174,17 @@ def similarity_of(logits, embeddings, gallery):
 
     LIFT for each standard deviation of the best logit of known faces. Together they separate best.
     """
-    usual, per_logit = gallery["lift"] or (0.0, 0.0)
     similarity = best_similarity(compared(embeddings, gallery), gallery)
-    return similarity + per_logit * (logits.amax(1) - usual)
+    return lifted(similarity, logits.amax(1), gallery["lift"])
+
+
+def lifted(similarity, strength, lift):
+    """Cosines (n,) and best logits (n,) -> (n,), at most 1; lift as of `lift_of`, or None."""
+    usual, per_logit = lift or (0.0, 0.0)
+    # A head can be far surer of one picture than of any that it was measured by. That is bounded, so
+    # that it never names a face that looks like nobody's.
+    most = MOST_LIFT * LIFT
+    return (similarity + (per_logit * (strength - usual)).clamp(-most, most)).clamp(max=1)
 
 
 def to_means(unit, gallery, own=None):
@@ -203,9 +210,7 @@ def decide(logits, embeddings, gallery, own=None):
     who = logits.argmax(1)
     similarity = similarity_of(logits, embeddings, gallery)
     margin = similarity - gallery["threshold"]
-    a, b = gallery["platt"]
-    right_name = (logits / gallery["temperature"]).softmax(1).amax(1)
-    sure = right_name * (a * margin + b).sigmoid()
+    sure = confidence(logits, margin, gallery)
     to_mean = to_means(unit, gallery, own)  # (n, G)
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
@@ -219,33 +224,40 @@ def decide(logits, embeddings, gallery, own=None):
     )
 
 
+def confidence(logits, margin, gallery):
+    """Logits (n, C), margins (n,) -> (n,): P(the name is that of a known face) P(it is known)."""
+    a, b = gallery["platt"]
+    right_name = (logits / gallery["temperature"]).softmax(1).amax(1)
+    return right_name * (a * margin + b).sigmoid()
+
+
 # ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
 
 
-def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
-    """-> a dict of numbers for the gallery's header.
+def calibrate(embeddings, labels, held_out, unknown=None):
+    """-> a dict of numbers for the gallery's header, where a run has held-out pictures.
 
     held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown: the same of
-    unknown ones. folds (see `fold_of`) have more of both. Where there are no unknown ones, each known
-    one stands in. At most MOST_REJECTED of the known are called unknown.
+    unknown ones; without them each known one stands in.
     The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1, lift_of(logits))
     known_score = similarity_of(logits, known, gallery)
-    known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
-    unknown_scores = [fold["unknown"] for fold in folds]
-    if unknown:
-        unknown_scores.append(similarity_of(*unknown[:2], gallery))
-    unknown_score = torch.cat(unknown_scores or [as_unknown(gallery, held_out)])
-    threshold = threshold_of(known_score, unknown_score)
-    return {
-        "threshold": threshold,
-        "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
-        "temperature": fit_temperature(logits, known_labels),
-        "platt": fit_platt(known_score - threshold, unknown_score - threshold),
-        "lift": gallery["lift"],
-    }
+    new_score = similarity_of(*unknown[:2], gallery) if unknown else as_unknown(gallery, held_out)
+    found = {"enrolled_threshold": enrolled_threshold(gallery, known, known_labels)}
+    found["lift"] = gallery["lift"]
+    curve = f1_curve(compared(known, gallery), known_labels)
+    found["alike"] = best_threshold([curve], len(known))
+    return found | decided(logits, known_labels, known_score, new_score)
+
+
+def decided(logits, labels, known, unknown):
+    """Logits (m, C), labels (m,) and similarities (m,) of known faces, those of unknown ones (k,)
+    -> threshold and confidence. At most MOST_REJECTED of the known are called unknown."""
+    threshold = threshold_of(known, unknown)
+    found = {"threshold": threshold, "temperature": fit_temperature(logits, labels)}
+    return found | {"platt": fit_platt(known - threshold, unknown - threshold)}
 
 
 def lift_of(logits):
@@ -299,19 +311,37 @@ def balance(known, unknown):
 
 
 def fit_temperature(logits, labels):
-    """The T for which softmax(logits / T) fits the labels best (Guo et al. 2017, arXiv:1706.04599)."""
-    grid = torch.logspace(-2.5, 1.5, 161)
-    losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
-    return grid[losses.argmin()].item()
+    """The T for which softmax(logits / T) fits the labels best (Guo et al. 2017, arXiv:1706.04599).
+
+    A logit of -inf is that of a character which a network did not learn.
+    """
+    grid = torch.logspace(-1, 1.5, 101)
+    losses = []
+    for T in grid:
+        log_p = (logits / T).log_softmax(1)
+        # Where all names are right, a T of 0 would fit best, and every name would be certain. So one
+        # more picture is counted, which shows each character equally.
+        nobody = -log_p[logits > -torch.inf].mean()
+        losses.append(F.nll_loss(log_p, labels, reduction="sum") + nobody)
+    return grid[torch.stack(losses).argmin()].item()
 
 
 def fit_platt(known, unknown):
-    """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999)."""
+    """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999).
+
+    Half of all faces count as unknown. Targets are Platt's, (n + 1) / (n + 2) and 1 / (m + 2): few
+    faces that are told apart without a mistake do not make it certain.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    x = torch.cat([known, unknown])[:, None].numpy()
-    y = [1] * len(known) + [0] * len(unknown)
-    fit = LogisticRegression(C=1e3, class_weight="balanced").fit(x, y)
+    x = torch.cat([known, unknown])
+    n, m = len(known), len(unknown)
+    target = torch.cat([torch.full((n,), (n + 1) / (n + 2)), torch.full((m,), 1 / (m + 2))])
+    weight = torch.cat([torch.full((n,), 1 / n), torch.full((m,), 1 / m)]) * (n + m) / 2
+    twice = torch.cat([x, x])[:, None].numpy()
+    y = [1] * (n + m) + [0] * (n + m)
+    weights = torch.cat([weight * target, weight * (1 - target)]).numpy()
+    fit = LogisticRegression(C=1e3).fit(twice, y, weights)
     return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
 
 
@@ -321,11 +351,14 @@ HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learne
 HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
 HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
 HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
+HEADER |= {
+    "alike?": fields.number(-1, 1)
+}  # mean cosine that joins two groups of apps/sort.py --group
 HEADER |= {"trained?": fields.whole(1)}  # faces that taught the head; they come first
 REMEDY = "remove it, and apps/recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
-    "most new characters may get a known name; python -m apps.unknown {run} --folds 3 trains three more "
-    "times, each time without a third of the characters, and measures it"
+    "most new characters may get a known name; finetune_lora.py --split folds leaves each character out "
+    "once, and measures it"
 )
 
 
@@ -344,8 +377,11 @@ def build_gallery(run, device, dtype):
     path = Path(run) / GALLERY
     faces = faces_learned(run, device, dtype)
     header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
-    unknown = together(faces.unknown, faces.others)
-    header |= calibrate(faces.embeddings, faces.labels, faces.held_out, unknown)
+    if faces.held_out:
+        unknown = together(faces.unknown, faces.others)
+        header |= calibrate(faces.embeddings, faces.labels, faces.held_out, unknown)
+    else:
+        header |= read_json(Path(run) / PROMISE, ["calibration"])["calibration"]
     header["trained"] = len(faces.keys)
     save_gallery(path, faces.embeddings, faces.labels, header)
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
@@ -355,8 +391,8 @@ def build_gallery(run, device, dtype):
         below = similarity_of(*faces.others[:2], gallery) < gallery["threshold"]
         share = f"{below.float().mean():.0%} of the {len(below)} pictures of nobody"
         print(f"note: {share} are called unknown; they have decided the threshold", file=sys.stderr)
-    elif faces.unknown is None:
-        print(f"note: {UNMEASURED.format(run=shlex.quote(str(run)))}", file=sys.stderr)
+    elif faces.held_out and faces.unknown is None:
+        print(f"note: {UNMEASURED}", file=sys.stderr)
 
 
 def together(*parts):
@@ -397,12 +433,17 @@ def faces_learned(run, device, dtype):
     held_out                               logits (m, C), embeddings (m, D), labels (m,) of dev
     unknown                                the same of characters that --hold-out left out, or None
     others                                 the same of pictures of nobody in the set, or None
+
+    A run that learned every picture has no held_out: its folds have measured (apps/folds.py).
     """
     net, header, autocast = open_network(run, device, dtype)
     folder = place_of(header["data"], run)
     held = header.get("split", "val")
     hold_out = header.get("hold_out", 0)
-    (train, dev, _), classes = open_rows(folder, held, hold_out)
+    if held == BY_FOLDS:
+        train, classes = open_all(folder)
+    else:
+        (train, dev, _), classes = open_rows(folder, held, hold_out)
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
     outputs = partial(outputs_of, net, autocast=autocast, name="gallery")
@@ -410,17 +451,17 @@ def faces_learned(run, device, dtype):
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
     _, found.embeddings = outputs(train.split, rows)
+    found.held_out = found.unknown = found.others = None
+    if held == BY_FOLDS:
+        return found
     found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
     labels = torch.as_tensor(dev.split["labels"])
     kept_back = torch.from_numpy(numbers_of(hold_out, dev.split["header"]["classes"]))
     left_out = torch.isin(labels, kept_back).nonzero()[:, 0]
-    found.unknown = None
     if len(left_out):
         found.unknown = *outputs(dev.split, left_out), labels[left_out]
-    found.others = None
-    if (folder / "unknown.safetensors").exists():  # of data.py --unknown
-        split = data.open_split(folder, "unknown")
-        rows = data.evenly_spaced(len(split["labels"]), OTHERS_OF)
+    if others := open_others(folder):
+        split, rows = others
         found.others = *outputs(split, rows), split["labels"][rows]
     return found
 
@@ -429,7 +470,7 @@ def save_gallery(path, embeddings, labels, header):
     """embeddings (n, D), labels (n,); header: the fields of HEADER, and perhaps others."""
     tensors = {"embeddings": embeddings.float(), "labels": labels}
     names = [key.removesuffix("?") for key in HEADER]
-    save_safetensors(tensors, path, {name: header[name] for name in names})
+    save_safetensors(tensors, path, {name: header.get(name) for name in names})
 
 
 def load_gallery(run):

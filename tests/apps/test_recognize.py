@@ -37,6 +37,12 @@ def said(fresh, words):
 # ---- similarity and thresholds -------------------------------------------------------------------
 
 
+def raised(similar, strength, lift):
+    """Similarities (n,) and best logits (n,): at most three standard deviations count, and 1 is most."""
+    up = lift[1] * (strength - lift[0])
+    return (similar + up.clip(-0.3, 0.3)).clip(max=1)
+
+
 @pytest.fixture
 def world():
     """Faces of five characters in a gallery, other faces of them, faces of nobody, and logits."""
@@ -55,7 +61,7 @@ def world():
     usual, spread = strength.mean().item(), strength.std(correction=0).item()
     found.lift = [usual, recognize.LIFT / max(spread, usual / 10)]
     similar = recognize.best_similarity(found.unit, gallery)
-    found.score = similar + found.lift[1] * (strength - usual)
+    found.score = raised(similar, strength, found.lift)
     return found
 
 
@@ -89,7 +95,7 @@ def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(wo
     logits, unknown, _ = world.of_unknown
     unit = recognize.compared(unknown, world.gallery)
     similar = recognize.best_similarity(unit, world.gallery)
-    similar = similar + world.lift[1] * (logits.amax(1) - world.lift[0]) >= found["threshold"]
+    similar = raised(similar, logits.amax(1), world.lift) >= found["threshold"]
     assert similar.float().mean().item() == pytest.approx(rejected, abs=0.01)
     assert rejected < 0.091
     who, _, _, sure = recognize.decide(world.logits, world.known, world.gallery | found)
@@ -111,7 +117,7 @@ def test_known_faces_stand_for_unknown_ones_while_their_characters_are_left_out(
         unit = recognize.compared(known[~stay], gallery)
         strength = world.logits[~stay][:, torch.arange(5) != c].amax(1)
         similar = recognize.best_similarity(unit, gallery)
-        similar += world.lift[1] * (strength - world.lift[0])
+        similar = raised(similar, strength, world.lift)
         torch.testing.assert_close(found[~stay], similar)
     row = recognize.calibrate(world.faces, labels, world.held_out)
     assert row["threshold"] == pytest.approx(recognize.balance(world.score, found), abs=1e-6)
@@ -141,9 +147,7 @@ def test_an_enrolled_character_wins_where_its_mean_is_nearer_than_all_others(wor
     assert torch.equal(who == 4, new) and torch.equal(sure.isnan(), new)
     torch.testing.assert_close(similarity[new], to_mean[new, 4])
     torch.testing.assert_close(margin[new], to_mean[new, 4] - row["enrolled_threshold"])
-    usual, per_logit = row["lift"]
-    score = recognize.best_similarity(unit, gallery) + per_logit * (logits.amax(1) - usual)
-    score = score[~new]
+    score = raised(recognize.best_similarity(unit, gallery), logits.amax(1), row["lift"])[~new]
     torch.testing.assert_close(margin[~new], score - row["threshold"])
     p = (logits[~new] / row["temperature"]).softmax(1).amax(1)
     a, b = row["platt"]
@@ -155,6 +159,8 @@ def test_confidences_are_fitted_to_what_was_drawn():
     scores = torch.randn(20000, 5)
     drawn = torch.multinomial(scores.softmax(1), 1)[:, 0]
     assert recognize.fit_temperature(scores * 3, drawn) == pytest.approx(3, rel=0.1)
+    sure = 20 * torch.eye(5)  # five pictures, all right
+    assert recognize.fit_temperature(sure, torch.arange(5)) > 1  # but no proof
     a, b = recognize.fit_platt(torch.randn(9000) + 1, torch.randn(3000) - 1)  # log-odds: 2 x
     assert a == pytest.approx(2, rel=0.1) and b == pytest.approx(0, abs=0.15)
 

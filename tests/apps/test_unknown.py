@@ -1,4 +1,4 @@
-"""apps/unknown.py: rates, folds and recognize.json; numbers against scikit-learn and scipy, by hand."""
+"""apps/unknown.py: rates and recognize.json; numbers against scikit-learn, by hand."""
 
 import json
 import shutil
@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import draw_folder, refused, run_line
 from made import CPU, PACKED
-from scipy.stats import ttest_1samp
 from sklearn.metrics import roc_auc_score
 
 import data
@@ -16,18 +15,14 @@ from apps import recognize
 from apps.unknown import (
     detection_rate,
     open_set,
-    promise,
-    promised,
     reliability,
     verification,
 )
 from common import metrics
-from common.classifier import read_head
 from common.io import read_safetensors
 from common.train import seeded
 
 MEASURE = f"apps.unknown runs/a-lora {CPU}"
-GALLERY = "runs/a-lora/gallery.safetensors"
 
 
 # ---- rates ---------------------------------------------------------------------------------------
@@ -104,20 +99,7 @@ def test_names_that_are_sure_are_right_as_often_where_half_are_unknown():
     assert reliability(known / 2, right, torch.zeros(2))["right_when_sure"] is None
 
 
-# ---- folds ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(fresh):
-    before, numbers = read_safetensors(fresh / GALLERY)
-    line = run_line(f"{MEASURE} --folds 3", fresh, check=0).stdout.splitlines()[-1]
-    after, header = read_safetensors(fresh / GALLERY)
-    assert torch.equal(before["embeddings"], after["embeddings"])
-    assert header["platt"] != numbers["platt"] and header["names"] == numbers["names"]
-    folds = [read_head(fresh / f"runs/a-lora/fold-{part}-of-3")[1] for part in (1, 2, 3)]
-    left_out = [sorted({*numbers["names"]} - {*fold["classes"]}) for fold in folds]
-    assert sorted(sum(left_out, [])) == sorted(numbers["names"])
-    assert line.startswith("unknown  ") and "3 characters left out in turn" in line
+# ---- pictures of nobody -------------------------------------------------------------------------
 
 
 def test_pictures_of_nobody_decide_the_threshold(fresh):
@@ -137,18 +119,6 @@ def test_pictures_of_nobody_decide_the_threshold(fresh):
     numbers = recognize.calibrate(faces.embeddings, faces.labels, faces.held_out, faces.others)
     assert numbers["threshold"] == pytest.approx(after["threshold"])
     assert after["names"] == before["names"] and len(faces.others[2]) == count
-
-
-def test_what_is_promised_is_the_mean_share_over_characters():
-    labels = torch.tensor([0, 0, 0, 0, 1, 1])
-    fold = {"known": torch.tensor([-1.0, 1, 1, 1]), "labels": labels}
-    first = fold | {"unknown": torch.tensor([-1.0, -1, -1, 1, -1, -1])}  # 75 and 100 %
-    second = fold | {"unknown": torch.tensor([1.0, 1, -1, -1, 1, 1]), "labels": labels + 2}  # 50, 0
-    line = promised(promise([first, second], 0.0))
-    low, high = ttest_1samp([75, 100, 50, 0], 0).confidence_interval(0.95)
-    assert "56 % of the faces of new" in line and "25 % of the known" in line
-    assert low < 0 and high > 100 and "interval 0 to 100, by 4 characters" in line
-    assert "too few" in promised(promise([first], 0.0))
 
 
 # ---- recognize.json ------------------------------------------------------------------------------
