@@ -49,6 +49,7 @@ PLANES = {  # arrays of a split; a name that ends in ? may be missing
     "style?": "uint8 n Q",
 }
 SPLITS = ("train", "val", "test", "dev")  # some sets have no train
+DRAWN = ("toon", "hybrid", "scenes")  # sets that we draw ourselves
 MAP_DTYPE = {"attn": "float16", "saliency": "uint8", "parts": "uint8"}
 
 
@@ -95,7 +96,7 @@ def open_or_pack(path, image_size=128, pages=False):
     # Runs up, because --data may name pictures: who reads a packed set loads no decoder.
     from ingest.pack import default_out, pack
 
-    if path.name in ("toon", "hybrid", "scenes") and not any(path.glob("*")):
+    if path.name in DRAWN and not any(path.glob("*")):
         print(f"drawing {path} (once)")
         pack(path.name, path)
         return path
@@ -110,6 +111,14 @@ def open_or_pack(path, image_size=128, pages=False):
         advice = f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {advice}")
     return out
+
+
+def is_small(folder):
+    """Has a packed folder so few pictures of somebody's own that each of them should be learned?"""
+    paths = [path for name in SPLITS if (path := Path(folder) / f"{name}.safetensors").exists()]
+    headers = [open_tensors(path)["header"] for path in paths]
+    drawn = any(header.get("source") in DRAWN for header in headers)
+    return not drawn and sum(len(header["keys"]) for header in headers) < SMALL
 
 
 def fingerprint(split):

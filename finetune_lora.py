@@ -51,7 +51,15 @@ from common.command import (
     run_name,
     set_defaults,
 )
-from common.features import name_of, open_rows, some_characters, split_suffix, untrained_like
+from common.features import (
+    FOLDS,
+    name_of,
+    open_all,
+    open_rows,
+    some_characters,
+    split_suffix,
+    untrained_like,
+)
 from common.io import UserError, one_line, reading, save_json, save_safetensors
 from common.lora import (
     ADAPTER,
@@ -131,7 +139,11 @@ def read_flags():
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="for a long tail")
     add("--keep", type=shares, metavar="SHARE", help="of the patches shown; 0.25:0.75 rises")
     add("--colourless", type=between(0, 1), default=0.1, metavar="SHARE", help="of views in gray")
-    train.add_flags(add)
+    train.add_flags(add, reports=False)
+    splits = ["val", "dev", "test", FOLDS]
+    add(
+        "--split", choices=splits, help="what is reported (a small set: folds, then all is learned)"
+    )
     flags = parser.parse_args()
     train.take_saved_flags(flags, "split")
     if flags.resume:
@@ -422,13 +434,14 @@ class Task:
     trained: TrainedWeights
     classes: list  # names of the characters that are learned
     train: SimpleNamespace  # sets of common.features.open_rows
-    dev: SimpleNamespace
-    report: SimpleNamespace
+    dev: SimpleNamespace  # None where folds have chosen the number of epochs
+    report: SimpleNamespace  # None where folds have measured
     keep: tuple  # share of the patches that is shown, in the first and in the last step
     colourless: float  # share of the views in gray
     out: Path
     device: torch.device
     autocast: partial
+    stop: int = 0  # the epoch after which it ends, if not with the last
     features: dict = field(default_factory=dict)  # of a frozen encoder, {name of a set: (n, D)}
 
     def sizes(self):
@@ -443,29 +456,52 @@ class Task:
 
 def open_task(flags, device, autocast):
     """The data, the network, and which of its weights are trained."""
-    method, keys = parse_keys(flags.method, METHODS, "--method")
-    head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
-    if method == "lora" and (flags.from_scratch or keys["alpha"] < 0):
-        raise UserError("--method lora needs a trained encoder and alpha=0 or more; choose full")
-
-    encoder = load_encoder(flags.encoder, flags.image_size)
+    encoder = fresh_encoder(flags)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))
-    # Where there is no dev, a tenth of train is held out, in whole illustrations: two faces of one
-    # drawing are so alike that one of them in train would give away the other.
-    sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
-    flags.batch_size = min(flags.batch_size, len(sets[0].rows))
-
-    # Random weights have nothing in their lower blocks that is worth keeping: no layer decay.
-    if flags.from_scratch:
-        encoder = untrained_like(encoder, flags.seed)
-        keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
     digest = fingerprint(encoder)
     flags.fingerprint = getattr(flags, "fingerprint", digest)  # a resumed run has one
     if flags.fingerprint != digest:
         raise UserError(
             f"{flags.encoder} has changed since {flags.out} began; put the old one back"
         )
+    flags.split = flags.split or split_for(flags, encoder, device, autocast)
+    if flags.split == FOLDS:
+        # Folds choose the epoch and measure, so no picture has to be kept from training.
+        every, classes = open_all(flags.data)
+        sets = every, None, None
+    else:
+        # Where there is no dev, a tenth of train is held out, in whole illustrations: two faces of one
+        # drawing are so alike that one of them in train would give away the other.
+        sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
+    flags.batch_size = min(flags.batch_size, len(sets[0].rows))
+    return task_of(flags, encoder, sets, classes, device, autocast)
+
+
+def fresh_encoder(flags):
+    """The encoder as training begins with it: that of the command, or with random weights."""
+    encoder = load_encoder(flags.encoder, flags.image_size)
+    return untrained_like(encoder, flags.seed) if flags.from_scratch else encoder
+
+
+def split_for(flags, encoder, device, autocast):
+    """What is reported where nobody asks: folds of a small collection, val of other sets."""
+    if flags.hold_out or not data.is_small(flags.data):
+        return "val"
+    from apps import folds  # runs up, as in main
+
+    return FOLDS if folds.are_quick(flags, encoder, device, autocast) else "val"
+
+
+def task_of(flags, encoder, sets, classes, device, autocast):
+    """An encoder with a new head, and LoRA where it is asked for, for sets of `open_rows`."""
+    method, keys = parse_keys(flags.method, METHODS, "--method")
+    head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
+    if method == "lora" and (flags.from_scratch or keys["alpha"] < 0):
+        raise UserError("--method lora needs a trained encoder and alpha=0 or more; choose full")
+    # Random weights have nothing in their lower blocks that is worth keeping: no layer decay.
+    if flags.from_scratch:
+        keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
     torch.manual_seed(flags.seed)
     encoder.requires_grad_(method == "full")
     if method == "lora":
@@ -487,6 +523,20 @@ def open_task(flags, device, autocast):
         out=Path(flags.out),
         device=device,
         autocast=autocast,
+    )
+
+
+def describe(flags, task):
+    """Print what is learned by what."""
+    sizes = task.sizes()
+    every = len(task.train.split["header"]["classes"])
+    choose = "folds choose" if task.dev is None else f"{len(task.dev.rows)} dev pictures choose"
+    count, share = task.parameters_trained()
+    print(
+        f"data     {flags.data}: {len(task.classes)} of {every} characters, "
+        f"with {sizes.min()} to {sizes.max()} training pictures; {choose} the epoch\n"
+        f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {count:,} "
+        f"parameters trained ({share:.2%})"
     )
 
 
@@ -553,8 +603,11 @@ def predict(task, subset):
     return logits, subset.labels[subset.rows]
 
 
-def finetune(flags, task):
-    """Train for --epochs -> (run, the latest epoch within a standard error of the best on dev)."""
+def finetune(flags, task, make_run=train.Run):
+    """Train for --epochs -> (run, the latest epoch within a standard error of the best on dev).
+
+    Without dev all of its epochs are made, or as many as task.stop says.
+    """
     net = task.net
     device = task.device
     C = len(task.classes)
@@ -580,22 +633,16 @@ def finetune(flags, task):
 
     best = Best()
     state = {"model": task.trained, "optimizer": optimizer, "best": best}
-    run = train.Run(flags, state, total, per_epoch, device)
+    # The learning rate falls to 0 at `total`, also where the run stops earlier.
+    last = task.stop or flags.epochs
+    run = make_run(flags, state, per_epoch * last, per_epoch, device)
     run.resume_or_begin()
-    count, share = task.parameters_trained()
-    print(
-        f"data     {flags.data}: {C} of {len(task.train.split['header']['classes'])} characters, "
-        f"with {sizes.min()} to {sizes.max()} training pictures; "
-        f"{len(task.dev.rows)} dev pictures choose the epoch\n"
-        f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {count:,} "
-        f"parameters trained ({share:.2%}), step {run.step} of {total}"
-    )
     images = data.resident(task.train.split["images"], device)
     if linear:
         images = pooled_of(task, task.train, torch.arange(len(images)))
 
     hits = []  # share of each batch that is recognised, since the last row of the log
-    for epoch in range(run.step // per_epoch, flags.epochs):
+    for epoch in range(run.step // per_epoch, last):
         net.train()
         # It changes something only for --method full with --unfreeze-every.
         unfreeze(net, task.trained.tensors, epoch, unfreeze_every)
@@ -645,7 +692,7 @@ def finetune(flags, task):
                 head_lr = optimizer.param_groups[-1]["lr"]  # the last group is the head's
                 run.log_step(lr=head_lr, train_top1=train_top1)
                 hits = []
-            if run.step % per_epoch == 0:
+            if run.step % per_epoch == 0 and task.dev:
                 settle_neck(task, NECK_IN_ALL)
                 dev_logits, truth = predict(task, task.dev)
                 top1 = 100 * readout.topk(dev_logits, truth, 1)
@@ -654,34 +701,48 @@ def finetune(flags, task):
                 run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=macro_f1)
                 best.update(macro_f1, epoch + 1, len(truth), task.trained)
             run.save_if_due()
-    task.trained.load_state_dict(best.weights)
-    return run, best.epoch
+    if task.dev:
+        task.trained.load_state_dict(best.weights)
+        last = best.epoch
+    settle_neck(task)
+    return run, last
 
 
 # ---- how good it is, and the files ---------------------------------------------------------------
 
 
-def results(flags, task, run, best_epoch):
-    """-> the row of metrics.json, in percent, measured on the pictures of --split."""
-    settle_neck(task)
+def measure(task):
+    """The pictures of --split -> a namespace, of which `results` makes a row.
+
+    logits (n, C), labels (n,), groups (n,) and, in percent, Top-1 of the same pictures in gray and of
+    two controls. Cross-validation returns the same (apps/folds.py).
+    """
     logits, truth = predict(task, task.report)
-    correct = logits.argmax(1) == truth
-    measured = metrics.classification(logits, truth, task.sizes())
+    groups = data.groups_of(task.report.split)[task.report.rows]
+    found = SimpleNamespace(logits=logits, labels=truth, groups=groups)
+    found.colourless_top1 = 100 * readout.topk(*predict(task, controls.in_gray(task.report)), 1)
+    # How much do colours tell without any network? An accuracy is good only where it beats these two.
+    sets = task.train, task.dev, task.report
+    found.thumbnails_top1 = controls.thumbnail_top1(*sets)
+    found.histograms_top1 = controls.histogram_top1(*sets)
+    return found
+
+
+def results(flags, task, run, best_epoch, found):
+    """-> the row of metrics.json, in percent, of what `measure` found."""
+    correct = found.logits.argmax(1) == found.labels
+    measured = metrics.classification(found.logits, found.labels, task.sizes())
     # Faces of one illustration are right or wrong together. So whole illustrations are drawn anew for
     # the interval: with single faces it would be too narrow.
-    groups = data.groups_of(task.report.split)[task.report.rows].numpy()
-    interval = stats.bootstrap(100.0 * correct[None].double().numpy(), groups)
+    interval = stats.bootstrap(100.0 * correct[None].double().numpy(), found.groups.numpy())
     row = {"run": task.out.name, "method": task.method, "head": task.head, "seed": flags.seed}
     row |= {"data": flags.data, "evaluated_on": flags.split, "best_epoch": best_epoch}
     row |= {key: 100 * measured[key] for key in ("top1", "top5", "macro_f1")}
     by_size = {key: measured[key] for key in ("head", "mid", "tail")}
     row["by_size"] = {key: 100 * top1 for key, top1 in by_size.items() if top1 is not None}
     row["top1_interval"] = [round(interval[key], 2) for key in ("low", "high")]
-    row["colourless_top1"] = 100 * readout.topk(*predict(task, controls.in_gray(task.report)), 1)
-    # How much do colours tell without any network? An accuracy is good only where it beats these two.
-    sets = task.train, task.dev, task.report
-    row["thumbnails_top1"] = controls.thumbnail_top1(*sets)
-    row["histograms_top1"] = controls.histogram_top1(*sets)
+    for name in ("colourless_top1", "thumbnails_top1", "histograms_top1"):
+        row[name] = getattr(found, name)
     # Which pictures were right, one bit each: two runs can then be compared picture by picture.
     row |= {"confusion": measured["confusion"], "right": stats.to_bits(correct)}
     count, share = task.parameters_trained()
@@ -796,11 +857,11 @@ def draw_confusion(path, table, names, title):
 
 
 @torch.no_grad()
-def write_results(flags, task, run, best_epoch):
+def write_results(flags, task, run, best_epoch, found):
     """All files but state.pt. A network that is there already stays as it is."""
     out = task.out
     suffix = split_suffix(flags.split)
-    row = results(flags, task, run, best_epoch)  # settles the neck, so the head is written after it
+    row = results(flags, task, run, best_epoch, found)
     if not any(out.glob("metrics*.json")):
         write_network(flags, task, task.out, {"step": run.step, "run": run.config})
     # Before it come all other files that matter: where it is, the run is finished.
@@ -815,7 +876,11 @@ def write_results(flags, task, run, best_epoch):
         f"macro-F1 {row['macro_f1']:.2f} %; the same pictures in gray: Top-1 "
         f"{row['colourless_top1']:.1f} %\n"
         f"controls Top-1 by thumbnails {row['thumbnails_top1']:.1f} %, by histograms of colours "
-        f"{row['histograms_top1']:.1f} %\n"
+        f"{row['histograms_top1']:.1f} %"
+    )
+    for line in getattr(found, "lines", ()):  # of folds
+        print(line)
+    print(
         f"wrote    {out}/ after {row['seconds']:.0f} s; the weights are those of epoch {best_epoch}\n"
         f"next: {NEXT} {shlex.quote(str(out))} PICTURE"
     )
@@ -824,13 +889,24 @@ def write_results(flags, task, run, best_epoch):
 def main():
     flags = read_flags()
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
+    if flags.resume and flags.split != FOLDS and (done.parent / FOLDS).exists():
+        fix = f"python -m apps.unknown {flags.out} --data OTHER measures it on other pictures"
+        raise UserError(f"{flags.out} learned every picture of its set; {fix}")
     if flags.resume and done.exists():
         return print(f"run      {flags.out} is finished: {done}; --split test measures it on test")
     device, autocast, machine = train.open_machine(flags)
     print(machine)
     task = open_task(flags, device, autocast)
     check_readable(flags, task)
-    write_results(flags, task, *finetune(flags, task))
+    found = None
+    if flags.split == FOLDS:
+        from apps import folds  # runs up: it repeats the training of this script, part by part
+
+        found = folds.cross_validate(flags, task)
+        task.stop = found.epoch
+    describe(flags, task)
+    run, epoch = finetune(flags, task)
+    write_results(flags, task, run, epoch, found or measure(task))
 
 
 if __name__ == "__main__":

@@ -14,15 +14,19 @@ The head names the characters that it learned, but it has a name for every face,
 characters that it has never seen. So each face is compared with a gallery, too: the embeddings of
 known faces, each a mean over a picture and its mirror image. A face that is similar to none of them
 is unknown. An enrolled character is known by its faces in the gallery alone, so nothing is trained.
-apps/sort.py sorts a folder by these answers, and apps/unknown.py measures how good they are.
+A learned character takes new pictures in the same way, such as of another dress.
+apps/sort.py sorts a folder by these answers, apps/learn.py learns what somebody corrected there, and
+apps/unknown.py measures how good they are.
 
     n faces   m held-out pictures   B batch   D width of an embedding   C characters
 """
 
+import contextlib
 import itertools
 import json
 import shlex
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,16 +36,14 @@ import torch
 import torch.nn.functional as F
 
 import data
+from apps.groups import best_threshold, f1_curve
 from common import fields
 from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
-from common.features import numbers_of, open_rows
-from common.io import (
-    UserError,
-    read_safetensors,
-    save_safetensors,
-)
+from common.features import FOLDS as BY_FOLDS
+from common.features import numbers_of, open_all, open_others, open_rows
+from common.io import UserError, read_json, read_safetensors, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
 from finetune_lora import load_classifier
@@ -49,9 +51,11 @@ from ingest import sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
+PROMISE = "folds/promise.json"  # of apps/folds.py
 FACES = 500  # training pictures of a character in a gallery, at most
 NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
 WHITENED = 20  # faces of a character that the whitening is fitted to
+MOST_LIFT = 3  # standard deviations
 LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED.md)
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
 MOST_REJECTED = 0.09  # share of known faces on dev called unknown; on new ones a tenth
@@ -59,7 +63,10 @@ OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
-HANDICAP = 0.1  # so much less similar are new faces to a mean of few faces (results/TRIED.md)
+HANDICAP = 0.05  # so much less similar are new faces to a mean of few faces (results/TRIED.md)
+ASKED = (
+    150  # held-out pictures of each split that are asked whether a new character changes their name
+)
 FLAGS = {  # that each task reads
     "name": "threshold json detect device dtype",
     "enrol": "enrol device dtype",
@@ -125,21 +132,27 @@ def whitening(embeddings, labels):
     return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
 
 
-def make_gallery(embeddings, labels, learned, lift=None):
+def make_gallery(embeddings, labels, learned, lift=None, trained=None):
     """Faces (n, D), labels (n,) of which the first `learned` are the head's -> a dict.
 
-    faces: the unit vectors of each learned character that has any. means (C, D): mean directions.
+    trained: so many faces, the first ones, taught the head; None: all of its characters. The others
+    were added later. who (G,): the characters of G groups of faces, first the learned ones as they
+    were taught, then everybody whose faces were added: a learned one may be there twice. group (n,):
+    of each face. sums (G, D), sizes (G,). faces: unit vectors of each learned character that has any.
     lift: as `lift_of` returns it; None leaves the head out of similarities.
     """
-    is_learned = labels < learned
-    mean, matrix = whitening(embeddings[is_learned], labels[is_learned])
+    trained = int((labels < learned).sum()) if trained is None else trained
+    mean, matrix = whitening(embeddings[:trained], labels[:trained])
     gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
     unit = compared(embeddings, gallery)
     faces = [unit[labels == c] for c in labels.unique() if c < learned]
-    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1])
-    means = F.normalize(sums.index_add_(0, labels, F.normalize(unit)))
+    added, number = labels[trained:].unique(return_inverse=True)
+    group = torch.cat([labels[:trained], learned + number])
+    sums = unit.new_zeros(learned + len(added), unit.shape[1]).index_add_(0, group, unit)
+    gallery |= {"who": torch.cat([torch.arange(learned), added]), "group": group, "sums": sums}
+    gallery |= {"sizes": group.bincount(minlength=len(sums)), "trained": trained}
     gallery |= {"embeddings": embeddings, "lift": lift}
-    return gallery | {"unit": unit, "faces": faces, "means": means}
+    return gallery | {"unit": unit, "faces": faces}
 
 
 def compared(embeddings, gallery):
@@ -161,68 +174,90 @@ def similarity_of(logits, embeddings, gallery):
 
     LIFT for each standard deviation of the best logit of known faces. Together they separate best.
     """
-    usual, per_logit = gallery["lift"] or (0.0, 0.0)
     similarity = best_similarity(compared(embeddings, gallery), gallery)
-    return similarity + per_logit * (logits.amax(1) - usual)
+    return lifted(similarity, logits.amax(1), gallery["lift"])
 
 
-def decide(logits, embeddings, gallery):
+def lifted(similarity, strength, lift):
+    """Cosines (n,) and best logits (n,) -> (n,), at most 1; lift as of `lift_of`, or None."""
+    usual, per_logit = lift or (0.0, 0.0)
+    # A head can be far surer of one picture than of any that it was measured by. That is bounded, so
+    # that it never names a face that looks like nobody's.
+    most = MOST_LIFT * LIFT
+    return (similarity + (per_logit * (strength - usual)).clamp(-most, most)).clamp(max=1)
+
+
+def to_means(unit, gallery, own=None):
+    """unit (n, D) -> cosines (n, G) with the mean of each group; own (n,): groups that leave the face out."""
+    sums = gallery["sums"]
+    cosines = unit @ F.normalize(sums).T
+    if own is None:
+        return cosines
+    others = F.normalize(sums[own] - unit)
+    return cosines.scatter(1, own[:, None], (unit * others).sum(1, keepdim=True))
+
+
+def decide(logits, embeddings, gallery, own=None):
     """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
-    The head names the characters that it learned. An enrolled one wins where the mean of its faces is
-    nearer, HANDICAP given, than that of every learned one. confidence: P(the name is right) where
-    half of all pictures show unknown characters; nan of an enrolled one.
+    The head names the characters that it learned. Where faces were added, their character wins if
+    their mean is nearer, HANDICAP given, than that of every learned one; own: as
+    `to_means`. confidence: P(the name is right) where half of all pictures show unknown characters;
+    nan of a name that added faces gave.
     """
     unit = compared(embeddings, gallery)
     learned = gallery["learned"]
     who = logits.argmax(1)
     similarity = similarity_of(logits, embeddings, gallery)
     margin = similarity - gallery["threshold"]
-    a, b = gallery["platt"]
-    right_name = (logits / gallery["temperature"]).softmax(1).amax(1)
-    sure = right_name * (a * margin + b).sigmoid()
-    to_mean = unit @ gallery["means"].T  # (n, characters)
+    sure = confidence(logits, margin, gallery)
+    to_mean = to_means(unit, gallery, own)  # (n, G)
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
-    near, enrolled = to_mean[:, learned:].max(1)
+    near, added = to_mean[:, learned:].max(1)
     new = near + HANDICAP > to_mean[:, :learned].amax(1)
     return (
-        torch.where(new, enrolled + learned, who),
+        torch.where(new, gallery["who"][learned + added], who),
         torch.where(new, near, similarity),
         torch.where(new, near - gallery["enrolled_threshold"], margin),
         sure.masked_fill(new, torch.nan),
     )
 
 
+def confidence(logits, margin, gallery):
+    """Logits (n, C), margins (n,) -> (n,): P(the name is that of a known face) P(it is known)."""
+    a, b = gallery["platt"]
+    right_name = (logits / gallery["temperature"]).softmax(1).amax(1)
+    return right_name * (a * margin + b).sigmoid()
+
+
 # ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
 
 
-def calibrate(embeddings, labels, held_out, unknown=None, folds=()):
-    """-> a dict of numbers for the gallery's header.
+def calibrate(embeddings, labels, held_out, unknown=None):
+    """-> a dict of numbers for the gallery's header, where a run has held-out pictures.
 
     held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown: the same of
-    unknown ones; without them each known one stands in. folds (see `fold_of`) have more of both. At
-    most MOST_REJECTED of the known are called unknown.
+    unknown ones; without them each known one stands in.
     The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1, lift_of(logits))
     known_score = similarity_of(logits, known, gallery)
-    if folds:
-        known_score = torch.cat([known_score, *(fold["known"] for fold in folds)])
-        unknown_score = torch.cat([fold["unknown"] for fold in folds])
-    elif unknown:
-        unknown_score = similarity_of(*unknown[:2], gallery)
-    else:
-        unknown_score = as_unknown(gallery, held_out)
-    threshold = threshold_of(known_score, unknown_score)
-    return {
-        "threshold": threshold,
-        "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
-        "temperature": fit_temperature(logits, known_labels),
-        "platt": fit_platt(known_score - threshold, unknown_score - threshold),
-        "lift": gallery["lift"],
-    }
+    new_score = similarity_of(*unknown[:2], gallery) if unknown else as_unknown(gallery, held_out)
+    found = {"enrolled_threshold": enrolled_threshold(gallery, known, known_labels)}
+    found["lift"] = gallery["lift"]
+    curve = f1_curve(compared(known, gallery), known_labels)
+    found["alike"] = best_threshold([curve], len(known))
+    return found | decided(logits, known_labels, known_score, new_score)
+
+
+def decided(logits, labels, known, unknown):
+    """Logits (m, C), labels (m,) and similarities (m,) of known faces, those of unknown ones (k,)
+    -> threshold and confidence. At most MOST_REJECTED of the known are called unknown."""
+    threshold = threshold_of(known, unknown)
+    found = {"threshold": threshold, "temperature": fit_temperature(logits, labels)}
+    return found | {"platt": fit_platt(known - threshold, unknown - threshold)}
 
 
 def lift_of(logits):
@@ -276,19 +311,37 @@ def balance(known, unknown):
 
 
 def fit_temperature(logits, labels):
-    """The T for which softmax(logits / T) fits the labels best (Guo et al. 2017, arXiv:1706.04599)."""
-    grid = torch.logspace(-2.5, 1.5, 161)
-    losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
-    return grid[losses.argmin()].item()
+    """The T for which softmax(logits / T) fits the labels best (Guo et al. 2017, arXiv:1706.04599).
+
+    A logit of -inf is that of a character which a network did not learn.
+    """
+    grid = torch.logspace(-1, 1.5, 101)
+    losses = []
+    for T in grid:
+        log_p = (logits / T).log_softmax(1)
+        # Where all names are right, a T of 0 would fit best, and every name would be certain. So one
+        # more picture is counted, which shows each character equally.
+        nobody = -log_p[logits > -torch.inf].mean()
+        losses.append(F.nll_loss(log_p, labels, reduction="sum") + nobody)
+    return grid[torch.stack(losses).argmin()].item()
 
 
 def fit_platt(known, unknown):
-    """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999)."""
+    """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999).
+
+    Half of all faces count as unknown. Targets are Platt's, (n + 1) / (n + 2) and 1 / (m + 2): few
+    faces that are told apart without a mistake do not make it certain.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    x = torch.cat([known, unknown])[:, None].numpy()
-    y = [1] * len(known) + [0] * len(unknown)
-    fit = LogisticRegression(C=1e3, class_weight="balanced").fit(x, y)
+    x = torch.cat([known, unknown])
+    n, m = len(known), len(unknown)
+    target = torch.cat([torch.full((n,), (n + 1) / (n + 2)), torch.full((m,), 1 / (m + 2))])
+    weight = torch.cat([torch.full((n,), 1 / n), torch.full((m,), 1 / m)]) * (n + m) / 2
+    twice = torch.cat([x, x])[:, None].numpy()
+    y = [1] * (n + m) + [0] * (n + m)
+    weights = torch.cat([weight * target, weight * (1 - target)]).numpy()
+    fit = LogisticRegression(C=1e3).fit(twice, y, weights)
     return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
 
 
@@ -298,10 +351,14 @@ HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learne
 HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
 HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
 HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
+HEADER |= {
+    "alike?": fields.number(-1, 1)
+}  # mean cosine that joins two groups of apps/sort.py --group
+HEADER |= {"trained?": fields.whole(1)}  # faces that taught the head; they come first
 REMEDY = "remove it, and apps/recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
-    "most new characters may get a known name; python -m apps.unknown {run} --folds 3 trains three more "
-    "times, each time without a third of the characters, and measures it"
+    "most new characters may get a known name; finetune_lora.py --split folds leaves each character out "
+    "once, and measures it"
 )
 
 
@@ -320,12 +377,28 @@ def build_gallery(run, device, dtype):
     path = Path(run) / GALLERY
     faces = faces_learned(run, device, dtype)
     header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
-    header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.unknown)
+    if faces.held_out:
+        unknown = together(faces.unknown, faces.others)
+        header |= calibrate(faces.embeddings, faces.labels, faces.held_out, unknown)
+    else:
+        header |= read_json(Path(run) / PROMISE, ["calibration"])["calibration"]
+    header["trained"] = len(faces.keys)
     save_gallery(path, faces.embeddings, faces.labels, header)
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
     print(f"wrote {path}: {count}", file=sys.stderr)
-    if faces.unknown is None:
-        print(f"note: {UNMEASURED.format(run=shlex.quote(str(run)))}", file=sys.stderr)
+    if faces.others:
+        gallery = load_gallery(run)
+        below = similarity_of(*faces.others[:2], gallery) < gallery["threshold"]
+        share = f"{below.float().mean():.0%} of the {len(below)} pictures of nobody"
+        print(f"note: {share} are called unknown; they have decided the threshold", file=sys.stderr)
+    elif faces.held_out and faces.unknown is None:
+        print(f"note: {UNMEASURED}", file=sys.stderr)
+
+
+def together(*parts):
+    """Tuples of tensors, or None -> one tuple of them all, or None."""
+    parts = [part for part in parts if part]
+    return tuple(map(torch.cat, zip(*parts, strict=True))) if parts else None
 
 
 def open_network(run, device, dtype):
@@ -359,12 +432,18 @@ def faces_learned(run, device, dtype):
     classes                                the names of the labels
     held_out                               logits (m, C), embeddings (m, D), labels (m,) of dev
     unknown                                the same of characters that --hold-out left out, or None
+    others                                 the same of pictures of nobody in the set, or None
+
+    A run that learned every picture has no held_out: its folds have measured (apps/folds.py).
     """
     net, header, autocast = open_network(run, device, dtype)
     folder = place_of(header["data"], run)
     held = header.get("split", "val")
     hold_out = header.get("hold_out", 0)
-    (train, dev, _), classes = open_rows(folder, held, hold_out)
+    if held == BY_FOLDS:
+        train, classes = open_all(folder)
+    else:
+        (train, dev, _), classes = open_rows(folder, held, hold_out)
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
     outputs = partial(outputs_of, net, autocast=autocast, name="gallery")
@@ -372,13 +451,18 @@ def faces_learned(run, device, dtype):
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
     _, found.embeddings = outputs(train.split, rows)
+    found.held_out = found.unknown = found.others = None
+    if held == BY_FOLDS:
+        return found
     found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
     labels = torch.as_tensor(dev.split["labels"])
     kept_back = torch.from_numpy(numbers_of(hold_out, dev.split["header"]["classes"]))
     left_out = torch.isin(labels, kept_back).nonzero()[:, 0]
-    found.unknown = None
     if len(left_out):
         found.unknown = *outputs(dev.split, left_out), labels[left_out]
+    if others := open_others(folder):
+        split, rows = others
+        found.others = *outputs(split, rows), split["labels"][rows]
     return found
 
 
@@ -386,7 +470,7 @@ def save_gallery(path, embeddings, labels, header):
     """embeddings (n, D), labels (n,); header: the fields of HEADER, and perhaps others."""
     tensors = {"embeddings": embeddings.float(), "labels": labels}
     names = [key.removesuffix("?") for key in HEADER]
-    save_safetensors(tensors, path, {name: header[name] for name in names})
+    save_safetensors(tensors, path, {name: header.get(name) for name in names})
 
 
 def load_gallery(run):
@@ -404,7 +488,12 @@ def load_gallery(run):
     fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
     if names[:learned] != head["classes"] or len(labels.unique()) != len(names):
         raise UserError(f"{path} is not of this run's characters; {REMEDY}")
-    return make_gallery(embeddings, labels, learned) | header
+    trained = header.get("trained") or int((labels < learned).sum())  # older files do not say it
+    if trained > len(labels) or len(labels[:trained].unique()) != learned:
+        raise UserError(f"{path} has not the faces that were learned; {REMEDY}")
+    return (
+        make_gallery(embeddings, labels, learned, trained=trained) | header | {"trained": trained}
+    )
 
 
 # ---- naming and enrolment ------------------------------------------------------------------------
@@ -495,61 +584,135 @@ def recognise(args, net, header, gallery, autocast):
 
 
 def enrol(args, net, header, autocast):
-    """Add these pictures to the gallery, under one name."""
-    who = sources.nfc(args.enrol.strip())
-    if not fields.is_name(who):
-        raise UserError(f"--enrol {fields.short(who)} is no name; give a few printable letters")
-    if who in header["classes"]:
-        raise UserError(f"{who} was learned in training and is known already; enrol another name")
+    """Add these pictures to the gallery, under one name, and tell what that changes."""
+    who = name_of(args.enrol, "--enrol")
     problems, keys, embeddings = [], [], []
     for some, _, more in predictions(args, net, header, autocast, problems):
         keys += some
         embeddings.append(more)
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
-    print(add_faces(args.run, who, keys, torch.cat(embeddings)))
+    before = load_gallery(args.run)
+    print("\n".join(add_faces(args.run, who, keys, torch.cat(embeddings))))
+    after = load_gallery(args.run)
+    print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     words = f"{shlex.quote(args.run)} PICTURE, or {shlex.quote(f'--forget={who}')}"
     print(f"next: python -m apps.recognize {words}")
 
 
+def name_of(text, source):
+    """What somebody wrote -> a name in one spelling."""
+    who = sources.nfc(text.strip())
+    if not fields.is_name(who):
+        raise UserError(f"{source} {fields.short(who)} is no name; give a few printable letters")
+    return who
+
+
 def add_faces(run, who, keys, embeddings):
-    """Add embeddings (n, D) of pictures `keys`, each once, to the run's gallery -> a line that says so."""
+    """Add embeddings (n, D) of pictures `keys`, each once, to the run's gallery -> lines that say so.
+
+    A picture that was added under another name leaves that one; one that was learned stays there.
+    """
     path = Path(run) / GALLERY
+    lines = []
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        names = gallery["names"] if who in gallery["names"] else [*gallery["names"], who]
-        label = names.index(who)
-        own = gallery["embeddings"][gallery["labels"] == label]
-        unit = F.normalize(torch.cat([own, embeddings]))
-        is_known = (unit @ unit.T > SAME).tril(-1).any(1)  # as a face before it
-        new = ~is_known[len(own) :]
-        keys = list(itertools.compress(keys, new))
-        labels = F.pad(gallery["labels"], (0, len(keys)), value=label)
-        total = int((labels == label).sum())
+        names, labels, trained = gallery["names"], gallery["labels"], gallery["trained"]
+        same = F.normalize(embeddings) @ F.normalize(gallery["embeddings"]).T > SAME  # (n, faces)
+        has_name = torch.tensor([name == who for name in names])[labels]
+        twins = F.normalize(embeddings) @ F.normalize(embeddings).T > SAME
+        new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
+        for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
+            there = "was learned as" if face < trained else "was added as"
+            now = "it stays there, too" if face < trained else f"it is {who} now"
+            lines.append(f"note: {fields.shown(keys[i])} {there} {names[labels[face]]}; {now}")
+        stay = ~(same & ~has_name).any(0)
+        stay[:trained] = True
+        total = int(has_name.sum() + new.sum())
         if total < LEAST:
             raise UserError(f"{total} pictures of {who} are too few; give {LEAST} to {SHOTS}")
-        header = gallery | {"names": names, "keys": gallery["keys"] + keys}
-        save_gallery(path, torch.cat([gallery["embeddings"], embeddings[new]]), labels, header)
-    return f"{who} is enrolled with {total} pictures; the gallery knows {len(names)} characters"
+        gallery = with_faces(
+            only(gallery, stay), who, [*itertools.compress(keys, new)], embeddings[new]
+        )
+        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
+    count = len(gallery["names"])
+    if gallery["names"].index(who) < gallery["learned"]:
+        told = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
+    else:
+        told = f"{who} is enrolled with {total} pictures"
+    return [*lines, f"{told}; the gallery knows {count} characters"]
+
+
+def only(gallery, stay):
+    """The fields of a gallery's file with the faces that stay, (n,) bool; a name without faces leaves."""
+    left, labels = gallery["labels"][stay].unique(return_inverse=True)
+    names = [gallery["names"][i] for i in left]
+    keys = list(itertools.compress(gallery["keys"], stay))
+    found = {"names": names, "keys": keys, "labels": labels}
+    return gallery | found | {"embeddings": gallery["embeddings"][stay]}
+
+
+def with_faces(gallery, who, keys, embeddings):
+    """The fields of a gallery's file, and of so many faces (n, D) more of a character, new or not."""
+    names = list(dict.fromkeys([*gallery["names"], who]))
+    labels = F.pad(gallery["labels"], (0, len(keys)), value=names.index(who))
+    found = {"names": names, "keys": gallery["keys"] + keys, "labels": labels}
+    return gallery | found | {"embeddings": torch.cat([gallery["embeddings"], embeddings])}
+
+
+@torch.no_grad()
+def known_faces(run, net, header, autocast, gallery):
+    """Pictures of learned characters -> logits (m, C), embeddings (m, D), groups (m,) or None, what they are.
+
+    They are held-out ones. Where the data set is not there any more they are those of the gallery,
+    each of which is left out of its group's mean; but the network has learned these by heart.
+    """
+    trained = gallery["trained"]
+    embeddings = gallery["embeddings"][:trained]
+    own, what = gallery["group"][:trained], "pictures that were learned"
+    with contextlib.suppress(UserError):
+        held = header.get("split", "val")
+        sets, _ = open_rows(place_of(header["data"], run), held, header.get("hold_out", 0))
+        parts = []
+        for some in sets[1:]:
+            rows = some.rows[data.evenly_spaced(len(some.rows), ASKED)]
+            parts.append(outputs_of(net, some.split, rows, autocast)[1])
+        embeddings, own, what = torch.cat(parts), None, "held-out pictures of learned characters"
+    logits = net.head(embeddings.to(net.encoder.cls_token.device)).cpu()
+    return logits, embeddings, own, what
+
+
+def renamed(logits, embeddings, own, what, before, after):
+    """What `known_faces` returns -> a line: how many of them have another name in the second gallery."""
+    names = []
+    for gallery in (before, after):
+        who = decide(logits, embeddings, gallery, own)[0]
+        names.append([gallery["names"][i] for i in who])
+    changed = Counter(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
+    told = ", ".join(f"{n} {old} -> {new}" for (old, new), n in changed.most_common(3))
+    return f"{changed.total()} of {len(logits)} {what} change their name" + f" ({told})" * bool(
+        changed
+    )
 
 
 def take_out(run, who):
-    """Remove an enrolled character from the run's gallery -> a line that says so."""
+    """Remove a character's added pictures from the run's gallery -> a line that says so."""
     who = sources.nfc(who.strip())
     path = Path(run) / GALLERY
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        names = gallery["names"]
-        if who not in names[gallery["learned"] :]:
-            how = "was learned in training" if who in names else "is not enrolled"
+        named = torch.tensor([name == who for name in gallery["names"]])[gallery["labels"]]
+        named[: gallery["trained"]] = False
+        if not named.any():
+            how = "was learned in training" if who in gallery["names"] else "is not enrolled"
             raise UserError(f"{who} {how}; only enrolled ones can be forgotten, see --list")
-        label = names.index(who)
-        stay = gallery["labels"] != label
-        labels = gallery["labels"] - (gallery["labels"] > label).long()
-        keys = list(itertools.compress(gallery["keys"], stay))
-        header = gallery | {"names": names[:label] + names[label + 1 :], "keys": keys}
-        save_gallery(path, gallery["embeddings"][stay], labels[stay], header)
-    return f"{who} is forgotten; the gallery knows {len(names) - 1} characters"
+        gallery = only(gallery, ~named)
+        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
+    if who in gallery["names"]:
+        return (
+            f"{who} is known from training alone; {int(named.sum())} added pictures are forgotten"
+        )
+    return f"{who} is forgotten; the gallery knows {len(gallery['names'])} characters"
 
 
 def list_known(gallery):
@@ -557,7 +720,9 @@ def list_known(gallery):
     counts = torch.bincount(gallery["labels"]).tolist()
     for i, (name, n) in enumerate(zip(gallery["names"], counts, strict=True)):
         how = "learned in training" if i < gallery["learned"] else "enrolled"
-        print(f"{name}: {how}, {n} pictures")
+        more = int((gallery["labels"][gallery["trained"] :] == i).sum())
+        added = f", {more} of them added" if i < gallery["learned"] and more else ""
+        print(f"{name}: {how}, {n} pictures{added}")
 
 
 def main():

@@ -2,32 +2,25 @@
 
     python -m apps.unknown runs/NAME                measures pairs of faces and unknown characters
     python -m apps.unknown runs/NAME --data OTHER   on another data set, such as one with new characters
-    python -m apps.unknown runs/NAME --folds 3      trains three more times, to know unknown faces
 
 Reads:  runs/NAME/ of finetune_lora.py with its gallery (apps/recognize.py); datasets/NAME
 Writes: runs/NAME/ recognize.json (of other data or splits in runs/NAME/DATA-SPLIT/)
-        fold-1-of-3/, ..., folds.json (--folds: runs without a part of the characters; what they
-        say), and the threshold and the confidence that follow from them in gallery.safetensors
-        (which is built where it is missing)
+        the gallery where it is missing
 
-The first command compares answers with the labels of a data set. How many faces of unknown
+It compares answers with the labels of a data set. How many faces of unknown
 characters are called unknown, and how many of known ones? Can pairs of faces that show the same
 character be told from other pairs (verification)? Do the groups of apps/sort.py --group agree with
 the characters, and is a name as often right as its confidence says? For unknown characters the set
 has to contain some, so give --data OTHER, or fine-tune with --hold-out.
 
-A run that learned all characters of its set has seen no unknown one. --folds 3 therefore repeats
-its training three times, each time without a third of the characters. The faces of those left out
-show what new characters look like, so they decide which similarity is too low for a name. The
-last line says how many faces of new characters will be called unknown.
+A run that learned every picture of its set can't be measured on it: finetune_lora.py did so before,
+by cross-validation (apps/folds.py), and --data OTHER measures it on other pictures.
 
     n, m, k faces   D width of an embedding
 """
 
 import contextlib
 import json
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,30 +30,21 @@ import torch
 import torch.nn.functional as F
 
 import data
-import finetune_lora
+from apps.groups import ALIKE, alike, centred, pair_f1
 from apps.recognize import (
-    GALLERY,
-    calibrate,
+    PROMISE,
     compared,
     decide,
-    faces_learned,
-    lift_of,
-    load_gallery,
-    make_gallery,
-    open_gallery,
     open_recogniser,
     outputs_of,
     parser_of,
-    save_gallery,
-    similarity_of,
 )
-from apps.sort import alike, centred
-from common import metrics, stats
+from common import metrics
 from common.checkpoints import place_of
-from common.command import between, cli, command, refuse_useless
-from common.features import results_folder
-from common.io import UserError, read_json, save_json
-from common.locks import lock_beside, locked, reserve
+from common.command import cli, command
+from common.features import FOLDS, results_folder
+from common.io import UserError, save_json
+from common.locks import reserve
 from common.train import commit, machine
 
 RADII = np.arange(0.05, 1, 0.05)  # cosine distances that `as_ccip` tries as eps of DBSCAN
@@ -72,19 +56,10 @@ FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that are r
 def parse_args():
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add(
-        "--folds",
-        type=between(2, 10, int),
-        metavar="N",
-        help="train N more times, each time without a part of the characters",
-    )
     add("--data", metavar="DIR", help="a data set (default: what it was trained on)")
     add("--split", default="val", choices=["val", "dev", "test", "train"], help="of the data set")
     add("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    if args.folds:
-        refuse_useless(args.given - {"folds", "device", "dtype"}, "beside --folds")
-    return args
+    return parser.parse_args()
 
 
 # ---- measured: the same character or not, and unknown characters ---------------------------------
@@ -135,7 +110,8 @@ def open_set(known, right, enrolled, unknown):
 
     counts = {"known": len(known), "strangers": len(unknown), "enrolled": int(enrolled.sum())}
     named = (right & (known >= 0)).double()
-    shares = {"known_rejected": (known < 0).double().mean(), "known_named_rightly": named.mean()}
+    shares = {"top1": right.double().mean(), "known_rejected": (known < 0).double().mean()}
+    shares["known_named_rightly"] = named.mean()
     if enrolled.any() and not enrolled.all():
         shares["enrolled_named_rightly"] = named[enrolled].mean()
     if len(unknown):
@@ -180,15 +156,15 @@ def reliability(known, is_right, unknown, bins=10):
     return {"calibration_error": round(100 * error.item(), 3), "right_when_sure": share}
 
 
-def grouping(unit, labels):
+def grouping(unit, labels, least=ALIKE):
     """Faces (n, D) of characters (n,) in groups as apps/sort.py --group makes them: do these agree with the truth?"""
     from sklearn.metrics import adjusted_rand_score
-    from sklearn.metrics.cluster import pair_confusion_matrix
 
-    groups = alike(unit)
-    (_, false), (missed, true) = pair_confusion_matrix(labels, groups)
-    f1 = 200 * true / max(1, 2 * true + false + missed)
-    found = {"pair_f1": f1, "adjusted_rand": 100 * adjusted_rand_score(labels, groups)}
+    groups = alike(unit, least)
+    found = {
+        "pair_f1": pair_f1(groups, labels),
+        "adjusted_rand": 100 * adjusted_rand_score(labels, groups),
+    }
     found |= as_ccip(unit, labels)
     return {name: round(float(value), 3) for name, value in found.items()}
 
@@ -215,7 +191,7 @@ def as_ccip(unit, labels):
     return {"ccip_f1": 100 * f1.max(), "ccip_adjusted_rand": 100 * max(indices)}
 
 
-def measure(asked, own, learned):
+def measure(asked, own, learned, least=ALIKE):
     """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
 
     asked: of the set that is measured; pairs are of its labelled pictures. own: of a set
@@ -233,7 +209,7 @@ def measure(asked, own, learned):
     enrolled = own.true >= learned
     to_group = is_unknown & labelled
     if len(asked.labels[to_group].unique()) > 1:
-        row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group])
+        row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group], least)
     if known.any():
         row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
     of_head = known & ~enrolled
@@ -245,13 +221,17 @@ def measure(asked, own, learned):
 def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
     learned = place_of(header["data"], args.run)
+    by_folds = header.get("split") == FOLDS
     folder = Path(data.open_or_pack(args.data or learned))
+    if by_folds and folder.resolve() == learned.resolve():
+        fix = f"{args.run}/{PROMISE} says what was measured before; give --data OTHER"
+        raise UserError(f"{args.run} learned every picture of {folder}; {fix}")
     home = results_folder(args.run, folder, args.split, learned)
     reserve([home / "recognize.json"], fix="choose another --data or --split")
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
-    if (asked.true < 0).all() and learned.exists():
+    if (asked.true < 0).all() and learned.exists() and not by_folds:
         own = faces_of(net, gallery, learned, header.get("split", "val"), autocast)
-    found = measure(asked, own, gallery["learned"])
+    found = measure(asked, own, gallery["learned"], gallery.get("alike") or ALIKE)
     if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row = {"run": str(args.run), "data": str(folder), "split": args.split}
@@ -291,94 +271,8 @@ def table(row):
     return lines
 
 
-# ---- folds: each part of the characters is unknown once --------------------------------------------
-
-
-def calibrate_by_folds(args, count):
-    """Train again without each part of the `count` characters; these then say what unknown ones are."""
-    run, parts = args.run, args.folds
-    path = Path(run) / GALLERY
-    folds = []
-    if parts > count or count - -(-count // parts) < 2:
-        why = "a part needs one, a training two"
-        raise UserError(f"{count} characters are too few for --folds {parts}: {why}")
-    for part in range(1, parts + 1):
-        fold = train_fold(run, f"{part}/{parts}", args.device)
-        faces = faces_learned(fold, args.device, args.dtype)
-        if faces.unknown is None:
-            raise UserError(f"dev has no picture of part {part} of {parts}: pack it without --dev")
-        folds.append(fold_of(faces))
-    own = faces_learned(run, args.device, args.dtype)
-    numbers = calibrate(own.embeddings, own.labels, own.held_out, None, folds)
-    with locked(lock_beside(path), wait=True):
-        gallery = load_gallery(run)
-        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery | numbers)
-    found = promise(folds, numbers["threshold"])
-    save_json(found | {"command": command(), "commit": commit()}, Path(run) / "folds.json")
-    print(promised(found))
-
-
-def train_fold(run, part, device):
-    """finetune_lora.py as for this run, without a part of the characters -> the folder of that run."""
-    folder = Path(run) / f"fold-{part.replace('/', '-of-')}"
-    made = [*Path(run).glob("metrics*.json")]
-    if not made or not Path(run, "state.pt").exists():
-        raise UserError(f"{run} is no finished run of finetune_lora.py, which --folds repeats")
-    words = shlex.split(read_json(made[0])["command"])[2:]
-    if any(word.startswith("--hold-out") for word in words):
-        raise UserError(f"{run} has held-out characters already, which tell what --folds would")
-    words += ["--hold-out", part, "--out", str(folder)]
-    if (folder / "state.pt").exists():
-        words = ["--resume", str(folder)]
-    words += ["--device", device] * (device != "auto")
-    script = Path(finetune_lora.__file__)
-    if not any(folder.glob("metrics*.json")) and subprocess.call([sys.executable, script, *words]):
-        raise UserError(f"{folder} was not trained; the line above says why")
-    return folder
-
-
-def fold_of(faces):
-    """`faces_learned` of a fold -> similarities of known (m,) and unknown (k,) faces, labels of these."""
-    lift = lift_of(faces.held_out[0])
-    gallery = make_gallery(faces.embeddings, faces.labels, len(faces.classes), lift)
-    known = similarity_of(*faces.held_out[:2], gallery)
-    unknown = similarity_of(*faces.unknown[:2], gallery)
-    return {"known": known, "unknown": unknown, "labels": faces.unknown[2]}
-
-
-def promise(folds, threshold):
-    """What to expect of unknown characters, by those that were left out in turn -> folds.json, in percent."""
-    shares = []
-    for fold in folds:
-        below = 100 * (fold["unknown"] < threshold).double()
-        shares += [below[fold["labels"] == c].mean().item() for c in fold["labels"].unique()]
-    known = 100 * torch.cat([fold["known"] for fold in folds]).lt(threshold).double().mean()
-    found = {"characters": len(shares), "known_unknown": known.item(), "shares": shares}
-    if interval := stats.t_interval(shares):
-        found["unknown"] = interval["mean"]
-        found["interval"] = [max(0, interval["low"]), min(100, interval["high"])]
-    return found
-
-
-def promised(found):
-    """folds.json -> the line that is printed."""
-    count = found["characters"]
-    if "unknown" not in found:
-        why = "are too few, or all alike, to say"
-        return f"unknown  {count} characters {why} how many new ones get a known name"
-    low, high = found["interval"]
-    return (
-        f"unknown  {found['unknown']:.0f} % of the faces of new characters will be called unknown "
-        f"(95 % interval {low:.0f} to {high:.0f}, by {count} characters left out in turn), "
-        f"and {found['known_unknown']:.0f} % of the known ones"
-    )
-
-
 def main():
     args = parse_args()
-    if args.folds:
-        gallery = open_gallery(args.run, args.device, args.dtype)
-        return calibrate_by_folds(args, gallery["learned"])
     measure_run(args, *open_recogniser(args))
 
 

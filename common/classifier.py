@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common.features import is_left_out
+from common.features import FOLDS, is_left_out
 from common.fields import CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
 from common.io import UserError, read_safetensors
 
@@ -203,7 +203,7 @@ def predict(net, pooled):
 CONFIG = {"head": one_of(*HEADS), "pool": one_of(*POOLS), "dim": whole(1, 2**14)}
 CONFIG |= {"margin?": number(0, 10), "scale": number(1e-6)}
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
-LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test"), "hold_out?": is_left_out}
+LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test", FOLDS), "hold_out?": is_left_out}
 HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
 
 

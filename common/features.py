@@ -24,6 +24,8 @@ from model import ViT
 
 POOLS = ("mean", "cls", "extremes")
 HEADLINE = "extremes"
+OTHERS = 2000  # pictures of nobody that fit a threshold, at most
+FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
 
 
 def home_of(run):
@@ -38,7 +40,7 @@ def name_of(encoder):
 
 def split_suffix(split):
     """Of files that depend on the reported split: metrics.json of val, metrics-test.json of test."""
-    return "" if split == "val" else f"-{split}"
+    return "" if split in ("val", FOLDS) else f"-{split}"
 
 
 def results_folder(run, folder, split, trained_on=None):
@@ -93,16 +95,69 @@ def open_splits(folder, held="val"):
     names = ["train", held]
     if held in ("val", "test") and (Path(folder) / "dev.safetensors").exists():
         names.insert(1, "dev")
+    return open_alike(folder, names)
+
+
+def open_alike(folder, names):
+    """-> {name: split} of a set; a UserError where one has other classes or tags than the first."""
     splits = {name: data.open_split(folder, name) for name in names}
+    first = names[0]
     for name, split in splits.items():
         for key in ("classes", "tags"):
             here = split["header"].get(key)
-            there = splits["train"]["header"].get(key)
+            there = splits[first]["header"].get(key)
             if here != there:
                 odd = sorted(map(str, set(here or ()) ^ set(there or ())))[:4]
                 odd = f"({', '.join(odd)}, ...); pack both in one run of data.py"
-                raise UserError(f"{folder}: {name} has other {key} than train {odd}")
+                raise UserError(f"{folder}: {name} has other {key} than {first} {odd}")
     return splits
+
+
+def open_all(folder):
+    """All splits of a set as one -> labelled pictures, as of `open_rows`; the learned classes.
+
+    Its pictures are copied into memory, because they come from several files: it is for small sets.
+    """
+    names = [name for name in data.SPLITS if (Path(folder) / f"{name}.safetensors").exists()]
+    splits = open_alike(folder, names or ["train"])
+    first = next(iter(splits.values()))
+    header = dict(first["header"]) | {"split": FOLDS}
+    for name in ("keys", "groups"):
+        lists = [split["header"].get(name) or split["header"]["keys"] for split in splits.values()]
+        header[name] = sum(map(list, lists), [])
+    every = {"header": header, "labels": torch.cat([x["labels"] for x in splits.values()])}
+    every["images"] = np.concatenate([x["images"] for x in splits.values()])
+    classes = header["classes"]
+    enough = learnable(every["labels"], classes, folder)
+    return relabelled("all", every, enough), [classes[c] for c in enough]
+
+
+def open_others(folder):
+    """Pictures of nobody that data.py packed -> the split and at most OTHERS of its rows; None without."""
+    if not (Path(folder) / "unknown.safetensors").exists():
+        return None
+    split = data.open_split(folder, "unknown")
+    return split, data.evenly_spaced(len(split["labels"]), OTHERS)
+
+
+def learnable(labels, classes, folder):
+    """-> the numbers of the classes with two pictures; a UserError where there are fewer than two."""
+    sizes = np.bincount(labels[labels >= 0], minlength=len(classes))
+    enough = np.nonzero(sizes >= 2)[0]
+    if len(enough) < 2:
+        fix = "python data.py FOLDER, a folder per character, makes a set with labels"
+        raise UserError(f"{folder}: train has fewer than two classes with two pictures; {fix}")
+    return enough
+
+
+def relabelled(name, split, learned):
+    """A split and the numbers of the learned classes -> a set of `open_rows`."""
+    # The last of them is what the label -1 reads: a picture without a label.
+    new_label = torch.full((len(split["header"]["classes"]) + 1,), -1)
+    new_label[learned] = torch.arange(len(learned))
+    labels = new_label[split["labels"]]
+    rows = (labels >= 0).nonzero()[:, 0]
+    return SimpleNamespace(name=name, split=split, rows=rows, labels=labels)
 
 
 def hold_out(splits, rows=None, seed=0):
@@ -159,22 +214,11 @@ def open_rows(folder, held, left_out):
     splits = open_splits(folder, held)
     classes = splits["train"]["header"]["classes"]
     labels = splits["train"]["labels"]
-    sizes = np.bincount(labels[labels >= 0], minlength=len(classes))
-    enough = np.nonzero(sizes >= 2)[0]
-    if len(enough) < 2:
-        fix = "python data.py FOLDER, a folder per character, makes a set with labels"
-        raise UserError(f"{folder}: train has fewer than two classes with two pictures; {fix}")
+    enough = learnable(labels, classes, folder)
     learned = np.setdiff1d(enough, numbers_of(left_out, classes))
     if len(learned) < 2:
         raise UserError(f"--hold-out {left_out} leaves fewer than two of {len(classes)} characters")
-    # The last of them is what the label -1 reads: a picture without a label.
-    new_label = torch.full((len(classes) + 1,), -1)
-    new_label[learned] = torch.arange(len(learned))
-    sets = {}
-    for name, split in splits.items():
-        labels = new_label[split["labels"]]
-        rows = (labels >= 0).nonzero()[:, 0]
-        sets[name] = SimpleNamespace(name=name, split=split, rows=rows, labels=labels)
+    sets = {name: relabelled(name, split, learned) for name, split in splits.items()}
     train = sets["train"]
     seed, _ = part_of(left_out)  # each part has a held-out tenth of its own
     train.rows, chosen, where = hold_out(splits, train.rows, seed)

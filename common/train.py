@@ -285,6 +285,15 @@ def load_state(path):
     return state
 
 
+def refuse_results(out):
+    """A UserError where a run's folder holds results, but for those of a run that made no step."""
+    state = out / "state.pt"
+    there = {path for path in out.glob("*.*") if path.suffix in RESULTS}
+    if state in there and load_state(state).get("step") == 0:
+        there -= {state, out / "log.jsonl", *out.glob("attn-*.safetensors")}
+    refuse_overwrite(sorted(there))
+
+
 class Run:
     """What surrounds a training loop: log.jsonl, state.pt, the bar, Ctrl-C.
 
@@ -340,10 +349,7 @@ class Run:
 
         One that failed before its first saved step is no run: the same command begins it again.
         """
-        there = {path for path in self.out.glob("*.*") if path.suffix in RESULTS}
-        if self.path in there and load_state(self.path).get("step") == 0:
-            there -= {self.path, self.log_path, *self.out.glob("attn-*.safetensors")}
-        refuse_overwrite(sorted(there))
+        refuse_results(self.out)
         self.log_path.unlink(missing_ok=True)
         self.save()
 

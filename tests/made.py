@@ -24,7 +24,7 @@ COMMANDS = (  # of home, in their order
     f"data.py list.csv --out datasets/packed {PACKED}",
     f"data.py list.csv --out datasets/other {PACKED} --seed 1",
     f"pretrain.py --data datasets/packed --model {NANO} --out runs/a {QUICK}",
-    f"finetune_lora.py runs/a --method lora --epochs 12 --keep 1 --batch-size 16 {CPU}",
+    f"finetune_lora.py runs/a --method lora --split val --epochs 12 --keep 1 --batch-size 16 {CPU}",
     f"apps.recognize runs/a-lora images/class0/illust0_0.png {CPU}",
     f"apps.tags runs/a --data datasets/packed {QUICK}",
     f"apps.segment runs/a --data datasets/frames --pixel-steps 1 --epochs 2 {CPU}",

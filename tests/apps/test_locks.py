@@ -23,7 +23,7 @@ from common.train import load_state
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on Windows")
 QUICK = f"--batch-size 8 --epochs 6 {CPU} --out new/run"
 PRETRAIN = f"pretrain.py --data datasets/packed --model {NANO} --mask attn_high:start=.3 {QUICK}"
-TUNE = f"finetune_lora.py runs/a --data datasets/packed {QUICK}"
+TUNE = f"finetune_lora.py runs/a --data datasets/packed --split val {QUICK}"
 TAGS = f"apps.tags runs/a --data datasets/packed {QUICK}"
 SEGMENT = f"apps.segment runs/a --data datasets/frames --pixel-steps 4 {QUICK}"
 DETECT = f"apps.detect runs/a --data datasets/scenes --view 48 {QUICK}"

@@ -94,7 +94,7 @@ PRETRAIN = f"pretrain.py --data true --ratio .6-.8 --model {NANO},dim=64,depth=2
 OURS = "runs/a --data datasets/packed"
 STEPS = [f"{PRETRAIN} --mask {mask}" for mask in ("attn_high:start=0", "parts", "learned")]
 STEPS += [f"apps.tags {OURS} --arm {arm}" for arm in tags.ARMS]
-STEPS += [f"finetune_lora.py {OURS} --method {method}" for method in ("lora", "full")]
+STEPS += [f"finetune_lora.py {OURS} --split val --method {method}" for method in ("lora", "full")]
 REPORTS = {
     "apps.tags.write_results": None,
     "finetune_lora.write_results": None,

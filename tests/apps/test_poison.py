@@ -102,7 +102,7 @@ def places(tmp_path_factory):
 
 SIZE = "nano:image_size=32,dim=32,depth=2,heads=2"
 PRETRAIN = f"pretrain.py --data packed --out run --model {SIZE} --mask attn_high {FAST}"
-TUNE = f"finetune_lora.py encoder --out run --epochs 6 --batch-size 16 {FAST}"
+TUNE = f"finetune_lora.py encoder --split val --out run --epochs 6 --batch-size 16 {FAST}"
 OF_LOG = {"val_mse", "knn", "linear", "knn_thumbnail", "linear_thumbnail"}
 SCORES = {"top1", "top5", "macro_f1", "confusion"}
 OF_PROBE = SCORES | {"headline", "head", "mid", "tail", "per_class"}

@@ -1,4 +1,4 @@
-"""apps/unknown.py: rates, folds and recognize.json; numbers against scikit-learn and scipy, by hand."""
+"""apps/unknown.py: rates and recognize.json; numbers against scikit-learn, by hand."""
 
 import json
 import shutil
@@ -7,25 +7,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_folder, refused, run_line
-from made import CPU
-from scipy.stats import ttest_1samp
+from made import CPU, PACKED
 from sklearn.metrics import roc_auc_score
 
+import data
+from apps import recognize
 from apps.unknown import (
     detection_rate,
     open_set,
-    promise,
-    promised,
     reliability,
     verification,
 )
 from common import metrics
-from common.classifier import read_head
 from common.io import read_safetensors
 from common.train import seeded
 
 MEASURE = f"apps.unknown runs/a-lora {CPU}"
-GALLERY = "runs/a-lora/gallery.safetensors"
 
 
 # ---- rates ---------------------------------------------------------------------------------------
@@ -102,32 +99,26 @@ def test_names_that_are_sure_are_right_as_often_where_half_are_unknown():
     assert reliability(known / 2, right, torch.zeros(2))["right_when_sure"] is None
 
 
-# ---- folds ---------------------------------------------------------------------------------------
+# ---- pictures of nobody -------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_folds_leave_each_character_out_once_and_decide_what_is_unknown(fresh):
-    before, numbers = read_safetensors(fresh / GALLERY)
-    line = run_line(f"{MEASURE} --folds 3", fresh, check=0).stdout.splitlines()[-1]
-    after, header = read_safetensors(fresh / GALLERY)
-    assert torch.equal(before["embeddings"], after["embeddings"])
-    assert header["platt"] != numbers["platt"] and header["names"] == numbers["names"]
-    folds = [read_head(fresh / f"runs/a-lora/fold-{part}-of-3")[1] for part in (1, 2, 3)]
-    left_out = [sorted({*numbers["names"]} - {*fold["classes"]}) for fold in folds]
-    assert sorted(sum(left_out, [])) == sorted(numbers["names"])
-    assert line.startswith("unknown  ") and "3 characters left out in turn" in line
-
-
-def test_what_is_promised_is_the_mean_share_over_characters():
-    labels = torch.tensor([0, 0, 0, 0, 1, 1])
-    fold = {"known": torch.tensor([-1.0, 1, 1, 1]), "labels": labels}
-    first = fold | {"unknown": torch.tensor([-1.0, -1, -1, 1, -1, -1])}  # 75 and 100 %
-    second = fold | {"unknown": torch.tensor([1.0, 1, -1, -1, 1, 1]), "labels": labels + 2}  # 50, 0
-    line = promised(promise([first, second], 0.0))
-    low, high = ttest_1samp([75, 100, 50, 0], 0).confidence_interval(0.95)
-    assert "56 % of the faces of new" in line and "25 % of the known" in line
-    assert low < 0 and high > 100 and "interval 0 to 100, by 4 characters" in line
-    assert "too few" in promised(promise([first], 0.0))
+def test_pictures_of_nobody_decide_the_threshold(fresh):
+    """They look like the known characters, and are no copies of their pictures."""
+    draw_folder(fresh / "nobody", 3, 8)  # the colours of the classes; some are copies, and left out
+    run_line(f"data.py list.csv --unknown nobody --out datasets/with {PACKED}", fresh, check=0)
+    shutil.copy(fresh / "datasets/with/unknown.safetensors", fresh / "datasets/packed")
+    count = len(data.open_split("datasets/packed", "unknown")["labels"])
+    gallery = fresh / "runs/a-lora/gallery.safetensors"
+    _, before = read_safetensors(gallery)
+    gallery.unlink()
+    done = run_line(f"apps.recognize runs/a-lora {CPU} images/class0", fresh, check=0)
+    assert count > 10 and f"% of the {count} pictures of nobody are called unknown" in done.stderr
+    _, after = read_safetensors(gallery)
+    assert after["platt"] != before["platt"]  # the threshold is bounded by the known ones
+    faces = recognize.faces_learned("runs/a-lora", "cpu", "fp32")
+    numbers = recognize.calibrate(faces.embeddings, faces.labels, faces.held_out, faces.others)
+    assert numbers["threshold"] == pytest.approx(after["threshold"])
+    assert after["names"] == before["names"] and len(faces.others[2]) == count
 
 
 # ---- recognize.json ------------------------------------------------------------------------------

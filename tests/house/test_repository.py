@@ -217,6 +217,7 @@ UP = {  # imports in functions that run up, each with its reason where it stands
     ("data", "ingest.pack"),
     ("mask", "common.sheets"),
     ("common.checkpoints", "apps.formats"),
+    ("finetune_lora", "apps.folds"),
 }
 
 

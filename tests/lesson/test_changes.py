@@ -96,8 +96,8 @@ NANO = "nano:dim=32,depth=2,heads=2,image_size=32,decoder_dim=32"
 STAGES = (
     f"pretrain --data images --model {NANO} --mask attn_high:start=0.5 --out runs/a {TINY}",
     "probe runs/a --device cpu --dtype fp32 --headline",
-    f"finetune_lora runs/a --method lora:r=2 --out runs/lora {TINY}",
-    f"finetune_lora runs/a --method full --out runs/full {TINY}",
+    f"finetune_lora runs/a --split val --method lora:r=2 --out runs/lora {TINY}",
+    f"finetune_lora runs/a --split val --method full --out runs/full {TINY}",
     "apps.recognize runs/lora images/class0 --device cpu --dtype fp32",
     "apps.recognize runs/full images/class0 --device cpu --dtype fp32",
     "apps.export runs/lora --to merged",

@@ -20,7 +20,7 @@ from common import classifier, controls, features, metrics, stats, train
 from common.train import read_log, seeded
 from model import ViT
 
-TUNE = f"finetune_lora.py runs/a --data datasets/packed {QUICK}"
+TUNE = f"finetune_lora.py runs/a --data datasets/packed --split val {QUICK}"
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_what_has_no_label_or_no_second_picture_is_not_learned(at, thin, no_pict
     fit = sets[0]
     assert (fit.split["labels"] == -1).any() and (fit.split["labels"] == 2).any()
     assert (fit.labels[fit.split["labels"] == 2] == -1).all()
-    line = f"finetune_lora.py runs/a --data datasets/thin {QUICK} --method linear --out runs/thin"
+    line = f"finetune_lora.py runs/a --data datasets/thin --split val {QUICK} --method linear --out runs/thin"
     assert "2 of 3 characters" in run_line(line, at, check=0).stdout
     assert recognize.faces_learned(at / "runs/thin", "cpu", "fp32").unknown is None
 

@@ -12,7 +12,9 @@ from common import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 TRAIN = f"pretrain.py --data datasets/packed --model {NANO} --batch-size 16 --epochs 2"
-TUNE = "finetune_lora.py runs/a --batch-size 4 --epochs 2"  # with steps that log nothing
+TUNE = (
+    "finetune_lora.py runs/a --split val --batch-size 4 --epochs 2"  # with steps that log nothing
+)
 SEGMENT = "apps.segment runs/a --data datasets/frames --pixel-steps 1 --epochs 2"
 DETECT = (
     "apps.detect runs/a --data datasets/scenes --method lora --view 48 --batch-size 8 --epochs 2"

@@ -1,0 +1,397 @@
+"""Cross-validation of a small collection: what finetune_lora.py measures before it learns every picture.
+
+    python finetune_lora.py weights/toon --data datasets/mine                 by itself, if it is quick
+    python finetune_lora.py weights/toon --data datasets/mine --split folds   however long it takes
+
+Reads:  datasets/NAME, all of its splits
+Writes: runs/NAME/ folds/1.safetensors, ... (answers of the networks of the folds), folds/promise.json
+        (what follows from them); where it is stopped, the same command goes on with the next fold
+
+A collection of seven characters with twenty pictures each has no picture to spare: held-out ones
+teach nothing, and fourteen of them say little. So FOLDS networks are trained, each without a part of
+the pictures, and without some characters at all. Each picture is asked twice: once of a network that
+learned its character by other pictures, and once of one that has never seen this character. The
+first answers say how often names are right, both together say which similarity is too low for a
+name. Then one more network learns everything, and all pictures teach.
+
+    n pictures   m held-out ones   k of characters left out   C characters
+"""
+
+import copy
+import json
+import shlex
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import data
+import finetune_lora
+from apps.groups import best_threshold, f1_curve
+from apps.recognize import (
+    PROMISE,
+    best_similarity,
+    compared,
+    confidence,
+    decided,
+    enrolled_threshold,
+    evenly_of_each,
+    lift_of,
+    lifted,
+    make_gallery,
+    outputs_of,
+)
+from apps.unknown import reliability
+from common import controls, metrics, train
+from common.command import progress, started_as
+from common.features import open_others, relabelled
+from common.io import UserError, open_tensors, read_safetensors, save_json, save_safetensors
+
+FOLDS = 5  # networks, or as many as there are characters
+FACES = 500  # of a character that others are compared with, at most
+MINUTES = 3  # that cross-validation may take where nobody asked for it
+ENOUGH = 10, 5  # pictures of a character, characters: from here on a promise says something
+MEASURED = "colourless", "thumbnails", "histograms"  # Top-1 of a picture in gray, and controls
+SHARE = 0.6  # of a training on everything is what one fold costs
+
+
+# ---- who learns what -----------------------------------------------------------------------------
+
+
+def draw_folds(labels, groups, count, seed=0):
+    """labels (n,) and groups (n,) -> the fold of each character, (C,), and of each picture, (n,).
+
+    A fold's network learns neither. So a character's pictures are dealt to the other folds, whose
+    networks know it; whole groups at a time.
+    """
+    labels, groups = np.asarray(labels), np.asarray(groups)
+    C = labels.max() + 1
+    rng = np.random.default_rng(seed)
+    of_character = np.empty(C, int)
+    of_character[rng.permutation(C)] = np.arange(C) % count
+    of_picture = np.full(len(labels), -1)
+    for c in rng.permutation(C):
+        folds = [fold for fold in range(count) if fold != of_character[c]]
+        for group in rng.permutation(np.unique(groups[(labels == c) & (of_picture < 0)])):
+            # Each fold asks about as many pictures of a character, and about as many in all.
+            sizes = [((labels == c) & (of_picture == fold)).sum() for fold in folds]
+            alike = [fold for fold, n in zip(folds, sizes, strict=True) if n == min(sizes)]
+            of_picture[groups == group] = min(alike, key=lambda fold: (of_picture == fold).sum())
+    return of_character, of_picture
+
+
+def sets_of(every, classes, of_character, of_picture, fold):
+    """A set of all pictures -> sets that a fold learns from and is asked about, of characters that it
+    leaves out (rows of the split), and the numbers of the characters that it learns."""
+    labels = every.labels[every.rows]
+    held = torch.from_numpy(of_picture == fold)
+    left_out = torch.from_numpy(of_character == fold)[labels]
+    learned = labels[~held & ~left_out].unique()
+    names = every.split["header"]["classes"]
+    fit = relabelled("all", every.split, [names.index(classes[c]) for c in learned])
+    known = torch.isin(labels, learned)
+    dev = SimpleNamespace(**vars(fit) | {"rows": every.rows[held & known]})
+    fit.rows = every.rows[~held & known]
+    return fit, dev, every.rows[left_out], learned
+
+
+# ---- the networks of the folds -------------------------------------------------------------------
+
+
+class FoldRun(train.Run):
+    """A training that leaves no files: its steps move the bar of all folds, and its log stays here."""
+
+    def __init__(self, *args, bar):
+        super().__init__(*args)
+        self.bar = bar
+        self.writes = False
+        self.rows = []
+
+    def resume_or_begin(self):
+        """It begins anew: a fold takes a minute."""
+
+    def log(self, **row):
+        self.rows.append(row)
+
+    def save_if_due(self):
+        """Stop if asked to: folds before this one are kept."""
+        if self.stop:
+            self.bar.close()
+            print(f"stopped by {self.stop[0].name}; the same command goes on with this fold")
+            sys.exit(128 + self.stop[0])
+
+
+def train_fold(flags, whole, sets, learned, bar):
+    """Train without the pictures of a fold -> its Task and the log of its run."""
+    flags = copy.copy(flags)
+    flags.resume, flags.log = None, ()
+    flags.batch_size = min(flags.batch_size, len(sets[0].rows))
+    classes = [whole.classes[c] for c in learned]
+    encoder = finetune_lora.fresh_encoder(flags)
+    task = finetune_lora.task_of(
+        flags, encoder, (*sets, None), classes, whole.device, whole.autocast
+    )
+    # A frozen encoder sees each picture once, and not once for each fold.
+    task.features = whole.features
+    run, _ = finetune_lora.finetune(flags, task, partial(FoldRun, bar=bar))
+    return task, run.rows
+
+
+@torch.no_grad()
+def answers_of(task, left_out, learned, C, others=None):
+    """What the network of a fold says of pictures that it was not taught -> {name: tensor}.
+
+    logits (m, C) and cosine (m,) of held-out pictures of its characters, the same of `left_out`, rows
+    (k,) of unknown ones, and the control's scores of both. A logit of a character that it did not
+    learn is -inf. Which held-out ones have the right name, also in gray and by the controls, (m,).
+    unit (m, D) and unknown_unit (k, D): faces as they are compared. others: a split, and rows of it
+    that show nobody; they are asked, too.
+    """
+    outputs = partial(outputs_of, task.net.eval(), task.train.split, autocast=task.autocast)
+    rows, labels = task.train.rows, task.dev.labels[task.dev.rows]
+    rows = torch.cat([rows[some] for some in evenly_of_each(task.train.labels[rows], FACES)])
+    gallery = make_gallery(outputs(rows)[1], task.train.labels[rows], len(learned))
+    found = {}
+    if others:
+        some, embeddings = outputs_of(task.net.eval(), *others, autocast=task.autocast)
+        found["others_strength"] = some.amax(1)
+        found["others_cosine"] = best_similarity(compared(embeddings, gallery), gallery)
+    for name, asked in {"": task.dev.rows, "unknown_": left_out}.items():
+        some, embeddings = outputs(asked)
+        logits = torch.full((len(asked), C), -torch.inf)
+        logits[:, learned] = some
+        cosine = best_similarity(compared(embeddings, gallery), gallery)
+        colours = controls.histogram_scores(task.train, asked)
+        found |= {f"{name}logits": logits, f"{name}cosine": cosine}
+        found[f"{name}colours"] = colours.amax(1)
+        found[f"{name}unit"] = compared(embeddings, gallery)
+        if not name:
+            found["enrolled_threshold"] = torch.tensor(
+                enrolled_threshold(gallery, embeddings, labels)
+            )
+            found["histograms"] = colours.argmax(1) == labels
+    gray, _ = finetune_lora.predict(task, controls.in_gray(task.dev))
+    found["colourless"] = gray.argmax(1) == labels
+    thumbnails = controls.thumbnail_scores(task.train, task.dev.rows)
+    found["thumbnails"] = thumbnails.argmax(1) == labels
+    return found
+
+
+def answers_of_folds(flags, task, of_character, of_picture):
+    """Train the folds, or read those that are finished -> a list of `answers_of` with rows and labels."""
+    every, classes, count = task.train, task.classes, int(of_picture.max()) + 1
+    parts = [sets_of(every, classes, of_character, of_picture, fold) for fold in range(count)]
+    config = {k: v for k, v in vars(flags).items() if k not in train.UNSAVED}
+    config |= {"digest": data.fingerprint(every.split), "command": ""}
+    config = json.loads(json.dumps(config))  # as it will be read back
+    others = open_others(flags.data)
+    config["others"] = others and data.fingerprint(others[0])
+    batch = flags.batch_size
+    steps = [flags.epochs * (len(fit.rows) // min(batch, len(fit.rows))) for fit, *_ in parts]
+    bar = progress(total=sum(steps), name="folds", unit="step")
+    found = []
+    for fold, (fit, dev, left_out, learned) in enumerate(parts):
+        path = task.out / "folds" / f"{fold + 1}.safetensors"
+        if path.exists():
+            tensors, header = read_safetensors(path)
+            if header != config:
+                raise UserError(
+                    f"{path} is of another command; rm -r {shlex.quote(str(path.parent))}"
+                )
+            bar.update(steps[fold])
+        else:
+            sets = fit, dev if len(dev.rows) else None
+            trained, rows = train_fold(flags, task, sets, learned, bar)
+            some = others and (others[0], others[1][fold::count])  # each picture is asked once
+            tensors = answers_of(trained, left_out, learned, len(classes), some)
+            f1 = [row["dev_macro_f1"] for row in rows if "dev_macro_f1" in row]
+            tensors["macro_f1"] = torch.tensor(f1)
+            save_safetensors(tensors, path, config)
+        rows = {"rows": dev.rows, "labels": every.labels[dev.rows]}
+        found.append(tensors | rows | {"unknown_labels": every.labels[left_out]})
+    bar.close()
+    return found
+
+
+def epoch_of(folds, pictures):
+    """The latest epoch whose mean macro-F1 is within a standard error of the best, as of `Best`."""
+    curve = torch.stack([fold["macro_f1"] for fold in folds if len(fold["macro_f1"])]).mean(0)
+    best = curve.max()
+    standard_error = (best * (100 - best) / pictures).sqrt()
+    return int((curve >= best - standard_error).nonzero()[-1]) + 1
+
+
+# ---- what follows from their answers -------------------------------------------------------------
+
+
+def together(folds):
+    """A list of `answers_of_folds` -> one namespace: what all of them say, with similarities.
+
+    similarity (n,) of pictures by a network that knows their character, unknown (n,) by another;
+    others (k,) of pictures of nobody. alike: see `best_threshold`.
+    """
+    found = SimpleNamespace()
+    for name in ("logits", "rows", "labels", "colours", *MEASURED):
+        setattr(found, name, torch.cat([fold[name] for fold in folds]))
+    for name in ("unknown_logits", "unknown_labels", "unknown_colours"):
+        setattr(found, name, torch.cat([fold[name] for fold in folds]))
+    # Logits of one network are larger than those of another, so each is measured by its own.
+    lifts = [lift_of(fold["logits"]) for fold in folds]
+    known, new, others, curves = [], [], [torch.empty(0)], []
+    for fold, lift in zip(folds, lifts, strict=True):
+        known.append(lifted(fold["cosine"], fold["logits"].amax(1), lift))
+        new.append(lifted(fold["unknown_cosine"], fold["unknown_logits"].amax(1), lift))
+        if "others_cosine" in fold:
+            others.append(lifted(fold["others_cosine"], fold["others_strength"], lift))
+        unit = torch.cat([fold["unit"], fold["unknown_unit"]])
+        curves.append(f1_curve(unit, torch.cat([fold["labels"], fold["unknown_labels"]])))
+    found.similarity, found.unknown = torch.cat(known), torch.cat(new)
+    found.others = torch.cat(others)
+    found.alike = best_threshold(curves, len(found.unknown))
+    found.lift = np.mean(lifts, 0).tolist()
+    found.enrolled_threshold = torch.stack([x["enrolled_threshold"] for x in folds]).mean().item()
+    return found
+
+
+def share_of(hits, labels):
+    """Which pictures (n,) of characters (n,) do it: their share -> {"mean", "low", "high"}, in percent.
+
+    The mean over characters, since the faces of one are alike in how they are judged. Student's
+    interval over characters has the chance of their pictures in it. But where all of them agree, it
+    has no width, so it is at least that of as many independent pictures (Agresti and Coull 1998).
+    """
+    from scipy.stats import t as student
+
+    shares = np.array([hits[labels == c].double().mean().item() for c in labels.unique()])
+    C, n = len(shares), len(hits)
+    mean = shares.mean()
+    likely = (mean * n + 2) / (n + 4)
+    error = max(shares.std(ddof=1) / C**0.5 if C > 1 else 0.5, (likely * (1 - likely) / n) ** 0.5)
+    reach = student.ppf(0.975, max(1, C - 1)) * error
+    low, high = max(0, mean - reach), min(1, mean + reach)
+    return {"mean": 100 * mean, "low": 100 * low, "high": 100 * high}
+
+
+def promise(found, numbers, sizes):
+    """What to expect, by `together` and the numbers of the calibration -> promise.json, in percent."""
+    row = {"characters": len(sizes), "pictures": int(sizes.sum()), "least": int(sizes.min())}
+    row["known_unknown"] = share_of(found.similarity < numbers["threshold"], found.labels)
+    row["unknown"] = share_of(found.unknown < numbers["threshold"], found.unknown_labels)
+    if len(found.others):
+        row["others"] = 100 * (found.others < numbers["threshold"]).double().mean().item()
+    row["auroc"] = auroc(found.similarity, found.unknown)
+    row["colours_auroc"] = auroc(found.colours, found.unknown_colours)
+    margins = found.similarity - numbers["threshold"], found.unknown - numbers["threshold"]
+    sure = confidence(found.logits, margins[0], numbers)
+    right = found.logits.argmax(1) == found.labels
+    return row | reliability(sure, right, confidence(found.unknown_logits, margins[1], numbers))
+
+
+def auroc(known, unknown):
+    """Scores of known (n,) and unknown (m,) pictures -> the area under the ROC curve, in percent."""
+    from sklearn.metrics import roc_auc_score
+
+    return 100 * roc_auc_score(*metrics.truth_and_scores(known, unknown))
+
+
+def promised(row):
+    """promise.json -> the lines that are printed."""
+    known, new = row["known_unknown"], row["unknown"]
+    words = "{mean:.0f} % of {who} (95 % interval {low:.0f} to {high:.0f})"
+    lines = [
+        f"unknown  {words.format(who='the pictures of new characters', **new)} will be called unknown, "
+        f"and {words.format(who='those of known ones', **known)}"
+    ]
+    if row["least"] < ENOUGH[0] or row["characters"] < ENOUGH[1]:
+        lines = [
+            f"unknown  too few to say: {new['low']:.0f} to {new['high']:.0f} % of the pictures of new "
+            f"characters, and {known['low']:.0f} to {known['high']:.0f} % of those of known ones, will "
+            f"be called unknown; {ENOUGH[1]} characters with {ENOUGH[0]} pictures each say more"
+        ]
+    if "others" in row:
+        lines.append(
+            f"         {row['others']:.0f} % of the pictures of nobody were called unknown"
+        )
+    wins = "; colours alone tell better" if row["colours_auroc"] > row["auroc"] else ""
+    lines.append(
+        f"         AUROC {row['auroc']:.1f} %, of an SVM on histograms of colours "
+        f"{row['colours_auroc']:.1f} %{wins}"
+    )
+    if (share := row.get("right_when_sure")) is not None:
+        lines.append(
+            f"         names with a confidence of 80 % or more: {share:.0f} % right, if half of all "
+            "pictures show unknown characters"
+        )
+    return lines
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+
+def are_quick(flags, encoder, device, autocast):
+    """Can this set be cross-validated in MINUTES? If not, a line names the command and the minutes."""
+    paths = [path for path in Path(flags.data).glob("*.safetensors") if path.stem in data.SPLITS]
+    headers = [open_tensors(path)["header"] for path in paths]
+    pictures = sum(len(header["keys"]) for header in headers)
+    if len(headers[0]["classes"]) < 3:
+        return False
+    linear = flags.method.startswith("linear")  # its encoder runs once
+    minutes = 0 if linear else minutes_of(flags, encoder, pictures, device, autocast)
+    if minutes > MINUTES:
+        words = shlex.join([*started_as(), *sys.argv[1:]])
+        print(
+            f"note: val is reported, and only train is learned from; python {words} --split folds "
+            f"measures by all {pictures} pictures and learns all, in about {minutes:.0f} minutes more"
+        )
+    return minutes <= MINUTES
+
+
+def minutes_of(flags, encoder, pictures, device, autocast):
+    """How long the folds of so many pictures will take, by two passes through the encoder."""
+    encoder = copy.deepcopy(encoder).to(device).requires_grad_().train()
+    B, S = min(flags.batch_size, pictures), encoder.image_size
+    view = torch.full((B, S, S, 3), finetune_lora.GRAY, dtype=torch.uint8, device=device)
+    half = partial(finetune_lora.drop_patches, encoder=encoder, keep=np.mean(flags.keep))
+    for _ in range(2):
+        start = time.perf_counter()
+        with autocast():
+            encoder(*half(view, generator=train.seeded(0))).float().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start  # of the second one, when all is warm
+    return FOLDS * SHARE * flags.epochs * pictures / B * seconds / 60
+
+
+def cross_validate(flags, task):
+    """Train the networks of the folds -> a namespace as finetune_lora.measure returns, with `epoch` and `lines`.
+
+    Writes promise.json, whose "calibration" apps/recognize.py takes for the gallery.
+    """
+    if not flags.resume:
+        train.refuse_results(task.out)  # said before the folds are trained, and not after
+    every, groups = task.train, data.groups_of(task.train.split)
+    count = min(FOLDS, len(task.classes))
+    if count < 3:
+        why = "one of three has to be left out, to see what a new character looks like"
+        raise UserError(f"--split folds can't be done with {count} characters: {why}; --split val")
+    parts = draw_folds(every.labels[every.rows], groups[every.rows], count)
+    folds = answers_of_folds(flags, task, *parts)
+    found = together(folds)
+    numbers = decided(
+        found.logits, found.labels, found.similarity, torch.cat([found.unknown, found.others])
+    )
+    numbers |= {"alike": found.alike}
+    numbers |= {"enrolled_threshold": found.enrolled_threshold, "lift": found.lift}
+    found.groups = groups[found.rows]
+    for name in MEASURED:
+        setattr(found, f"{name}_top1", 100 * getattr(found, name).double().mean().item())
+    found.epoch = epoch_of(folds, len(found.labels))
+    row = promise(found, numbers, task.sizes()) | {"folds": count, "epoch": found.epoch}
+    row |= {"calibration": numbers, "command": flags.command, "commit": train.commit()}
+    save_json(row, task.out / PROMISE)
+    found.lines = promised(row)
+    return found

@@ -1,0 +1,177 @@
+"""apps/folds.py: who is held out of which fold, what is promised, and a run that learns every picture."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_folder, refused, run_line
+from made import CPU
+from scipy.stats import ttest_1samp
+
+import data
+from apps import folds, groups
+from common import features
+from common.classifier import read_head
+from common.io import read_json, read_safetensors
+from finetune_lora import load_classifier
+
+TRAIN = f"finetune_lora.py runs/a --data datasets/packed --keep 1 --batch-size 16 {CPU}"
+OUT = "runs/folds"
+
+
+def drawn(sizes, count, per_group=1):
+    """Labels of characters with so many pictures, groups, and what `draw_folds` says of them."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    groups = np.arange(len(labels)) // per_group
+    return labels, groups, *folds.draw_folds(labels, groups, count)
+
+
+@pytest.mark.parametrize("sizes", [[5] * 7, [2] * 5, [30, 2, 3], [4, 9, 6, 80]])
+def test_each_character_is_left_out_once_and_each_picture_asked_by_a_network_that_knows_it(sizes):
+    count = min(5, len(sizes))
+    labels, _, of_character, of_picture = drawn(sizes, count)
+    assert sorted(set(of_character)) == list(range(count))
+    assert set(of_picture) == set(range(count))
+    assert (of_picture != of_character[labels]).all()
+    for c, n in enumerate(sizes):
+        dealt = np.bincount(of_picture[labels == c], minlength=count)
+        assert dealt.max() - np.delete(dealt, of_character[c]).min() <= 1 and dealt.max() < n
+
+
+def test_faces_of_one_illustration_are_asked_together():
+    _, groups, _, of_picture = drawn([12, 12, 12], 3, per_group=4)
+    for group in set(groups):
+        assert len(set(of_picture[groups == group])) == 1
+
+
+def test_a_fold_learns_neither_its_characters_nor_the_pictures_that_it_is_asked(small):
+    every, classes = features.open_all(small)
+    labels = every.labels[every.rows]
+    of_character, of_picture = folds.draw_folds(labels, every.rows, 3)
+    asked = []
+    for fold in range(3):
+        fit, dev, left_out, learned = folds.sets_of(every, classes, of_character, of_picture, fold)
+        assert not {*fit.rows.tolist()} & {*dev.rows.tolist(), *left_out.tolist()}
+        assert {*every.labels[left_out].tolist()} == {*np.flatnonzero(of_character == fold)}
+        assert {*every.labels[fit.rows].tolist()} == {*learned.tolist()}
+        # the numbers of the labels are those of the fold's own head
+        assert torch.equal(learned[dev.labels[dev.rows]], every.labels[dev.rows])
+        asked += dev.rows.tolist()
+    assert sorted(asked) == sorted(every.rows.tolist())
+
+
+def test_a_share_counts_characters_alike_and_its_interval_is_students():
+    labels = torch.arange(4).repeat_interleave(torch.tensor([40, 80, 20, 20]))
+    shares = torch.tensor([0.75, 1.0, 0.5, 0.0])
+    hits = torch.cat(
+        [torch.arange(n) < s * n for s, n in zip(shares, (40, 80, 20, 20), strict=True)]
+    )
+    found = folds.share_of(hits, labels)
+    interval = ttest_1samp(100 * shares.double().numpy(), 0).confidence_interval(0.95)
+    assert found["mean"] == pytest.approx(56.25)
+    assert found["low"] == pytest.approx(max(0, interval.low))
+    assert found["high"] == pytest.approx(min(100, interval.high))
+    alike = folds.share_of(torch.ones(20).bool(), torch.arange(20) % 5)
+    assert alike["low"] < 90 and alike["mean"] == alike["high"] == 100  # twenty are no proof
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A home with a run that was measured by folds."""
+    from made import pristine
+
+    home = tmp_path_factory.mktemp("folds") / "home"
+    shutil.copytree(pristine(), home)
+    done = run_line(f"{TRAIN} --split folds --epochs 6 --out {OUT}", home, check=0)
+    return home, done.stdout
+
+
+def test_after_the_folds_every_picture_teaches(learned):
+    home, printed = learned
+    every, classes = features.open_all(home / "datasets/packed")
+    header = read_head(home / OUT)[1]
+    assert header["classes"] == classes and header["split"] == "folds"
+    row = read_json(home / OUT / "metrics.json")
+    assert row["evaluated_on"] == "folds" and sum(map(sum, row["confusion"])) == len(every.rows)
+    said = read_json(home / OUT / folds.PROMISE)
+    assert said["pictures"] == len(every.rows)
+    assert row["best_epoch"] == said["epoch"] <= 6
+    assert "folds    Top-1" in printed and "AUROC" in printed and "too few to say" in printed
+    net, _ = load_classifier(home / OUT)
+    assert not net.training
+
+
+def test_the_gallery_holds_every_picture_and_the_threshold_of_the_folds(learned):
+    home, _ = learned
+    run_line(f"apps.recognize {OUT} images/class0/illust0_0.png {CPU}", home, check=0)
+    tensors, header = read_safetensors(home / OUT / "gallery.safetensors")
+    said = read_json(home / OUT / folds.PROMISE)
+    assert len(tensors["labels"]) == said["pictures"]
+    assert {name: header[name] for name in said["calibration"]} == said["calibration"]
+
+
+def test_pictures_of_nobody_are_asked_once_and_faces_choose_how_alike_a_group_is(learned):
+    home, _ = learned
+    draw_folder(home / "nobody", 3, 9, seed=4)
+    line = "data.py list.csv --size 32 --unknown nobody --out datasets/others"
+    run_line(line, home, check=0)
+    count = len(data.open_split(home / "datasets/others", "unknown")["labels"])
+    line = TRAIN.replace("packed", "others") + " --split folds --epochs 2 --out runs/others"
+    printed = run_line(line, home, check=0).stdout
+    tensors = [read_safetensors(path)[0] for path in (home / "runs/others/folds").glob("*.s*")]
+    assert sum(len(fold["others_cosine"]) for fold in tensors) == count > 20
+    said = read_json(home / "runs/others" / folds.PROMISE)
+    assert f"{said['others']:.0f} % of the pictures of nobody were called unknown" in printed
+    assert said["calibration"]["alike"] in groups.GRID
+    for fold in tensors:
+        assert len(fold["unit"]) == len(fold["logits"])
+        assert len(fold["unknown_unit"]) == len(fold["unknown_cosine"])
+    assert "others" not in read_json(home / OUT / folds.PROMISE)
+
+
+def test_a_run_that_learned_everything_is_not_measured_on_it(learned):
+    home, _ = learned
+    fix = refused(run_line(f"apps.unknown {OUT} {CPU}", home))
+    assert "--data OTHER" in fix
+    fix = refused(run_line(f"finetune_lora.py --resume {OUT} --split test", home))
+    assert "learned every picture" in fix
+    again = run_line(f"finetune_lora.py --resume {OUT}", home, check=0).stdout
+    assert "is finished" in again
+
+
+def test_finished_folds_are_not_trained_again(learned, monkeypatch):
+    home, _ = learned
+    shutil.copytree(home / OUT / "folds", home / "runs/again/folds")
+    for path in (home / "runs/again/folds").glob("*.safetensors"):
+        tensors, header = read_safetensors(path)
+        folds.save_safetensors(tensors, path, header | {"out": "runs/again"})
+    monkeypatch.setattr(folds, "train_fold", None)
+    line = f"{TRAIN} --split folds --epochs 6 --out runs/again"
+    run_line(line, home, check=0)
+    rows = [read_json(home / out / "metrics.json") for out in (OUT, "runs/again")]
+    assert rows[0]["right"] == rows[1]["right"]
+    refused(run_line(line.replace("--epochs 6", "--epochs 5").replace("again", "folds"), home))
+
+
+def test_it_is_the_default_where_it_is_quick(learned, monkeypatch):
+    home, _ = learned
+    seen = []
+    monkeypatch.setattr(folds, "cross_validate", lambda *_: seen.append(1) or exit(0))
+    line = f"{TRAIN} --epochs 1 --out runs/default"
+    run_line(line, home, check=0)
+    assert seen
+    monkeypatch.setattr(folds, "minutes_of", lambda *_: 7)
+    printed = run_line(line, home, check=0).stdout
+    assert len(seen) == 1 and "--split folds" in printed and "7 minutes" in printed
+    assert read_json(home / "runs/default/metrics.json")["evaluated_on"] == "val"
+
+
+def test_two_characters_are_too_few_for_folds(learned):
+    home, _ = learned
+    for name in ("class0", "class1"):
+        shutil.copytree(home / "images" / name, home / "two" / name)
+    run_line("data.py two --out datasets/two --size 32", home, check=0)
+    line = f"finetune_lora.py runs/a --data datasets/two {CPU} --epochs 1 --out runs/two"
+    assert "left out" in refused(run_line(f"{line} --split folds", home))
+    run_line(line, home, check=0)
