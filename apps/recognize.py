@@ -690,7 +690,8 @@ def renamed(logits, embeddings, own, what, before, after):
         names.append([gallery["names"][i] for i in who])
     changed = Counter(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
     told = ", ".join(f"{n} {old} -> {new}" for (old, new), n in changed.most_common(3))
-    line = f"{changed.total()} of {len(logits)} {what} change their name" + f" ({told})" * bool(told)
+    line = f"{changed.total()} of {len(logits)} {what} change their name"
+    line += f" ({told})" * bool(told)
     return line if own is None else f"{line}; new ones of these characters do so more often"
 
 
