@@ -63,7 +63,7 @@ OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
-HANDICAP = 0.05  # so much less similar are new faces to a mean of few faces (results/TRIED.md)
+HANDICAP = 0.05  # so much less similar are new faces to a mean of SHOTS faces (results/TRIED.md)
 ASKED = (
     150  # held-out pictures of each split that are asked whether a new character changes their name
 )
@@ -138,8 +138,8 @@ def make_gallery(embeddings, labels, learned, lift=None, trained=None):
     trained: so many faces, the first ones, taught the head; None: all of its characters. The others
     were added later. who (G,): the characters of G groups of faces, first the learned ones as they
     were taught, then everybody whose faces were added: a learned one may be there twice. group (n,):
-    of each face. sums (G, D), sizes (G,). faces: unit vectors of each learned character that has any.
-    lift: as `lift_of` returns it; None leaves the head out of similarities.
+    of each face. sums (G, D). handicap: of each group of added faces. faces: unit vectors of each
+    learned character that has any. lift: as `lift_of` returns it; None leaves the head out of similarities.
     """
     trained = int((labels < learned).sum()) if trained is None else trained
     mean, matrix = whitening(embeddings[:trained], labels[:trained])
@@ -150,7 +150,10 @@ def make_gallery(embeddings, labels, learned, lift=None, trained=None):
     group = torch.cat([labels[:trained], learned + number])
     sums = unit.new_zeros(learned + len(added), unit.shape[1]).index_add_(0, group, unit)
     gallery |= {"who": torch.cat([torch.arange(learned), added]), "group": group, "sums": sums}
-    gallery |= {"sizes": group.bincount(minlength=len(sums)), "trained": trained}
+    # The more faces a mean is of, the nearer are others to it. One or two faces are no mean yet.
+    sizes = group.bincount(minlength=len(sums))[learned:]
+    handicap = HANDICAP * SHOTS / sizes.clamp(min=SHOTS)
+    gallery |= {"handicap": handicap.where(sizes >= LEAST, 0), "trained": trained}
     gallery |= {"embeddings": embeddings, "lift": lift}
     return gallery | {"unit": unit, "faces": faces}
 
@@ -201,8 +204,8 @@ def decide(logits, embeddings, gallery, own=None):
     """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
     The head names the characters that it learned. Where faces were added, their character wins if
-    their mean is nearer, HANDICAP given, than that of every learned one; own: as
-    `to_means`. confidence: P(the name is right) where half of all pictures show unknown characters;
+    their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`.
+    confidence: P(the name is right) where half of all pictures show unknown characters;
     nan of a name that added faces gave.
     """
     unit = compared(embeddings, gallery)
@@ -214,8 +217,10 @@ def decide(logits, embeddings, gallery, own=None):
     to_mean = to_means(unit, gallery, own)  # (n, G)
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
-    near, added = to_mean[:, learned:].max(1)
-    new = near + HANDICAP > to_mean[:, :learned].amax(1)
+    to_added = to_mean[:, learned:]
+    best, added = (to_added + gallery["handicap"]).max(1)
+    new = best > to_mean[:, :learned].amax(1)
+    near = to_added.gather(1, added[:, None])[:, 0]
     return (
         torch.where(new, gallery["who"][learned + added], who),
         torch.where(new, near, similarity),
