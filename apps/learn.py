@@ -197,7 +197,9 @@ def main():
     if left := moved.keys() - {*done}:
         print(f"not learned: {len(left)}, such as {min(left)}")
     words = shlex.join(["python", "data.py", str(out), "--out", "datasets/NAME"])
-    print(f"next: {words} packs all of it for a new training")
+    print(
+        f"next: {words} packs it for a new training; copy your older pictures into its folders first"
+    )
 
 
 if __name__ == "__main__":
