@@ -150,6 +150,7 @@ def read_flags():
         return flags
     method, _ = parse_keys(flags.method, METHODS, "--method")
     refuse_useless(flags.given & NOT_READ[method], f"with --method {method}")
+    refuse_useless(flags.given & {"hold_out"} if flags.split == FOLDS else (), "with --split folds")
     refuse_useless(flags.given & {"pool"} if flags.head == "ifa" else (), "with --head ifa")
     set_defaults(flags, **RECIPE[method])
     in_name = {"head", "from_scratch", "seed"}  # of the flags that were given

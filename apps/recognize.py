@@ -36,6 +36,7 @@ from common import fields
 from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
+from common.controls import BINS, histograms
 from common.features import FOLDS as BY_FOLDS
 from common.features import numbers_of, open_all, open_rows
 from common.io import UserError, read_json, read_safetensors, save_safetensors
@@ -46,6 +47,7 @@ from ingest import sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
+COLOURS = BINS**3  # cells of a histogram of colours
 PROMISE = "folds/promise.json"  # of apps/folds.py
 FACES = 500  # training pictures of a character in a gallery, at most
 NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
@@ -124,35 +126,55 @@ def whitening(embeddings, labels):
     return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
 
 
-def make_gallery(embeddings, labels, learned, lift=None):
+def make_gallery(embeddings, labels, learned, lift=None, colours=0.0):
     """Faces (n, D), labels (n,) of which the first `learned` are the head's -> a dict.
 
     faces: the unit vectors of each learned character that has any. means (C, D): mean directions.
-    lift: as `lift_of` returns it; None leaves the head out of similarities.
+    lift: as `lift_of` returns it; None leaves the head out of similarities. colours: their weight,
+    where the cosine of embeddings has 1. If it is not 0, the last columns are histograms.
     """
+    kept = embeddings
+    histograms = embeddings[:, -COLOURS:] if colours else None
+    embeddings = embeddings[:, :-COLOURS] if colours else embeddings
     is_learned = labels < learned
     mean, matrix = whitening(embeddings[is_learned], labels[is_learned])
     gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
     unit = compared(embeddings, gallery)
-    faces = [unit[labels == c] for c in labels.unique() if c < learned]
+    characters = [labels == c for c in labels.unique() if c < learned]
+    faces = [unit[some] for some in characters]
+    gallery["colours"] = colours
+    gallery["histograms"] = [histograms[some] for some in characters] if colours else None
     sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1])
     means = F.normalize(sums.index_add_(0, labels, F.normalize(unit)))
-    gallery |= {"embeddings": embeddings, "lift": lift}
+    gallery |= {"embeddings": kept, "lift": lift}
     return gallery | {"unit": unit, "faces": faces, "means": means}
 
 
 def compared(embeddings, gallery):
     """embeddings (n, D) -> whitened unit vectors (n, D): their products are similarities."""
-    return F.normalize((embeddings.float() - gallery["mean"]) @ gallery["matrix"])
+    embeddings = embeddings[:, : len(gallery["mean"])].float()  # without histograms
+    return F.normalize((embeddings - gallery["mean"]) @ gallery["matrix"])
 
 
-def best_similarity(unit, gallery):
-    """unit (n, D) -> (n,): the mean cosine with the three nearest faces of a character, the best one."""
-    scores = []
-    for faces in gallery["faces"]:
-        nearest = (unit @ faces.T).topk(min(NEAREST, len(faces)), 1).values
-        scores.append(nearest.mean(1))
-    return torch.stack(scores, 1).amax(1)
+def best_similarity(embeddings, gallery):
+    """embeddings (n, D) -> (n,): the mean cosine with the three nearest faces of a character, the best one.
+
+    With colours it is averaged with the mean cosine of histograms, by their weight.
+    """
+    scores = nearest_of(compared(embeddings, gallery), gallery["faces"])
+    if weight := gallery["colours"]:
+        # What a network has learned of few pictures tells these characters apart, but says little of
+        # others. Colours tell less of each, but the same of all.
+        alike = nearest_of(embeddings[:, -COLOURS:].float(), gallery["histograms"])
+        scores = (scores + weight * alike) / (1 + weight)
+    return scores.amax(1)
+
+
+def nearest_of(unit, faces):
+    """Unit vectors (n, D), a list of those of each character -> (n, C): mean products with the nearest."""
+    cosines = [unit @ own.T for own in faces]
+    nearest = [x.topk(min(NEAREST, x.shape[1]), 1).values.mean(1) for x in cosines]
+    return torch.stack(nearest, 1)
 
 
 def similarity_of(logits, embeddings, gallery):
@@ -160,7 +182,7 @@ def similarity_of(logits, embeddings, gallery):
 
     LIFT for each standard deviation of the best logit of known faces. Together they separate best.
     """
-    similarity = best_similarity(compared(embeddings, gallery), gallery)
+    similarity = best_similarity(embeddings, gallery)
     return lifted(similarity, logits.amax(1), gallery["lift"])
 
 
@@ -323,7 +345,7 @@ def fit_platt(known, unknown):
 HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
 HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
 HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
-HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
+HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2), "colours?": fields.number(0, 100)}
 REMEDY = "remove it, and apps/recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
     "most new characters may get a known name; finetune_lora.py --split folds leaves each character out "
@@ -376,9 +398,16 @@ def open_recogniser(args):
     return net, header, gallery, autocast
 
 
-def outputs_of(net, split, rows, autocast, name=""):
-    """Whole images -> logits (n, C), embeddings (n, D), each of the mean of picture and mirror image."""
-    return predict(net, pooled_of(net, split, rows, autocast, name, mirrored=True))
+def outputs_of(net, split, rows, autocast, name="", colours=True):
+    """Whole images -> logits (n, C), embeddings (n, D), each of the mean of picture and mirror image.
+
+    With colours, histograms are the last columns of the embeddings, (n, D + COLOURS).
+    """
+    logits, embeddings = predict(net, pooled_of(net, split, rows, autocast, name, mirrored=True))
+    if not colours:
+        return logits, embeddings
+    views = data.whole_views(split["images"], rows, net.encoder.image_size, torch.device("cpu"))
+    return logits, torch.cat([embeddings, torch.cat([histograms(view) for _, view in views])], 1)
 
 
 def faces_learned(run, device, dtype):
@@ -395,19 +424,20 @@ def faces_learned(run, device, dtype):
     folder = place_of(header["data"], run)
     held = header.get("split", "val")
     hold_out = header.get("hold_out", 0)
-    if held == BY_FOLDS:
+    by_folds = held == BY_FOLDS
+    if by_folds:
         train, classes = open_all(folder)
     else:
         (train, dev, _), classes = open_rows(folder, held, hold_out)
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
-    outputs = partial(outputs_of, net, autocast=autocast, name="gallery")
+    outputs = partial(outputs_of, net, autocast=autocast, name="gallery", colours=by_folds)
     rows = torch.cat([train.rows[some] for some in evenly_of_each(train.labels[train.rows], FACES)])
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
     _, found.embeddings = outputs(train.split, rows)
     found.held_out = found.unknown = None
-    if held == BY_FOLDS:
+    if by_folds:
         return found
     found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
     labels = torch.as_tensor(dev.split["labels"])
@@ -422,7 +452,7 @@ def save_gallery(path, embeddings, labels, header):
     """embeddings (n, D), labels (n,); header: the fields of HEADER, and perhaps others."""
     tensors = {"embeddings": embeddings.float(), "labels": labels}
     names = [key.removesuffix("?") for key in HEADER]
-    save_safetensors(tensors, path, {name: header[name] for name in names})
+    save_safetensors(tensors, path, {name: header[name] for name in names if name in header})
 
 
 def load_gallery(run):
@@ -432,7 +462,9 @@ def load_gallery(run):
     fields.check_fields(header, HEADER, path, REMEDY)
     learned, names = header["learned"], header["names"]
     _, head = read_head(run)
-    arrays = {"embeddings": f"float n {head['config']['dim']}", "labels": "int64 n"}
+    colours = header.get("colours", 0.0)
+    width = head["config"]["dim"] + (COLOURS if colours else 0)
+    arrays = {"embeddings": f"float n {width}", "labels": "int64 n"}
     fields.check_arrays(tensors, arrays, path, REMEDY, n=len(header["keys"]))
     fields.check_finite(tensors, path)
     embeddings = tensors["embeddings"].float()
@@ -440,7 +472,7 @@ def load_gallery(run):
     fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
     if names[:learned] != head["classes"] or len(labels.unique()) != len(names):
         raise UserError(f"{path} is not of this run's characters; {REMEDY}")
-    return make_gallery(embeddings, labels, learned) | header
+    return make_gallery(embeddings, labels, learned, colours=colours) | header
 
 
 # ---- naming and enrolment ------------------------------------------------------------------------
@@ -555,6 +587,9 @@ def add_faces(run, who, keys, embeddings):
         gallery = load_gallery(run)
         names = gallery["names"] if who in gallery["names"] else [*gallery["names"], who]
         label = names.index(who)
+        embeddings = embeddings[
+            :, : gallery["embeddings"].shape[1]
+        ]  # some galleries have no colours
         own = gallery["embeddings"][gallery["labels"] == label]
         unit = F.normalize(torch.cat([own, embeddings]))
         is_known = (unit @ unit.T > SAME).tril(-1).any(1)  # as a face before it

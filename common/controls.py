@@ -19,7 +19,8 @@ def histograms(images):
     """images u8 (n, S, S, 3) -> (n, BINS^3): square roots of the shares of colours, all of one area."""
     bins = images.flatten(1, 2).long() * BINS // 256
     place = (bins[..., 0] * BINS + bins[..., 1]) * BINS + bins[..., 2]
-    counts = torch.zeros(len(images), BINS**3).scatter_add_(1, place, torch.ones(place.shape))
+    ones = torch.ones(place.shape, device=images.device)
+    counts = torch.zeros(len(images), BINS**3, device=images.device).scatter_add(1, place, ones)
     return (counts / place.shape[1]).sqrt()
 
 
