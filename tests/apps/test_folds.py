@@ -9,7 +9,8 @@ from conftest import refused, run_line
 from made import CPU
 from scipy.stats import ttest_1samp
 
-from apps import folds
+import data
+from apps import folds, recognize
 from common import features
 from common.classifier import read_head
 from common.io import read_json, read_safetensors
@@ -108,6 +109,22 @@ def test_the_gallery_holds_every_picture_and_the_threshold_of_the_folds(learned)
     said = read_json(home / OUT / folds.PROMISE)
     assert len(tensors["labels"]) == said["pictures"]
     assert {name: header[name] for name in said["calibration"]} == said["calibration"]
+
+
+def test_an_onnx_file_compares_colours_too(learned):
+    home, _ = learned
+    run_line(f"apps.export {OUT} --to onnx --out one.onnx", home, check=0)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    images = np.array(data.open_split(home / "datasets/packed", "val")["images"][:5])
+    model = onnxruntime.InferenceSession(str(home / "one.onnx"))
+    names = [output.name for output in model.get_outputs()]
+    found = dict(zip(names, model.run(None, {model.get_inputs()[0].name: images}), strict=True))
+    net, _, autocast = recognize.open_network(home / OUT, "cpu", "fp32")
+    gallery = recognize.open_gallery(home / OUT)
+    assert gallery["colours"] > 0
+    _, similarity, _, sure = recognize.decide(*recognize.embed(net, images, autocast), gallery)
+    np.testing.assert_allclose(found["similarity"], similarity, atol=1e-3)
+    np.testing.assert_allclose(found["confidence"], sure, atol=1e-3)
 
 
 def test_a_run_that_learned_everything_is_not_measured_on_it(learned):
