@@ -23,11 +23,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from apps.recognize import (
     GALLERY,
-    SAME,
     add_faces,
     decide,
     known_faces,
@@ -38,6 +36,7 @@ from apps.recognize import (
     parser_of,
     predictions,
     renamed,
+    same_pictures,
     save_gallery,
 )
 from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted
@@ -138,8 +137,7 @@ def forget(run, embeddings):
     path = Path(run) / GALLERY
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        same = F.normalize(embeddings) @ F.normalize(gallery["embeddings"]).T > SAME
-        stay = ~same.any(0)
+        stay = ~same_pictures(embeddings, gallery["embeddings"]).any(0)
         stay[: gallery["trained"]] = True
         gallery = only(gallery, stay)
         save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
