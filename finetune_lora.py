@@ -150,6 +150,7 @@ def read_flags():
         return flags
     method, _ = parse_keys(flags.method, METHODS, "--method")
     refuse_useless(flags.given & NOT_READ[method], f"with --method {method}")
+    refuse_useless(flags.given & {"hold_out"} if flags.split == FOLDS else (), "with --split folds")
     refuse_useless(flags.given & {"pool"} if flags.head == "ifa" else (), "with --head ifa")
     set_defaults(flags, **RECIPE[method])
     in_name = {"head", "from_scratch", "seed"}  # of the flags that were given
@@ -529,15 +530,19 @@ def task_of(flags, encoder, sets, classes, device, autocast):
 def describe(flags, task):
     """Print what is learned by what."""
     sizes = task.sizes()
-    every = len(task.train.split["header"]["classes"])
+    names = task.train.split["header"]["classes"]
     choose = "folds choose" if task.dev is None else f"{len(task.dev.rows)} dev pictures choose"
     count, share = task.parameters_trained()
     print(
-        f"data     {flags.data}: {len(task.classes)} of {every} characters, "
+        f"data     {flags.data}: {len(task.classes)} of {len(names)} characters, "
         f"with {sizes.min()} to {sizes.max()} training pictures; {choose} the epoch\n"
         f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {count:,} "
         f"parameters trained ({share:.2%})"
     )
+    few = [name for name in names if name not in task.classes]
+    if few and not flags.hold_out:
+        fix = "apps.recognize --enrol makes a character known by three pictures"
+        print(f"note: too few pictures to learn {few[0]}, one of {len(few)} such characters; {fix}")
 
 
 # ---- training: the loop --------------------------------------------------------------------------
@@ -898,13 +903,13 @@ def main():
     print(machine)
     task = open_task(flags, device, autocast)
     check_readable(flags, task)
+    describe(flags, task)
     found = None
     if flags.split == FOLDS:
         from apps import folds  # runs up: it repeats the training of this script, part by part
 
         found = folds.cross_validate(flags, task)
         task.stop = found.epoch
-    describe(flags, task)
     run, epoch = finetune(flags, task)
     write_results(flags, task, run, epoch, found or measure(task))
 

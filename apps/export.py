@@ -32,7 +32,7 @@ import data
 from apps import tags
 from apps.formats import HF, QKV, renamed
 from apps.recognize import decide, open_gallery
-from common import checkpoints
+from common import checkpoints, controls
 from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, cli, require
 from common.io import UserError, one_line, read_safetensors, save_csv, save_json, save_safetensors
@@ -227,7 +227,8 @@ def recognise(net, view, gallery):
     """-> who (B,), a place in `names`; similarity, threshold, confidence (B,); embedding (B, D)."""
     both = [net.pooled(*net.encoder.all_patches(x)) for x in (view, view.flip(2))]
     embedding = net.neck(torch.stack(both).mean(0))
-    who, similarity, margin, sure = decide(net.head(embedding), embedding, gallery)
+    seen = torch.cat([embedding, controls.histograms(view)], 1) if gallery["colours"] else embedding
+    who, similarity, margin, sure = decide(net.head(embedding), seen, gallery)
     found = {"who": who, "similarity": similarity, "threshold": similarity - margin}
     return found | {"confidence": sure, "embedding": embedding}
 

@@ -40,8 +40,6 @@ from apps.recognize import (
     decided,
     enrolled_threshold,
     evenly_of_each,
-    lift_of,
-    lifted,
     make_gallery,
     outputs_of,
 )
@@ -49,12 +47,13 @@ from apps.unknown import reliability
 from common import controls, metrics, train
 from common.command import progress, started_as
 from common.features import open_others, relabelled
-from common.io import UserError, open_tensors, read_safetensors, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_json, save_safetensors
 
 FOLDS = 5  # networks, or as many as there are characters
 FACES = 500  # of a character that others are compared with, at most
 MINUTES = 3  # that cross-validation may take where nobody asked for it
 ENOUGH = 10, 5  # pictures of a character, characters: from here on a promise says something
+COLOURS = 1.0  # their weight in a similarity (results/TRIED.md)
 MEASURED = "colourless", "thumbnails", "histograms"  # Top-1 of a picture in gray, and controls
 SHARE = 0.6  # of a training on everything is what one fold costs
 
@@ -87,6 +86,7 @@ def draw_folds(labels, groups, count, seed=0):
 def sets_of(every, classes, of_character, of_picture, fold):
     """A set of all pictures -> sets that a fold learns from and is asked about, of characters that it
     leaves out (rows of the split), and the numbers of the characters that it learns."""
+    # A folder of pictures of others, whom nobody wants to be named, would join `left_out` of each fold.
     labels = every.labels[every.rows]
     held = torch.from_numpy(of_picture == fold)
     left_out = torch.from_numpy(of_character == fold)[labels]
@@ -145,7 +145,7 @@ def train_fold(flags, whole, sets, learned, bar):
 def answers_of(task, left_out, learned, C, others=None):
     """What the network of a fold says of pictures that it was not taught -> {name: tensor}.
 
-    logits (m, C) and cosine (m,) of held-out pictures of its characters, the same of `left_out`, rows
+    logits (m, C) and similarity (m,) of held-out pictures of its characters, the same of `left_out`, rows
     (k,) of unknown ones, and the control's scores of both. A logit of a character that it did not
     learn is -inf. Which held-out ones have the right name, also in gray and by the controls, (m,).
     unit (m, D) and unknown_unit (k, D): faces as they are compared. others: a split, and rows of it
@@ -154,41 +154,45 @@ def answers_of(task, left_out, learned, C, others=None):
     outputs = partial(outputs_of, task.net.eval(), task.train.split, autocast=task.autocast)
     rows, labels = task.train.rows, task.dev.labels[task.dev.rows]
     rows = torch.cat([rows[some] for some in evenly_of_each(task.train.labels[rows], FACES)])
-    gallery = make_gallery(outputs(rows)[1], task.train.labels[rows], len(learned))
-    found = {}
-    if others:
-        some, embeddings = outputs_of(task.net.eval(), *others, autocast=task.autocast)
-        found["others_strength"] = some.amax(1)
-        found["others_cosine"] = best_similarity(compared(embeddings, gallery), gallery)
-    for name, asked in {"": task.dev.rows, "unknown_": left_out}.items():
+    gallery = make_gallery(outputs(rows)[1], task.train.labels[rows], len(learned), colours=COLOURS)
+
+    def answer(asked):
         some, embeddings = outputs(asked)
         logits = torch.full((len(asked), C), -torch.inf)
         logits[:, learned] = some
-        cosine = best_similarity(compared(embeddings, gallery), gallery)
         colours = controls.histogram_scores(task.train, asked)
-        found |= {f"{name}logits": logits, f"{name}cosine": cosine}
-        found[f"{name}colours"] = colours.amax(1)
-        found[f"{name}unit"] = compared(embeddings, gallery)
-        if not name:
-            found["enrolled_threshold"] = torch.tensor(
-                enrolled_threshold(gallery, embeddings, labels)
-            )
-            found["histograms"] = colours.argmax(1) == labels
+        said = {"logits": logits, "similarity": best_similarity(embeddings, gallery)}
+        said |= {"colours": colours.amax(1), "unit": compared(embeddings, gallery)}
+        return said, embeddings, colours.argmax(1)
+
+    known, embeddings, by_colours = answer(task.dev.rows)
+    unknown, _, _ = answer(left_out)
+    if others:
+        _, shown = outputs_of(task.net.eval(), *others, autocast=task.autocast)
+        known["others_similarity"] = best_similarity(shown, gallery)
     gray, _ = finetune_lora.predict(task, controls.in_gray(task.dev))
-    found["colourless"] = gray.argmax(1) == labels
     thumbnails = controls.thumbnail_scores(task.train, task.dev.rows)
-    found["thumbnails"] = thumbnails.argmax(1) == labels
-    return found
+    return known | {
+        **{f"unknown_{name}": x for name, x in unknown.items()},
+        "enrolled_threshold": torch.tensor(enrolled_threshold(gallery, embeddings, labels)),
+        "colourless": gray.argmax(1) == labels,
+        "thumbnails": thumbnails.argmax(1) == labels,
+        "histograms": by_colours == labels,
+    }
 
 
 def answers_of_folds(flags, task, of_character, of_picture):
     """Train the folds, or read those that are finished -> a list of `answers_of` with rows and labels."""
     every, classes, count = task.train, task.classes, int(of_picture.max()) + 1
     parts = [sets_of(every, classes, of_character, of_picture, fold) for fold in range(count)]
+    if not all(len(dev.rows) for _, dev, _, _ in parts):
+        fix = "give two illustrations or more of each character, or --split val"
+        raise UserError(f"a part of {flags.data} has no picture of a learned character; {fix}")
     config = {k: v for k, v in vars(flags).items() if k not in train.UNSAVED}
     config |= {"digest": data.fingerprint(every.split), "command": ""}
     config = json.loads(json.dumps(config))  # as it will be read back
     others = open_others(flags.data)
+    others = others if others and len(others[1]) >= count else None
     config["others"] = others and data.fingerprint(others[0])
     batch = flags.batch_size
     steps = [flags.epochs * (len(fit.rows) // min(batch, len(fit.rows))) for fit, *_ in parts]
@@ -204,12 +208,11 @@ def answers_of_folds(flags, task, of_character, of_picture):
                 )
             bar.update(steps[fold])
         else:
-            sets = fit, dev if len(dev.rows) else None
-            trained, rows = train_fold(flags, task, sets, learned, bar)
+            trained, rows = train_fold(flags, task, (fit, dev), learned, bar)
             some = others and (others[0], others[1][fold::count])  # each picture is asked once
             tensors = answers_of(trained, left_out, learned, len(classes), some)
             f1 = [row["dev_macro_f1"] for row in rows if "dev_macro_f1" in row]
-            tensors["macro_f1"] = torch.tensor(f1)
+            tensors["macro_f1"] = torch.tensor(f1)  # of each epoch
             save_safetensors(tensors, path, config)
         rows = {"rows": dev.rows, "labels": every.labels[dev.rows]}
         found.append(tensors | rows | {"unknown_labels": every.labels[left_out]})
@@ -219,7 +222,7 @@ def answers_of_folds(flags, task, of_character, of_picture):
 
 def epoch_of(folds, pictures):
     """The latest epoch whose mean macro-F1 is within a standard error of the best, as of `Best`."""
-    curve = torch.stack([fold["macro_f1"] for fold in folds if len(fold["macro_f1"])]).mean(0)
+    curve = torch.stack([fold["macro_f1"] for fold in folds]).mean(0)
     best = curve.max()
     standard_error = (best * (100 - best) / pictures).sqrt()
     return int((curve >= best - standard_error).nonzero()[-1]) + 1
@@ -229,31 +232,22 @@ def epoch_of(folds, pictures):
 
 
 def together(folds):
-    """A list of `answers_of_folds` -> one namespace: what all of them say, with similarities.
+    """A list of `answers_of_folds` -> one namespace: what all of them say.
 
-    similarity (n,) of pictures by a network that knows their character, unknown (n,) by another;
-    others (k,) of pictures of nobody. alike: see `best_threshold`.
+    others_similarity (k,): of pictures of nobody, perhaps none. alike: see `best_threshold`.
     """
     found = SimpleNamespace()
-    for name in ("logits", "rows", "labels", "colours", *MEASURED):
+    for name in folds[0].keys() - {"enrolled_threshold", "macro_f1", "unit", "unknown_unit"}:
         setattr(found, name, torch.cat([fold[name] for fold in folds]))
-    for name in ("unknown_logits", "unknown_labels", "unknown_colours"):
-        setattr(found, name, torch.cat([fold[name] for fold in folds]))
-    # Logits of one network are larger than those of another, so each is measured by its own.
-    lifts = [lift_of(fold["logits"]) for fold in folds]
-    known, new, others, curves = [], [], [torch.empty(0)], []
-    for fold, lift in zip(folds, lifts, strict=True):
-        known.append(lifted(fold["cosine"], fold["logits"].amax(1), lift))
-        new.append(lifted(fold["unknown_cosine"], fold["unknown_logits"].amax(1), lift))
-        if "others_cosine" in fold:
-            others.append(lifted(fold["others_cosine"], fold["others_strength"], lift))
+    thresholds = torch.stack([fold["enrolled_threshold"] for fold in folds])
+    found.enrolled_threshold = thresholds.mean().item()
+    if "others_similarity" not in folds[0]:
+        found.others_similarity = torch.empty(0)
+    curves = []
+    for fold in folds:  # each has embeddings of its own
         unit = torch.cat([fold["unit"], fold["unknown_unit"]])
         curves.append(f1_curve(unit, torch.cat([fold["labels"], fold["unknown_labels"]])))
-    found.similarity, found.unknown = torch.cat(known), torch.cat(new)
-    found.others = torch.cat(others)
-    found.alike = best_threshold(curves, len(found.unknown))
-    found.lift = np.mean(lifts, 0).tolist()
-    found.enrolled_threshold = torch.stack([x["enrolled_threshold"] for x in folds]).mean().item()
+    found.alike = best_threshold(curves, len(found.unknown_labels))
     return found
 
 
@@ -280,15 +274,17 @@ def promise(found, numbers, sizes):
     """What to expect, by `together` and the numbers of the calibration -> promise.json, in percent."""
     row = {"characters": len(sizes), "pictures": int(sizes.sum()), "least": int(sizes.min())}
     row["known_unknown"] = share_of(found.similarity < numbers["threshold"], found.labels)
-    row["unknown"] = share_of(found.unknown < numbers["threshold"], found.unknown_labels)
-    if len(found.others):
-        row["others"] = 100 * (found.others < numbers["threshold"]).double().mean().item()
-    row["auroc"] = auroc(found.similarity, found.unknown)
+    row["unknown"] = share_of(found.unknown_similarity < numbers["threshold"], found.unknown_labels)
+    if len(found.others_similarity):
+        below = found.others_similarity < numbers["threshold"]
+        row["others"] = 100 * below.double().mean().item()
+    row["auroc"] = auroc(found.similarity, found.unknown_similarity)
     row["colours_auroc"] = auroc(found.colours, found.unknown_colours)
-    margins = found.similarity - numbers["threshold"], found.unknown - numbers["threshold"]
-    sure = confidence(found.logits, margins[0], numbers)
-    right = found.logits.argmax(1) == found.labels
-    return row | reliability(sure, right, confidence(found.unknown_logits, margins[1], numbers))
+    sure = confidence(found.logits, found.similarity - numbers["threshold"], numbers)
+    unsure = confidence(
+        found.unknown_logits, found.unknown_similarity - numbers["threshold"], numbers
+    )
+    return row | reliability(sure, found.logits.argmax(1) == found.labels, unsure)
 
 
 def auroc(known, unknown):
@@ -306,7 +302,8 @@ def promised(row):
         f"unknown  {words.format(who='the pictures of new characters', **new)} will be called unknown, "
         f"and {words.format(who='those of known ones', **known)}"
     ]
-    if row["least"] < ENOUGH[0] or row["characters"] < ENOUGH[1]:
+    few = row["least"] < ENOUGH[0] or row["characters"] < ENOUGH[1]
+    if few:
         lines = [
             f"unknown  too few to say: {new['low']:.0f} to {new['high']:.0f} % of the pictures of new "
             f"characters, and {known['low']:.0f} to {known['high']:.0f} % of those of known ones, will "
@@ -321,7 +318,8 @@ def promised(row):
         f"         AUROC {row['auroc']:.1f} %, of an SVM on histograms of colours "
         f"{row['colours_auroc']:.1f} %{wins}"
     )
-    if (share := row.get("right_when_sure")) is not None:
+    share = row.get("right_when_sure")
+    if share is not None and not few:
         lines.append(
             f"         names with a confidence of 80 % or more: {share:.0f} % right, if half of all "
             "pictures show unknown characters"
@@ -334,11 +332,16 @@ def promised(row):
 
 def are_quick(flags, encoder, device, autocast):
     """Can this set be cross-validated in MINUTES? If not, a line names the command and the minutes."""
-    paths = [path for path in Path(flags.data).glob("*.safetensors") if path.stem in data.SPLITS]
-    headers = [open_tensors(path)["header"] for path in paths]
-    pictures = sum(len(header["keys"]) for header in headers)
-    if len(headers[0]["classes"]) < 3:
+    names = [name for name in data.SPLITS if Path(flags.data, f"{name}.safetensors").exists()]
+    labels = torch.cat([data.open_split(flags.data, name)["labels"] for name in names])
+    if (torch.bincount(labels[labels >= 0]) > 1).sum() < 3:
+        print(
+            "note: of two characters none can be left out, to see what new ones look like; take three"
+        )
         return False
+    if "val" not in names:  # there is no other way
+        return True
+    pictures = len(labels)
     linear = flags.method.startswith("linear")  # its encoder runs once
     minutes = 0 if linear else minutes_of(flags, encoder, pictures, device, autocast)
     if minutes > MINUTES:
@@ -381,11 +384,12 @@ def cross_validate(flags, task):
     parts = draw_folds(every.labels[every.rows], groups[every.rows], count)
     folds = answers_of_folds(flags, task, *parts)
     found = together(folds)
-    numbers = decided(
-        found.logits, found.labels, found.similarity, torch.cat([found.unknown, found.others])
-    )
-    numbers |= {"alike": found.alike}
-    numbers |= {"enrolled_threshold": found.enrolled_threshold, "lift": found.lift}
+    unknown = torch.cat([found.unknown_similarity, found.others_similarity])
+    numbers = decided(found.logits, found.labels, found.similarity, unknown)
+    numbers |= {"enrolled_threshold": found.enrolled_threshold, "alike": found.alike}
+    # The head's logits have no part in these similarities: those of a network that learned few
+    # pictures say less of unknown characters than colours do, and mixed in they made it worse.
+    numbers |= {"lift": [0.0, 0.0], "colours": COLOURS}
     found.groups = groups[found.rows]
     for name in MEASURED:
         setattr(found, f"{name}_top1", 100 * getattr(found, name).double().mean().item())

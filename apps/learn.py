@@ -2,32 +2,30 @@
 
     python -m apps.sort runs/NAME FOLDER --out OUT      copies into OUT/WHO and OUT/unknown
     (look at them, and move each wrong picture into the folder where it belongs, or into a new one)
-    python -m apps.learn runs/NAME OUT                  takes the pictures that were moved
+    python -m apps.learn runs/NAME OUT                  takes what the folders say now
 
 Reads:  OUT/ of apps/sort.py with its sorted.csv; runs/NAME/ of finetune_lora.py with its gallery
-Writes: runs/NAME/gallery.safetensors, which gets the pictures that were moved or added;
+Writes: runs/NAME/gallery.safetensors, which gets the pictures;
         OUT/sorted.csv, which says where they lie now, so that the next call learns what is new
 
-A picture that stayed where it was is not learned: that would only repeat the recogniser's own
-answer. Pictures in a folder that is not known yet make a new character, three of them at least. One
-that was moved to unknown shows nobody who is known; it is reported, and taken out of the gallery.
-A new training learns from all of OUT: python data.py OUT packs it.
+Where something was moved or added, somebody has looked at the folders, so the pictures that stayed
+are right as well, and some of each character are learned, too: without them, a new character would
+take pictures from those that look like it. Pictures in a folder that is not known yet make a new
+character, three of them at least. One that was moved to unknown shows nobody who is known; it is
+taken out of the gallery. A new training learns from all of OUT: python data.py OUT packs it.
 
     n pictures   D width of an embedding
 """
 
-import itertools
 import re
 import shlex
 from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from apps.recognize import (
     GALLERY,
-    SAME,
     add_faces,
     decide,
     known_faces,
@@ -38,14 +36,17 @@ from apps.recognize import (
     parser_of,
     predictions,
     renamed,
+    same_pictures,
     save_gallery,
 )
 from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted
 from common.command import cli, refuse_useless
 from common.io import UserError, save_csv
 from common.locks import lock_beside, locked, reserve
+from data import evenly_spaced
 from ingest.pictures import picture_files, tell_problems
 
+STAYED = 50  # pictures of a character that stayed in its folder and are learned, at most
 UNNAMED = re.compile(r"group-\d{3,}")  # a folder of apps/sort.py --group that nobody gave a name
 
 
@@ -111,10 +112,14 @@ def embedded(args, net, header, autocast, files, problems):
 
 
 def learn(run, shows, moved, faces):
-    """Change the gallery by the files that were moved -> those that it has taken."""
+    """Change the gallery by what the folders say -> the files that it has taken."""
     done = []
-    for who, some in itertools.groupby(sorted(moved, key=shows.get), shows.get):
-        files = [file for file in some if file in faces]
+    for who in sorted({*shows.values()}):
+        own = [file for file in shows if shows[file] == who and file in faces]
+        files = [file for file in own if file in moved]
+        stayed = [file for file in own if file not in moved]
+        if who:
+            files += [stayed[i] for i in evenly_spaced(len(stayed), STAYED)]
         if not files:
             continue
         embeddings = torch.stack([faces[file][1] for file in files])
@@ -132,12 +137,14 @@ def forget(run, embeddings):
     path = Path(run) / GALLERY
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        same = F.normalize(embeddings) @ F.normalize(gallery["embeddings"]).T > SAME
-        stay = ~same.any(0)
+        stay = ~same_pictures(embeddings, gallery["embeddings"]).any(0)
         stay[: gallery["trained"]] = True
         gallery = only(gallery, stay)
         save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
-    return [f"unknown: {len(embeddings)} pictures; {int((~stay).sum())} of them left the gallery"]
+    gone = f"{int((~stay).sum())} of them left the gallery"
+    return [
+        f"unknown: {len(embeddings)} pictures, {gone}; a new training sets its threshold by them"
+    ]
 
 
 def agreeing(gallery, shows, faces):
@@ -169,8 +176,9 @@ def main():
     problems = []
     faces = embedded(args, net, header, autocast, shows, problems)
     done = learn(args.run, shows, moved, faces)
-    for file in done:
-        row = moved[file]
+    for file, row in moved.items():
+        if file not in done:
+            continue
         rows = [other for other in rows if other is not row]
         rows.append(row | {"name": shows[file], "copy": str(Path(file).relative_to(out))})
     save_csv(rows, table, COLUMNS)
@@ -187,7 +195,9 @@ def main():
     if left := moved.keys() - {*done}:
         print(f"not learned: {len(left)}, such as {min(left)}")
     words = shlex.join(["python", "data.py", str(out), "--out", "datasets/NAME"])
-    print(f"next: {words} packs all of it for a new training")
+    print(
+        f"next: {words} packs it for a new training; copy your older pictures into its folders first"
+    )
 
 
 if __name__ == "__main__":

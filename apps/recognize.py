@@ -41,6 +41,7 @@ from common import fields
 from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
+from common.controls import BINS, histograms
 from common.features import FOLDS as BY_FOLDS
 from common.features import numbers_of, open_all, open_others, open_rows
 from common.io import UserError, read_json, read_safetensors, save_safetensors
@@ -51,6 +52,7 @@ from ingest import sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
+COLOURS = BINS**3  # cells of a histogram of colours
 PROMISE = "folds/promise.json"  # of apps/folds.py
 FACES = 500  # training pictures of a character in a gallery, at most
 NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
@@ -63,7 +65,7 @@ OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
-HANDICAP = 0.05  # so much less similar are new faces to a mean of few faces (results/TRIED.md)
+HANDICAP = 0.05  # so much less similar are new faces to a mean of SHOTS faces (results/TRIED.md)
 ASKED = (
     150  # held-out pictures of each split that are asked whether a new character changes their name
 )
@@ -132,41 +134,65 @@ def whitening(embeddings, labels):
     return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
 
 
-def make_gallery(embeddings, labels, learned, lift=None, trained=None):
+def make_gallery(embeddings, labels, learned, lift=None, trained=None, colours=0.0):
     """Faces (n, D), labels (n,) of which the first `learned` are the head's -> a dict.
 
     trained: so many faces, the first ones, taught the head; None: all of its characters. The others
     were added later. who (G,): the characters of G groups of faces, first the learned ones as they
     were taught, then everybody whose faces were added: a learned one may be there twice. group (n,):
-    of each face. sums (G, D), sizes (G,). faces: unit vectors of each learned character that has any.
-    lift: as `lift_of` returns it; None leaves the head out of similarities.
+    of each face. sums (G, D). handicap: of each group of added faces. faces: unit vectors of each
+    learned character that has any. lift: as `lift_of` returns it; None leaves the head out of
+    similarities. colours: their weight, where the cosine of embeddings has 1. If it is not 0, the
+    last columns are histograms.
     """
     trained = int((labels < learned).sum()) if trained is None else trained
+    kept = embeddings
+    histograms = embeddings[:, -COLOURS:] if colours else None
+    embeddings = embeddings[:, :-COLOURS] if colours else embeddings
     mean, matrix = whitening(embeddings[:trained], labels[:trained])
     gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
     unit = compared(embeddings, gallery)
-    faces = [unit[labels == c] for c in labels.unique() if c < learned]
+    characters = [labels == c for c in labels.unique() if c < learned]
+    faces = [unit[some] for some in characters]
+    gallery["colours"] = colours
+    gallery["histograms"] = [histograms[some] for some in characters] if colours else None
     added, number = labels[trained:].unique(return_inverse=True)
     group = torch.cat([labels[:trained], learned + number])
     sums = unit.new_zeros(learned + len(added), unit.shape[1]).index_add_(0, group, unit)
     gallery |= {"who": torch.cat([torch.arange(learned), added]), "group": group, "sums": sums}
-    gallery |= {"sizes": group.bincount(minlength=len(sums)), "trained": trained}
-    gallery |= {"embeddings": embeddings, "lift": lift}
+    # The more faces a mean is of, the nearer are others to it. One or two faces are no mean yet.
+    sizes = group.bincount(minlength=len(sums))[learned:]
+    handicap = HANDICAP * SHOTS / sizes.clamp(min=SHOTS)
+    gallery |= {"handicap": handicap.where(sizes >= LEAST, 0), "trained": trained}
+    gallery |= {"embeddings": kept, "lift": lift}
     return gallery | {"unit": unit, "faces": faces}
 
 
 def compared(embeddings, gallery):
     """embeddings (n, D) -> whitened unit vectors (n, D): their products are similarities."""
-    return F.normalize((embeddings.float() - gallery["mean"]) @ gallery["matrix"])
+    embeddings = embeddings[:, : len(gallery["mean"])].float()  # without histograms
+    return F.normalize((embeddings - gallery["mean"]) @ gallery["matrix"])
 
 
-def best_similarity(unit, gallery):
-    """unit (n, D) -> (n,): the mean cosine with the three nearest faces of a character, the best one."""
-    scores = []
-    for faces in gallery["faces"]:
-        nearest = (unit @ faces.T).topk(min(NEAREST, len(faces)), 1).values
-        scores.append(nearest.mean(1))
-    return torch.stack(scores, 1).amax(1)
+def best_similarity(embeddings, gallery):
+    """embeddings (n, D) -> (n,): the mean cosine with the three nearest faces of a character, the best one.
+
+    With colours it is averaged with the mean cosine of histograms, by their weight.
+    """
+    scores = nearest_of(compared(embeddings, gallery), gallery["faces"])
+    if weight := gallery["colours"]:
+        # What a network has learned of few pictures tells these characters apart, but says little of
+        # others. Colours tell less of each, but the same of all.
+        alike = nearest_of(embeddings[:, -COLOURS:].float(), gallery["histograms"])
+        scores = (scores + weight * alike) / (1 + weight)
+    return scores.amax(1)
+
+
+def nearest_of(unit, faces):
+    """Unit vectors (n, D), a list of those of each character -> (n, C): mean products with the nearest."""
+    cosines = [unit @ own.T for own in faces]
+    nearest = [x.topk(min(NEAREST, x.shape[1]), 1).values.mean(1) for x in cosines]
+    return torch.stack(nearest, 1)
 
 
 def similarity_of(logits, embeddings, gallery):
@@ -174,7 +200,7 @@ def similarity_of(logits, embeddings, gallery):
 
     LIFT for each standard deviation of the best logit of known faces. Together they separate best.
     """
-    similarity = best_similarity(compared(embeddings, gallery), gallery)
+    similarity = best_similarity(embeddings, gallery)
     return lifted(similarity, logits.amax(1), gallery["lift"])
 
 
@@ -201,8 +227,8 @@ def decide(logits, embeddings, gallery, own=None):
     """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
     The head names the characters that it learned. Where faces were added, their character wins if
-    their mean is nearer, HANDICAP given, than that of every learned one; own: as
-    `to_means`. confidence: P(the name is right) where half of all pictures show unknown characters;
+    their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`.
+    confidence: P(the name is right) where half of all pictures show unknown characters;
     nan of a name that added faces gave.
     """
     unit = compared(embeddings, gallery)
@@ -214,8 +240,10 @@ def decide(logits, embeddings, gallery, own=None):
     to_mean = to_means(unit, gallery, own)  # (n, G)
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
-    near, added = to_mean[:, learned:].max(1)
-    new = near + HANDICAP > to_mean[:, :learned].amax(1)
+    to_added = to_mean[:, learned:]
+    best, added = (to_added + gallery["handicap"]).max(1)
+    new = best > to_mean[:, :learned].amax(1)
+    near = to_added.gather(1, added[:, None])[:, 0]
     return (
         torch.where(new, gallery["who"][learned + added], who),
         torch.where(new, near, similarity),
@@ -350,10 +378,8 @@ def fit_platt(known, unknown):
 HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
 HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
 HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
-HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2)}
-HEADER |= {
-    "alike?": fields.number(-1, 1)
-}  # mean cosine that joins two groups of apps/sort.py --group
+HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2), "colours?": fields.number(0, 100)}
+HEADER |= {"alike?": fields.number(-1, 1)}  # cosine that joins two groups of apps/sort.py
 HEADER |= {"trained?": fields.whole(1)}  # faces that taught the head; they come first
 REMEDY = "remove it, and apps/recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
@@ -420,9 +446,16 @@ def open_recogniser(args):
     return net, header, gallery, autocast
 
 
-def outputs_of(net, split, rows, autocast, name=""):
-    """Whole images -> logits (n, C), embeddings (n, D), each of the mean of picture and mirror image."""
-    return predict(net, pooled_of(net, split, rows, autocast, name, mirrored=True))
+def outputs_of(net, split, rows, autocast, name="", colours=True):
+    """Whole images -> logits (n, C), embeddings (n, D), each of the mean of picture and mirror image.
+
+    With colours, histograms are the last columns of the embeddings, (n, D + COLOURS).
+    """
+    logits, embeddings = predict(net, pooled_of(net, split, rows, autocast, name, mirrored=True))
+    if not colours:
+        return logits, embeddings
+    views = data.whole_views(split["images"], rows, net.encoder.image_size, torch.device("cpu"))
+    return logits, torch.cat([embeddings, torch.cat([histograms(view) for _, view in views])], 1)
 
 
 def faces_learned(run, device, dtype):
@@ -440,19 +473,20 @@ def faces_learned(run, device, dtype):
     folder = place_of(header["data"], run)
     held = header.get("split", "val")
     hold_out = header.get("hold_out", 0)
-    if held == BY_FOLDS:
+    by_folds = held == BY_FOLDS
+    if by_folds:
         train, classes = open_all(folder)
     else:
         (train, dev, _), classes = open_rows(folder, held, hold_out)
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
-    outputs = partial(outputs_of, net, autocast=autocast, name="gallery")
+    outputs = partial(outputs_of, net, autocast=autocast, name="gallery", colours=by_folds)
     rows = torch.cat([train.rows[some] for some in evenly_of_each(train.labels[train.rows], FACES)])
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
     _, found.embeddings = outputs(train.split, rows)
     found.held_out = found.unknown = found.others = None
-    if held == BY_FOLDS:
+    if by_folds:
         return found
     found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
     labels = torch.as_tensor(dev.split["labels"])
@@ -470,7 +504,7 @@ def save_gallery(path, embeddings, labels, header):
     """embeddings (n, D), labels (n,); header: the fields of HEADER, and perhaps others."""
     tensors = {"embeddings": embeddings.float(), "labels": labels}
     names = [key.removesuffix("?") for key in HEADER]
-    save_safetensors(tensors, path, {name: header.get(name) for name in names})
+    save_safetensors(tensors, path, {name: header[name] for name in names if name in header})
 
 
 def load_gallery(run):
@@ -480,7 +514,9 @@ def load_gallery(run):
     fields.check_fields(header, HEADER, path, REMEDY)
     learned, names = header["learned"], header["names"]
     _, head = read_head(run)
-    arrays = {"embeddings": f"float n {head['config']['dim']}", "labels": "int64 n"}
+    colours = header.get("colours", 0.0)
+    width = head["config"]["dim"] + (COLOURS if colours else 0)
+    arrays = {"embeddings": f"float n {width}", "labels": "int64 n"}
     fields.check_arrays(tensors, arrays, path, REMEDY, n=len(header["keys"]))
     fields.check_finite(tensors, path)
     embeddings = tensors["embeddings"].float()
@@ -491,9 +527,8 @@ def load_gallery(run):
     trained = header.get("trained") or int((labels < learned).sum())  # older files do not say it
     if trained > len(labels) or len(labels[:trained].unique()) != learned:
         raise UserError(f"{path} has not the faces that were learned; {REMEDY}")
-    return (
-        make_gallery(embeddings, labels, learned, trained=trained) | header | {"trained": trained}
-    )
+    gallery = make_gallery(embeddings, labels, learned, trained=trained, colours=colours)
+    return gallery | header | {"trained": trained}
 
 
 # ---- naming and enrolment ------------------------------------------------------------------------
@@ -618,9 +653,10 @@ def add_faces(run, who, keys, embeddings):
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
         names, labels, trained = gallery["names"], gallery["labels"], gallery["trained"]
-        same = F.normalize(embeddings) @ F.normalize(gallery["embeddings"]).T > SAME  # (n, faces)
+        embeddings = embeddings[:, : gallery["embeddings"].shape[1]]  # some have no colours
+        same = same_pictures(embeddings, gallery["embeddings"])  # (n, faces)
         has_name = torch.tensor([name == who for name in names])[labels]
-        twins = F.normalize(embeddings) @ F.normalize(embeddings).T > SAME
+        twins = same_pictures(embeddings, embeddings)
         new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
         for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
             there = "was learned as" if face < trained else "was added as"
@@ -641,6 +677,12 @@ def add_faces(run, who, keys, embeddings):
     else:
         told = f"{who} is enrolled with {total} pictures"
     return [*lines, f"{told}; the gallery knows {count} characters"]
+
+
+def same_pictures(embeddings, others):
+    """Embeddings (n, D) and (m, D) -> (n, m): are they of one picture?"""
+    width = min(embeddings.shape[1], others.shape[1])  # some have no colours
+    return F.normalize(embeddings[:, :width]) @ F.normalize(others[:, :width]).T > SAME
 
 
 def only(gallery, stay):
@@ -678,7 +720,8 @@ def known_faces(run, net, header, autocast, gallery):
             rows = some.rows[data.evenly_spaced(len(some.rows), ASKED)]
             parts.append(outputs_of(net, some.split, rows, autocast)[1])
         embeddings, own, what = torch.cat(parts), None, "held-out pictures of learned characters"
-    logits = net.head(embeddings.to(net.encoder.cls_token.device)).cpu()
+    seen = embeddings[:, : len(gallery["mean"])]  # without histograms
+    logits = net.head(seen.to(net.encoder.cls_token.device)).cpu()
     return logits, embeddings, own, what
 
 
@@ -690,9 +733,9 @@ def renamed(logits, embeddings, own, what, before, after):
         names.append([gallery["names"][i] for i in who])
     changed = Counter(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
     told = ", ".join(f"{n} {old} -> {new}" for (old, new), n in changed.most_common(3))
-    return f"{changed.total()} of {len(logits)} {what} change their name" + f" ({told})" * bool(
-        changed
-    )
+    line = f"{changed.total()} of {len(logits)} {what} change their name"
+    line += f" ({told})" * bool(told)
+    return line if own is None else f"{line}; new ones of these characters do so more often"
 
 
 def take_out(run, who):

@@ -19,7 +19,9 @@ def histograms(images):
     """images u8 (n, S, S, 3) -> (n, BINS^3): square roots of the shares of colours, all of one area."""
     bins = images.flatten(1, 2).long() * BINS // 256
     place = (bins[..., 0] * BINS + bins[..., 1]) * BINS + bins[..., 2]
-    counts = torch.zeros(len(images), BINS**3).scatter_add_(1, place, torch.ones(place.shape))
+    # images.shape[0] and not len(images), which would be a constant in an ONNX file.
+    counts = torch.zeros(images.shape[0], BINS**3, device=images.device)
+    counts = counts.scatter_add(1, place, torch.ones_like(place, dtype=counts.dtype))
     return (counts / place.shape[1]).sqrt()
 
 

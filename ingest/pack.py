@@ -545,8 +545,8 @@ def to_learn(out):
     except UserError as found:
         problem = f"; finetune_lora.py can't learn from it: {found}"
     if small and not problem:
-        words = ["python", "finetune_lora.py", "weights/toon", "--data", str(out)]
-        return shlex.join(words + of_split)
+        # It is cross-validated, over all splits.
+        return shlex.join(["python", "finetune_lora.py", "weights/toon", "--data", str(out)])
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []
     return shlex.join(words + of_split) + problem

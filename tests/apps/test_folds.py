@@ -10,7 +10,7 @@ from made import CPU
 from scipy.stats import ttest_1samp
 
 import data
-from apps import folds, groups
+from apps import folds, groups, recognize
 from common import features
 from common.classifier import read_head
 from common.io import read_json, read_safetensors
@@ -120,14 +120,30 @@ def test_pictures_of_nobody_are_asked_once_and_faces_choose_how_alike_a_group_is
     line = TRAIN.replace("packed", "others") + " --split folds --epochs 2 --out runs/others"
     printed = run_line(line, home, check=0).stdout
     tensors = [read_safetensors(path)[0] for path in (home / "runs/others/folds").glob("*.s*")]
-    assert sum(len(fold["others_cosine"]) for fold in tensors) == count > 20
+    assert sum(len(fold["others_similarity"]) for fold in tensors) == count > 20
     said = read_json(home / "runs/others" / folds.PROMISE)
     assert f"{said['others']:.0f} % of the pictures of nobody were called unknown" in printed
     assert said["calibration"]["alike"] in groups.GRID
     for fold in tensors:
         assert len(fold["unit"]) == len(fold["logits"])
-        assert len(fold["unknown_unit"]) == len(fold["unknown_cosine"])
+        assert len(fold["unknown_unit"]) == len(fold["unknown_similarity"])
     assert "others" not in read_json(home / OUT / folds.PROMISE)
+
+
+def test_an_onnx_file_compares_colours_too(learned):
+    home, _ = learned
+    run_line(f"apps.export {OUT} --to onnx --out one.onnx", home, check=0)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    images = np.array(data.open_split(home / "datasets/packed", "val")["images"][:5])
+    model = onnxruntime.InferenceSession(str(home / "one.onnx"))
+    names = [output.name for output in model.get_outputs()]
+    found = dict(zip(names, model.run(None, {model.get_inputs()[0].name: images}), strict=True))
+    net, _, autocast = recognize.open_network(home / OUT, "cpu", "fp32")
+    gallery = recognize.open_gallery(home / OUT)
+    assert gallery["colours"] > 0
+    _, similarity, _, sure = recognize.decide(*recognize.embed(net, images, autocast), gallery)
+    np.testing.assert_allclose(found["similarity"], similarity, atol=1e-3)
+    np.testing.assert_allclose(found["confidence"], sure, atol=1e-3)
 
 
 def test_a_run_that_learned_everything_is_not_measured_on_it(learned):

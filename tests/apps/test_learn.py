@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 from conftest import draw_folder, json_of, refused, run_line
 from made import CPU
+from PIL import Image
 
 from apps import recognize
 
@@ -56,6 +57,23 @@ def test_moved_and_added_pictures_are_learned_and_the_others_are_not(fresh):
     move(fresh, "Zoë/more.png", to="unknown")
     assert "1 Zoë -> unknown" in learned(fresh)
     assert len(recognize.load_gallery("runs/a-lora")["keys"]) == len(gallery["keys"]) - 1
+
+
+def test_what_stayed_beside_a_correction_is_learned_too(fresh):
+    draw_folder(fresh / "new", 2, 12)
+    for path in (fresh / "new").rglob("*.png"):  # the colours of two classes, other noise
+        Image.open(path).rotate(180).save(path)
+    run_line(f"{SORT} new --threshold -2 --out out", fresh, check=0)
+    known = table(fresh)
+    wrong = [copy for copy in known if copy.split("/")[0] != copy.split("/")[-2]]
+    right = [copy for copy in known if copy not in wrong]
+    assert len(right) >= 12
+    count = len(recognize.load_gallery("runs/a-lora")["keys"])
+    move(fresh, right[0], to="unknown")
+    told = learned(fresh)
+    gallery = recognize.load_gallery("runs/a-lora")
+    assert count + len(known) - 1 == len(gallery["keys"])
+    assert f"of {len(known) - 1} pictures that stayed" in told and "of them new" in told
 
 
 def test_too_few_of_somebody_new_and_groups_without_a_name_are_not_learned(fresh):

@@ -251,7 +251,7 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
 
 NEXT = {  # flags: the command that comes next, and words of what is said
     "images --split .8,0,.2": (
-        "python finetune_lora.py weights/toon --data OUT --split test",
+        "python finetune_lora.py weights/toon --data OUT",
         "test 12",
     ),
     "images/class0": ("python pretrain.py --data OUT", "finetune_lora.py can't learn from it"),
