@@ -97,6 +97,7 @@ NOT_READ = {  # flags without an effect on a method
     "lora": {"unfreeze_every"},
     "full": set(),
 }
+LEAST_STEPS = 90  # of a run whose epochs nobody chose (results/TRIED.md)
 WEIGHT_DECAY = {"linear": 1e-4, "lora": 1e-4, "full": 0.05}
 WARMUP = 0.1  # share of the run in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient
@@ -475,7 +476,11 @@ def open_task(flags, device, autocast):
         # Where there is no dev, a tenth of train is held out, in whole illustrations: two faces of one
         # drawing are so alike that one of them in train would give away the other.
         sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
-    flags.batch_size = min(flags.batch_size, len(sets[0].rows))
+    pictures = len(sets[0].rows)
+    flags.batch_size = min(flags.batch_size, pictures)
+    # Thirty epochs of 35 pictures are thirty steps, in which a new head learns little.
+    least = math.ceil(LEAST_STEPS / (pictures // flags.batch_size))
+    set_defaults(flags, epochs=max(flags.epochs, least))
     return task_of(flags, encoder, sets, classes, device, autocast)
 
 

@@ -366,7 +366,8 @@ def minutes_of(flags, encoder, pictures, device, autocast):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start  # of the second one, when all is warm
-    return FOLDS * SHARE * flags.epochs * pictures / B * seconds / 60
+    steps = max(finetune_lora.LEAST_STEPS, flags.epochs * pictures / B)
+    return FOLDS * SHARE * steps * seconds / 60
 
 
 def cross_validate(flags, task):
