@@ -123,11 +123,18 @@ class FoldRun(train.Run):
             sys.exit(128 + self.stop[0])
 
 
+def steps_of_epoch(flags, images):
+    """Steps in which a set of `open_rows` is seen once."""
+    return len(images.rows) // flags.batch_size
+
+
 def train_fold(flags, whole, sets, learned, bar):
     """Train without the pictures of a fold -> its Task and the log of its run."""
     flags = copy.copy(flags)
     flags.resume, flags.log = None, ()
-    flags.batch_size = min(flags.batch_size, len(sets[0].rows))
+    # As many steps as when everything is learned, of smaller batches. With fewer, it would learn less,
+    # and known pictures would seem less similar than they will be.
+    flags.batch_size = max(2, len(sets[0].rows) // steps_of_epoch(flags, whole.train))
     classes = [whole.classes[c] for c in learned]
     encoder = finetune_lora.fresh_encoder(flags)
     task = finetune_lora.task_of(
@@ -183,9 +190,8 @@ def answers_of_folds(flags, task, of_character, of_picture):
     config = {k: v for k, v in vars(flags).items() if k not in train.UNSAVED}
     config |= {"digest": data.fingerprint(every.split), "command": ""}
     config = json.loads(json.dumps(config))  # as it will be read back
-    batch = flags.batch_size
-    steps = [flags.epochs * (len(fit.rows) // min(batch, len(fit.rows))) for fit, *_ in parts]
-    bar = progress(total=sum(steps), name="folds", unit="step")
+    steps = flags.epochs * steps_of_epoch(flags, every)
+    bar = progress(total=steps * count, name="folds", unit="step")
     found = []
     for fold, (fit, dev, left_out, learned) in enumerate(parts):
         path = task.out / "folds" / f"{fold + 1}.safetensors"
@@ -195,7 +201,7 @@ def answers_of_folds(flags, task, of_character, of_picture):
                 raise UserError(
                     f"{path} is of another command; rm -r {shlex.quote(str(path.parent))}"
                 )
-            bar.update(steps[fold])
+            bar.update(steps)
         else:
             trained, rows = train_fold(flags, task, (fit, dev), learned, bar)
             tensors = answers_of(trained, left_out, learned, len(classes))
