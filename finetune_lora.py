@@ -97,6 +97,7 @@ NOT_READ = {  # flags without an effect on a method
     "lora": {"unfreeze_every"},
     "full": set(),
 }
+LEAST_STEPS = 90  # of a run whose epochs nobody chose (results/TRIED.md)
 WEIGHT_DECAY = {"linear": 1e-4, "lora": 1e-4, "full": 0.05}
 WARMUP = 0.1  # share of the run in which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient
@@ -442,7 +443,7 @@ class Task:
     out: Path
     device: torch.device
     autocast: partial
-    stop: int = 0  # the epoch after which it ends, if not with the last
+    stop: int = 0  # the epoch after which it ends and that is kept, where dev does not choose one
     features: dict = field(default_factory=dict)  # of a frozen encoder, {name of a set: (n, D)}
 
     def sizes(self):
@@ -475,7 +476,11 @@ def open_task(flags, device, autocast):
         # Where there is no dev, a tenth of train is held out, in whole illustrations: two faces of one
         # drawing are so alike that one of them in train would give away the other.
         sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
-    flags.batch_size = min(flags.batch_size, len(sets[0].rows))
+    pictures = len(sets[0].rows)
+    flags.batch_size = min(flags.batch_size, pictures)
+    # Thirty epochs of 35 pictures are thirty steps, in which a new head learns little.
+    least = math.ceil(LEAST_STEPS / (pictures // flags.batch_size))
+    set_defaults(flags, epochs=max(flags.epochs, least))
     return task_of(flags, encoder, sets, classes, device, autocast)
 
 
@@ -611,7 +616,7 @@ def predict(task, subset):
 def finetune(flags, task, make_run=train.Run):
     """Train for --epochs -> (run, the latest epoch within a standard error of the best on dev).
 
-    Without dev all of its epochs are made, or as many as task.stop says.
+    With task.stop it is that one, whatever dev says.
     """
     net = task.net
     device = task.device
@@ -706,7 +711,7 @@ def finetune(flags, task, make_run=train.Run):
                 run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=macro_f1)
                 best.update(macro_f1, epoch + 1, len(truth), task.trained)
             run.save_if_due()
-    if task.dev:
+    if task.dev and not task.stop:
         task.trained.load_state_dict(best.weights)
         last = best.epoch
     settle_neck(task)
@@ -720,11 +725,12 @@ def measure(task):
     """The pictures of --split -> a namespace, of which `results` makes a row.
 
     logits (n, C), labels (n,), groups (n,) and, in percent, Top-1 of the same pictures in gray and of
-    two controls. Cross-validation returns the same (apps/folds.py).
+    two controls. Cross-validation returns the same, lines to be printed and rows for curves.png
+    (apps/folds.py).
     """
     logits, truth = predict(task, task.report)
     groups = data.groups_of(task.report.split)[task.report.rows]
-    found = SimpleNamespace(logits=logits, labels=truth, groups=groups)
+    found = SimpleNamespace(logits=logits, labels=truth, groups=groups, lines=[], curve=[])
     found.colourless_top1 = 100 * readout.topk(*predict(task, controls.in_gray(task.report)), 1)
     # How much do colours tell without any network? An accuracy is good only where it beats these two.
     sets = task.train, task.dev, task.report
@@ -873,7 +879,8 @@ def write_results(flags, task, run, best_epoch, found):
     save_json(row, out / f"metrics{suffix}.json")
     with drawing("curves.png or confusion.png"):
         title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
-        draw_curves(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
+        rows = train.read_log(out / "log.jsonl") + found.curve
+        draw_curves(out / "curves.png", rows, best_epoch, title)
         draw_confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
     low, high = row["top1_interval"]
     print(
@@ -883,7 +890,7 @@ def write_results(flags, task, run, best_epoch, found):
         f"controls Top-1 by thumbnails {row['thumbnails_top1']:.1f} %, by histograms of colours "
         f"{row['histograms_top1']:.1f} %"
     )
-    for line in getattr(found, "lines", ()):  # of folds
+    for line in found.lines:
         print(line)
     print(
         f"wrote    {out}/ after {row['seconds']:.0f} s; the weights are those of epoch {best_epoch}\n"

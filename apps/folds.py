@@ -55,6 +55,7 @@ MINUTES = 3  # that cross-validation may take where nobody asked for it
 ENOUGH = 10, 5  # pictures of a character, characters: from here on a promise says something
 COLOURS = 1.0  # their weight in a similarity (results/TRIED.md)
 MEASURED = "colourless", "thumbnails", "histograms"  # Top-1 of a picture in gray, and controls
+CURVES = "dev_top1", "dev_macro_f1"
 SHARE = 0.6  # of a training on everything is what one fold costs
 
 
@@ -125,16 +126,25 @@ class FoldRun(train.Run):
             sys.exit(128 + self.stop[0])
 
 
+def steps_of_epoch(flags, images):
+    """Steps in which a set of `open_rows` is seen once."""
+    return len(images.rows) // flags.batch_size
+
+
 def train_fold(flags, whole, sets, learned, bar):
     """Train without the pictures of a fold -> its Task and the log of its run."""
     flags = copy.copy(flags)
     flags.resume, flags.log = None, ()
-    flags.batch_size = min(flags.batch_size, len(sets[0].rows))
+    # As many steps as when everything is learned, of smaller batches. With fewer, it would learn less,
+    # and known pictures would seem less similar than they will be.
+    flags.batch_size = max(2, len(sets[0].rows) // steps_of_epoch(flags, whole.train))
     classes = [whole.classes[c] for c in learned]
     encoder = finetune_lora.fresh_encoder(flags)
     task = finetune_lora.task_of(
         flags, encoder, (*sets, None), classes, whole.device, whole.autocast
     )
+    # Pictures that choose an epoch can't measure it, so each fold keeps its last one.
+    task.stop = flags.epochs
     # A frozen encoder sees each picture once, and not once for each fold.
     task.features = whole.features
     run, _ = finetune_lora.finetune(flags, task, partial(FoldRun, bar=bar))
@@ -194,9 +204,8 @@ def answers_of_folds(flags, task, of_character, of_picture):
     others = open_others(flags.data)
     others = others if others and len(others[1]) >= count else None
     config["others"] = others and data.fingerprint(others[0])
-    batch = flags.batch_size
-    steps = [flags.epochs * (len(fit.rows) // min(batch, len(fit.rows))) for fit, *_ in parts]
-    bar = progress(total=sum(steps), name="folds", unit="step")
+    steps = flags.epochs * steps_of_epoch(flags, every)
+    bar = progress(total=steps * count, name="folds", unit="step")
     found = []
     for fold, (fit, dev, left_out, learned) in enumerate(parts):
         path = task.out / "folds" / f"{fold + 1}.safetensors"
@@ -206,13 +215,13 @@ def answers_of_folds(flags, task, of_character, of_picture):
                 raise UserError(
                     f"{path} is of another command; rm -r {shlex.quote(str(path.parent))}"
                 )
-            bar.update(steps[fold])
+            bar.update(steps)
         else:
             trained, rows = train_fold(flags, task, (fit, dev), learned, bar)
             some = others and (others[0], others[1][fold::count])  # each picture is asked once
             tensors = answers_of(trained, left_out, learned, len(classes), some)
-            f1 = [row["dev_macro_f1"] for row in rows if "dev_macro_f1" in row]
-            tensors["macro_f1"] = torch.tensor(f1)  # of each epoch
+            for name in CURVES:  # of each epoch
+                tensors[name] = torch.tensor([row[name] for row in rows if name in row])
             save_safetensors(tensors, path, config)
         rows = {"rows": dev.rows, "labels": every.labels[dev.rows]}
         found.append(tensors | rows | {"unknown_labels": every.labels[left_out]})
@@ -220,9 +229,16 @@ def answers_of_folds(flags, task, of_character, of_picture):
     return found
 
 
-def epoch_of(folds, pictures):
-    """The latest epoch whose mean macro-F1 is within a standard error of the best, as of `Best`."""
-    curve = torch.stack([fold["macro_f1"] for fold in folds]).mean(0)
+def curves_of(folds):
+    """-> rows as of log.jsonl: Top-1 and macro-F1 of each epoch, their means over the folds."""
+    means = [torch.stack([fold[name] for fold in folds]).mean(0).tolist() for name in CURVES]
+    rows = enumerate(zip(*means, strict=True), 1)
+    return [{"epoch": epoch, **dict(zip(CURVES, row, strict=True))} for epoch, row in rows]
+
+
+def epoch_of(rows, pictures):
+    """The latest epoch whose macro-F1 is within a standard error of the best, as of `Best`."""
+    curve = torch.tensor([row["dev_macro_f1"] for row in rows])
     best = curve.max()
     standard_error = (best * (100 - best) / pictures).sqrt()
     return int((curve >= best - standard_error).nonzero()[-1]) + 1
@@ -237,7 +253,7 @@ def together(folds):
     others_similarity (k,): of pictures of nobody, perhaps none. alike: see `best_threshold`.
     """
     found = SimpleNamespace()
-    for name in folds[0].keys() - {"enrolled_threshold", "macro_f1", "unit", "unknown_unit"}:
+    for name in folds[0].keys() - {"enrolled_threshold", "unit", "unknown_unit", *CURVES}:
         setattr(found, name, torch.cat([fold[name] for fold in folds]))
     thresholds = torch.stack([fold["enrolled_threshold"] for fold in folds])
     found.enrolled_threshold = thresholds.mean().item()
@@ -295,36 +311,30 @@ def auroc(known, unknown):
 
 
 def promised(row):
-    """promise.json -> the lines that are printed."""
+    """promise.json -> the table that is printed, in lines."""
     known, new = row["known_unknown"], row["unknown"]
-    words = "{mean:.0f} % of {who} (95 % interval {low:.0f} to {high:.0f})"
-    lines = [
-        f"unknown  {words.format(who='the pictures of new characters', **new)} will be called unknown, "
-        f"and {words.format(who='those of known ones', **known)}"
-    ]
+    share = "{mean:.0f} % (95 % interval {low:.0f} to {high:.0f})"
     few = row["least"] < ENOUGH[0] or row["characters"] < ENOUGH[1]
     if few:
-        lines = [
-            f"unknown  too few to say: {new['low']:.0f} to {new['high']:.0f} % of the pictures of new "
-            f"characters, and {known['low']:.0f} to {known['high']:.0f} % of those of known ones, will "
-            f"be called unknown; {ENOUGH[1]} characters with {ENOUGH[0]} pictures each say more"
-        ]
+        share = "{low:.0f} to {high:.0f} %"
+    both = f"{row['auroc']:.1f} %; {row['colours_auroc']:.1f} %"
+    wins = ", so colours alone tell better" if row["colours_auroc"] > row["auroc"] else ""
+    cells = {
+        "new characters' pictures called unknown": share.format(**new),
+        "known characters' pictures called unknown": share.format(**known),
+        "AUROC; of an SVM on histograms of colours": both + wins,
+    }
     if "others" in row:
-        lines.append(
-            f"         {row['others']:.0f} % of the pictures of nobody were called unknown"
-        )
-    wins = "; colours alone tell better" if row["colours_auroc"] > row["auroc"] else ""
-    lines.append(
-        f"         AUROC {row['auroc']:.1f} %, of an SVM on histograms of colours "
-        f"{row['colours_auroc']:.1f} %{wins}"
-    )
-    share = row.get("right_when_sure")
-    if share is not None and not few:
-        lines.append(
-            f"         names with a confidence of 80 % or more: {share:.0f} % right, if half of all "
-            "pictures show unknown characters"
-        )
-    return lines
+        cells["pictures of nobody called unknown"] = f"{row['others']:.0f} %"
+    if few:
+        enough = f"{ENOUGH[1]} characters with {ENOUGH[0]} pictures each would say more"
+        cells["too few to say how many"] = enough
+    elif row["right_when_sure"] is not None:
+        right = f"{row['right_when_sure']:.0f} %, if half of all pictures show new characters"
+        cells["names right, of confidence 80 % or more"] = right
+    width = max(map(len, cells))
+    lines = [f"         {name:<{width}}  {value}" for name, value in cells.items()]
+    return ["unknown" + lines[0][len("unknown") :], *lines[1:]]
 
 
 # ---- all of it -----------------------------------------------------------------------------------
@@ -366,11 +376,12 @@ def minutes_of(flags, encoder, pictures, device, autocast):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start  # of the second one, when all is warm
-    return FOLDS * SHARE * flags.epochs * pictures / B * seconds / 60
+    steps = max(finetune_lora.LEAST_STEPS, flags.epochs * pictures / B)
+    return FOLDS * SHARE * steps * seconds / 60
 
 
 def cross_validate(flags, task):
-    """Train the networks of the folds -> a namespace as finetune_lora.measure returns, with `epoch` and `lines`.
+    """Train the networks of the folds -> a namespace as finetune_lora.measure returns, with `epoch`, too.
 
     Writes promise.json, whose "calibration" apps/recognize.py takes for the gallery.
     """
@@ -393,7 +404,8 @@ def cross_validate(flags, task):
     found.groups = groups[found.rows]
     for name in MEASURED:
         setattr(found, f"{name}_top1", 100 * getattr(found, name).double().mean().item())
-    found.epoch = epoch_of(folds, len(found.labels))
+    found.curve = curves_of(folds)
+    found.epoch = epoch_of(found.curve, len(found.labels))
     row = promise(found, numbers, task.sizes()) | {"folds": count, "epoch": found.epoch}
     row |= {"calibration": numbers, "command": flags.command, "commit": train.commit()}
     save_json(row, task.out / PROMISE)

