@@ -60,7 +60,7 @@ WORK = (  # calls that work, from which every bad one is made
     f"{NAME} {PICTURE} --detect runs/a-det",
     f"{NAME} --enrol newcomer images/class0",
     f"apps.sort runs/a-lora images/class0 --out sorted {CPU}",
-    f"apps.learn runs/a-lora sorted {CPU}",
+    f"apps.learn runs/a-lora corrected {CPU}",
     f"{UNKNOWN} --split test",
     f"apps.tags runs/a --data datasets/packed --epochs 2 --out runs/new {CPU}",
     f"apps.tags runs/a-tags images/class0 {CPU}",
@@ -133,6 +133,16 @@ def write_more(base):
     rows = shutil.ignore_patterns("table.*")
     published = ROOT / "results/baselines/minutes-faces20"
     shutil.copytree(published, base / "study/minutes", ignore=rows)
+    for place in ("class0/0.png", "class1/1.png", "class1/2.png"):  # 1.png was moved
+        (base / "corrected" / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(base / f"images/class1/illust{place[-5]}_0.png", base / "corrected" / place)
+    rows = [f"images/{i}.png,class0,0.5,0.5,class0/{i}.png" for i in (0, 1)]
+    rows = [
+        "picture,name,similarity,confidence,copy",
+        *rows,
+        "images/2.png,class1,1,1,class1/2.png",
+    ]
+    (base / "corrected/sorted.csv").write_text("\n".join(rows))
     for folder in ("odd", "broken", "temporary"):
         (base / folder).mkdir()
     for name in ("notes.txt", "study/table.md", "odd/na\nme", "odd/名前 'q\" %s", "locked"):
@@ -262,10 +272,14 @@ def complaints_of_words(done, word):
 def complaints_of_files(done, before, base, line):
     """What is lost or left over."""
     goes_on = "--resume" in line and getattr(done, "returncode", 1) == 0
-    grows = "gallery.safetensors" if "--enrol" in line else None
+    grows = []
+    if "--enrol" in line:
+        grows = ["gallery.safetensors"]
+    if "apps.learn" in line:
+        grows = ["gallery.safetensors", "sorted.csv"]
     after = files_of(base)
     for path, content in before.items():
-        if after.get(path) != content and not goes_on and path.name != grows:
+        if after.get(path) != content and not goes_on and path.name not in grows:
             yield f"changed {path.relative_to(base)}"
     there = [path for path in base.rglob("*") if path.suffix in (".tmp", ".lock")]
     for path in [*there, *(base / "temporary").iterdir()]:
