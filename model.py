@@ -341,7 +341,7 @@ class Decoder(nn.Module):
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
         # norm_pix removes each patch's mean and contrast from what is predicted, but a picture
         # needs them. The true ones would leak the answer, so visible neighbours suggest two numbers
-        # for each patch (kernels.loss.visible_stats), and this head learns to correct them.
+        # for each patch (kernels.loss.predicted_stats), and this head learns to correct them.
         self.stats_head = nn.Linear(decoder_dim, 2)
         self.apply(init_weights)
         shrink_branches(self.decoder_blocks)

@@ -48,16 +48,17 @@ from common.command import (
 )
 from common.contrast import SETTINGS, Contrast
 from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
-from common.graphs import replayed
+from common.graphs import Replayed
 from common.io import UserError
-from kernels.gather import masked_patch_gather
+from kernels.gather import FLOOR, masked_patch_gather
 from kernels.loss import (
-    FLOOR,
     absolute_error,
     detail_weight,
     patch_detail,
-    reconstruction_loss,
+    predicted_stats,
+    reconstruction_error,
     stats_loss,
+    weighted_mean,
 )
 from model import MAE, SIZES, Pooler, SimMIM
 
@@ -391,12 +392,11 @@ def main():
     # network: the model, with the same weights, as the loop calls it: its gradients are averaged over
     # processes. build_contrast then adds model.encoder.pooler, which that average must not know: it
     # waits for a gradient of every weight in every step, and the pooler has none in some.
-    network = model
-    if (
-        compiles(flags, device) and world > 1
-    ):  # else the losses are compiled, and the network with them
-        network = torch.compile(model, mode="reduce-overhead")
-    network = share_gradients(network)
+    compiling = compiles(flags, device)
+    alone = world == 1  # then all losses are compiled, and the network with them
+    network = share_gradients(
+        torch.compile(model, mode="reduce-overhead") if compiling and not alone else model
+    )
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
     strategy, source, throw = make_mask(flags, model.encoder, train_set, autocast)
     # All that learns has one optimizer. The run's own teacher is among the networks, because it is
@@ -432,8 +432,11 @@ def main():
     if run.writes and run.step == 0:
         log_evaluation(run, model, source.teacher, splits, target_options, autocast)
 
+    # A step has six parts. The loop below has 1, 2 and 6; parts 3 to 5 are the functions `losses` and
+    # `update`, because a GPU can compile the one, and replay the other as a recording.
+
     def losses(view, ids_keep, ids_mask, *second):
-        """Parts 3 and 4 of a step, as a function that a GPU's compiler makes few kernels of.
+        """Parts 3 and 4 of a step.
 
         view u8 (b, s, s, 3), ids_keep (b, K), ids_mask (b, M); second: what `contrast.draw` drew, in
         steps that have the contrastive loss.
@@ -441,28 +444,25 @@ def main():
         """
         # 3. forward
         # Hidden patches are not even embedded: that is what makes an MAE cheap.
-        visible = masked_patch_gather(view, ids_keep, p, dtype)  # (b, K, p*p*3)
+        # patches (b, K, p*p*3), and mean and contrast of each (b, K, 2)
+        visible, visible_stats = masked_patch_gather(view, ids_keep, p, dtype, return_stats=True)
         with autocast():
             # pred (b, M, p*p*3), stats (b, M, 2), tokens (b, 1+K, D), which SimMIM lacks
             pred, stats, tokens = network(visible, ids_keep, ids_mask)
 
         # 4. loss
+        error, hidden_stats = reconstruction_error(  # (b, M), (b, M, 2)
+            pred, view, ids_mask, p, **target_options, error_of=error_of
+        )
         # A drawing is mostly flat colour. Predicting it teaches little, so it weighs little.
         weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (b, M)
-        loss, error = reconstruction_loss(
-            pred,
-            view,
-            ids_mask,
-            p,
-            weight,
-            **target_options,
-            error_of=error_of,
-            return_error=True,
-        )
+        loss = weighted_mean(error, weight)
         # norm_pix normalises the target, so pred lacks each patch's mean and standard deviation,
         # but a picture needs them. They are estimated from visible neighbours, and stats corrects
         # the estimate. Its head reads detached features, so it changes nothing else.
-        other_losses = stats_loss(stats, view, ids_keep, ids_mask, p)
+        g = s // p  # patches of a row of the view
+        predicted = predicted_stats(stats, visible_stats, ids_keep, ids_mask, g)
+        other_losses = stats_loss(predicted, hidden_stats)
 
         # 4b. contrastive loss: does the pooler, or the CLS token, find the other view of an image?
         pairs = None
@@ -475,10 +475,10 @@ def main():
                 second_tokens = model.encoder(second_visible, second_ids)  # (m, 1+K, D)
             contrastive, pairs = contrast_net(tokens, second_tokens, groups)
             other_losses = other_losses + contrastive
-        return loss.detach(), loss + other_losses, error, pairs
+        return loss.detach(), loss + other_losses, error.detach(), pairs
 
     def update(lr, view, ids_keep, ids_mask, *second):
-        """Parts 3 to 5 of a step: losses, gradients, new weights. On a GPU it is one CUDA graph.
+        """Parts 3 to 5 of a step: losses, gradients, new weights.
 
         -> the loss of the MAE, the norm of its gradient, two numbers of the contrastive loss
         """
@@ -496,15 +496,15 @@ def main():
         return loss, grad_norm, pairs
 
     cut_views = data.view_images
-    if compiles(flags, device):
+    if compiling:
         cut_views = torch.compile(cut_views)
         no_graph = why_no_graph(flags, device, world, source)
-        if world == 1:
+        if alone:
             losses = torch.compile(losses, mode="reduce-overhead" if no_graph else None)
         if no_graph:
             print(f"note     no CUDA graph of the whole update {no_graph}")
         else:
-            update = replayed(update, optimizer, device)
+            update = Replayed(update, optimizer, device)
     found = None  # by the contrastive loss, in the last step that had it
 
     for epoch in range(run.step // per_epoch, flags.epochs):

@@ -21,6 +21,7 @@ import copy
 import io
 import json
 import shlex
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,7 @@ MOSAIC = 0.3  # share of the steps whose crops show four pages
 COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
 LOWEST = 0.1  # the lowest threshold of a detector
+SENSIBLE = 1 / 3  # of the largest face's side: smaller ones are not the one of --largest
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
 RECIPE = ("data", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
 REMEDY = "python -m apps.detect ENCODER makes it"
@@ -296,6 +298,17 @@ def faces_of(net, picture, side, threshold):
     kept = (inside & (scores >= threshold)).nonzero()[:, 0]
     order = kept[boxes[kept, 0].argsort()]
     return boxes[order], scores[order]
+
+
+def main_face(boxes, scores):
+    """Faces (k, 4), (k,) -> the index of the one that the picture is of, (1,), or none of none.
+
+    It has the best score among those that are not much smaller than the largest box: that one is
+    often no face, but something round and large, such as a skirt.
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    large = sides >= SENSIBLE * sides.max() if len(sides) else sides > 0
+    return torch.where(large, scores, -1).argsort(descending=True, stable=True)[:1]
 
 
 def cut_out(picture, box, size=None):
@@ -568,6 +581,7 @@ def write_results(flags, task, net, run):
 
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
+    from ingest.decode import figure_of
     from ingest.pictures import save_pngs, tell_problems, whole_pictures
     from ingest.scenes import outlined
 
@@ -578,12 +592,12 @@ def use(flags, device, autocast):
     crop = flags.crop or largest
     if crop and not out:
         raise UserError("--crop and --largest write pictures; --out DIR says where")
-    problems = []
+    problems, without = [], []
     for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
             boxes, scores = faces_of(net, picture, header["page"], threshold)
         if largest:
-            first = area(boxes).argsort(descending=True, stable=True)[:1]
+            first = main_face(boxes, scores)
             boxes, scores = boxes[first], scores[first]
         row = {"picture": key, "width": picture.shape[1], "height": picture.shape[0], "faces": []}
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
@@ -592,9 +606,15 @@ def use(flags, device, autocast):
         if out:
             if crop:
                 shown = {f"_{i}": cut_out(picture, box) for i, box in enumerate(boxes.tolist())}
+                if largest and not shown:  # a picture less would be worse than a larger cut
+                    shown = {"_figure": figure_of(picture)}
+                    without.append(key)
             else:
                 shown = {"": outlined(picture, boxes)}
             save_pngs(out, key, shown, in_folders=crop)
+    if without:
+        note = f"{len(without)} pictures show no face, such as {fields.shown(without[0])}"
+        print(f"note: {note}; their figure was cut out", file=sys.stderr)
     tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
@@ -615,7 +635,11 @@ def parse_flags():
     add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
     add = parser.add_argument_group("pictures").add_argument
     add("--crop", action="store_true", help="write each face as a picture, in its picture's folder")
-    add("--largest", action="store_true", help="the same, of each picture the largest face alone")
+    add(
+        "--largest",
+        action="store_true",
+        help="the same, of each picture its main face or, without one, its figure",
+    )
     add("--threshold", type=between(0, 1), metavar="SCORE", help="default: the best one on dev")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")

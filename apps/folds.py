@@ -31,9 +31,11 @@ import torch
 
 import data
 import finetune_lora
+from apps.groups import best_threshold, f1_curve
 from apps.recognize import (
     PROMISE,
     best_similarity,
+    compared,
     confidence,
     decided,
     enrolled_threshold,
@@ -44,7 +46,7 @@ from apps.recognize import (
 from apps.unknown import reliability
 from common import controls, metrics, train
 from common.command import progress, started_as
-from common.features import relabelled
+from common.features import open_others, relabelled
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 
 FOLDS = 5  # networks, or as many as there are characters
@@ -150,12 +152,14 @@ def train_fold(flags, whole, sets, learned, bar):
 
 
 @torch.no_grad()
-def answers_of(task, left_out, learned, C):
+def answers_of(task, left_out, learned, C, others=None):
     """What the network of a fold says of pictures that it was not taught -> {name: tensor}.
 
     logits (m, C) and similarity (m,) of held-out pictures of its characters, the same of `left_out`, rows
     (k,) of unknown ones, and the control's scores of both. A logit of a character that it did not
     learn is -inf. Which held-out ones have the right name, also in gray and by the controls, (m,).
+    unit (m, D) and unknown_unit (k, D): faces as they are compared. others: a split, and rows of it
+    that show nobody; they are asked, too.
     """
     outputs = partial(outputs_of, task.net.eval(), task.train.split, autocast=task.autocast)
     rows, labels = task.train.rows, task.dev.labels[task.dev.rows]
@@ -168,10 +172,14 @@ def answers_of(task, left_out, learned, C):
         logits[:, learned] = some
         colours = controls.histogram_scores(task.train, asked)
         said = {"logits": logits, "similarity": best_similarity(embeddings, gallery)}
-        return said | {"colours": colours.amax(1)}, embeddings, colours.argmax(1)
+        said |= {"colours": colours.amax(1), "unit": compared(embeddings, gallery)}
+        return said, embeddings, colours.argmax(1)
 
     known, embeddings, by_colours = answer(task.dev.rows)
     unknown, _, _ = answer(left_out)
+    if others:
+        _, shown = outputs_of(task.net.eval(), *others, autocast=task.autocast)
+        known["others_similarity"] = best_similarity(shown, gallery)
     gray, _ = finetune_lora.predict(task, controls.in_gray(task.dev))
     thumbnails = controls.thumbnail_scores(task.train, task.dev.rows)
     return known | {
@@ -193,6 +201,9 @@ def answers_of_folds(flags, task, of_character, of_picture):
     config = {k: v for k, v in vars(flags).items() if k not in train.UNSAVED}
     config |= {"digest": data.fingerprint(every.split), "command": ""}
     config = json.loads(json.dumps(config))  # as it will be read back
+    others = open_others(flags.data)
+    others = others if others and len(others[1]) >= count else None
+    config["others"] = others and data.fingerprint(others[0])
     steps = flags.epochs * steps_of_epoch(flags, every)
     bar = progress(total=steps * count, name="folds", unit="step")
     found = []
@@ -207,7 +218,8 @@ def answers_of_folds(flags, task, of_character, of_picture):
             bar.update(steps)
         else:
             trained, rows = train_fold(flags, task, (fit, dev), learned, bar)
-            tensors = answers_of(trained, left_out, learned, len(classes))
+            some = others and (others[0], others[1][fold::count])  # each picture is asked once
+            tensors = answers_of(trained, left_out, learned, len(classes), some)
             for name in CURVES:  # of each epoch
                 tensors[name] = torch.tensor([row[name] for row in rows if name in row])
             save_safetensors(tensors, path, config)
@@ -236,12 +248,22 @@ def epoch_of(rows, pictures):
 
 
 def together(folds):
-    """A list of `answers_of_folds` -> one namespace: what all of them say."""
+    """A list of `answers_of_folds` -> one namespace: what all of them say.
+
+    others_similarity (k,): of pictures of nobody, perhaps none. alike: see `best_threshold`.
+    """
     found = SimpleNamespace()
-    for name in folds[0].keys() - {"enrolled_threshold", *CURVES}:
+    for name in folds[0].keys() - {"enrolled_threshold", "unit", "unknown_unit", *CURVES}:
         setattr(found, name, torch.cat([fold[name] for fold in folds]))
     thresholds = torch.stack([fold["enrolled_threshold"] for fold in folds])
     found.enrolled_threshold = thresholds.mean().item()
+    if "others_similarity" not in folds[0]:
+        found.others_similarity = torch.empty(0)
+    curves = []
+    for fold in folds:  # each has embeddings of its own
+        unit = torch.cat([fold["unit"], fold["unknown_unit"]])
+        curves.append(f1_curve(unit, torch.cat([fold["labels"], fold["unknown_labels"]])))
+    found.alike = best_threshold(curves, len(found.unknown_labels))
     return found
 
 
@@ -269,6 +291,9 @@ def promise(found, numbers, sizes):
     row = {"characters": len(sizes), "pictures": int(sizes.sum()), "least": int(sizes.min())}
     row["known_unknown"] = share_of(found.similarity < numbers["threshold"], found.labels)
     row["unknown"] = share_of(found.unknown_similarity < numbers["threshold"], found.unknown_labels)
+    if len(found.others_similarity):
+        below = found.others_similarity < numbers["threshold"]
+        row["others"] = 100 * below.double().mean().item()
     row["auroc"] = auroc(found.similarity, found.unknown_similarity)
     row["colours_auroc"] = auroc(found.colours, found.unknown_colours)
     sure = confidence(found.logits, found.similarity - numbers["threshold"], numbers)
@@ -299,6 +324,8 @@ def promised(row):
         "known characters' pictures called unknown": share.format(**known),
         "AUROC; of an SVM on histograms of colours": both + wins,
     }
+    if "others" in row:
+        cells["pictures of nobody called unknown"] = f"{row['others']:.0f} %"
     if few:
         enough = f"{ENOUGH[1]} characters with {ENOUGH[0]} pictures each would say more"
         cells["too few to say how many"] = enough
@@ -368,8 +395,9 @@ def cross_validate(flags, task):
     parts = draw_folds(every.labels[every.rows], groups[every.rows], count)
     folds = answers_of_folds(flags, task, *parts)
     found = together(folds)
-    numbers = decided(found.logits, found.labels, found.similarity, found.unknown_similarity)
-    numbers |= {"enrolled_threshold": found.enrolled_threshold}
+    unknown = torch.cat([found.unknown_similarity, found.others_similarity])
+    numbers = decided(found.logits, found.labels, found.similarity, unknown)
+    numbers |= {"enrolled_threshold": found.enrolled_threshold, "alike": found.alike}
     # The head's logits have no part in these similarities: those of a network that learned few
     # pictures say less of unknown characters than colours do, and mixed in they made it worse.
     numbers |= {"lift": [0.0, 0.0], "colours": COLOURS}

@@ -14,15 +14,19 @@ The head names the characters that it learned, but it has a name for every face,
 characters that it has never seen. So each face is compared with a gallery, too: the embeddings of
 known faces, each a mean over a picture and its mirror image. A face that is similar to none of them
 is unknown. An enrolled character is known by its faces in the gallery alone, so nothing is trained.
-apps/sort.py sorts a folder by these answers, and apps/unknown.py measures how good they are.
+A learned character takes new pictures in the same way, such as of another dress.
+apps/sort.py sorts a folder by these answers, apps/learn.py learns what somebody corrected there, and
+apps/unknown.py measures how good they are.
 
     n faces   m held-out pictures   B batch   D width of an embedding   C characters
 """
 
+import contextlib
 import itertools
 import json
 import shlex
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,13 +36,14 @@ import torch
 import torch.nn.functional as F
 
 import data
+from apps.groups import best_threshold, f1_curve
 from common import fields
 from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
 from common.features import FOLDS as BY_FOLDS
-from common.features import numbers_of, open_all, open_rows
+from common.features import numbers_of, open_all, open_others, open_rows
 from common.io import UserError, read_json, read_safetensors, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
@@ -60,7 +65,10 @@ OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
-HANDICAP = 0.1  # so much less similar are new faces to a mean of few faces (results/TRIED.md)
+HANDICAP = 0.05  # so much less similar are new faces to a mean of SHOTS faces (results/TRIED.md)
+ASKED = (
+    150  # held-out pictures of each split that are asked whether a new character changes their name
+)
 FLAGS = {  # that each task reads
     "name": "threshold json detect device dtype",
     "enrol": "enrol device dtype",
@@ -126,28 +134,38 @@ def whitening(embeddings, labels):
     return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
 
 
-def make_gallery(embeddings, labels, learned, lift=None, colours=0.0):
+def make_gallery(embeddings, labels, learned, lift=None, trained=None, colours=0.0):
     """Faces (n, D), labels (n,) of which the first `learned` are the head's -> a dict.
 
-    faces: the unit vectors of each learned character that has any. means (C, D): mean directions.
-    lift: as `lift_of` returns it; None leaves the head out of similarities. colours: their weight,
-    where the cosine of embeddings has 1. If it is not 0, the last columns are histograms.
+    trained: so many faces, the first ones, taught the head; None: all of its characters. The others
+    were added later. who (G,): the characters of G groups of faces, first the learned ones as they
+    were taught, then everybody whose faces were added: a learned one may be there twice. group (n,):
+    of each face. sums (G, D). handicap: of each group of added faces. faces: unit vectors of each
+    learned character that has any. lift: as `lift_of` returns it; None leaves the head out of
+    similarities. colours: their weight, where the cosine of embeddings has 1. If it is not 0, the
+    last columns are histograms.
     """
+    trained = int((labels < learned).sum()) if trained is None else trained
     kept = embeddings
     histograms = embeddings[:, -COLOURS:] if colours else None
     embeddings = embeddings[:, :-COLOURS] if colours else embeddings
-    is_learned = labels < learned
-    mean, matrix = whitening(embeddings[is_learned], labels[is_learned])
+    mean, matrix = whitening(embeddings[:trained], labels[:trained])
     gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
     unit = compared(embeddings, gallery)
     characters = [labels == c for c in labels.unique() if c < learned]
     faces = [unit[some] for some in characters]
     gallery["colours"] = colours
     gallery["histograms"] = [histograms[some] for some in characters] if colours else None
-    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1])
-    means = F.normalize(sums.index_add_(0, labels, F.normalize(unit)))
+    added, number = labels[trained:].unique(return_inverse=True)
+    group = torch.cat([labels[:trained], learned + number])
+    sums = unit.new_zeros(learned + len(added), unit.shape[1]).index_add_(0, group, unit)
+    gallery |= {"who": torch.cat([torch.arange(learned), added]), "group": group, "sums": sums}
+    # The more faces a mean is of, the nearer are others to it. One or two faces are no mean yet.
+    sizes = group.bincount(minlength=len(sums))[learned:]
+    handicap = HANDICAP * SHOTS / sizes.clamp(min=SHOTS)
+    gallery |= {"handicap": handicap.where(sizes >= LEAST, 0), "trained": trained}
     gallery |= {"embeddings": kept, "lift": lift}
-    return gallery | {"unit": unit, "faces": faces, "means": means}
+    return gallery | {"unit": unit, "faces": faces}
 
 
 def compared(embeddings, gallery):
@@ -195,12 +213,23 @@ def lifted(similarity, strength, lift):
     return (similarity + (per_logit * (strength - usual)).clamp(-most, most)).clamp(max=1)
 
 
-def decide(logits, embeddings, gallery):
+def to_means(unit, gallery, own=None):
+    """unit (n, D) -> cosines (n, G) with the mean of each group; own (n,): groups that leave the face out."""
+    sums = gallery["sums"]
+    cosines = unit @ F.normalize(sums).T
+    if own is None:
+        return cosines
+    others = F.normalize(sums[own] - unit)
+    return cosines.scatter(1, own[:, None], (unit * others).sum(1, keepdim=True))
+
+
+def decide(logits, embeddings, gallery, own=None):
     """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
-    The head names the characters that it learned. An enrolled one wins where the mean of its faces is
-    nearer, HANDICAP given, than that of every learned one. confidence: P(the name is right) where
-    half of all pictures show unknown characters; nan of an enrolled one.
+    The head names the characters that it learned. Where faces were added, their character wins if
+    their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`.
+    confidence: P(the name is right) where half of all pictures show unknown characters;
+    nan of a name that added faces gave.
     """
     unit = compared(embeddings, gallery)
     learned = gallery["learned"]
@@ -208,13 +237,15 @@ def decide(logits, embeddings, gallery):
     similarity = similarity_of(logits, embeddings, gallery)
     margin = similarity - gallery["threshold"]
     sure = confidence(logits, margin, gallery)
-    to_mean = unit @ gallery["means"].T  # (n, characters)
+    to_mean = to_means(unit, gallery, own)  # (n, G)
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
-    near, enrolled = to_mean[:, learned:].max(1)
-    new = near + HANDICAP > to_mean[:, :learned].amax(1)
+    to_added = to_mean[:, learned:]
+    best, added = (to_added + gallery["handicap"]).max(1)
+    new = best > to_mean[:, :learned].amax(1)
+    near = to_added.gather(1, added[:, None])[:, 0]
     return (
-        torch.where(new, enrolled + learned, who),
+        torch.where(new, gallery["who"][learned + added], who),
         torch.where(new, near, similarity),
         torch.where(new, near - gallery["enrolled_threshold"], margin),
         sure.masked_fill(new, torch.nan),
@@ -244,6 +275,8 @@ def calibrate(embeddings, labels, held_out, unknown=None):
     new_score = similarity_of(*unknown[:2], gallery) if unknown else as_unknown(gallery, held_out)
     found = {"enrolled_threshold": enrolled_threshold(gallery, known, known_labels)}
     found["lift"] = gallery["lift"]
+    curve = f1_curve(compared(known, gallery), known_labels)
+    found["alike"] = best_threshold([curve], len(known))
     return found | decided(logits, known_labels, known_score, new_score)
 
 
@@ -346,6 +379,8 @@ HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learne
 HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
 HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
 HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2), "colours?": fields.number(0, 100)}
+HEADER |= {"alike?": fields.number(-1, 1)}  # cosine that joins two groups of apps/sort.py
+HEADER |= {"trained?": fields.whole(1)}  # faces that taught the head; they come first
 REMEDY = "remove it, and apps/recognize.py builds it anew"
 UNMEASURED = (  # of a run that learned all characters of its set
     "most new characters may get a known name; finetune_lora.py --split folds leaves each character out "
@@ -369,14 +404,27 @@ def build_gallery(run, device, dtype):
     faces = faces_learned(run, device, dtype)
     header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
     if faces.held_out:
-        header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.unknown)
+        unknown = together(faces.unknown, faces.others)
+        header |= calibrate(faces.embeddings, faces.labels, faces.held_out, unknown)
     else:
         header |= read_json(Path(run) / PROMISE, ["calibration"])["calibration"]
+    header["trained"] = len(faces.keys)
     save_gallery(path, faces.embeddings, faces.labels, header)
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
     print(f"wrote {path}: {count}", file=sys.stderr)
-    if faces.held_out and faces.unknown is None:
+    if faces.others:
+        gallery = load_gallery(run)
+        below = similarity_of(*faces.others[:2], gallery) < gallery["threshold"]
+        share = f"{below.float().mean():.0%} of the {len(below)} pictures of nobody"
+        print(f"note: {share} are called unknown; they have decided the threshold", file=sys.stderr)
+    elif faces.held_out and faces.unknown is None:
         print(f"note: {UNMEASURED}", file=sys.stderr)
+
+
+def together(*parts):
+    """Tuples of tensors, or None -> one tuple of them all, or None."""
+    parts = [part for part in parts if part]
+    return tuple(map(torch.cat, zip(*parts, strict=True))) if parts else None
 
 
 def open_network(run, device, dtype):
@@ -417,6 +465,7 @@ def faces_learned(run, device, dtype):
     classes                                the names of the labels
     held_out                               logits (m, C), embeddings (m, D), labels (m,) of dev
     unknown                                the same of characters that --hold-out left out, or None
+    others                                 the same of pictures of nobody in the set, or None
 
     A run that learned every picture has no held_out: its folds have measured (apps/folds.py).
     """
@@ -436,7 +485,7 @@ def faces_learned(run, device, dtype):
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
     _, found.embeddings = outputs(train.split, rows)
-    found.held_out = found.unknown = None
+    found.held_out = found.unknown = found.others = None
     if by_folds:
         return found
     found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
@@ -445,6 +494,9 @@ def faces_learned(run, device, dtype):
     left_out = torch.isin(labels, kept_back).nonzero()[:, 0]
     if len(left_out):
         found.unknown = *outputs(dev.split, left_out), labels[left_out]
+    if others := open_others(folder):
+        split, rows = others
+        found.others = *outputs(split, rows), split["labels"][rows]
     return found
 
 
@@ -472,7 +524,11 @@ def load_gallery(run):
     fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
     if names[:learned] != head["classes"] or len(labels.unique()) != len(names):
         raise UserError(f"{path} is not of this run's characters; {REMEDY}")
-    return make_gallery(embeddings, labels, learned, colours=colours) | header
+    trained = header.get("trained") or int((labels < learned).sum())  # older files do not say it
+    if trained > len(labels) or len(labels[:trained].unique()) != learned:
+        raise UserError(f"{path} has not the faces that were learned; {REMEDY}")
+    gallery = make_gallery(embeddings, labels, learned, trained=trained, colours=colours)
+    return gallery | header | {"trained": trained}
 
 
 # ---- naming and enrolment ------------------------------------------------------------------------
@@ -563,64 +619,143 @@ def recognise(args, net, header, gallery, autocast):
 
 
 def enrol(args, net, header, autocast):
-    """Add these pictures to the gallery, under one name."""
-    who = sources.nfc(args.enrol.strip())
-    if not fields.is_name(who):
-        raise UserError(f"--enrol {fields.short(who)} is no name; give a few printable letters")
-    if who in header["classes"]:
-        raise UserError(f"{who} was learned in training and is known already; enrol another name")
+    """Add these pictures to the gallery, under one name, and tell what that changes."""
+    who = name_of(args.enrol, "--enrol")
     problems, keys, embeddings = [], [], []
     for some, _, more in predictions(args, net, header, autocast, problems):
         keys += some
         embeddings.append(more)
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
-    print(add_faces(args.run, who, keys, torch.cat(embeddings)))
+    before = load_gallery(args.run)
+    print("\n".join(add_faces(args.run, who, keys, torch.cat(embeddings))))
+    after = load_gallery(args.run)
+    print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     words = f"{shlex.quote(args.run)} PICTURE, or {shlex.quote(f'--forget={who}')}"
     print(f"next: python -m apps.recognize {words}")
 
 
+def name_of(text, source):
+    """What somebody wrote -> a name in one spelling."""
+    who = sources.nfc(text.strip())
+    if not fields.is_name(who):
+        raise UserError(f"{source} {fields.short(who)} is no name; give a few printable letters")
+    return who
+
+
 def add_faces(run, who, keys, embeddings):
-    """Add embeddings (n, D) of pictures `keys`, each once, to the run's gallery -> a line that says so."""
+    """Add embeddings (n, D) of pictures `keys`, each once, to the run's gallery -> lines that say so.
+
+    A picture that was added under another name leaves that one; one that was learned stays there.
+    """
     path = Path(run) / GALLERY
+    lines = []
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        names = gallery["names"] if who in gallery["names"] else [*gallery["names"], who]
-        label = names.index(who)
-        embeddings = embeddings[
-            :, : gallery["embeddings"].shape[1]
-        ]  # some galleries have no colours
-        own = gallery["embeddings"][gallery["labels"] == label]
-        unit = F.normalize(torch.cat([own, embeddings]))
-        is_known = (unit @ unit.T > SAME).tril(-1).any(1)  # as a face before it
-        new = ~is_known[len(own) :]
-        keys = list(itertools.compress(keys, new))
-        labels = F.pad(gallery["labels"], (0, len(keys)), value=label)
-        total = int((labels == label).sum())
+        names, labels, trained = gallery["names"], gallery["labels"], gallery["trained"]
+        embeddings = embeddings[:, : gallery["embeddings"].shape[1]]  # some have no colours
+        same = same_pictures(embeddings, gallery["embeddings"])  # (n, faces)
+        has_name = torch.tensor([name == who for name in names])[labels]
+        twins = same_pictures(embeddings, embeddings)
+        new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
+        for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
+            there = "was learned as" if face < trained else "was added as"
+            now = "it stays there, too" if face < trained else f"it is {who} now"
+            lines.append(f"note: {fields.shown(keys[i])} {there} {names[labels[face]]}; {now}")
+        stay = ~(same & ~has_name).any(0)
+        stay[:trained] = True
+        total = int(has_name.sum() + new.sum())
         if total < LEAST:
             raise UserError(f"{total} pictures of {who} are too few; give {LEAST} to {SHOTS}")
-        header = gallery | {"names": names, "keys": gallery["keys"] + keys}
-        save_gallery(path, torch.cat([gallery["embeddings"], embeddings[new]]), labels, header)
-    return f"{who} is enrolled with {total} pictures; the gallery knows {len(names)} characters"
+        gallery = with_faces(
+            only(gallery, stay), who, [*itertools.compress(keys, new)], embeddings[new]
+        )
+        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
+    count = len(gallery["names"])
+    if gallery["names"].index(who) < gallery["learned"]:
+        told = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
+    else:
+        told = f"{who} is enrolled with {total} pictures"
+    return [*lines, f"{told}; the gallery knows {count} characters"]
+
+
+def same_pictures(embeddings, others):
+    """Embeddings (n, D) and (m, D) -> (n, m): are they of one picture?"""
+    width = min(embeddings.shape[1], others.shape[1])  # some have no colours
+    return F.normalize(embeddings[:, :width]) @ F.normalize(others[:, :width]).T > SAME
+
+
+def only(gallery, stay):
+    """The fields of a gallery's file with the faces that stay, (n,) bool; a name without faces leaves."""
+    left, labels = gallery["labels"][stay].unique(return_inverse=True)
+    names = [gallery["names"][i] for i in left]
+    keys = list(itertools.compress(gallery["keys"], stay))
+    found = {"names": names, "keys": keys, "labels": labels}
+    return gallery | found | {"embeddings": gallery["embeddings"][stay]}
+
+
+def with_faces(gallery, who, keys, embeddings):
+    """The fields of a gallery's file, and of so many faces (n, D) more of a character, new or not."""
+    names = list(dict.fromkeys([*gallery["names"], who]))
+    labels = F.pad(gallery["labels"], (0, len(keys)), value=names.index(who))
+    found = {"names": names, "keys": gallery["keys"] + keys, "labels": labels}
+    return gallery | found | {"embeddings": torch.cat([gallery["embeddings"], embeddings])}
+
+
+@torch.no_grad()
+def known_faces(run, net, header, autocast, gallery):
+    """Pictures of learned characters -> logits (m, C), embeddings (m, D), groups (m,) or None, what they are.
+
+    They are held-out ones. Where the data set is not there any more they are those of the gallery,
+    each of which is left out of its group's mean; but the network has learned these by heart.
+    """
+    trained = gallery["trained"]
+    embeddings = gallery["embeddings"][:trained]
+    own, what = gallery["group"][:trained], "pictures that were learned"
+    with contextlib.suppress(UserError):
+        held = header.get("split", "val")
+        sets, _ = open_rows(place_of(header["data"], run), held, header.get("hold_out", 0))
+        parts = []
+        for some in sets[1:]:
+            rows = some.rows[data.evenly_spaced(len(some.rows), ASKED)]
+            parts.append(outputs_of(net, some.split, rows, autocast)[1])
+        embeddings, own, what = torch.cat(parts), None, "held-out pictures of learned characters"
+    seen = embeddings[:, : len(gallery["mean"])]  # without histograms
+    logits = net.head(seen.to(net.encoder.cls_token.device)).cpu()
+    return logits, embeddings, own, what
+
+
+def renamed(logits, embeddings, own, what, before, after):
+    """What `known_faces` returns -> a line: how many of them have another name in the second gallery."""
+    names = []
+    for gallery in (before, after):
+        who = decide(logits, embeddings, gallery, own)[0]
+        names.append([gallery["names"][i] for i in who])
+    changed = Counter(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
+    told = ", ".join(f"{n} {old} -> {new}" for (old, new), n in changed.most_common(3))
+    line = f"{changed.total()} of {len(logits)} {what} change their name"
+    line += f" ({told})" * bool(told)
+    return line if own is None else f"{line}; new ones of these characters do so more often"
 
 
 def take_out(run, who):
-    """Remove an enrolled character from the run's gallery -> a line that says so."""
+    """Remove a character's added pictures from the run's gallery -> a line that says so."""
     who = sources.nfc(who.strip())
     path = Path(run) / GALLERY
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        names = gallery["names"]
-        if who not in names[gallery["learned"] :]:
-            how = "was learned in training" if who in names else "is not enrolled"
+        named = torch.tensor([name == who for name in gallery["names"]])[gallery["labels"]]
+        named[: gallery["trained"]] = False
+        if not named.any():
+            how = "was learned in training" if who in gallery["names"] else "is not enrolled"
             raise UserError(f"{who} {how}; only enrolled ones can be forgotten, see --list")
-        label = names.index(who)
-        stay = gallery["labels"] != label
-        labels = gallery["labels"] - (gallery["labels"] > label).long()
-        keys = list(itertools.compress(gallery["keys"], stay))
-        header = gallery | {"names": names[:label] + names[label + 1 :], "keys": keys}
-        save_gallery(path, gallery["embeddings"][stay], labels[stay], header)
-    return f"{who} is forgotten; the gallery knows {len(names) - 1} characters"
+        gallery = only(gallery, ~named)
+        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
+    if who in gallery["names"]:
+        return (
+            f"{who} is known from training alone; {int(named.sum())} added pictures are forgotten"
+        )
+    return f"{who} is forgotten; the gallery knows {len(gallery['names'])} characters"
 
 
 def list_known(gallery):
@@ -628,7 +763,9 @@ def list_known(gallery):
     counts = torch.bincount(gallery["labels"]).tolist()
     for i, (name, n) in enumerate(zip(gallery["names"], counts, strict=True)):
         how = "learned in training" if i < gallery["learned"] else "enrolled"
-        print(f"{name}: {how}, {n} pictures")
+        more = int((gallery["labels"][gallery["trained"] :] == i).sum())
+        added = f", {more} of them added" if i < gallery["learned"] and more else ""
+        print(f"{name}: {how}, {n} pictures{added}")
 
 
 def main():

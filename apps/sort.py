@@ -12,9 +12,12 @@ Your pictures stay where they are, and no copy replaces another one. If the work
 the same command again: it goes on with the pictures that sorted.csv does not list.
 
 --group also finds characters that nobody taught. Faces that look alike, by average linkage of their
-cosines, share a folder. It has the name of a known character if more than half of its faces are
-called so. Otherwise it is called group-001, group-002 and so on, by size. Such groups depend on all
-pictures at once, so --group wants a new folder each time.
+cosines, share a folder; how alike they have to be was measured on held-out faces, and --alike says
+otherwise. A folder has the name of a known character if more than half of its faces are called so.
+Otherwise it is called group-001, group-002 and so on, by size. Such groups depend on all pictures at
+once, so --group wants a new folder each time.
+
+Wrong copies can be moved to where they belong: apps/learn.py then learns them.
 
     n faces   D width of an embedding
 """
@@ -25,15 +28,16 @@ import io
 import itertools
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+from apps.groups import ALIKE, alike
 from apps.recognize import all_answers, answers, compared, open_recogniser, parser_of, predictions
-from common.command import cli
+from common.command import between, cli, refuse_useless
 from common.io import UserError, atomic, reading, save_csv
 from common.locks import reserve
 from ingest.pictures import picture_files, tell_problems
@@ -43,9 +47,6 @@ COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
 SAVED_AFTER = 100  # pictures
 FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
 DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
-ALIKE = 0.3  # mean cosine that joins two groups; on dev, 4 characters need less and 20 need more
-CENTRED = 0.5  # share of the mean of all faces that is taken away before grouping
-GROUPED = 10_000  # faces at most: memory holds all pairs
 
 
 def parse_args():
@@ -54,9 +55,13 @@ def parse_args():
     add("images", nargs="+", metavar="FOLDER", help="folders or files, whose pictures are copied")
     add("--out", type=Path, required=True, metavar="OUT", help="a new folder, or one to go on with")
     add("--group", action="store_true", help="one folder for faces that look alike")
+    add("--alike", type=between(-1, 1), metavar="LEAST", help="cosine that joins groups (measured)")
     add("--detect", metavar="RUN", help="runs/NAME of apps/detect.py: sort by each face on a page")
     parser.set_defaults(json=False)  # a flag of apps/recognize.py, which `predictions` reads
-    return parser.parse_intermixed_args()  # folders may stand before and after flags
+    args = parser.parse_intermixed_args()  # folders may stand before and after flags
+    if not args.group:
+        refuse_useless(args.given & {"alike"}, "without --group")
+    return args
 
 
 def sort(args, net, header, gallery, autocast):
@@ -79,7 +84,8 @@ def sort(args, net, header, gallery, autocast):
     found = ()
     names = gallery["names"]
     if args.group:
-        found = grouped(predictions(args, net, header, autocast, problems), gallery)
+        least = args.alike if "alike" in args.given else gallery.get("alike") or ALIKE
+        found = grouped(predictions(args, net, header, autocast, problems), gallery, least)
         names = dict.fromkeys(row["name"] for row in found)
     elif args.images:
         found = all_answers(args, net, header, gallery, autocast, problems)
@@ -87,39 +93,25 @@ def sort(args, net, header, gallery, autocast):
     tell_problems(problems, header["data"])
 
 
-def grouped(found, gallery):
-    """What `predictions` yields -> the rows of `answers`, named by the group of the face."""
+def grouped(found, gallery, least):
+    """What `predictions` yields -> the rows of `answers`, named by the group of the face.
+
+    least: the mean cosine that joins two groups.
+    """
     rows, units = [], []
     for keys, logits, embeddings in found:
         rows += answers(keys, logits, embeddings, gallery)
         units.append(compared(embeddings, gallery))
     if not rows:
         raise UserError("no face was found, so there is nothing to group")
-    groups = alike(torch.cat(units))
+    groups = alike(torch.cat(units), least)
     names = names_of(groups, [row["name"] for row in rows])
     known = set(names.values()) & set(gallery["names"])
-    print(f"groups   {len(set(names.values()))}, {len(known)} of them named")
+    count = f"{len(set(names.values()))}, {len(known)} of them named"
+    print(
+        f"groups   {count}; --alike {least:g} joined them: less makes fewer, more makes purer ones"
+    )
     return [row | {"name": names[number]} for row, number in zip(rows, groups, strict=True)]
-
-
-def alike(unit):
-    """Whitened unit vectors (n, D) -> the group of each, 0, 1, ... by size: average linkage of cosines."""
-    from sklearn.cluster import AgglomerativeClustering
-
-    if len(unit) > GROUPED:
-        raise UserError(f"{len(unit):,} faces are more than --group takes, {GROUPED:,}; give fewer")
-    if len(unit) < 2:
-        return [0] * len(unit)
-    settings = {"metric": "cosine", "linkage": "average", "distance_threshold": 1 - ALIKE}
-    found = AgglomerativeClustering(n_clusters=None, **settings).fit_predict(centred(unit).numpy())
-    by_size = Counter(found.tolist()).most_common()
-    rank = {number: i for i, (number, _) in enumerate(by_size)}
-    return [rank[number] for number in found.tolist()]
-
-
-def centred(unit):
-    """Unit vectors less a share of their mean: else all faces of a new style are alike."""
-    return F.normalize(unit - CENTRED * unit.mean(0))
 
 
 def names_of(groups, names):
@@ -154,6 +146,8 @@ def copy_all(found, args, wanted, folders, rows, table):
     copies = [row["copy"] != "" for row in rows]
     more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
     print(f"wrote    {table.parent}/: {more}, listed in {table}")
+    words = shlex.join([args.run, str(table.parent)])
+    print(f"next: move wrong copies to where they belong, then python -m apps.learn {words}")
 
 
 def files_to_sort(paths, out, rows):

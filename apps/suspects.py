@@ -1,12 +1,13 @@
-"""Which labels of train are probably wrong? What a classifier says that never saw the picture.
+"""Which labels of a set are probably wrong? What a classifier says that never saw the picture.
 
     python -m apps.suspects runs/NAME                         of the set that the run was trained on
     python -m apps.suspects weights/toon --data datasets/mine --out suspects
 
-Train is divided into five parts. A linear probe on the features of the encoder learns from the
-others and judges the part that it has not seen, so that a wrong label can't teach its own error.
+All splits together are divided into five parts. A linear probe on the features of the encoder
+learns from the others and judges the part that it has not seen, so that a wrong label can't teach
+its own error.
 
-Reads:  runs/NAME (an encoder), datasets/NAME with labels (train alone)
+Reads:  runs/NAME (an encoder), datasets/NAME with labels (all of its splits)
 Writes: suspects.csv, the pictures whose label is not the most probable one, the worst first;
         suspects.png, the first of them; in the run's folder, or in --out
 
@@ -27,7 +28,7 @@ from common.locks import reserve
 
 FOLDS = 5
 SHOWN = 6, 8  # rows and columns of the sheet
-COLUMNS = ("picture", "label", "probability", "better", "its_probability")
+COLUMNS = ("picture", "split", "label", "probability", "better", "its_probability")
 
 
 def out_of_fold(x, labels, groups, classes):
@@ -45,7 +46,7 @@ def out_of_fold(x, labels, groups, classes):
         fit = ~(judged | choose)
         if not judged.any() or not choose.any() or len(labels[fit].unique()) < 2:
             need = f"two classes of {FOLDS} illustrations or more each"
-            raise UserError(f"suspects need {need}, because a fifth of train is held out")
+            raise UserError(f"suspects need {need}, because a fifth of them is held out")
         parts = x[fit].float(), labels[fit], x[choose].float(), labels[choose]
         classify, _ = metrics.logistic_probe(*parts, classes)
         found[judged] = classify(x[judged].float()).exp()
@@ -71,63 +72,81 @@ def parse_args():
     add("--out", metavar="DIR", help="folder of the list (default: that of the run)")
     add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
-    args = parser.parse_args()
-    args.split = "train"  # the only one that is read
-    return args
+    return parser.parse_args()
+
+
+def open_set(args):
+    """-> common.features.Task with every split that the set has, train first."""
+    args.split = "train"
+    task = features.open_task(args, args.run)
+    for name in data.SPLITS:
+        if (Path(task.folder) / f"{name}.safetensors").exists():
+            task.splits |= features.open_splits(task.folder, name)
+    return task
+
+
+def together(splits, pool):
+    """{name: split}, {name: (n, D)} -> features, labels, groups and [(split, row)] of labelled pictures."""
+    x, labels, groups, places = [], [], [], []
+    for name, split in splits.items():
+        rows = (split["labels"] >= 0).nonzero()[:, 0]
+        keys = split["header"].get("groups") or split["header"]["keys"]
+        x.append(pool[name][rows])
+        labels.append(split["labels"][rows])
+        groups += [keys[row] for row in rows]
+        places += [(name, row) for row in rows.tolist()]
+    return torch.cat(x), torch.cat(labels), groups, places
 
 
 def main():
     args = parse_args()
-    task = features.open_task(args, args.run)
-    if not task.labelled:
-        raise UserError(f"{task.folder} has no two labelled classes, so no label can be wrong")
-    task.splits = {"train": task.train}
+    task = open_set(args)
     home = Path(args.out or features.results_folder(args.run, task.folder, "val"))
     table, sheet = home / "suspects.csv", home / "suspects.png"
     reserve([table, sheet], fix="move them away")
     encoder = load_encoder(args.run)
-    x = features.of_encoder(encoder.to(task.device), task)["mean"]["train"]
-    split = task.train
-    names = split["header"]["classes"]
-    labels = split["labels"]
-    probabilities = out_of_fold(x, labels, data.groups_of(split), len(names))
+    pool = features.of_encoder(encoder.to(task.device), task)["mean"]
+    x, labels, groups, places = together(task.splits, pool)
+    if len(labels.unique()) < 2:
+        raise UserError(f"{task.folder} has no two labelled classes, so no label can be wrong")
+    names = task.train["header"]["classes"]
+    probabilities = out_of_fold(x, labels, groups, len(names))
     rows, better = ranked(probabilities, labels)
-    save_csv(table_rows(split, rows, better, probabilities), table, COLUMNS)
+    doubted = [
+        table_row(task.splits, places[i], labels[i], better[i], probabilities[i]) for i in rows
+    ]
+    save_csv(doubted, table, COLUMNS)
     with drawing("suspects.png"):
-        draw(sheet, split, rows, better)
+        draw(sheet, task.splits, [places[i] for i in rows], doubted)
     print(f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first")
-    planted = split["header"].get("planted")  # by lab/subset.py
+    planted = task.train["header"].get("planted")  # by lab/subset.py
     if planted:
-        right = {*rows[: len(planted)].tolist()} & {*planted}
-        print(f"planted  {len(right)} of the first {len(planted)} labels were planted")
+        of_train = [row for name, row in (places[i] for i in rows) if name == "train"]
+        right = {*of_train[: len(planted)]} & {*planted}
+        print(f"planted  {len(right)} of the first {len(planted)} labels of train were planted")
 
 
-def table_rows(split, rows, better, probabilities):
-    """-> a row of suspects.csv for each picture: its label, a better one, and their probabilities."""
-    names = split["header"]["classes"]
-    labels = split["labels"]
-    found = []
-    for i in rows.tolist():
-        cells = [split["header"]["keys"][i]]
-        for c in (labels[i], better[i]):
-            cells += [names[c], round(probabilities[i, c].item(), 4)]
-        found.append(dict(zip(COLUMNS, cells, strict=True)))
-    return found
+def table_row(splits, place, label, better, probabilities):
+    """-> a row of suspects.csv: a picture, its label, a better one, and their probabilities."""
+    split, row = place
+    header = splits[split]["header"]
+    cells = [header["keys"][row], split]
+    for c in (label, better):
+        cells += [header["classes"][c], round(probabilities[c].item(), 4)]
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
-def draw(path, split, rows, better):
+def draw(path, splits, places, doubted):
     """The first pictures, under each its label and what it is taken for."""
     from common import plots
 
-    names = split["header"]["classes"]
-    labels = split["labels"]
     size = (1.5 * SHOWN[1], 1.7 * SHOWN[0] + 0.5)
     with plots.panels(path, "Labels that are probably wrong", *SHOWN, size, squeeze=False) as axes:
         for axis in axes.flat:
             axis.set(xticks=[], yticks=[])
-        for axis, i in zip(axes.flat, rows.tolist(), strict=False):
-            axis.imshow(split["images"][i])
-            axis.set_xlabel(f"{names[labels[i]][:16]}\nor {names[better[i]][:16]}?", fontsize=7)
+        for axis, (split, row), cells in zip(axes.flat, places, doubted, strict=False):
+            axis.imshow(splits[split]["images"][row])
+            axis.set_xlabel(f"{cells['label'][:16]}\nor {cells['better'][:16]}?", fontsize=7)
 
 
 if __name__ == "__main__":

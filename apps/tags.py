@@ -3,10 +3,13 @@
     python -m apps.tags runs/NAME --data datasets/toon      # learn from pictures and their tags
     python -m apps.tags runs/NAME-tags PICTURE...           # who it is, and tags with probabilities
     python -m apps.tags runs/NAME-tags FOLDER --captions    # PICTURE.txt beside each picture of a folder
+    python -m apps.tags runs/NAME-tags FOLDER --captions --names runs/NAME-lora     # its names come first
+    python -m apps.tags runs/NAME-lora FOLDER --captions    # nothing but the names of a recogniser
     python -m apps.tags --resume runs/NAME-tags             # go on with a run, with its flags
 
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that apps/formats.py knows) and
-        datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures
+        datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures; for captions
+        perhaps runs/NAME-lora of finetune_lora.py, with its gallery (apps/recognize.py)
 Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
         log.jsonl; answers go to standard output, and with --captions beside the pictures
 
@@ -64,7 +67,7 @@ from common.io import (
     save_text,
 )
 from common.readout import topk
-from ingest.pictures import picture_files, pictures, tell_problems
+from ingest.pictures import demo_note, picture_files, pictures, tell_problems
 from ingest.tags import captions_of, is_emoticon
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shrink_branches
@@ -745,6 +748,8 @@ def metrics_row(flags, task, run):
 
 def use(flags, device, autocast):
     """Print who each picture shows, and its tags, or write captions."""
+    if classifier.is_recogniser(flags.encoder):
+        return use_names_alone(flags)
     net, header = load_tagger(flags.encoder)
     if net.arm == "tags":
         raise UserError(f"{flags.encoder} sees no picture; give a run with another --arm")
@@ -754,6 +759,7 @@ def use(flags, device, autocast):
     net.to(device)
     answer = partial(answer_rows, net, header, threshold=threshold, autocast=autocast)
     if flags.captions:
+        refuse_demo({flags.encoder: header.get("data")}, flags)
         return write_captions(flags, answer, header)
     as_json = flags.json
     problems = []
@@ -804,14 +810,64 @@ def line_of(row):
 # ---- captions: PICTURE.txt, as kohya's scripts read them ------------------------------------------
 
 
+def refuse_demo(trained_on, flags):
+    """What a network of the demo set says of other pictures is a guess, which no caption should have.
+
+    trained_on: {network: the data set that it learned from}.
+    """
+    guessing = [name for name, folder in trained_on.items() if demo_note(folder)]
+    if guessing and not flags.anyway:
+        fix = "train on your own pictures and captions, or give a recogniser of yours alone"
+        fix += " (python -m apps.tags runs/NAME-lora FOLDER --captions); --anyway writes them"
+        raise UserError(
+            f"{guessing[0]} knows the demo set alone, so captions would be guesses; {fix}"
+        )
+    if not guessing:
+        refuse_useless(flags.given & {"anyway"}, "on a network that learned from other pictures")
+
+
+def use_names_alone(flags):
+    """Captions by a recogniser, which knows no tags."""
+    if not flags.captions:
+        run = shlex.quote(flags.encoder)
+        fix = f"python -m apps.recognize {run} PICTURE prints names, --captions writes them"
+        raise UserError(f"{flags.encoder} knows characters and no tags: {fix}")
+    refuse_useless(flags.given & {"names", "threshold"}, "on a recogniser, which knows no tags")
+    flags.names = flags.encoder
+    refuse_demo({flags.names: classifier.read_head(flags.names)[1]["data"]}, flags)
+    write_captions(flags, None, {})
+
+
+def recognised(flags, files, problems):
+    """-> {file: its character by the run of --names, None where it is unknown}."""
+    from apps import recognize
+
+    settings = {"run": flags.names, "device": flags.device, "dtype": flags.dtype}
+    settings |= {"threshold": None, "detect": None, "images": list(files)}
+    args = SimpleNamespace(**settings)
+    rows = recognize.all_answers(args, *recognize.open_recogniser(args), problems)
+    return {row["picture"]: row["name"] for row in rows}
+
+
 def write_captions(flags, answer, header):
-    """Write a caption beside each picture: words of --prepend, the character, its tags."""
+    """Write a caption beside each picture: words of --prepend, the character, its tags.
+
+    The character is that of --names, where it is given: the network of the tags knows others.
+    """
     without = {plain(word) for word in words_of(flags.without)}
     first = words_of(flags.prepend)
     escape = flags.escape
     files = caption_files(flags.pictures, flags.append)
     problems, done = [], []
-    for row in each_answer(answer, files, header, problems, most=len(header["words"])):
+    names = recognised(flags, files, problems) if flags.names else {}
+    if answer is None:
+        rows = ({"picture": file} for file in names)
+    else:
+        problems = []  # the same ones come again
+        rows = each_answer(answer, files, header, problems, most=len(header["words"]))
+    for row in rows:
+        if flags.names:
+            row["name"] = names.get(row["picture"])
         words = [word for word in caption_words(row) if plain(word) not in without]
         words = [*first, *words]
         if escape:
@@ -819,6 +875,9 @@ def write_captions(flags, answer, header):
         done.append(add_caption(files[row["picture"]], words))
     tell_problems(problems, header.get("data"))
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
+    if flags.names:
+        known = sum(name is not None for name in names.values())
+        print(f"{flags.names} knows who is in {known} of them")
 
 
 def words_of(text):
@@ -899,6 +958,10 @@ def read_flags():
     add("--append", action="store_true", help="to captions that are there, what they lack")
     add("--without", default="", metavar="TAGS", help="leave these out, 'solo, long hair'")
     add("--prepend", default="", metavar="WORDS", help="put these first in each caption")
+    add(
+        "--names", metavar="RUN", help="runs/NAME-lora: the character of a caption, by a recogniser"
+    )
+    add("--anyway", action="store_true", help="captions by a network that knows the demo set alone")
     add("--escape", action="store_true", help="brackets in captions as \\( and \\)")
     train.add_flags(parser.add_argument_group("run and machine").add_argument)
     flags = parser.parse_intermixed_args()  # flags may stand between pictures
@@ -921,7 +984,7 @@ def refuse_flags(flags):
         "seed",
         "log",
     }
-    of_captions = {"append", "without", "prepend", "escape"}
+    of_captions = {"append", "without", "prepend", "escape", "names", "anyway"}
     if not flags.pictures:
         useless = {"threshold", "json", "captions", *of_captions}
         refuse_useless(flags.given & useless, "on training")

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from apps.groups import ALIKE, alike, centred, pair_f1
 from apps.recognize import (
     PROMISE,
     compared,
@@ -38,7 +39,6 @@ from apps.recognize import (
     outputs_of,
     parser_of,
 )
-from apps.sort import alike, centred
 from common import metrics
 from common.checkpoints import place_of
 from common.command import cli, command
@@ -156,15 +156,15 @@ def reliability(known, is_right, unknown, bins=10):
     return {"calibration_error": round(100 * error.item(), 3), "right_when_sure": share}
 
 
-def grouping(unit, labels):
+def grouping(unit, labels, least=ALIKE):
     """Faces (n, D) of characters (n,) in groups as apps/sort.py --group makes them: do these agree with the truth?"""
     from sklearn.metrics import adjusted_rand_score
-    from sklearn.metrics.cluster import pair_confusion_matrix
 
-    groups = alike(unit)
-    (_, false), (missed, true) = pair_confusion_matrix(labels, groups)
-    f1 = 200 * true / max(1, 2 * true + false + missed)
-    found = {"pair_f1": f1, "adjusted_rand": 100 * adjusted_rand_score(labels, groups)}
+    groups = alike(unit, least)
+    found = {
+        "pair_f1": pair_f1(groups, labels),
+        "adjusted_rand": 100 * adjusted_rand_score(labels, groups),
+    }
     found |= as_ccip(unit, labels)
     return {name: round(float(value), 3) for name, value in found.items()}
 
@@ -191,7 +191,7 @@ def as_ccip(unit, labels):
     return {"ccip_f1": 100 * f1.max(), "ccip_adjusted_rand": 100 * max(indices)}
 
 
-def measure(asked, own, learned):
+def measure(asked, own, learned, least=ALIKE):
     """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
 
     asked: of the set that is measured; pairs are of its labelled pictures. own: of a set
@@ -209,7 +209,7 @@ def measure(asked, own, learned):
     enrolled = own.true >= learned
     to_group = is_unknown & labelled
     if len(asked.labels[to_group].unique()) > 1:
-        row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group])
+        row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group], least)
     if known.any():
         row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
     of_head = known & ~enrolled
@@ -231,7 +231,7 @@ def measure_run(args, net, header, gallery, autocast):
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and learned.exists() and not by_folds:
         own = faces_of(net, gallery, learned, header.get("split", "val"), autocast)
-    found = measure(asked, own, gallery["learned"])
+    found = measure(asked, own, gallery["learned"], gallery.get("alike") or ALIKE)
     if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row = {"run": str(args.run), "data": str(folder), "split": args.split}

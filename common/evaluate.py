@@ -22,7 +22,7 @@ from common.readout import (
 )
 from common.train import read_log, seeded
 from kernels.gather import masked_patch_gather
-from kernels.loss import FLOOR, mean_of_neighbours, patch_error, visible_stats
+from kernels.loss import FLOOR, mean_of_neighbours, patch_error, predicted_stats
 from model import put_patches, to_pixels
 
 EVAL_RATIO = 0.75  # of the fixed mask
@@ -36,9 +36,11 @@ GRAY = 128  # a masked patch in a picture
 def predict(model, view, ids_keep, ids_mask, autocast=contextlib.nullcontext, floor=FLOOR):
     """view u8 (B, S, S, 3) -> pred (B, M, P), and stats (B, M, 2) that undo norm_pix."""
     p = model.config["patch_size"]
+    visible, visible_stats = masked_patch_gather(view, ids_keep, p, return_stats=True, floor=floor)
     with autocast():
-        pred, stats, _ = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
-    return pred.float(), stats.float() + visible_stats(view, ids_keep, ids_mask, p, floor)
+        pred, stats, _ = model(visible, ids_keep, ids_mask)
+    stats = predicted_stats(stats, visible_stats, ids_keep, ids_mask, model.encoder.side)
+    return pred.float(), stats
 
 
 def masked_views(model, split, most):

@@ -24,6 +24,7 @@ from model import ViT
 
 POOLS = ("mean", "cls", "extremes")
 HEADLINE = "extremes"
+OTHERS = 2000  # pictures of nobody that fit a threshold, at most
 FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
 
 
@@ -129,6 +130,14 @@ def open_all(folder):
     classes = header["classes"]
     enough = learnable(every["labels"], classes, folder)
     return relabelled("all", every, enough), [classes[c] for c in enough]
+
+
+def open_others(folder):
+    """Pictures of nobody that data.py packed -> the split and at most OTHERS of its rows; None without."""
+    if not (Path(folder) / "unknown.safetensors").exists():
+        return None
+    split = data.open_split(folder, "unknown")
+    return split, data.evenly_spaced(len(split["labels"]), OTHERS)
 
 
 def learnable(labels, classes, folder):

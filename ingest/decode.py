@@ -129,6 +129,13 @@ def square(img, box=None, margin=0.0):
     return left, top, left + side, top + side
 
 
+def figure_of(picture, margin=0.1):
+    """u8 (H, W, 3) -> the square around its figure, u8 (s, s, 3), as `decode` cuts it."""
+    img = Image.fromarray(picture)
+    area = [round(x) for x in square(img, foreground_box(img), margin)]
+    return np.array(img.crop(area))
+
+
 def resized(img, area, size):
     """The square `area` of an image, size x size pixels."""
     return img.resize((size, size), Image.Resampling.BICUBIC, area, reducing_gap=2.0)

@@ -14,6 +14,7 @@ the hashes and their tables, some 250 bytes a picture (results/TRIED.md), and th
 n log n.
 """
 
+import os
 from collections import defaultdict
 from itertools import product
 
@@ -211,4 +212,28 @@ def report(records, pairs, most=3):
         several += ", and if another level of folders is the class, --layout says so"
     first = ", ".join(f"{len(group)} x {group[0].key}" for group in groups[:most])
     count = f"{len(groups)} groups of {sum(map(len, groups))} images"
-    return [f"near-duplicates: {count}{several}; {first}"]
+    return [f"near-duplicates: {count}{several}; {first}; duplicates.csv lists all pairs"]
+
+
+def rows(records, pairs, kept, root):
+    """Rows of duplicates.csv, one for each pair: both paths and labels, and which of the two left the set.
+
+    Those of two labels come first: one of the two is probably wrong. kept: the records that stay;
+    root: the folder of the source.
+    """
+    stay = {record.key for record in kept}
+    found = []
+    for i, j in sorted(pairs, key=lambda pair: records[pair[0]].label == records[pair[1]].label):
+        row, gone = {}, []
+        for name, record in (("picture", records[i]), ("copy", records[j])):
+            row[name] = path_of(record, root)
+            row[f"label of {name}"] = record.label or ""
+            gone += [name] * (record.key not in stay)
+        found.append(row | {"left out": " and ".join(gone)})
+    return found
+
+
+def path_of(record, root):
+    """The path of a record's picture; inside an archive its name there."""
+    path = os.path.join(root, str(record.place))
+    return path if os.path.exists(path) else record.key

@@ -35,6 +35,25 @@ def split_of(name):
     return found and WORDS[found[1]]
 
 
+# of folders and labels: pictures of nobody who should be known
+NOBODY = ("unknown", "others")
+VAGUE = (
+    "misc",
+    "miscellaneous",
+    "other",
+    "various",
+    "random",
+    "rest",
+    "unsorted",
+    "nobody",
+    "none",
+)
+
+
+def shows_nobody(label):
+    return label is not None and label.casefold() in NOBODY
+
+
 def parse_layout(text):
     """split/-/class -> ("split", "-", "class"); levels at the end that say nothing are left out."""
     levels = text.lower().strip("/").split("/")

@@ -2,13 +2,15 @@
 
 Reads:  whatever ingest/sources.py can read: folders and archives with a folder per class, tables,
         published data sets
-Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
+Writes: datasets/NAME/duplicates.csv, the near-duplicates that were found, by their paths
+        datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
         images u8 (n, S, S, 3)    labels i64 (n), -1 without label
         fg u8 (n, S, S)           opacity of the foreground, where it is known
         parts u8 (n, S, S)        of the demo set; style u8 (n, 3), its strata
         tags i32 (n, T)           ids of words of the header's "tags", -1 fills up. The demo set's
                                   are thinned out, as people file pictures; all_tags is the truth
         boxes f32 (n, K, 4)       faces, x1, y1, x2, y2 in shares of the picture, -1 fills up
+        unknown.safetensors has pictures of nobody, from a folder unknown/ or others/, or --unknown
         The header holds classes, keys, groups, tags, style, what was skipped, and how it was made.
 
 Packing streams: memory holds what is known of each picture, and some 250 bytes more while copies
@@ -46,7 +48,7 @@ from common.command import (
     set_defaults,
 )
 from common.features import open_rows
-from common.io import UserError, open_tensors
+from common.io import UserError, open_tensors, save_csv
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
 from data import PACKED, SMALL, evenly_spaced, open_split
@@ -60,6 +62,7 @@ CROPS = {"centre": {}, "figure": {"margin": 0.1}}
 LARGE = 256  # of packed pages
 DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
+UNKNOWN = "unknown"  # the file of pictures that show nobody who should be known
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 REASONS = 2**18  # bytes of a header for a hundred skipped files
@@ -90,6 +93,9 @@ def render(records, draw, size, dims):
 def open_images(flags, size):
     """Pictures, cut as --crop says; their alpha is the foreground where most have some."""
     records, fetch, notes = sources.find(flags.path, flags.layout, flags.names)
+    if flags.unknown:
+        records, fetch, told = with_others(records, fetch, flags.unknown)
+        notes += told
     crop, margin = flags.crop
     found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
@@ -103,6 +109,20 @@ def open_images(flags, size):
         return decode(data, size, fg, record.box, crop, margin)
 
     return Source(records, notes, dims, fetch, partial(decode_records, fetch=fetch, work=work))
+
+
+def with_others(records, fetch, path):
+    """Records and fetch of two sources: all pictures of the second one show nobody; and a line."""
+    found, fetch_others, *_ = sources.find(path, layout=())
+    own = {str(Path(path, r.key)): r for r in found}
+    others = [r._replace(key=key, label=UNKNOWN) for key, r in own.items()]
+
+    def fetch_both(some):
+        yield from fetch([r for r in some if r.key not in own])
+        yield from fetch_others([r for r in some if r.key in own])
+
+    stay = [r for r in records if r.key not in own]
+    return stay + others, fetch_both, [f"--unknown {path}: {len(others)} pictures"]
 
 
 def open_boxes(flags, size):
@@ -165,7 +185,7 @@ def open_source(flags, size):
     reader, name = (None, "boxes") if flags.detect else sources.reader_of(path, flags.layout)
     useless = {"drawings"} if name is None else {"drawings", "layout"}
     useless |= {"names"} if reader is not files.open_zip else set()
-    useless |= {"crop"} if flags.detect else set()
+    useless |= {"crop", "unknown"} if flags.detect else set()
     refuse_useless(flags.given & useless, "on these pictures")
     source = open_boxes(flags, size) if flags.detect else open_images(flags, size)
     print("\n".join(source.notes), flush=True)
@@ -210,9 +230,8 @@ def refuse_flags_of_deal(flags, source):
     refuse_useless(flags.given & useless, "on these pictures")
 
 
-def deal(source, how, shares):
+def deal(source, pairs, how, shares):
     """-> the records that stay, each with its split, and lines that tell what was left out."""
-    pairs, copies = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
     records, dropped = without_copies(source.records, how["group_by"], pairs, how["dedupe"])
     records, few = large_enough(records, how["min_per_class"])
     rows = [(r.label, r.group) for r in records]
@@ -220,7 +239,8 @@ def deal(source, how, shares):
     splits = assign_splits([r.split for r in records], rows, named, how["dev"], how["seed"])
     splits = hold_out_test(splits, [r.group for r in records], how["test"])
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
-    notes = copies + dropped + few
+    records, others = others_apart(records)
+    notes = dropped + few + others
     if "train" not in splits:
         fix = "to have them dealt, give a --layout with - for split"
         notes.append(f"no train: stages can measure on this set, not learn from it; {fix}")
@@ -235,6 +255,29 @@ def deal(source, how, shares):
         few = f"{len(records)} are too few"
         notes.append(f"no picture is left for {' and '.join(lost)}: {few}")
     return records, notes
+
+
+def others_apart(records):
+    """Records whose label says nobody get a file of their own and no label; and lines.
+
+    A copy of somebody's picture is left out. Where nobody has another label, nothing changes.
+    """
+    labels = {r.label for r in records} - {None}
+    names = {label for label in labels if layouts.shows_nobody(label)}
+    people = [r for r in records if r.label not in names]
+    vague = sorted(label for label in labels if label.casefold() in layouts.VAGUE)
+    fix = f"name the folder {UNKNOWN} if it shows nobody who should be known"
+    notes = [f"learned as a character: {layouts.first(vague)}; {fix}"] * bool(vague)
+    if not names or not labels - names:
+        return records, notes
+    groups = {r.group for r in people if r.label is not None}
+    others = [r for r in records if r.label in names]
+    stay = [r._replace(label=None, split=UNKNOWN) for r in others if r.group not in groups]
+    use = "they are no character, but fit what is called unknown"
+    notes.append(f"{len(stay)} pictures show nobody ({', '.join(sorted(names))}): {use}")
+    copies = [r.key for r in others if r.group in groups]
+    told = f"{len(copies)} pictures of nobody are copies of somebody's, and left out"
+    return people + stay, notes + [f"{told}: {layouts.first(copies)}"] * bool(copies)
 
 
 def unlearned(records):
@@ -289,7 +332,9 @@ def write_splits(flags):
     refuse_flags_of_deal(flags, source)
     how = vars(flags)
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
-    records, told = deal(source, how, shares)
+    pairs, told = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
+    records, more = deal(source, pairs, how, shares)
+    told += more
     words, left_out = tags.vocabulary(records)
     dims, stream = tags.add_planes(words, records, source.dims, source.stream, path == "toon")
     told += left_out
@@ -299,7 +344,8 @@ def write_splits(flags):
     about |= dict(zip(("crop", "margin"), how["crop"], strict=True))
     about |= {name: how[name] for name in AS_GIVEN}
     about |= {"tags": words, "notes": source.notes + told, "style": None, "parts": None}
-    write_all(how["out"], records, dims, stream, about | source.more)
+    copies = duplicates.rows(source.records, pairs, records, sources.folder_of(path))
+    write_all(how["out"], records, dims, stream, about | source.more, copies)
 
 
 def class_names(records):
@@ -358,13 +404,18 @@ def write_split(path, rows, dims, records, labels, about):
     return skipped
 
 
-def write_all(out, records, dims, stream, about):
-    """One file per split, all or none; stops where too many pictures, or a whole split, are broken."""
+def write_all(out, records, dims, stream, about, copies=()):
+    """One file per split, all or none; stops where too many pictures, or a whole split, are broken.
+
+    copies: rows of duplicates.csv.
+    """
     classes = about["classes"]
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
     lost, told = [], []
     with written_aside(out) as folder:
-        for split in reversed(layouts.ORDER):
+        if copies:
+            save_csv(copies, folder / "duplicates.csv")
+        for split in (UNKNOWN, *reversed(layouts.ORDER)):
             own = [r for r in records if r.split == split]
             if not own:
                 continue
@@ -432,7 +483,7 @@ def show(flags):
     """--show: a sheet of a packed folder -> what was written, and what comes next."""
     folder = Path(flags.path)
     refuse_useless(flags.given - {"path", "show"}, "beside --show")
-    names = [n for n in layouts.ORDER if (folder / f"{n}.safetensors").exists()]
+    names = [n for n in (*layouts.ORDER, UNKNOWN) if (folder / f"{n}.safetensors").exists()]
     if not names:
         raise UserError(f"--show {folder}: there is no packed set; python data.py PATH packs one")
     path = folder / "sheet.png"
@@ -513,6 +564,7 @@ def parse_flags(words=None):
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--layout", type=layouts.parse_layout, help="split/-/class; -: no labels (default: found)")
     add("--names", type=code_page, help="code page of a zip's names, as cp949 (default: guessed)")
+    add("--unknown", metavar="DIR", help="pictures of nobody (also read: folders unknown, others)")
     add("--size", type=side, help=f"side in pixels (default: {PACKED}; pages {LARGE})")
     centre = {"type": parse_crop, "default": parse_crop("centre")}
     add("--crop", help="centre (default), or figure:margin=0.1 by box, alpha or colours", **centre)

@@ -126,6 +126,7 @@ def refuse_absent(names, root):
 def by_path(found, layout=None):
     """[(place, name)] -> records whose folders say split and class, and lines: read as what."""
     named = [(place, nfc(name.removeprefix("./"))) for place, name in found]
+    named, others = without_others(named, layout)
     rows, what, *doubt = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
     pairs = [*zip(named, rows, strict=True)]
     records = [Record(key, place, row[1], row[0]) for (place, key), row in pairs if row]
@@ -133,7 +134,20 @@ def by_path(found, layout=None):
     if named and not records:
         problem = f"--layout {what} fits none of the {len(rows)} pictures, such as {named[0][1]}"
         raise UserError(f"{problem}; a split is named train, val, dev or test, or much like it")
-    return records, layouts.told(what, [row for row in rows if row], aside), *doubt
+    return records + others, layouts.told(what, [row for row in rows if row], aside), *doubt
+
+
+def without_others(named, layout):
+    """[(place, key)] -> those of somebody, and records of those in a folder unknown or others.
+
+    unknown/1.png may lie beside series/miku/1.png, where it would not fit the pattern.
+    """
+    is_other = [layouts.shows_nobody(Path(key).parent.name) for _, key in named]
+    if layout is not None or all(is_other):
+        return named, []
+    others = [pair for pair, other in zip(named, is_other, strict=True) if other]
+    some = [pair for pair, other in zip(named, is_other, strict=True) if not other]
+    return some, [Record(key, place, Path(key).parent.name) for place, key in others]
 
 
 # ---- tables --------------------------------------------------------------------------------------

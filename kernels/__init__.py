@@ -22,8 +22,9 @@ except ImportError:  # on macOS: a kernel is then a plain function that nobody c
 
 
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-TILE = 2**16 if INTERPRET else 2**11  # numbers per program; the interpreter is slow per program
+TILE = 2**16 if INTERPRET else 2**11  # pixels per program; the interpreter is slow per program
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton needs it
+OLDEST = (7, 0)  # compute capability; torch.compile refuses older GPUs, too
 LARGEST = 104  # px of a patch: from 105 on, a sum of squared bytes overflows int32
 
 IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you change there trains
@@ -53,21 +54,32 @@ def why_not_triton(device):
         return "Triton needs a GPU (on a CPU, TRITON_INTERPRET=1 runs its interpreter, for tests)"
     if device.type not in ("cpu", "cuda"):
         return f"Triton does not run on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+        return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more"
     if device.type == "cuda" and not COMPILER:
         return "Triton needs a C compiler (install gcc)"
     return None
 
 
-def tile(P):
-    """How patches of P numbers are shared out: PATCHES of WIDTH lanes a program, num_warps.
+def tile(p):
+    """How patches of p x p pixels are shared out: PATCHES a program, each in STRIPS of w pixels.
 
-    WIDTH is the next power of 2. A thread has 16 numbers: as bytes, one 16-byte load.
+    A strip is a row of a patch, or 16 px of it. Its 3w numbers are three pieces of w, which take
+    WIDTH lanes. A thread has a piece or so: as 16 bytes, one load.
     """
-    # Triton's blocks have powers of 2 as sizes. The 192 numbers of a patch of 8 px take 256 lanes,
-    # of which 64 are masked off.
-    width = 1 << (P - 1).bit_length()
-    patches = max(1, TILE // width)
-    return dict(PATCHES=patches, WIDTH=width, num_warps=min(32, max(4, patches * width // 512)))
+    # Triton's blocks have powers of 2 as sizes, and 3w is none: flat patches of 768 numbers would
+    # take 1,024 lanes, a quarter of them idle, and the colour of a lane's number would have to be
+    # computed. In three blocks of pieces it is constant: that of number i of piece c is (c w + i) % 3.
+    w = 16 if p % 16 == 0 else p
+    strips, width = power_of_2(p * p // w), power_of_2(w)
+    patches = max(1, TILE // (strips * width))
+    warps = min(32, max(4, patches * strips * width // 512))
+    return dict(w=w, PATCHES=patches, STRIPS=strips, WIDTH=width, num_warps=warps)
+
+
+def power_of_2(n):
+    """The next power of 2."""
+    return 1 << (n - 1).bit_length()
 
 
 def launch(kernel, ids, p, *args, **constants):
@@ -75,7 +87,7 @@ def launch(kernel, ids, p, *args, **constants):
     # CUDA refuses a grid of no programs.
     if ids.numel() == 0:
         return
-    shape = tile(p * p * 3)
+    shape = tile(p)
     programs = -(-ids.numel() // shape["PATCHES"])
     # Triton launches on the current GPU, which need not be the one that holds the tensors.
     with torch.cuda.device_of(ids):  # without effect on a CPU

@@ -7,6 +7,9 @@ Bytes, for B views of which K patches of P = p*p*3 numbers are visible: the kern
 and writes B*K*P numbers. At 224 px, p 16, K 49 in bf16 that is 0.04 + 0.08 MB a view. To convert,
 scale and cut the whole view first moves about 5 MB.
 
+On the way a patch x leaves its mean and the log of sqrt(var(x) + s0^2), eight bytes more: the loss
+predicts those of hidden patches by those of visible ones.
+
 A view is stored as (B, S, S, 3): a row of a patch of 16 px is three 16-byte loads. From planes, the
 compiler would load single bytes. A patch is flattened in the order (row, column, colour).
 """
@@ -25,6 +28,12 @@ STD = (0.229, 0.224, 0.225)
 SCALE = tuple(1 / (255 * s) for s in STD)
 SHIFT = tuple(-m / s for m, s in zip(MEAN, STD, strict=True))
 RED, GREEN, BLUE = map(constexpr or tuple, zip(SCALE, SHIFT, strict=True))  # pairs, for a kernel
+
+# MAE divides each patch by its own standard deviation. Patches of a drawing are often flat: what
+# varies there is the noise of a JPEG, and it would be blown up to the variance of an eye. No
+# network can predict noise, so much of the loss would be spent on it. With the floor, the target of
+# a flat patch is nearly 0, and a patch with much contrast is normalised as in MAE.
+FLOOR = 0.15  # s0, in units of the normalised pixels: about 0.03 of the range of raw pixels
 
 
 def check_patches(view, ids, patch):
@@ -63,11 +72,26 @@ def patch_bytes(view, ids, patch):
     return patches.index_select(0, (image * N + ids).flatten()).view(*ids.shape, P)
 
 
-def gather_reference(view, ids, patch, dtype=torch.float32):
-    """The formula in PyTorch: view (B, S, S, 3), ids (B, K) -> (B, K, P) of dtype."""
+def gather_reference(view, ids, patch):
+    """The formula in PyTorch: view (B, S, S, 3), ids (B, K) -> (B, K, P) fp32."""
     x = patch_bytes(view, ids, patch).float()
     scale, shift = scale_of_patch(patch, view.device)
-    return x.mul_(scale).add_(shift).to(dtype)
+    return x.mul_(scale).add_(shift)
+
+
+def mean_and_std(x, floor):
+    """Mean and sqrt(var + floor^2) of patches x (B, K, P), (B, K) each.
+
+    Variance is unbiased, as in MAE. On a CPU, torch.var_mean would take thirty times as long.
+    """
+    mean = x.mean(2)
+    squares = torch.linalg.vector_norm(x - mean[..., None], dim=2).square_()
+    return mean, (squares / (x.shape[2] - 1) + floor**2).sqrt_()
+
+
+def stack_stats(mean, std):
+    """Statistics of patches, (B, K, 2): the logarithm lets any number stand for a deviation."""
+    return torch.stack([mean, std.log()], 2)
 
 
 @functools.cache
@@ -77,80 +101,154 @@ def scale_of_patch(patch, device):
 
 
 # ---- the kernel ----------------------------------------------------------------------------------
-# A program holds PATCHES patches in WIDTH lanes each; lanes beyond P are masked off. S and p are
-# constants, so that the compiler sees that 16 lanes read 16 bytes at an address that 16 divides.
+# A program holds PATCHES patches, each of STRIPS strips of w pixels (see `kernels.tile`). Their
+# numbers are three blocks (PATCHES, STRIPS, WIDTH), one for each piece of a strip: x[0], x[1], x[2].
+# S, p and w are constants, so that the compiler sees that 16 lanes read 16 bytes at an address that
+# 16 divides, and knows the colour of every number.
 
 
 @jit
-def tile_of(count, P: constexpr, PATCHES: constexpr, WIDTH: constexpr):
-    """n (PATCHES,), the patches; j (WIDTH,), the numbers of a patch; inside, those that exist."""
-    n = tl.program_id(0) * PATCHES + tl.arange(0, PATCHES)
-    j = tl.arange(0, WIDTH)
-    return n, j, (n < count)[:, None] & (j < P)[None, :]
+def lanes_of(
+    ids,
+    count,
+    K,
+    S: constexpr,
+    p: constexpr,
+    w: constexpr,
+    PATCHES: constexpr,
+    STRIPS: constexpr,
+    WIDTH: constexpr,
+):
+    """n, the patches of this program, and i, the numbers of a piece, each along its own axis.
+
+    And where the first pieces begin: byte of the views, number of the patches. Both are int64,
+    because a batch may pass 2^31 bytes. Lanes that do not exist are not `inside`.
+    """
+    n = (tl.program_id(0) * PATCHES + tl.arange(0, PATCHES))[:, None, None]
+    strip = tl.arange(0, STRIPS)[None, :, None]
+    i = tl.arange(0, WIDTH)[None, None, :]
+    place = tl.load(ids + n, mask=n < count, other=0).to(tl.int32)
+    row = place // (S // p) * p + strip // (p // w)
+    column = place % (S // p) * p + strip % (p // w) * w
+    byte = (n // K).to(tl.int64) * (S * S * 3) + row * (S * 3) + column * 3 + i
+    number = n.to(tl.int64) * (p * p * 3) + strip * (w * 3) + i
+    return n, i, byte, number, (strip < p * p // w) & (i < w)
 
 
 @jit
-def load_bytes(view, ids, count, K, n, j, inside, S: constexpr, p: constexpr):
-    """Bytes of the patches n, (PATCHES, WIDTH). Offsets are int64: a batch may pass 2^31 bytes."""
-    place = tl.load(ids + n, mask=n < count, other=0)
-    y = place // (S // p)
-    x = place % (S // p)
-    first = (n // K).to(tl.int64) * (S * S * 3) + y * (p * S * 3) + x * (p * 3)  # byte of a patch
-    within = (j // (p * 3)) * (S * 3) + j % (p * 3)  # the next row begins S*3 bytes later
-    return tl.load(view + first[:, None] + within[None, :], mask=inside, other=0)
+def load_pieces(at, mask, w: constexpr):
+    """The three pieces of which the first begins at this pointer."""
+    a = tl.load(at, mask=mask, other=0)
+    b = tl.load(at + w, mask=mask, other=0)
+    c = tl.load(at + 2 * w, mask=mask, other=0)
+    return a, b, c
 
 
 @jit
-def normalise(x, j):
-    """byte * SCALE[c] + SHIFT[c], c = j % 3. A table would need a load for each number."""
-    # The colour of number j is j % 3, as colours are the fastest index of a patch.
-    scale = tl.where(j % 3 == 0, RED[0], tl.where(j % 3 == 1, GREEN[0], BLUE[0]))
-    shift = tl.where(j % 3 == 0, RED[1], tl.where(j % 3 == 1, GREEN[1], BLUE[1]))
-    return x.to(tl.float32) * scale[None, :] + shift[None, :]
+def normalise(x, i, w: constexpr):
+    """byte * SCALE[c] + SHIFT[c]. A strip begins with the red of a pixel."""
+    return normalised(x[0], i % 3), normalised(x[1], (w + i) % 3), normalised(x[2], (2 * w + i) % 3)
+
+
+@jit
+def normalised(x, c):
+    # A table of constants would need a load for each number.
+    scale = tl.where(c == 0, RED[0], tl.where(c == 1, GREEN[0], BLUE[0]))
+    shift = tl.where(c == 0, RED[1], tl.where(c == 1, GREEN[1], BLUE[1]))
+    return x.to(tl.float32) * scale + shift
+
+
+@jit
+def sum_of_patch(x, inside):
+    """(PATCHES, STRIPS, WIDTH) -> (PATCHES, 1, 1)."""
+    # One warp holds all lanes of a patch of up to 16 px, so that none waits for another.
+    return tl.sum(tl.sum(tl.where(inside, x, 0), 2, keep_dims=True), 1, keep_dims=True)
+
+
+@jit
+def mean_and_std_of(x, inside, p: constexpr, floor):
+    """Mean and sqrt(var + floor^2) of each patch, (PATCHES, 1, 1)."""
+    P: constexpr = p * p * 3
+    mean = sum_of_patch(x[0] + x[1] + x[2], inside) / P
+    a = x[0] - mean
+    b = x[1] - mean
+    c = x[2] - mean
+    var = sum_of_patch(a * a + b * b + c * c, inside) / (P - 1)
+    return mean, tl.sqrt_rn(var + floor * floor)
 
 
 @jit
 def gather_kernel(
-    view, ids, out, count, K, S: constexpr, p: constexpr, PATCHES: constexpr, WIDTH: constexpr
+    view,
+    ids,
+    out,
+    mean,
+    std,
+    count,
+    K,
+    floor,
+    S: constexpr,
+    p: constexpr,
+    w: constexpr,
+    PATCHES: constexpr,
+    STRIPS: constexpr,
+    WIDTH: constexpr,
 ):
-    P: constexpr = p * p * 3
-    n, j, inside = tile_of(count, P, PATCHES, WIDTH)
-    x = load_bytes(view, ids, count, K, n, j, inside, S, p)
-    x = normalise(x, j)  # (byte/255 - mean) / std
-    at = n.to(tl.int64)[:, None] * P + j[None, :]
-    tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
+    n, i, byte, number, inside = lanes_of(ids, count, K, S, p, w, PATCHES, STRIPS, WIDTH)
+    mask = (n < count) & inside
+    x = normalise(load_pieces(view + byte, mask, w), i, w)  # (byte/255 - mean) / std
+    for c in tl.static_range(3):
+        tl.store(out + number + c * w, x[c].to(out.dtype.element_ty), mask=mask)
+    # The numbers are in registers now, so their mean and contrast cost eight bytes a patch.
+    m, s = mean_and_std_of(x, inside, p, floor)
+    tl.store(mean + n, m, mask=n < count)
+    tl.store(std + n, s, mask=n < count)
 
 
 # ---- the operator: what torch.compile sees. It has no autograd: its input is pixels --------------
 
 
 @torch.library.custom_op("animask::masked_patch_gather", mutates_args=())
-def gather_op(view: Tensor, ids: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+def gather_op(
+    view: Tensor, ids: Tensor, patch: int, dtype: torch.dtype, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> patches (B, K, P), mean and std (B, K)."""
     # A kernel gets an address, and knows neither shape nor strides: what is not contiguous would be
     # read in a wrong order, without an error. ids.argsort(1)[:, :K] is such a tensor.
     view = view.contiguous()
     ids = ids.contiguous()
     out = torch.empty(*ids.shape, patch * patch * 3, dtype=dtype, device=view.device)
-    K = ids.shape[1]
-    launch(gather_kernel, ids, patch, view, ids, out, ids.numel(), K, S=view.shape[2])
-    return out
+    mean = torch.empty(ids.shape, dtype=torch.float32, device=view.device)
+    std = torch.empty(ids.shape, dtype=torch.float32, device=view.device)
+    tensors = (view, ids, out, mean, std)
+    launch(gather_kernel, ids, patch, *tensors, ids.numel(), ids.shape[1], floor, S=view.shape[2])
+    return out, mean, std
 
 
 @gather_op.register_fake
-def _(view, ids, patch, dtype):
+def _(view, ids, patch, dtype, floor):
     # torch.compile runs this in place of the kernel, to learn shape and dtype of what will come.
-    return view.new_empty(*ids.shape, patch * patch * 3, dtype=dtype)
+    out = view.new_empty(*ids.shape, patch * patch * 3, dtype=dtype)
+    return out, *(view.new_empty(ids.shape, dtype=torch.float32) for _ in range(2))
 
 
 # ---- the dispatcher ------------------------------------------------------------------------------
 
 
-def masked_patch_gather(view, ids, patch, dtype=torch.float32, impl="auto"):
+def masked_patch_gather(
+    view, ids, patch, dtype=torch.float32, impl="auto", return_stats=False, floor=FLOOR
+):
     """view u8 (B, S, S, 3), ids i64 (B, K) -> normalised patches (B, K, P) of dtype.
 
     impl is "auto", "torch" or "triton" (`kernels.choose_impl`). A ValueError where shapes or ids
     do not fit. Not differentiable.
+    return_stats  -> (patches, mean and log std of each (B, K, 2) fp32)
     """
     check_patches(view, ids, patch)
-    operation = gather_op if choose_impl(impl, view.device) == "triton" else gather_reference
-    return operation(view, ids, patch, dtype)
+    if choose_impl(impl, view.device) == "triton":
+        x, *stats = gather_op(view, ids, patch, dtype, floor)
+    else:
+        x = gather_reference(view, ids, patch)
+        stats = mean_and_std(x, floor) if return_stats else None
+        x = x.to(dtype)
+    return (x, stack_stats(*stats)) if return_stats else x

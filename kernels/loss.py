@@ -12,9 +12,11 @@ of P numbers:
 
 The floor s0 is ours; the code of MAE has s0 = 1e-3 (He et al. 2021, arXiv:2111.06377).
 
-Bytes of `loss_kernel` for n = B*M patches: it reads x and y, and writes dL/dy in the dtype of y.
-These are n * P * (1 + 2 * size), 1.16 GB for B 2048, M 147, P 768 in bf16. One pass is enough,
-because sum(w) is known before: w needs x alone, and has a small pass of its own over the bytes.
+The kernels make e of x and y, and dL/dy of dL/de; weights and sums of a number for each patch stay
+in PyTorch. Bytes for n = B*M patches: forward reads x and y and leaves mean and contrast of x,
+backward reads x and y again and writes dL/dy in the dtype of y. These are n * P * (2 + 3 * size),
+1.77 GB for B 2048, M 147, P 768 in bf16. To write dL/dy in the forward pass would be no less: it
+would have to be read again and multiplied by what is then made of the loss.
 """
 
 import torch
@@ -22,44 +24,27 @@ from torch import Tensor
 
 from kernels import choose_impl, constexpr, jit, launch, tl
 from kernels.gather import (
+    FLOOR,
     check_patches,
     gather_reference,
-    load_bytes,
+    lanes_of,
+    load_pieces,
+    mean_and_std,
+    mean_and_std_of,
     normalise,
     patch_bytes,
-    tile_of,
+    stack_stats,
+    sum_of_patch,
 )
 
-# MAE divides each patch by its own standard deviation. Patches of a drawing are often flat: what
-# varies there is the noise of a JPEG, and it would be blown up to the variance of an eye. No
-# network can predict noise, so much of the loss would be spent on it. With the floor, the target of
-# a flat patch is nearly 0, and a patch with much contrast is normalised as in MAE.
-FLOOR = 0.15  # s0, in units of the normalised pixels: about 0.03 of the range of raw pixels
 TAU = 0.05  # detail at which the weight has risen by 63 %: a soft shadow edge
 
 
 # ---- the reference -------------------------------------------------------------------------------
 
 
-def loss_reference(pred, target, weight, error_of=None):
-    """L = sum(w e) / sum(w), a scalar, and e (B, M). Autograd finds the gradient.
-
-    A change of the references acts on a CPU and on a Mac. On a GPU it acts if IMPL in
-    kernels/__init__.py is "torch". Otherwise the kernels run there: change them, too.
-    """
-    error = (error_of or squared_error)(pred, target)
-    # Divided by the sum of weights and not by their number: a weight then says which patches count
-    # more, and does not change the size of the gradient, on which the learning rate was chosen.
-    return (weight * error).sum() / sum_of(weight), error
-
-
-def sum_of(weight):
-    """sum(w), or a little where there is nothing to sum: the loss of an empty batch is 0."""
-    return weight.sum().clamp(min=1e-30)
-
-
 def squared_error(pred, target):
-    """e (B, M), the mean squared error of pred and target (B, M, P). On a GPU see loss_reference."""
+    """e (B, M), the mean squared error of pred and target (B, M, P). On a GPU see reconstruction_error."""
     return (pred - target).square().mean(2)
 
 
@@ -69,21 +54,15 @@ def absolute_error(pred, target):
 
 
 def targets(view, ids, patch, norm_pix=True, floor=FLOOR):
-    """t (B, M, P) fp32, and with norm_pix the mean and log std of each patch (B, M, 2), else None.
-
-    Variance is unbiased, as in MAE. On a CPU, torch.var_mean would take thirty times as long.
-    """
+    """t (B, M, P) fp32, and the mean and log std of each patch (B, M, 2)."""
     x = gather_reference(view, ids, patch)
-    if not norm_pix:
-        return x, None
+    mean, std = mean_and_std(x, floor)
     # Without its mean and contrast a patch says what is drawn in it, and not how light it is, which
-    # its neighbours tell. A run on faces20 that predicted raw pixels was two points worse.
-    mean = x.mean(2, keepdim=True)
-    x.sub_(mean)
-    squares = torch.linalg.vector_norm(x, dim=2, keepdim=True).square_()
-    std = (squares / (x.shape[2] - 1) + floor**2).sqrt_()
-    # Pictures need the two statistics back; the logarithm lets any number stand for a deviation.
-    return x.div_(std), torch.cat([mean, std.log()], 2)
+    # its neighbours tell. A run on faces20 that predicted raw pixels was two points worse. Pictures
+    # need the two statistics back.
+    if norm_pix:
+        x.sub_(mean[..., None]).div_(std[..., None])
+    return x, stack_stats(mean, std)
 
 
 def detail_reference(view, ids, patch):
@@ -106,57 +85,102 @@ def detail_reference(view, ids, patch):
 
 @jit
 def detail_kernel(
-    view, ids, detail, count, M, S: constexpr, p: constexpr, PATCHES: constexpr, WIDTH: constexpr
+    view,
+    ids,
+    detail,
+    count,
+    M,
+    S: constexpr,
+    p: constexpr,
+    w: constexpr,
+    PATCHES: constexpr,
+    STRIPS: constexpr,
+    WIDTH: constexpr,
 ):
-    n, j, inside = tile_of(count, p * p * 3, PATCHES, WIDTH)
-    x = load_bytes(view, ids, count, M, n, j, inside, S, p).to(tl.int32)
+    n, i, byte, _, inside = lanes_of(ids, count, M, S, p, w, PATCHES, STRIPS, WIDTH)
+    x = load_pieces(view + byte, (n < count) & inside, w)
     # d is a small difference of large numbers, exact only in integers: up to 104 px they fit into
     # int32. Their products with the number of pixels do not, and are int64.
-    spread = tl.sum(x * x, 1).to(tl.int64) * (p * p)  # n sum_c Q_c, (PATCHES,)
-    for c in tl.static_range(3):
-        total = tl.sum(tl.where((j % 3 == c)[None, :], x, 0), 1).to(tl.int64)  # S_c
+    a = x[0].to(tl.int32)
+    b = x[1].to(tl.int32)
+    c = x[2].to(tl.int32)
+    spread = sum_of_patch(a * a + b * b + c * c, inside).to(tl.int64) * (p * p)  # n sum_c Q_c
+    for colour in tl.static_range(3):
+        some = tl.where(i % 3 == colour, a, 0)
+        some += tl.where((w + i) % 3 == colour, b, 0)
+        some += tl.where((2 * w + i) % 3 == colour, c, 0)
+        total = sum_of_patch(some, inside).to(tl.int64)  # S_c
         spread -= total * total
     unit: constexpr = 1 / (255 * p * p * 3**0.5)
     tl.store(detail + n, tl.sqrt_rn(spread.to(tl.float32)) * unit, mask=n < count)
 
 
 @jit
-def loss_kernel(
+def error_kernel(
     pred,
     view,
     ids,
-    weight,
-    factor,  # 2 / (P sum(w))
     error,
-    gradient,
+    mean,
+    std,
     count,
     M,
     floor,
     S: constexpr,
     p: constexpr,
+    w: constexpr,
     NORM_PIX: constexpr,
-    GRADIENT: constexpr,
     PATCHES: constexpr,
+    STRIPS: constexpr,
     WIDTH: constexpr,
 ):
-    P: constexpr = p * p * 3
-    n, j, inside = tile_of(count, P, PATCHES, WIDTH)
-    t = normalise(load_bytes(view, ids, count, M, n, j, inside, S, p), j)
-    if NORM_PIX:  # t = (x - mean) / sqrt(var + s0^2), all of it in registers
-        mean = tl.sum(tl.where(inside, t, 0.0), 1) / P
-        t = tl.where(inside, t - mean[:, None], 0.0)
-        var = tl.sum(t * t, 1) / (P - 1)
-        t = t / tl.sqrt_rn(var + floor * floor)[:, None]
-    at = n.to(tl.int64)[:, None] * P + j[None, :]  # int64: 2.8 million patches of 16 px are 2^31
-    y = tl.load(pred + at, mask=inside, other=0.0).to(tl.float32)
-    diff = tl.where(inside, y - t, 0.0)
-    tl.store(error + n, tl.sum(diff * diff, 1) / P, mask=n < count)  # e
-    # y and t are in registers now, so the gradient costs a write. A backward kernel would have to
-    # read and normalise all of it again. In fp16 the factor alone would be 0, so the product is
-    # fp32.
-    if GRADIENT:
-        w = tl.load(weight + n, mask=n < count, other=0.0) * tl.load(factor)
-        tl.store(gradient + at, (w[:, None] * diff).to(gradient.dtype.element_ty), mask=inside)
+    n, i, byte, number, inside = lanes_of(ids, count, M, S, p, w, PATCHES, STRIPS, WIDTH)
+    mask = (n < count) & inside
+    x = normalise(load_pieces(view + byte, mask, w), i, w)
+    m, s = mean_and_std_of(x, inside, p, floor)
+    tl.store(mean + n, m, mask=n < count)
+    tl.store(std + n, s, mask=n < count)
+    squares = 0.0
+    # y is not loaded before: it would double the registers of a thread, and halve the threads.
+    for c in tl.static_range(3):
+        t = (x[c] - m) * (1 / s) if NORM_PIX else x[c]
+        y = tl.load(pred + number + c * w, mask=mask, other=0).to(tl.float32)
+        diff = y - t
+        squares += diff * diff
+    tl.store(error + n, sum_of_patch(squares, inside) / (p * p * 3), mask=n < count)  # e
+
+
+@jit
+def gradient_kernel(
+    slope,  # of the loss by the errors, (B, M)
+    pred,
+    view,
+    ids,
+    mean,
+    std,
+    gradient,
+    count,
+    M,
+    S: constexpr,
+    p: constexpr,
+    w: constexpr,
+    NORM_PIX: constexpr,
+    PATCHES: constexpr,
+    STRIPS: constexpr,
+    WIDTH: constexpr,
+):
+    n, i, byte, number, inside = lanes_of(ids, count, M, S, p, w, PATCHES, STRIPS, WIDTH)
+    mask = (n < count) & inside
+    x = normalise(load_pieces(view + byte, mask, w), i, w)
+    m = tl.load(mean + n, mask=n < count, other=0)
+    s = tl.load(std + n, mask=n < count, other=1)
+    factor = tl.load(slope + n, mask=n < count, other=0) * (2 / (p * p * 3))
+    for c in tl.static_range(3):
+        t = (x[c] - m) * (1 / s) if NORM_PIX else x[c]
+        y = tl.load(pred + number + c * w, mask=mask, other=0).to(tl.float32)
+        # Only the product is rounded: in fp16 the factor alone might be 0.
+        g = (factor * (y - t)).to(gradient.dtype.element_ty)
+        tl.store(gradient + number + c * w, g, mask=mask)
 
 
 # ---- the operators, and the gradient -------------------------------------------------------------
@@ -176,55 +200,67 @@ def _(view, ids, patch):
     return view.new_empty(ids.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("animask::reconstruction_loss", mutates_args=())
-def loss_op(
+@torch.library.custom_op("animask::reconstruction_error", mutates_args=())
+def error_op(
+    pred: Tensor, view: Tensor, ids: Tensor, patch: int, norm_pix: bool, floor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> e, and mean and std of the patches, (B, M) each."""
+    pred, view, ids = pred.contiguous(), view.contiguous(), ids.contiguous()
+    device = pred.device
+    error, mean, std = (torch.empty(ids.shape, dtype=torch.float32, device=device) for _ in "ems")
+    tensors = (pred, view, ids, error, mean, std)
+    constants = dict(S=view.shape[2], NORM_PIX=norm_pix)
+    launch(error_kernel, ids, patch, *tensors, ids.numel(), ids.shape[1], floor, **constants)
+    return error, mean, std
+
+
+@error_op.register_fake
+def _(pred, view, ids, patch, norm_pix, floor):
+    return tuple(view.new_empty(ids.shape, dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("animask::reconstruction_gradient", mutates_args=())
+def gradient_op(
+    slope: Tensor,
     pred: Tensor,
     view: Tensor,
     ids: Tensor,
-    weight: Tensor,
+    mean: Tensor,
+    std: Tensor,
     patch: int,
     norm_pix: bool,
-    floor: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> L, dL/dy (B, M, P) or nothing, e (B, M)."""
-    pred, view, ids = pred.contiguous(), view.contiguous(), ids.contiguous()
-    # Known before the kernel runs, because no weight depends on pred. Otherwise the gradient would
-    # take a second pass, to be divided by the sum.
-    total = sum_of(weight)
-    factor = 2 / (pred.shape[2] * total)
-    error = torch.empty(ids.shape, dtype=torch.float32, device=pred.device)
-    gradient = torch.empty(pred.shape if with_gradient else 0, dtype=pred.dtype, device=pred.device)
-    tensors = (pred, view, ids, weight, factor, error, gradient)
-    constants = dict(S=view.shape[2], NORM_PIX=norm_pix, GRADIENT=with_gradient)
-    launch(loss_kernel, ids, patch, *tensors, ids.numel(), ids.shape[1], floor, **constants)
-    return (weight * error).sum() * (1 / total), gradient, error
+) -> Tensor:
+    """slope (B, M), dL/de -> dL/dy (B, M, P) = slope * 2 (y - t) / P."""
+    slope, pred, view, ids = (x.contiguous() for x in (slope, pred, view, ids))
+    gradient = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    tensors = (slope, pred, view, ids, mean, std, gradient)
+    constants = dict(S=view.shape[2], NORM_PIX=norm_pix)
+    launch(gradient_kernel, ids, patch, *tensors, ids.numel(), ids.shape[1], **constants)
+    return gradient
 
 
-@loss_op.register_fake
-def _(pred, view, ids, weight, patch, norm_pix, floor, with_gradient):
-    gradient = pred.new_empty(pred.shape if with_gradient else 0)
-    return weight.new_empty(()), gradient, weight.new_empty(ids.shape)
+@gradient_op.register_fake
+def _(slope, pred, view, ids, mean, std, patch, norm_pix):
+    return pred.new_empty(pred.shape)
 
 
-def remember_gradient(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros, as large as the gradient, for the other outputs
-    ctx.save_for_backward(output[1])
+def remember(ctx, inputs, output):
+    pred, view, ids, *ctx.settings, _ = inputs  # patch, norm_pix
+    _, mean, std = output
+    ctx.mark_non_differentiable(mean, std)
+    ctx.set_materialize_grads(False)  # no zeros for them
+    ctx.save_for_backward(pred, view, ids, mean, std)
 
 
-def backward(ctx, grad_loss, *_):
-    """The gradient that the forward pass left, times the gradient of the loss, a scalar."""
-    # What is saved is a tensor of numbers, whose own dependence on pred autograd can't see. A
-    # second derivative would come out as 0, which is wrong.
+def backward(ctx, slope, *_):
+    # The kernel's own dependence on pred is unknown to autograd. A second derivative would come out
+    # as 0, which is wrong.
     if torch.is_grad_enabled():
         raise NotImplementedError("the Triton loss gives no second derivative (create_graph=True)")
-    (gradient,) = ctx.saved_tensors
-    grad_pred = None if grad_loss is None else gradient * grad_loss
-    return grad_pred, *[None] * 7  # none for the other inputs
+    return gradient_op(slope, *ctx.saved_tensors, *ctx.settings), *[None] * 5
 
 
-loss_op.register_autograd(backward, setup_context=remember_gradient)
+error_op.register_autograd(backward, setup_context=remember)
 
 
 # ---- the dispatchers -----------------------------------------------------------------------------
@@ -244,46 +280,36 @@ def detail_weight(detail, flat_weight, tau=TAU):
     return flat_weight + (1 - flat_weight) * (1 - torch.exp(-detail / tau))
 
 
-def check_loss(pred, view, ids, patch, weight):
-    """The weight (B, M), in fp32. A ValueError where shapes do not fit."""
-    check_patches(view, ids, patch)
-    # Without the detach, a weight that is itself learned would lower the loss by looking away.
-    weight = torch.ones(ids.shape, device=pred.device) if weight is None else weight.detach()
-    shape = (*ids.shape, patch * patch * 3)
-    if pred.shape != shape or weight.shape != shape[:2]:
-        shapes = f"{tuple(pred.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"pred must be {shape}, and weight {shape[:2]}, not {shapes}")
-    return weight.to(torch.promote_types(pred.dtype, torch.float32)).contiguous()
-
-
-def reconstruction_loss(
-    pred,
-    view,
-    ids_mask,
-    patch,
-    weight=None,
-    norm_pix=True,
-    impl="auto",
-    floor=FLOOR,
-    error_of=None,
-    return_error=False,
+def reconstruction_error(
+    pred, view, ids, patch, norm_pix=True, floor=FLOOR, error_of=None, impl="auto"
 ):
-    """L, a scalar that is differentiable in pred (B, M, P); view u8 (B, S, S, 3), ids_mask (B, M).
+    """e (B, M), differentiable in pred (B, M, P), and mean and log std of the patches (B, M, 2).
 
-    weight        (B, M), 1 if None
-    error_of      a function such as `absolute_error`: it runs the reference; None: squared_error
-    return_error  -> (L, e (B, M)); the errors give no gradient
+    view u8 (B, S, S, 3), ids i64 (B, M)
+    error_of  a function such as `absolute_error`: it runs the reference; None: squared_error
     """
-    weight = check_loss(pred, view, ids_mask, patch, weight)
+    check_patches(view, ids, patch)
+    if pred.shape != (*ids.shape, patch * patch * 3):
+        raise ValueError(f"pred {tuple(pred.shape)} does not fit ids {tuple(ids.shape)}")
+    # A change of the references acts on a CPU and on a Mac. On a GPU it acts if IMPL in
+    # kernels/__init__.py is "torch". Otherwise the kernels run there: change them, too.
     if choose_impl(impl, pred.device) == "triton" and error_of is None:
-        with_gradient = torch.is_grad_enabled() and pred.requires_grad
-        settings = patch, norm_pix, floor, with_gradient
-        loss, _, error = loss_op(pred, view, ids_mask, weight, *settings)
-    else:
-        target, _ = targets(view, ids_mask, patch, norm_pix, floor)
-        pred = pred.to(weight.dtype)  # fp32 where it was bf16 or fp16
-        loss, error = loss_reference(pred, target.to(pred.dtype), weight, error_of)
-    return (loss, error.detach()) if return_error else loss
+        error, *stats = error_op(pred, view, ids, patch, norm_pix, floor)
+        return error, stack_stats(*stats)
+    target, stats = targets(view, ids, patch, norm_pix, floor)
+    pred = pred.to(torch.promote_types(pred.dtype, target.dtype))  # fp32 where it was bf16 or fp16
+    return (error_of or squared_error)(pred, target.to(pred.dtype)), stats
+
+
+def weighted_mean(error, weight):
+    """L = sum(w e) / sum(w), a scalar, of error and weight (B, M). 0 if there are none."""
+    if weight.shape != error.shape:
+        raise ValueError(f"weight must be {tuple(error.shape)}, not {tuple(weight.shape)}")
+    # Without the detach, a weight that is itself learned would lower the loss by looking away.
+    weight = weight.detach().to(error.dtype)
+    # Divided by the sum of weights and not by their number: a weight then says which patches count
+    # more, and does not change the size of the gradient, on which the learning rate was chosen.
+    return (weight * error).sum() / weight.sum().clamp(min=1e-30)
 
 
 @torch.no_grad()
@@ -294,18 +320,6 @@ def patch_error(pred, view, ids, patch, norm_pix=True, floor=FLOOR):
 
 
 # ---- statistics of patches: they undo norm_pix in pictures ---------------------------------------
-
-
-def visible_stats(view, ids_keep, ids_mask, patch, floor=FLOOR):
-    """Mean and log std of each hidden patch, estimated from visible ones, (B, M, 2).
-
-    Their mean, weighted by distance^-3. The statistics head learns the rest.
-    """
-    # A decoder that predicts normalised patches is never asked for their means, so its tokens
-    # hardly hold them. Visible neighbours do: on the demo set theirs explains 65 % of the variance
-    # of the means.
-    _, stats = targets(view, ids_keep, patch, True, floor)  # (B, K, 2)
-    return mean_of_neighbours(stats, ids_keep, ids_mask, view.shape[2] // patch)
 
 
 def mean_of_neighbours(values, ids_keep, ids_mask, g):
@@ -320,10 +334,18 @@ def mean_of_neighbours(values, ids_keep, ids_mask, g):
     return weight @ values / weight.sum(2, keepdim=True)
 
 
-def stats_loss(stats, view, ids_keep, ids_mask, patch, floor=FLOOR):
-    """Mean squared distance of stats (B, M, 2) + visible_stats from the true statistics."""
+def predicted_stats(stats, visible_stats, ids_keep, ids_mask, g):
+    """Mean and log std of hidden patches (B, M, 2): what the head says, stats (B, M, 2), added to
+    the mean of those of visible patches (B, K, 2).
+    """
+    # A decoder that predicts normalised patches is never asked for their means, so its tokens
+    # hardly hold them. Visible neighbours do: on the demo set theirs explains 65 % of the variance
+    # of the means. The head learns the rest.
+    return stats.float() + mean_of_neighbours(visible_stats, ids_keep, ids_mask, g)
+
+
+def stats_loss(predicted, hidden_stats):
+    """Mean squared distance of `predicted_stats` from the true ones, (B, M, 2)."""
     # The true statistics train the head, but no picture or PSNR may use them: a patch's mean is
     # most of what it looks like, so a prediction that is given it looks far better than it is.
-    _, target = targets(view, ids_mask, patch, True, floor)
-    estimate = stats.float() + visible_stats(view, ids_keep, ids_mask, patch, floor)
-    return (estimate - target).square().mean()
+    return (predicted - hidden_stats).square().mean()

@@ -61,6 +61,38 @@ def milliseconds(call, device, seconds=0.3):
     return times
 
 
+def replays(calls, device, times=20):
+    """A function that returns times of one call, in ms: each is the mean of all calls once.
+
+    Give the calls inputs of their own, larger than the caches together. On a GPU they are one CUDA
+    graph, so that the times do not contain Python, which is slower than most kernels.
+    """
+    if device.type != "cuda":
+        return lambda: [ms for call in calls for ms in milliseconds(call, device, 0.3 / len(calls))]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a first run compiles, which a graph can't hold
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def replay():
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+        graph.replay()  # warms up
+        marks[0].record()
+        for mark in marks[1:]:
+            graph.replay()
+            mark.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / len(calls) for a, b in itertools.pairwise(marks)]
+
+    return replay
+
+
 def in_turns(calls, turns, measure):
     """{name: call} -> {name: [measure(call) of each turn]}. Every second turn goes backwards."""
     found = {name: [] for name in calls}

@@ -1,189 +1,208 @@
-"""How fast the two kernels are, beside the obvious PyTorch and torch.compile of it.
+"""How fast the kernels are in a step, beside their PyTorch references and torch.compile of those.
 
     python -m lab.bench_kernels [--gate]
 
-Writes runs/bench/bench_kernels.csv on a GPU. Without one it measures the PyTorch references, into
+Two parts of a step are timed: the gather of visible patches, and the whole loss (contrast of each
+patch, weight, error, statistics, and the gradients). On a GPU they are replays of a CUDA graph over
+several inputs in turn, so that no time contains Python or finds its input in a cache. What
+surrounds our kernels is compiled, as in pretrain.py.
+
+Writes runs/bench/bench_kernels.csv on a GPU. Without one it measures the references alone, into
 bench_kernels_cpu.csv. The gate comes first: every contender against float64 on small inputs, then
 against the reference on the inputs that are timed. A wrong number ends the run before any speed.
-
 Bytes are the least that any implementation moves. Their share is of a plain copy in the same run.
-Forward is that of training: there our kernel writes the gradient already, which backward scales.
-Times of small inputs on a GPU contain the launch by Python.
 """
 
 import functools
 
 import torch
-import torch._functorch.config as functorch
 
 from common.command import cli
 from common.io import UserError
 from common.train import DTYPES, pick_device
 from kernels import INTERPRET
 from kernels.gather import MEAN, STD, masked_patch_gather
-from kernels.loss import patch_detail, reconstruction_loss
+from kernels.loss import (
+    detail_weight,
+    patch_detail,
+    predicted_stats,
+    reconstruction_error,
+    stats_loss,
+    weighted_mean,
+)
 from lab import bench
 
 # batch, image size, patch size, share of hidden patches
-SIZES = [(64, 8, 0.75), (128, 16, 0.75), (224, 16, 0.75), (224, 16, 0.5), (224, 16, 0.9)]
-GPU_CASES = [(1024, *size) for size in SIZES]
+GPU_CASES = [(1024, *case, 0.75) for case in ((128, 16), (224, 16), (64, 8), (224, 14))]
 CPU_CASES = [(128, 96, 8, 0.75), (32, 224, 16, 0.75)]
 SMALL_CASES = [(2, 32, 8, 0.75)]
 GATE_CASES = [(4, 64, 16, 0.75), (3, 48, 8, 0.5), (2, 84, 14, 0.9)]
-# What is timed: an operation, a part of it, and how often the least implementation moves a patch's
-# pixels with their place, its P numbers of the dtype, and a single number.
-PASSES = {
-    ("gather", "forward"): (1, 1, 0),
-    ("detail", "forward"): (1, 0, 1),
-    ("loss", "forward"): (1, 1, 1),  # reads the prediction and a weight
-    ("loss", "backward"): (0, 2, 0),  # reads as much as the prediction, writes the gradient
-    ("loss", "both"): (1, 2, 1),
-}
-KEYS = ("batch", "size", "patch", "ratio", "operation", "pass", "impl", "dtype")
+INPUTS = 4  # that take turns
+FLAT_WEIGHT = 0.1  # of pretrain.py
+# How often the least implementation moves a patch's pixels with their place, its P numbers of the
+# dtype, and a single number of fp32: the gather writes two statistics; the loss reads the
+# prediction and two statistics, and writes their gradients.
+MOVES = {"gather": (1, 1, 2), "loss": (1, 2, 4)}
+DTYPES = DTYPES | {"fp16": torch.float16}
+KEYS = ("batch", "size", "patch", "ratio", "operation", "impl", "dtype")
 
 
-# ---- the obvious way, as it is written most often; in float64 it is the truth --------------------
+# ---- the formulas, as they are written most often: in float64 they are the truth -----------------
 
 
-def pick_patches(x, ids, patch):
-    """x (B, S, S, 3) -> of all its patches those at ids (B, K), (B, K, P)."""
-    B, S, _, C = x.shape
-    g = S // patch
-    x = x.view(B, g, patch, g, patch, C).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(B, g * g, patch * patch * C)
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
+def obvious_gather(view, ids, patch):
+    """-> pixels in [0, 1] (B, K, p*p, 3), the normalised patches (B, K, P), and their statistics."""
+    x = view.double().div(255).unfold(1, patch, patch).unfold(2, patch, patch)  # (B, g, g, 3, p, p)
+    x = x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
+    pixels = x[torch.arange(len(ids), device=ids.device)[:, None], ids]
+    mean, std = torch.tensor([MEAN, STD], device=ids.device, dtype=torch.float64)
+    x = ((pixels - mean) / std).flatten(2)
+    return pixels, x, torch.stack([x.mean(2), (x.var(2) + 0.15**2).sqrt().log()], 2)
 
 
-def obvious_gather(view, ids, patch, dtype=torch.float32):
-    exact = torch.promote_types(dtype, torch.float32)
-    mean, std = torch.tensor([MEAN, STD], device=view.device, dtype=exact)  # as torchvision does
-    return pick_patches((view.to(exact) / 255 - mean) / std, ids, patch).to(dtype)
+def obvious_loss(pred, stats, view, keep, mask, patch):
+    """L and its gradients by pred and stats, all in float64."""
+    pred, stats = (x.detach().double().requires_grad_() for x in (pred, stats))
+    pixels, x, true = obvious_gather(view, mask, patch)
+    mean, log_std = true[..., :1], true[..., 1:]
+    error = (pred - (x - mean) / log_std.exp()).square().mean(2)
+    detail = pixels.var(2, correction=0).mean(2).sqrt()
+    weight = 1 - (1 - FLAT_WEIGHT) * (-detail / 0.05).exp()
+    _, _, seen = obvious_gather(view, keep, patch)
+    g = view.shape[1] // patch
+    hidden, visible = (torch.stack([ids // g, ids % g], 2).double() for ids in (mask, keep))
+    near = torch.linalg.vector_norm(hidden[:, :, None] - visible[:, None], dim=3) ** -3
+    guess = near @ seen / near.sum(2, keepdim=True)
+    loss = (weight * error).sum() / weight.sum() + (stats + guess - true).square().mean()
+    return loss.detach(), *torch.autograd.grad(loss, (pred, stats))
 
 
-def obvious_detail(view, ids, patch, dtype=torch.float32):
-    x = pick_patches(view.to(dtype) / 255, ids, patch).unflatten(2, (-1, 3))
-    return x.var(2, correction=0).mean(2).sqrt()
+# ---- the contenders ------------------------------------------------------------------------------
 
 
-def obvious_loss(pred, view, ids, patch, weight):
-    target = obvious_gather(view, ids, patch, torch.promote_types(pred.dtype, torch.float32))
-    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-    target = (target - mean) / (var + 0.15**2) ** 0.5
-    error = ((pred.to(target.dtype) - target) ** 2).mean(-1)
-    return (error * weight).sum() / weight.sum()
+def losses(pred, stats, view, keep, mask, patch, seen, impl):
+    """What pretrain.py computes of a prediction: seen (B, K, 2) are statistics of visible patches."""
+    error, true = reconstruction_error(pred, view, mask, patch, impl=impl)
+    weight = detail_weight(patch_detail(view, mask, patch, impl=impl), FLAT_WEIGHT)
+    predicted = predicted_stats(stats, seen, keep, mask, view.shape[1] // patch)
+    return weighted_mean(error, weight) + stats_loss(predicted, true)
 
 
 def contenders(device, timed=True):
-    """{name: (gather, detail, loss)}. The interpreter of Triton is judged, but never timed."""
-    ours = (masked_patch_gather, patch_detail, reconstruction_loss)
-    found = {"reference": [functools.partial(f, impl="torch") for f in ours]}
-    found["obvious"] = [obvious_gather, obvious_detail, obvious_loss]
+    """{name: (gather, losses)}. The interpreter of Triton is judged, but never timed."""
+    gather = functools.partial(masked_patch_gather, return_stats=True)
+    with_impl = {
+        impl: [functools.partial(f, impl=impl) for f in (gather, losses)]
+        for impl in ("torch", "triton")
+    }
+    found = {"reference": with_impl["torch"]}
     if device.type == "cuda":
-        found["compile"] = [torch.compile(f, dynamic=False) for f in found["obvious"]]
-    if bench.TRITON != "none" and (device.type == "cuda" or (INTERPRET and not timed)):
-        found["triton"] = [functools.partial(f, impl="triton") for f in ours]
+        found["compile"] = [torch.compile(f, dynamic=False) for f in with_impl["torch"]]
+        if bench.TRITON != "none":
+            found["triton"] = [torch.compile(f, dynamic=False) for f in with_impl["triton"]]
+    elif INTERPRET and not timed:
+        found["triton"] = with_impl["triton"]
     return found
 
 
-# ---- one case ------------------------------------------------------------------------------------
-
-
-def inputs(case, dtype, device):
-    """-> view, ids_keep, ids_mask, pred, weight, patch; random, the same every time."""
+def inputs(case, dtype, device, seed=0):
+    """-> pred, stats, view, ids_keep, ids_mask, patch, statistics of visible patches."""
     batch, size, patch, ratio = case
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     N = (size // patch) ** 2
     K = int(N * (1 - ratio) + 1e-9)
     view = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
     order = torch.rand(batch, N, device=device).argsort(1)
-    keep = order[:, :K].contiguous()
-    mask = order[:, K:].contiguous()
+    keep, mask = order[:, :K].contiguous(), order[:, K:].contiguous()
     pred = torch.randn(batch, N - K, patch * patch * 3, device=device, dtype=dtype).requires_grad_()
-    return view, keep, mask, pred, torch.rand(batch, N - K, device=device), patch
+    stats = torch.randn(batch, N - K, 2, device=device, dtype=dtype).requires_grad_()
+    _, seen = masked_patch_gather(view, keep, patch, return_stats=True, impl="torch")
+    return pred, stats, view, keep, mask, patch, seen
 
 
-def call_of(functions, given, operation, which):
-    """-> what is timed, without arguments. Backward alone gets a graph that stays."""
-    gather, detail, loss = functions
-    view, keep, mask, pred, weight, patch = given
+def run(operation, functions, given):
+    """-> what the operation computes: patches and statistics, or the loss and its two gradients."""
+    gather, losses = functions
+    pred, stats, view, keep, mask, patch, _ = given
     if operation == "gather":
-        return functools.partial(gather, view, keep, patch, pred.dtype)
-    if operation == "detail":
-        return functools.partial(detail, view, mask, patch)
-    forward = functools.partial(loss, pred, view, mask, patch, weight)
-    if which == "forward":
-        return forward
-    graph = forward() if which == "backward" else None
-
-    def gradient():
-        pred.grad = None
-        (forward() if graph is None else graph).backward(retain_graph=graph is not None)
-        return pred.grad
-
-    return gradient
+        return gather(view, keep, patch, pred.dtype)
+    loss = losses(*given)
+    # The sum over patches, and not their mean: in fp16 that would have no gradient.
+    return loss.detach(), *torch.autograd.grad(loss * mask.numel(), (pred, stats))
 
 
-def bytes_to_move(one, n, P, size):
+def truth_of(operation, given):
+    pred, stats, view, keep, mask, patch, _ = given
+    if operation == "gather":
+        return obvious_gather(view, keep, patch)[1:]
+    loss, *gradients = obvious_loss(pred, stats, view, keep, mask, patch)
+    return loss, *(x * mask.numel() for x in gradients)
+
+
+def bytes_to_move(operation, n, P, size):
     """The least bytes that any implementation moves for n patches of P numbers of `size` bytes."""
-    pixels, numbers, single = PASSES[one]
+    pixels, numbers, single = MOVES[operation]
     return n * (pixels * (P + 8) + numbers * P * size + single * 4)
 
 
 # ---- the gate ------------------------------------------------------------------------------------
 
 
-def check(what, found, truth, dtype):
-    """A UserError where numbers are off by more than the rounding of their dtype."""
-    rounding = 2**-7 if INTERPRET else 2**-8  # of bf16, which the interpreter cuts off
-    limit = rounding if found.dtype == dtype == torch.bfloat16 else 1e-5
-    exact = torch.promote_types(truth.dtype, torch.float32)
-    off = (found.detach().to(exact) - truth.to(exact)).abs().max() / truth.abs().max()
-    if not off <= limit:
-        raise UserError(f"{what} is off by {off:.1e} of the largest value; no speed is reported")
+def check(name, found, truth, units=0.5):
+    """A UserError where numbers are off by more than units in the last place of their dtype."""
+    for x, true in zip(found, truth, strict=True):
+        rounding = torch.finfo(x.dtype).eps * units
+        off = (x.double() - true).abs().max() / true.abs().max()
+        if not off <= max(rounding, 1e-5):
+            raise UserError(
+                f"{name} is off by {off:.1e} of the largest value; no speed is reported"
+            )
 
 
 def gate(device, dtype):
-    """Every contender's numbers, on small inputs, against the obvious way in float64."""
+    """Every contender's numbers, on small inputs, against the formulas in float64."""
+    found = contenders(device, timed=False)
+    units = 1 if INTERPRET else 0.5  # the interpreter cuts bf16 off
     for case in GATE_CASES:
         given = inputs(case, dtype, device)
-        view, keep, mask, pred, weight, patch = given
-        exact = pred.detach().double().requires_grad_()
-        exact_given = (view, keep, mask, exact, weight.double(), patch)
-        obvious = [obvious_gather, functools.partial(obvious_detail, dtype=torch.float64)]
-        for name, functions in contenders(device, timed=False).items():
-            for one in PASSES:
-                truth = call_of([*obvious, obvious_loss], exact_given, *one)()
-                found = call_of(functions, given, *one)()
-                check(f"{name} {' '.join(one)} of {case}", found, truth, dtype)
-    names = ", ".join(contenders(device, timed=False))
+        for operation in MOVES:
+            truth = truth_of(operation, given)
+            for name, functions in found.items():
+                check(
+                    f"{name} {operation} of {case}", run(operation, functions, given), truth, units
+                )
+    names = ", ".join(found)
     print(f"gate     green: {names} agree with float64 in {str(dtype)[6:]}", flush=True)
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def measure(table, case, one, given, found, turns):
-    """Time all contenders of one pass in turns, and add a row for each, unless the table has it."""
-    device, dtype = given[0].device, given[3].dtype
+def measure(table, case, operation, sets, turns):
+    """Time all contenders in turns, and add a row for each, unless the table has it."""
+    pred, _, view, keep, mask, _, _ = sets[0]
+    device, dtype = view.device, pred.dtype
+    found = contenders(device)
     keys = {
-        name: dict(zip(KEYS, (*case, *one, name, str(dtype)[6:]), strict=True)) for name in found
+        name: dict(zip(KEYS, (*case, operation, name, str(dtype)[6:]), strict=True))
+        for name in found
     }
     if all(table.find(**row) for row in keys.values()):
         return
-    truth = call_of(found["reference"], given, *one)().detach().clone()
-    calls = {}
+    truth = [x.double() for x in run(operation, found["reference"], sets[0])]
+    replays = {}
     for name, functions in found.items():
         try:
-            answer = call_of(functions, given, *one)()
-            check(f"{name} {' '.join(one)} of {case}", answer, truth, dtype)
-            calls[name] = functools.partial(call_of, functions, given, *one)
+            check(f"{name} {operation} of {case}", run(operation, functions, sets[0]), truth, 1)
+            calls = [functools.partial(run, operation, functions, given) for given in sets]
+            replays[name] = bench.replays(calls, device)
         except torch.OutOfMemoryError:
             table.add(keys[name] | {"note": "does not fit in this GPU's memory"})
-    truth = answer = None
-    times = bench.in_turns(calls, turns, lambda make: bench.milliseconds(make(), device))
-    n = (given[1] if one[0] == "gather" else given[2]).numel()
-    moved = bytes_to_move(one, n, given[3].shape[2], given[3].element_size())
-    for name, columns in bench.compared(times, "reference").items():
+    times = bench.in_turns(replays, turns, lambda replay: replay())
+    n = (keep if operation == "gather" else mask).numel()
+    moved = bytes_to_move(operation, n, pred.shape[2], pred.element_size())
+    base = "compile" if "compile" in times else "reference"
+    for name, columns in bench.compared(times, base).items():
         speed = moved / columns["p50_ms"] / 1e6
         share = round(speed / table.where["copy_gb_per_s"], 3)
         more = {"mb_to_move": round(moved / 1e6, 2), "gb_per_s": round(speed, 1)}
@@ -198,7 +217,6 @@ def main():
     device = pick_device(args.device)
     gpu = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
-    functorch.donated_buffer = False  # else a compiled graph runs backward only once
     gate(device, dtype)
     if args.gate:
         return
@@ -208,11 +226,10 @@ def main():
     if not gpu:
         print("note: no GPU here, so the PyTorch references are measured, not the kernels")
     for case in SMALL_CASES if args.small else GPU_CASES if gpu else CPU_CASES:
-        torch.compiler.reset()
-        found = contenders(device)
-        given = inputs(case, dtype, device)
-        for one in PASSES:
-            measure(table, case, one, given, found, args.turns)
+        sets = [inputs(case, dtype, device, seed) for seed in range(INPUTS)]
+        for operation in MOVES:
+            torch.compiler.reset()
+            measure(table, case, operation, sets, args.turns)
     print(f"wrote    {path}")
 
 

@@ -1,4 +1,4 @@
-"""What a step of pre-training is made of: python -m lab.bench_parts [--small] [FLAGS of pretrain.py]
+"""What a step of pre-training is made of: python -m lab.bench_parts [FLAGS of pretrain.py]
 
 Starts pretrain.py as a user does, and stops it after some steps. Writes runs/bench/parts.json, and
 prints it: ms of a step by the wall's clock and, on a GPU, how many kernels it has and their ms, by
@@ -24,7 +24,7 @@ DEFAULT = "--mask attn_high:start=0 --ratio 0.75"
 SMALL = "--model nano:depth=1,image_size=32,decoder_dim=32 --epochs 2 --batch-size 64 --mask random"
 COUNTS = {"cuda": (40, 120, 10), "cpu": (3, 4, 1)}  # steps that compile, are timed, and profiled
 KINDS = {  # by words of the names of kernels; the first that fits
-    "handwritten": ("gather_kernel", "detail_kernel", "loss_kernel"),
+    "handwritten": ("gather_kernel", "detail_kernel", "error_kernel", "gradient_kernel"),
     "compiled": ("triton_",),
     "attention": ("sdpa", "flash", "fmha", "attention", "cudnn"),
     "optimizer": ("multi_tensor", "FusedAdam"),
@@ -97,8 +97,8 @@ def kernels_of(profile, steps):
 
 
 def main():
-    words = [w for w in sys.argv[1:] if w != "--small"]
-    flags = words or (SMALL if "--small" in sys.argv else DEFAULT).split()
+    args, flags = bench.parser_of(__doc__).parse_known_args()
+    flags = flags or (SMALL if args.small else DEFAULT).split()
     found = {"flags": " ".join(flags), "commit": train.commit()}
     train.Run = watched(found)
     pretrain.log_evaluation = pretrain.draw_masks = lambda *args: None
@@ -108,7 +108,7 @@ def main():
         pretrain.main()
     except Enough:
         found["machine"] = train.machine(train.pick_device("auto"))
-        save_text(json.dumps(found, indent=1) + "\n", bench.OUT / "parts.json")
+        save_text(json.dumps(found, indent=1) + "\n", args.out / "parts.json")
         print(json.dumps({k: v for k, v in found.items() if k != "slowest"}))
     finally:
         shutil.rmtree(folder)

@@ -34,7 +34,7 @@ from common.checkpoints import init_from, save_model
 from common.command import at_least, cli, refuse_useless
 from common.io import UserError
 from kernels.gather import masked_patch_gather, scale_of_patch
-from kernels.loss import reconstruction_loss
+from kernels.loss import reconstruction_error
 from lab import bench
 from model import MAE, SIZES
 
@@ -171,7 +171,7 @@ def our_loss(case, net, view, noise, autocast):
     tokens = masked_patch_gather(view, ids_keep, case.patch_size, dtype)
     with autocast():
         pred, _, _ = net(tokens, ids_keep, ids_mask)
-    return reconstruction_loss(pred, view, ids_mask, case.patch_size, floor=FLOOR)
+    return reconstruction_error(pred, view, ids_mask, case.patch_size, floor=FLOOR)[0].mean()
 
 
 def their_loss(case, net, view, noise, autocast):

@@ -26,9 +26,9 @@ mkdir -p "$folder/send" || exit 2
 failed=()
 
 send() {
-    tar -czf "$folder/send/logs.tar.gz" --exclude=send --exclude='*.pt' --exclude='*.safetensors' "$folder"
+    tar -czf "$folder/send/logs.tar.gz" -C "$folder" --exclude=send --exclude="*.pt" --exclude="*.safetensors" .
     if [ -e "$folder/half" ]; then
-        tar -c "$folder/half" | split -b 15M -d -a 1 - "$folder/send/weights."
+        tar -c -C "$folder" half | split -b 15M -d -a 1 - "$folder/send/weights."
     fi
 }
 
@@ -81,11 +81,13 @@ fi
 
 step machine 30 bash -c facts
 # A speed is never reported where the kernels are wrong.
-step gate 100 env TRITON_INTERPRET=$((1 - gpu)) python3 -m lab.bench_kernels --gate || {
-    echo "error: the gate is red, so nothing is timed. Send $folder/send" >&2
-    exit 2
-}
-step parts 100 python3 -m lab.bench_parts "${small[@]}"
+for dtype in fp32 bf16 fp16; do
+    step "gate-$dtype" 60 env TRITON_INTERPRET=$((1 - gpu)) python3 -m lab.bench_kernels --gate --dtype $dtype || {
+        echo "error: the gate is red, so nothing is timed. Send $folder/send" >&2
+        exit 2
+    }
+done
+step parts 100 python3 -m lab.bench_parts "${small[@]}" --out "$folder"
 step pretrain 240 python3 "${pretrain[@]}"
 step weights 30 python3 -m apps.export "$folder/run" --to half --out "$folder/half"
 step probe 40 python3 probe.py "$folder/run" --headline
@@ -95,7 +97,6 @@ if [ ${#small[@]} -eq 0 ]; then
 fi
 step kernels 100 python3 -m lab.bench_kernels "${small[@]}" --turns 2 --out "$folder"
 step peers 200 python3 -m lab.bench_step "${small[@]}" --turns 1 --out "$folder"
-step latency 60 python3 -m lab.bench_latency "${small[@]}" --turns 2 --out "$folder"
 
 echo "Send $folder/send, after $SECONDS s"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -76,7 +76,9 @@ def simclr(flags, net, rows, images, generator, t, autocast):
     views = [crops(images, generator, flags.image_size) for _ in range(2)]
     with autocast():
         tokens = [cls_of(net["student"], view)[:, None] for view in views]  # (B, 1, D) each
-    return net["contrast"](*tokens, rows)
+    contrast = net["contrast"]
+    loss, _ = contrast(*tokens, contrast.groups[data.send(rows, images.device)])
+    return loss
 
 
 def dino(flags, net, rows, images, generator, t, autocast):

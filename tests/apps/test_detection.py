@@ -214,8 +214,41 @@ def test_it_is_used_on_pictures_of_any_size(base, monkeypatch):
     assert len([*(base / "shown").glob("*.png")]) == 2  # of one name
 
 
-def test_the_largest_face_of_each_picture_keeps_its_folder(base, monkeypatch):
-    finding(monkeypatch, [0.1, 0.3, 0.3, 0.5], [0.4, 0.3, 0.9, 0.7])
+MAIN = (  # side and score of each box -> the one that the picture is of
+    ([(40, 0.64), (60, 0.39)], 0),  # a face above a skirt
+    ([(60, 0.7), (40, 0.64)], 0),
+    ([(10, 0.9), (50, 0.5)], 1),  # somebody far behind
+    ([(30, 0.6), (100, 0.3), (20, 0.8)], 1),
+    ([(5, 0.2)], 0),
+)
+
+
+@pytest.mark.parametrize("faces,main", MAIN)
+def test_the_main_face_has_the_best_score_among_large_ones(faces, main):
+    boxes = torch.tensor([[10, 20, 10 + side, 20 + side / 2] for side, _ in faces])
+    scores = torch.tensor([score for _, score in faces])
+    assert detect.main_face(boxes, scores).tolist() == [main]
+    assert detect.main_face(boxes[:0], scores[:0]).tolist() == []
+
+
+def test_a_picture_without_a_face_is_cut_around_its_figure(base, monkeypatch):
+    finding(monkeypatch)
+    picture = np.full((120, 80, 3), 255, np.uint8)
+    picture[70:110, 20:50] = 30
+    for name in ("a/1.png", "b/2.png"):
+        (base / "whole" / name).parent.mkdir(parents=True)
+        Image.fromarray(picture).save(base / "whole" / name)
+    use = f"apps.detect runs/a-det whole {CPU} --out whole-cut"
+    done = run_line(f"{use} --largest", base, check=0)
+    assert "2 pictures show no face" in done.stderr
+    cuts = sorted(str(path.relative_to(base / "whole-cut")) for path in base.glob("whole-cut/*/*"))
+    assert cuts == ["a/1_figure.png", "b/2_figure.png"]
+    cut = np.array(Image.open(base / "whole-cut" / cuts[0]))
+    assert cut.shape[0] == cut.shape[1] < 60 and (cut == 30).any(2).sum() > 0.9 * 40 * 30
+
+
+def test_the_main_face_of_each_picture_keeps_its_folder(base, monkeypatch):
+    finding(monkeypatch, [0.1, 0.3, 0.2, 0.4], [0.4, 0.3, 0.9, 0.7])
     use = f"apps.detect runs/a-det images {CPU} --out cut"
     run_line(f"{use} --largest", base, check=0)
     cuts = sorted(path.relative_to(base / "cut") for path in (base / "cut").rglob("*.png"))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import json_of, refused, run_line
+from conftest import ROOT, json_of, refused, run_line
 from made import CPU, files_of
 from PIL import Image
 
@@ -64,11 +64,46 @@ def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path, monkeyp
     row = {"picture": str(tmp_path / "a.png"), "name": None, "tags": {"saber_(fate)": 0.9}}
     monkeypatch.setattr(tags, "each_answer", lambda *_, **__: [row])
     asked = {"without": "", "prepend": "a (x), \\(y\\)", "append": False, "pictures": [tmp_path]}
-    flags = SimpleNamespace(**asked, escape=True)
-    tags.write_captions(flags, None, {"words": ["saber_(fate)"]})
+    flags = SimpleNamespace(**asked, escape=True, names=None)
+    tags.write_captions(flags, tags.answer_rows, {"words": ["saber_(fate)"]})
     assert (tmp_path / "a.txt").read_text() == r"a \(x\), \(y\), saber \(fate\)"
     (record,), _, _ = sources.find(tmp_path)  # and data.py reads what was written
     assert record.tags == ("a_(x)", "(y)", "saber_(fate)")
+
+
+def test_the_character_is_the_recognisers_and_it_may_write_captions_alone(fresh):
+    rows = json_of(f"apps.recognize runs/a-lora {CPU} {FOLDER} --json", fresh)
+    names = {row["picture"]: row["name"] for row in rows}
+    assert None in names.values() and "class0" in names.values()
+    captions(fresh, "--names runs/a-lora --threshold 0 --prepend style", check=0)
+    answers = json_of(f"apps.tags runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh)
+    texts = {
+        row["picture"]: (fresh / FOLDER / row["picture"]).with_suffix(".txt") for row in answers
+    }
+    for row in answers:
+        wanted = ["style", *filter(None, [names[row["picture"]]]), *row["tags"]]
+        text = texts[row["picture"]].read_text()
+        assert text.split(", ") == [word.replace("_", " ") for word in wanted]
+        texts[row["picture"]].unlink()
+    line = f"apps.tags runs/a-lora {FOLDER} {CPU} --captions"
+    said = run_line(line, fresh, check=0).stdout
+    assert f"{sum(map(bool, names.values()))} of them" in said
+    for picture, name in names.items():
+        assert texts[picture].exists() == bool(name)
+        assert not name or texts[picture].read_text() == name
+    assert "--captions" in refused(run_line(f"apps.tags runs/a-lora {FOLDER} {CPU}", fresh))
+
+
+def test_guesses_of_the_demo_set_are_no_captions_unless_somebody_wants_them(fresh):
+    before = files_of(fresh / FOLDER)
+    for network in ("toon-tags", "toon-lora"):
+        line = f"apps.tags {ROOT}/weights/{network} {FOLDER} {CPU} --captions"
+        assert "--anyway" in refused(run_line(line, fresh))
+    assert files_of(fresh / FOLDER) == before
+    line = f"apps.tags {ROOT}/weights/toon-tags {FOLDER} {CPU} --captions --anyway"
+    run_line(line, fresh, check=0)
+    assert len(files_of(fresh / FOLDER)) > len(before)
+    refused(captions(fresh, "--append --anyway"))  # it has learned from other pictures
 
 
 @pytest.mark.parametrize("name", ["a.caption", "a.png.txt", "a.TXT"])

@@ -1,16 +1,17 @@
 """apps/folds.py: who is held out of which fold, what is promised, and a run that learns every picture."""
 
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused, run_line
+from conftest import draw_folder, refused, run_line
 from made import CPU
 from scipy.stats import ttest_1samp
 
 import data
-from apps import folds, recognize
+from apps import folds, groups, recognize
 from common import features
 from common.classifier import read_head
 from common.io import read_json, read_safetensors
@@ -109,6 +110,25 @@ def test_the_gallery_holds_every_picture_and_the_threshold_of_the_folds(learned)
     said = read_json(home / OUT / folds.PROMISE)
     assert len(tensors["labels"]) == said["pictures"]
     assert {name: header[name] for name in said["calibration"]} == said["calibration"]
+
+
+def test_pictures_of_nobody_are_asked_once_and_faces_choose_how_alike_a_group_is(learned):
+    home, _ = learned
+    draw_folder(home / "nobody", 3, 9, seed=4)
+    line = "data.py list.csv --size 32 --unknown nobody --out datasets/others"
+    run_line(line, home, check=0)
+    count = len(data.open_split(home / "datasets/others", "unknown")["labels"])
+    line = TRAIN.replace("packed", "others") + " --split folds --epochs 2 --out runs/others"
+    printed = run_line(line, home, check=0).stdout
+    tensors = [read_safetensors(path)[0] for path in (home / "runs/others/folds").glob("*.s*")]
+    assert sum(len(fold["others_similarity"]) for fold in tensors) == count > 20
+    said = read_json(home / "runs/others" / folds.PROMISE)
+    assert re.search(rf"nobody called unknown +{said['others']:.0f} %", printed)
+    assert said["calibration"]["alike"] in groups.GRID
+    for fold in tensors:
+        assert len(fold["unit"]) == len(fold["logits"])
+        assert len(fold["unknown_unit"]) == len(fold["unknown_similarity"])
+    assert "others" not in read_json(home / OUT / folds.PROMISE)
 
 
 def test_an_onnx_file_compares_colours_too(learned):

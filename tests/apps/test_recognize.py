@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, draw_folder, json_of, run_line
+from conftest import call, draw_folder, json_of, refused, run_line
 from made import CPU
 
 import data
@@ -47,7 +47,7 @@ def raised(similar, strength, lift):
 def world():
     """Faces of five characters in a gallery, other faces of them, faces of nobody, and logits."""
     torch.manual_seed(0)
-    centre, labels = torch.randn(5, 16), torch.arange(5).repeat(40)
+    centre, labels = torch.randn(5, 16), torch.arange(5).repeat_interleave(40)
     faces, known = (centre[labels] + 0.3 * torch.randn(200, 16) for _ in range(2))
     logits = F.normalize(known) @ F.normalize(centre).T
     unknown = centre[0] + 2 * torch.randn(1000, 16)
@@ -85,7 +85,7 @@ def test_similarity_is_the_mean_cosine_with_the_three_nearest_faces_of_a_charact
     found = recognize.best_similarity(world.known, world.gallery)
     torch.testing.assert_close(found, torch.stack(best).amax(0))
     sums = torch.stack([unit[world.labels == c].sum(0) for c in range(5)])
-    torch.testing.assert_close(world.gallery["means"], F.normalize(sums))
+    torch.testing.assert_close(world.gallery["sums"], sums)
 
 
 def test_colours_count_as_much_as_their_weight(world):
@@ -155,8 +155,9 @@ def test_an_enrolled_character_wins_where_its_mean_is_nearer_than_all_others(wor
     row = recognize.calibrate(world.faces[old], world.labels[old], held_out)
     gallery = recognize.make_gallery(world.faces, world.labels, 4) | row  # the fifth is enrolled
     unit = recognize.compared(world.known, gallery)
-    to_mean = unit @ gallery["means"].T
-    new = to_mean[:, 4] + recognize.HANDICAP > to_mean[:, :4].amax(1)
+    to_mean = unit @ F.normalize(gallery["sums"]).T
+    handicap = recognize.HANDICAP * recognize.SHOTS / 40  # its mean is of 40 faces
+    new = to_mean[:, 4] + handicap > to_mean[:, :4].amax(1)
     assert 40 <= new.sum() < 200
     who, similarity, margin, sure = recognize.decide(logits, world.known, gallery)
     assert torch.equal(who == 4, new) and torch.equal(sure.isnan(), new)
@@ -257,7 +258,12 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
     def enrol(name, *some):
         return call(*NAME.split(), "--enrol", name, *some, cwd=fresh, check=0).stdout
 
-    assert "enrolled with 4 pictures" in enrol("Zoë", *pictures[:4])
+    told = enrol("Zoë", *pictures[:4])
+    assert "enrolled with 4 pictures" in told and "held-out pictures of learned characters" in told
+    shutil.move(fresh / "datasets/packed", fresh / "gone")
+    assert "pictures that were learned change" in enrol("Bob", *pictures[:4])  # Zoë's, by mistake
+    shutil.move(fresh / "gone", fresh / "datasets/packed")
+    assert ", 4 of them new" not in enrol("Zoë", *pictures[:4])
     assert "enrolled with 4 pictures" in enrol("Zoë", *pictures[:2])  # each counts once
     rows = rows_of(fresh, f"{' '.join(pictures[4:])} --threshold -1")
     assert np.mean([r["name"] == "Zoë" for r in rows]) >= 0.75
@@ -275,6 +281,37 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
         after = recognize.load_gallery("runs/a-lora")
         assert after["names"][-1] == last
     assert after["keys"] == before["keys"] and torch.equal(after["unit"], before["unit"])
+
+
+def test_a_learned_character_takes_new_pictures_and_a_picture_has_one_name(fresh):
+    before = recognize.load_gallery("runs/a-lora")
+    draw_folder(fresh / "new", 1, 8, seed=5)
+    pictures = [str(path) for path in sorted((fresh / "new/class0").iterdir())]
+
+    def enrol(name, *some):
+        return call(*NAME.split(), "--enrol", name, *some, cwd=fresh, check=0).stdout
+
+    def named(name):
+        rows = rows_of(fresh, f"{' '.join(pictures[4:])} --threshold -1")
+        return np.mean([row["best_guess"] == name for row in rows])
+
+    assert "4 of them new" in enrol("class2", *pictures[:4])
+    assert named("class2") >= 0.75
+    listed = run_line("apps.recognize runs/a-lora --list", fresh, check=0).stdout
+    assert "class2: learned in training" in listed and "4 of them added" in listed
+    told = enrol("Ann", *pictures[:4])  # it was class2 by mistake
+    assert told.count("note: ") == 4 and "Ann is enrolled with 4 pictures" in told
+    assert named("Ann") >= 0.75
+    labels = recognize.load_gallery("runs/a-lora")["labels"]
+    assert torch.equal(labels[labels < 3], before["labels"])
+    train = sorted((fresh / "images/class1").iterdir())[:24]
+    assert "was learned as class1" in enrol("Bea", *map(str, train))
+    enrol("class0", *pictures[4:7])
+    for name in ("Ann", "Bea", "class0"):
+        run_line(f"apps.recognize runs/a-lora --forget {name}", fresh, check=0)
+    after = recognize.load_gallery("runs/a-lora")
+    assert after["names"] == before["names"] and after["keys"] == before["keys"]
+    refused(run_line("apps.recognize runs/a-lora --forget class0", fresh))
 
 
 def test_a_threshold_moves_no_confidence(fresh):

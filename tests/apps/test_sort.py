@@ -12,8 +12,9 @@ from conftest import json_of, refused, run_line
 from made import CPU, files_of
 from sklearn.metrics import f1_score
 
-from apps import sort
+from apps import groups, sort
 from apps.unknown import grouping
+from common.io import read_safetensors
 from common.train import seeded
 from ingest import pictures
 
@@ -83,8 +84,8 @@ def test_faces_that_look_alike_are_one_group():
     sizes = torch.tensor([5, 7, 1])
     centres = torch.eye(3, 16).repeat_interleave(sizes, 0)
     unit = F.normalize(centres + 0.1 * torch.randn(13, 16, generator=seeded(0)))
-    assert sort.alike(unit) == [1] * 5 + [0] * 7 + [2]
-    assert sort.alike(unit[:1]) == [0]
+    assert groups.alike(unit) == [1] * 5 + [0] * 7 + [2]
+    assert groups.alike(unit[:1]) == [0]
     row = grouping(unit, torch.arange(3).repeat_interleave(sizes))
     assert set(row.values()) == {100}
     truth = torch.tensor([0] * 5 + [1] * 3 + [2] * 5)
@@ -92,11 +93,39 @@ def test_faces_that_look_alike_are_one_group():
     pairs_f1 = 200 * 19 / (31 + 23)  # 19 pairs are in both, of 10 + 21 and of 10 + 3 + 10
     assert merged["pair_f1"] == pytest.approx(pairs_f1, abs=1e-3)
     one, two = torch.triu_indices(13, 13, 1)
-    cosines = (sort.centred(unit)[one] * sort.centred(unit)[two]).sum(1)
+    cosines = (groups.centred(unit)[one] * groups.centred(unit)[two]).sum(1)
     best = max(f1_score(truth[one] == truth[two], cosines >= least) for least in cosines)
     assert merged["ccip_f1"] == pytest.approx(100 * best, abs=1e-3)
     names = sort.names_of([0, 0, 0, 1, 1], ["a", "a", None, "b", None])
     assert names == {0: "a", 1: "group-002"}
+
+
+def test_held_out_faces_choose_how_alike_a_group_is():
+    """In the first set characters are near to each other, in the second their faces are far apart."""
+    draws = seeded(0)
+    chosen = []
+    for noise, near in ((0.1, 0.3), (0.25, 0.0)):
+        centres = torch.eye(6, 16).repeat_interleave(8, 0) + near
+        unit = F.normalize(centres + noise * torch.randn(48, 16, generator=draws))
+        labels = torch.arange(6).repeat_interleave(8)
+        found = groups.f1_curve(unit, labels)
+        least = groups.best_threshold([found, found], len(unit))
+        by_hand = [groups.pair_f1(groups.alike(unit, x), labels) for x in groups.GRID]
+        assert max(by_hand) == by_hand[list(groups.GRID).index(least)] > 80
+        chosen.append(least)
+        assert groups.best_threshold([found], groups.FEWEST - 1) == groups.ALIKE
+    assert chosen[0] > chosen[1]
+
+
+def test_more_alike_faces_make_more_groups_and_the_run_knows_how_alike(fresh):
+    counts = []
+    for i, words in enumerate(("--alike -0.9", "--alike 0.95", "")):
+        said = run_line(f"{SORT} images --group --out out{i} {words}", fresh, check=0).stdout
+        counts.append(int(said.split("groups ")[1].split(",")[0]))
+    assert counts[0] == 1 < counts[2] <= counts[1]
+    _, header = read_safetensors(fresh / "runs/a-lora/gallery.safetensors")
+    assert f"--alike {header['alike']:g}" in said
+    refused(run_line(f"{SORT} images --alike 0.2 --out more", fresh))
 
 
 def test_a_folder_is_grouped_and_what_is_known_has_its_name(fresh):

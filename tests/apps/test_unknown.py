@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_folder, refused, run_line
-from made import CPU
+from made import CPU, PACKED
 from sklearn.metrics import roc_auc_score
 
+import data
+from apps import recognize
 from apps.unknown import (
     detection_rate,
     open_set,
@@ -17,6 +19,7 @@ from apps.unknown import (
     verification,
 )
 from common import metrics
+from common.io import read_safetensors
 from common.train import seeded
 
 MEASURE = f"apps.unknown runs/a-lora {CPU}"
@@ -94,6 +97,28 @@ def test_names_that_are_sure_are_right_as_often_where_half_are_unknown():
     row = reliability(known, right, torch.tensor([0.85, 0.1]))
     assert row["right_when_sure"] == pytest.approx(100 * (2 / 4) / (3 / 4 + 1 / 2))
     assert reliability(known / 2, right, torch.zeros(2))["right_when_sure"] is None
+
+
+# ---- pictures of nobody -------------------------------------------------------------------------
+
+
+def test_pictures_of_nobody_decide_the_threshold(fresh):
+    """They look like the known characters, and are no copies of their pictures."""
+    draw_folder(fresh / "nobody", 3, 8)  # the colours of the classes; some are copies, and left out
+    run_line(f"data.py list.csv --unknown nobody --out datasets/with {PACKED}", fresh, check=0)
+    shutil.copy(fresh / "datasets/with/unknown.safetensors", fresh / "datasets/packed")
+    count = len(data.open_split("datasets/packed", "unknown")["labels"])
+    gallery = fresh / "runs/a-lora/gallery.safetensors"
+    _, before = read_safetensors(gallery)
+    gallery.unlink()
+    done = run_line(f"apps.recognize runs/a-lora {CPU} images/class0", fresh, check=0)
+    assert count > 10 and f"% of the {count} pictures of nobody are called unknown" in done.stderr
+    _, after = read_safetensors(gallery)
+    assert after["platt"] != before["platt"]  # the threshold is bounded by the known ones
+    faces = recognize.faces_learned("runs/a-lora", "cpu", "fp32")
+    numbers = recognize.calibrate(faces.embeddings, faces.labels, faces.held_out, faces.others)
+    assert numbers["threshold"] == pytest.approx(after["threshold"])
+    assert after["names"] == before["names"] and len(faces.others[2]) == count
 
 
 # ---- recognize.json ------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_the_demo_set_records_tags_and_strata(monkeypatch):
 def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monkeypatch):
     found = []
 
-    def noted(out, records, dims, stream, about):
+    def noted(out, records, dims, stream, about, copies):
         found.append((about["split_shares"], [r.label for r in records]))
 
     monkeypatch.setattr(toon, "describe", lambda item: {"tags": ()})  # of 2,400 pictures: seconds

@@ -1,5 +1,6 @@
 """Near-duplicates: planted copies are found, other pictures are not joined, and no group crosses a split."""
 
+import csv
 import io
 import zipfile
 from collections import Counter
@@ -89,7 +90,8 @@ def faces():
 def keys_of(line, out, cwd):
     """Pack -> what it said, and {split: names of the files}."""
     said = run_line(f"data.py {line} --out {out} --size 16", cwd, check=0).stdout
-    headers = [data.open_split(cwd / out, path.stem)["header"] for path in (cwd / out).iterdir()]
+    files = (cwd / out).glob("*.safetensors")
+    headers = [data.open_split(cwd / out, path.stem)["header"] for path in files]
     return said, {h["split"]: [key.split("/")[-1] for key in h["keys"]] for h in headers}
 
 
@@ -111,7 +113,40 @@ def test_groups_stay_together_and_dedupe_drops_the_copies(tmp_path, faces):
     said, found = keys_of("images --dedupe", "drop", tmp_path)
     count = Counter(key.strip("bc.png") for own in found.values() for key in own)
     assert set(count.values()) == {1} and len(count) == 32 and "20 copies dropped" in said
+    rows = csv_rows(tmp_path / "drop/duplicates.csv")
+    assert {"copy", "picture and copy"} >= {row["left out"] for row in rows}
     assert "near-duplicates" not in keys_of("images --dedupe off", "off", tmp_path)[0]
+    assert not (tmp_path / "off/duplicates.csv").exists()
+
+
+def csv_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_copies_are_listed_by_both_paths_and_those_of_two_labels_first(tmp_path, faces):
+    rng = np.random.default_rng(1)
+    for folder in ("a", "b"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+    for i, face in enumerate(faces[:12]):
+        face.save(tmp_path / f"images/{'ab'[i % 2]}/{i}.png")
+    copy(faces[0], "resized", rng).save(tmp_path / "images/a/copy.png")
+    copy(faces[1], "resized", rng).save(tmp_path / "images/a/other.png")
+    keys_of("images", "out", tmp_path)
+    rows = csv_rows(tmp_path / "out/duplicates.csv")
+    pairs = [{row["picture"], row["copy"]} for row in rows]
+    assert pairs == [
+        {"images/a/other.png", "images/b/1.png"},
+        {"images/a/0.png", "images/a/copy.png"},
+    ]
+    assert {rows[0]["label of picture"], rows[0]["label of copy"]} == {"a", "b"}
+    assert all((tmp_path / path).exists() for pair in pairs for path in pair)
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for path in sorted((tmp_path / "images").rglob("*.png")):
+            archive.write(path, path.relative_to(tmp_path / "images"))
+    keys_of("pictures.zip", "zipped", tmp_path)
+    rows = csv_rows(tmp_path / "zipped/duplicates.csv")
+    assert {rows[0]["picture"], rows[0]["copy"]} == {"a/other.png", "b/1.png"}
 
 
 def write_splits(root, **splits):

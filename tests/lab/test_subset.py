@@ -59,7 +59,6 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     assert changed == new["train"]["header"]["planted"]
     assert len(changed) == round(len(old["labels"]) / 10)
     save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "run/model.safetensors", {})
-    (tmp_path / "wrong/val.safetensors").unlink()  # only train is read
     words = ["run", "--data", "wrong", "--out", "s", "--device", "cpu"]
     said = call("apps.suspects", *words, cwd=tmp_path, check=0).stdout
     with open(tmp_path / "s/suspects.csv") as file:
@@ -67,6 +66,7 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     worst = {row["picture"] for row in rows[: len(changed)]}
     found = [i for i in changed if new["train"]["header"]["keys"][i] in worst]
     assert len(found) >= 0.7 * len(changed) and f"planted  {len(found)} of the first" in said
+    assert {row["split"] for row in rows} <= {*new}
     assert all(row["label"] != row["better"] for row in rows)
     assert (tmp_path / "s/suspects.png").exists()
     assert "suspects.csv is there already" in refused(call("apps.suspects", *words, cwd=tmp_path))

@@ -21,7 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from common import evaluate, metrics, readout
 from common.train import seeded
-from kernels.loss import visible_stats
+from kernels.loss import mean_of_neighbours, targets
 from lab import stress
 from mask import gumbel_noise
 from model import MAE, ViT
@@ -205,7 +205,7 @@ def test_the_masked_error_is_the_formula_under_the_fixed_mask(model, held):
 
     pred, stats, _ = model(at(keep), keep, hide)
     assert found == pytest.approx((pred - at(hide)).square().mean().item(), rel=1e-5)
-    expected = stats + visible_stats(view, keep, hide, 8)
+    expected = stats + mean_of_neighbours(targets(view, keep, 8)[1], keep, hide, 4)
     torch.testing.assert_close(evaluate.predict(model, view, keep, hide, EXACT)[1], expected)
 
 

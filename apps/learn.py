@@ -1,0 +1,204 @@
+"""Stage 5, corrected by hand: what somebody moved in the folders of apps/sort.py is learned.
+
+    python -m apps.sort runs/NAME FOLDER --out OUT      copies into OUT/WHO and OUT/unknown
+    (look at them, and move each wrong picture into the folder where it belongs, or into a new one)
+    python -m apps.learn runs/NAME OUT                  takes what the folders say now
+
+Reads:  OUT/ of apps/sort.py with its sorted.csv; runs/NAME/ of finetune_lora.py with its gallery
+Writes: runs/NAME/gallery.safetensors, which gets the pictures;
+        OUT/sorted.csv, which says where they lie now, so that the next call learns what is new
+
+Where something was moved or added, somebody has looked at the folders, so the pictures that stayed
+are right as well, and some of each character are learned, too: without them, a new character would
+take pictures from those that look like it. Pictures in a folder that is not known yet make a new
+character, three of them at least. One that was moved to unknown shows nobody who is known; it is
+taken out of the gallery. A new training learns from all of OUT: python data.py OUT packs it.
+
+    n pictures   D width of an embedding
+"""
+
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from apps.recognize import (
+    GALLERY,
+    add_faces,
+    decide,
+    known_faces,
+    load_gallery,
+    name_of,
+    only,
+    open_recogniser,
+    parser_of,
+    predictions,
+    renamed,
+    same_pictures,
+    save_gallery,
+)
+from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted
+from common.command import cli, refuse_useless
+from common.io import UserError, save_csv
+from common.locks import lock_beside, locked, reserve
+from data import evenly_spaced
+from ingest.pictures import picture_files, tell_problems
+
+STAYED = 50  # pictures of a character that stayed in its folder and are learned, at most
+UNNAMED = re.compile(r"group-\d{3,}")  # a folder of apps/sort.py --group that nobody gave a name
+
+
+def parse_args():
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="OUT", help="what apps/sort.py wrote, corrected by hand")
+    add("--detect", metavar="RUN", help="as for apps/sort.py: pages with one face are learned")
+    parser.set_defaults(json=False)  # a flag of apps/recognize.py, which `predictions` reads
+    args = parser.parse_args()
+    refuse_useless(args.given & {"threshold"}, "on learning")
+    return args
+
+
+def who_is_in(rows, names):
+    """Rows of sorted.csv, names of a gallery -> {folder of OUT: its character; unknown: ""}."""
+    found = {folder: name for name, folder in folders_of(names).items()}
+    found |= {Path(row["copy"]).parts[0]: row["name"] for row in rows if row["copy"]}
+    return found | {UNKNOWN: ""}
+
+
+def by_hand(out, rows, names):
+    """-> {file below OUT: who it shows, "" for nobody known}, and {file: its old row} of those that moved.
+
+    A file that no row of sorted.csv lists was moved, if there is a row with its name, or was added.
+    """
+    who_of = who_is_in(rows, names)
+    copies = {Path(row["copy"]): row for row in rows if row["copy"]}
+    left = {Path(*copy.parts[1:]): row for copy, row in copies.items() if not (out / copy).exists()}
+    shows, moved = {}, {}
+    for file in picture_files(out).values():
+        copy = file.relative_to(out)
+        folder = copy.parts[0]
+        if len(copy.parts) < 2 or UNNAMED.fullmatch(folder):
+            continue
+        if folder not in who_of:
+            who_of[folder] = name_of(folder, "the folder")
+        shows[str(file)] = who_of[folder]
+        if copy not in copies:
+            added = dict.fromkeys(COLUMNS, "") | {"picture": str(file)}
+            moved[str(file)] = left.get(Path(*copy.parts[1:]), added)
+    return shows, moved
+
+
+def told(shows, moved):
+    """-> a line on what was moved from where to where, and on what was added."""
+    ways = Counter()
+    for file, row in moved.items():
+        was = row["name"] or UNKNOWN
+        ways[f"{was if row['copy'] else 'added'} -> {shows[file] or UNKNOWN}"] += 1
+    return f"moved    {len(moved)} pictures: {', '.join(f'{n} {way}' for way, n in ways.most_common())}"
+
+
+def embedded(args, net, header, autocast, files, problems):
+    """-> {file: logits (C,), embedding (D,)}; with --detect of those that show one face."""
+    args.images = list(files)
+    found = {}
+    for some in predictions(args, net, header, autocast, problems):
+        for key, *numbers in zip(*some, strict=True):
+            file = key.rpartition("[")[0] if args.detect else key
+            found.setdefault(file, []).append(numbers)
+    return {file: faces[0] for file, faces in found.items() if len(faces) == 1}
+
+
+def learn(run, shows, moved, faces):
+    """Change the gallery by what the folders say -> the files that it has taken."""
+    done = []
+    for who in sorted({*shows.values()}):
+        own = [file for file in shows if shows[file] == who and file in faces]
+        files = [file for file in own if file in moved]
+        stayed = [file for file in own if file not in moved]
+        if who:
+            files += [stayed[i] for i in evenly_spaced(len(stayed), STAYED)]
+        if not files:
+            continue
+        embeddings = torch.stack([faces[file][1] for file in files])
+        try:
+            lines = add_faces(run, who, files, embeddings) if who else forget(run, embeddings)
+        except UserError as problem:  # too few of a new character; the others go on
+            lines, files = [f"note: {problem}"], []
+        print("\n".join(lines))
+        done += files
+    return done
+
+
+def forget(run, embeddings):
+    """Take pictures (n, D) that show nobody known out of a gallery that they were added to -> lines."""
+    path = Path(run) / GALLERY
+    with locked(lock_beside(path), wait=True):
+        gallery = load_gallery(run)
+        stay = ~same_pictures(embeddings, gallery["embeddings"]).any(0)
+        stay[: gallery["trained"]] = True
+        gallery = only(gallery, stay)
+        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
+    gone = f"{int((~stay).sum())} of them left the gallery"
+    return [
+        f"unknown: {len(embeddings)} pictures, {gone}; a new training sets its threshold by them"
+    ]
+
+
+def agreeing(gallery, shows, faces):
+    """-> the files whose answer is what their folder says."""
+    files = [file for file in shows if file in faces]
+    logits, embeddings = (torch.stack(part) for part in zip(*map(faces.get, files), strict=True))
+    who, _, margin, _ = decide(logits, embeddings, gallery)
+    names = [
+        gallery["names"][i] if known else "" for i, known in zip(who, margin >= 0, strict=True)
+    ]
+    return {file for file, name in zip(files, names, strict=True) if name == shows[file]}
+
+
+def main():
+    args = parse_args()
+    out = args.folder
+    table = out / SORTED
+    if not table.exists():
+        raise UserError(
+            f"{table} is not there; python -m apps.sort RUN FOLDER --out {out} writes it"
+        )
+    reserve([], lock=out / ".lock")
+    rows = open_sorted(table)
+    net, header, before, autocast = open_recogniser(args)
+    shows, moved = by_hand(out, rows, before["names"])
+    if not moved:
+        return print(f"{out}: no picture was moved or added since the last time")
+    print(told(shows, moved))
+    problems = []
+    faces = embedded(args, net, header, autocast, shows, problems)
+    done = learn(args.run, shows, moved, faces)
+    for file, row in moved.items():
+        if file not in done:
+            continue
+        rows = [other for other in rows if other is not row]
+        rows.append(row | {"name": shows[file], "copy": str(Path(file).relative_to(out))})
+    save_csv(rows, table, COLUMNS)
+    after = load_gallery(args.run)
+    stayed = shows.keys() - moved.keys()
+    agreed, agree = (agreeing(gallery, shows, faces) for gallery in (before, after))
+    print(
+        f"names    of {len(stayed)} pictures that stayed, {len(agreed & stayed)} had the name of their "
+        f"folder, and {len(agree & stayed)} have it now; of {len(moved)} that were moved, "
+        f"{len(agree & moved.keys())} have it now"
+    )
+    print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
+    tell_problems(problems, header["data"])
+    if left := moved.keys() - {*done}:
+        print(f"not learned: {len(left)}, such as {min(left)}")
+    words = shlex.join(["python", "data.py", str(out), "--out", "datasets/NAME"])
+    print(
+        f"next: {words} packs it for a new training; copy your older pictures into its folders first"
+    )
+
+
+if __name__ == "__main__":
+    cli(main)

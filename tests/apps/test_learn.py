@@ -1,0 +1,94 @@
+"""apps/learn.py: what a person moved in the folders of apps/sort.py is learned, once."""
+
+import csv
+import shutil
+
+import numpy as np
+from conftest import draw_folder, json_of, refused, run_line
+from made import CPU
+from PIL import Image
+
+from apps import recognize
+
+LEARN = f"apps.learn runs/a-lora {CPU}"
+SORT = f"apps.sort runs/a-lora {CPU}"
+
+
+def table(fresh):
+    with open(fresh / "out/sorted.csv", newline="", encoding="utf-8") as file:
+        return {row["copy"]: row["name"] for row in csv.DictReader(file)}
+
+
+def learned(fresh):
+    return run_line(f"{LEARN} out", fresh, check=0).stdout
+
+
+def move(fresh, *copies, to):
+    (fresh / "out" / to).mkdir(exist_ok=True, parents=True)
+    for copy in copies:
+        below = (fresh / "out" / to).joinpath(*copy.split("/")[1:])
+        below.parent.mkdir(exist_ok=True, parents=True)
+        (fresh / "out" / copy).rename(below)
+
+
+def test_moved_and_added_pictures_are_learned_and_the_others_are_not(fresh):
+    before = recognize.load_gallery("runs/a-lora")["keys"]
+    draw_folder(fresh / "new/zoe", 1, 8, seed=5)
+    run_line(f"{SORT} images/class1 new --threshold 2 --out out", fresh, check=0)
+    assert "no picture was moved" in learned(fresh)
+    copies = sorted(table(fresh))
+    zoe = [copy for copy in copies if "zoe" in copy]
+    ones = [copy for copy in copies if "zoe" not in copy]
+    move(fresh, *zoe[:4], to="Zoë")
+    move(fresh, ones[0], to="class1")
+    shutil.copy(fresh / "new" / "/".join(zoe[4].split("/")[1:]), fresh / "out/Zoë/more.png")
+    told = learned(fresh)
+    for words in ("4 unknown -> Zoë", "1 unknown -> class1", "1 added -> Zoë"):
+        assert words in told
+    assert "Zoë is enrolled with 5 pictures" in told and "change their name" in told
+    gallery = recognize.load_gallery("runs/a-lora")
+    assert gallery["names"][-1] == "Zoë" and len(gallery["keys"]) <= len(before) + 6
+    rows = json_of(f"apps.recognize runs/a-lora {CPU} new --json --threshold -1", fresh)
+    assert np.mean([row["name"] == "Zoë" for row in rows]) >= 0.75
+    names = table(fresh)
+    assert names[zoe[0].replace("unknown", "Zoë", 1)] == "Zoë" == names["Zoë/more.png"]
+    assert "no picture was moved" in learned(fresh)
+    # second thoughts: one of them was nobody
+    move(fresh, "Zoë/more.png", to="unknown")
+    assert "1 Zoë -> unknown" in learned(fresh)
+    assert len(recognize.load_gallery("runs/a-lora")["keys"]) == len(gallery["keys"]) - 1
+
+
+def test_what_stayed_beside_a_correction_is_learned_too(fresh):
+    draw_folder(fresh / "new", 2, 12)
+    for path in (fresh / "new").rglob("*.png"):  # the colours of two classes, other noise
+        Image.open(path).rotate(180).save(path)
+    run_line(f"{SORT} new --threshold -2 --out out", fresh, check=0)
+    known = table(fresh)
+    wrong = [copy for copy in known if copy.split("/")[0] != copy.split("/")[-2]]
+    right = [copy for copy in known if copy not in wrong]
+    assert len(right) >= 12
+    count = len(recognize.load_gallery("runs/a-lora")["keys"])
+    move(fresh, right[0], to="unknown")
+    told = learned(fresh)
+    gallery = recognize.load_gallery("runs/a-lora")
+    assert count + len(known) - 1 == len(gallery["keys"])
+    assert f"of {len(known) - 1} pictures that stayed" in told and "of them new" in told
+
+
+def test_too_few_of_somebody_new_and_groups_without_a_name_are_not_learned(fresh):
+    before = recognize.load_gallery("runs/a-lora")
+    run_line(f"{SORT} images/class0 --threshold 2 --out out", fresh, check=0)
+    copies = sorted(table(fresh))
+    move(fresh, *copies[:2], to="Ann")
+    move(fresh, copies[2], to="group-001")
+    told = learned(fresh)
+    assert "2 pictures of Ann are too few" in told and "not learned: 2" in told
+    assert recognize.load_gallery("runs/a-lora")["names"] == before["names"]
+    move(fresh, *copies[3:5], to="Ann")
+    assert "Ann is enrolled with 4 pictures" in learned(fresh)
+
+
+def test_a_folder_that_sort_did_not_write_is_refused(fresh):
+    assert "apps.sort" in refused(run_line(f"{LEARN} images", fresh))
+    refused(run_line(f"{LEARN} nowhere", fresh))
