@@ -150,6 +150,8 @@ def forget(run, embeddings):
 def agreeing(gallery, shows, faces):
     """-> the files whose answer is what their folder says."""
     files = [file for file in shows if file in faces]
+    if not files:
+        return set()
     logits, embeddings = (torch.stack(part) for part in zip(*map(faces.get, files), strict=True))
     who, _, margin, _ = decide(logits, embeddings, gallery)
     names = [

@@ -54,7 +54,8 @@ def why_not_triton(device):
         return "Triton needs a GPU (on a CPU, TRITON_INTERPRET=1 runs its interpreter, for tests)"
     if device.type not in ("cpu", "cuda"):
         return f"Triton does not run on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+    there = device.type == "cuda" and torch.cuda.is_available()
+    if there and torch.cuda.get_device_capability(device) < OLDEST:
         return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more"
     if device.type == "cuda" and not COMPILER:
         return "Triton needs a C compiler (install gcc)"

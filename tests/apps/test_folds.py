@@ -123,7 +123,7 @@ def test_pictures_of_nobody_are_asked_once_and_faces_choose_how_alike_a_group_is
     tensors = [read_safetensors(path)[0] for path in (home / "runs/others/folds").glob("*.s*")]
     assert sum(len(fold["others_similarity"]) for fold in tensors) == count > 20
     said = read_json(home / "runs/others" / folds.PROMISE)
-    assert re.search(rf"nobody called unknown +{said['others']:.0f} %", printed)
+    assert re.search(rf"of nobody called unknown +{said['others']:.0f} %", printed)
     assert said["calibration"]["alike"] in groups.GRID
     for fold in tensors:
         assert len(fold["unit"]) == len(fold["logits"])

@@ -60,6 +60,7 @@ WORK = (  # calls that work, from which every bad one is made
     f"{NAME} {PICTURE} --detect runs/a-det",
     f"{NAME} --enrol newcomer images/class0",
     f"apps.sort runs/a-lora images/class0 --out sorted {CPU}",
+    f"apps.learn runs/a-lora sorted {CPU}",
     f"{UNKNOWN} --split test",
     f"apps.tags runs/a --data datasets/packed --epochs 2 --out runs/new {CPU}",
     f"apps.tags runs/a-tags images/class0 {CPU}",

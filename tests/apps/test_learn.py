@@ -4,11 +4,12 @@ import csv
 import shutil
 
 import numpy as np
+import torch
 from conftest import draw_folder, json_of, refused, run_line
 from made import CPU
 from PIL import Image
 
-from apps import recognize
+from apps import detect, recognize
 
 LEARN = f"apps.learn runs/a-lora {CPU}"
 SORT = f"apps.sort runs/a-lora {CPU}"
@@ -87,6 +88,26 @@ def test_too_few_of_somebody_new_and_groups_without_a_name_are_not_learned(fresh
     assert recognize.load_gallery("runs/a-lora")["names"] == before["names"]
     move(fresh, *copies[3:5], to="Ann")
     assert "Ann is enrolled with 4 pictures" in learned(fresh)
+
+
+def test_of_pages_those_with_one_face_are_learned(fresh, monkeypatch):
+    box = [[0.1, 0.1, 0.9, 0.9], [0.2, 0.2, 0.4, 0.4]]
+    count = []
+
+    def found(net, view):
+        return [(torch.tensor(box[: count[0]]), torch.tensor([0.9, 0.9])[: count[0]])]
+
+    monkeypatch.setattr(detect, "detect", found)
+    draw_folder(fresh / "new", 1, 4, seed=5)
+    count.append(1)
+    run_line(f"{SORT} new --threshold 2 --detect runs/a-det --out out", fresh, check=0)
+    move(fresh, *sorted(table(fresh)), to="Zoe")
+    count[0] = 2
+    told = run_line(f"{LEARN} out --detect runs/a-det", fresh, check=0).stdout
+    assert "not learned: 4" in told
+    count[0] = 1
+    told = run_line(f"{LEARN} out --detect runs/a-det", fresh, check=0).stdout
+    assert "Zoe is enrolled with 4 pictures" in told
 
 
 def test_a_folder_that_sort_did_not_write_is_refused(fresh):

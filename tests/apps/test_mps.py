@@ -98,6 +98,7 @@ STEPS += [f"finetune_lora.py {OURS} --split val --method {method}" for method in
 REPORTS = {
     "apps.tags.write_results": None,
     "finetune_lora.write_results": None,
+    "finetune_lora.measure": None,
 }  # and what they return
 REPORTS |= {"pretrain.evaluate": {}, "pretrain.draw_masks": None, "pretrain.finish": None}
 REPORTS |= {"apps.tags.topk": 0.0, "common.readout.topk": 0.0, "common.metrics.macro_f1": 0.0}

@@ -71,7 +71,6 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{NAME} {THREE} --threshold 3", "--threshold"),
     (f"{NAME} --list images", "takes no pictures"),
     (f"{UNKNOWN} images", "images"),
-    (f"{NAME} --enrol class0 {THREE}", "known already"),
     (f"{NAME} --enrol new images/class0/illust0_0.png", "too few"),
     (f"{NAME} --enrol new {THREE.split()[0]} {THREE.split()[0]} {THREE.split()[1]}", "2 pictures"),
     (f"{NAME} --enrol new {THREE} text.png", "nobody was enrolled"),

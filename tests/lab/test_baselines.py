@@ -81,7 +81,18 @@ def test_a_network_in_a_file_comes_back(tmp_path):
 
 def test_it_learns_and_recognises_as_a_vit_does(small, tmp_path, no_pictures):
     words = ["--method", "full", "--from-scratch", "--data", small, "--epochs", 2]
-    words += ["--image-size", 32, "--batch-size", 16, "--device", "cpu", "--dtype", "fp32"]
+    words += [
+        "--split",
+        "val",
+        "--image-size",
+        32,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+    ]
     stage = "lab.convnets"
     call(stage, "resnet10", *words, "--out", tmp_path / "run", cwd=tmp_path, check=0)
     pictures = sorted((small.parent / "images").rglob("*.png"))[:4]
