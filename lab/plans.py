@@ -465,7 +465,7 @@ PLANS["strangers"] = OF_RECOGNITION | {
 
 # Collections of seven characters, as a fan has them, by the commands that the tools print.
 SEVEN = 5, 20, 50, 150  # pictures of each
-PLANS["seven"] = PLANS["strangers"] | {
+PLANS["few"] = PLANS["strangers"] | {
     "question": "Seven characters with few pictures: what is promised, and what happens?",
     "made": {f"pictures{n}": [f"{DRAW} 7 --pictures {n} --folders"] for n in SEVEN}
     | {f"seven{n}": [f"data.py {{pictures{n}}}"] for n in SEVEN},
@@ -497,7 +497,7 @@ OWN = f"pretrain.py --data {{{LARGEST}}}"
 ROADS = {f"weights/toon, {size}": ("weights/toon", size) for size in THINNED}
 ROADS |= {f"own, {LARGEST}": ("{own}", LARGEST)}
 ROADS |= {f"own from weights/toon, {LARGEST}": ("{further}", LARGEST)}
-PLANS["roads"] = PLANS["seven"] | {
+PLANS["roads"] = PLANS["few"] | {
     "question": "Collections of 7 and 20 characters: which encoder should LoRA begin from?",
     "seeds": range(3),
     "made": THINNED
