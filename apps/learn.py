@@ -55,7 +55,6 @@ def parse_args():
     add = parser.add_argument
     add("folder", type=Path, metavar="OUT", help="what apps/sort.py wrote, corrected by hand")
     add("--detect", metavar="RUN", help="as for apps/sort.py: pages with one face are learned")
-    parser.set_defaults(json=False)  # a flag of apps/recognize.py, which `predictions` reads
     args = parser.parse_args()
     refuse_useless(args.given & {"threshold"}, "on learning")
     return args

@@ -85,6 +85,7 @@ def parser_of(manual):
     add("--threshold", type=between(-2, 2), metavar="LEAST", help="similarity of a known face")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    parser.set_defaults(json=False)  # `predictions` reads it; apps/recognize.py alone has the flag
     return parser
 
 

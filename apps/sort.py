@@ -57,7 +57,6 @@ def parse_args():
     add("--group", action="store_true", help="one folder for faces that look alike")
     add("--alike", type=between(-1, 1), metavar="LEAST", help="cosine that joins groups (measured)")
     add("--detect", metavar="RUN", help="runs/NAME of apps/detect.py: sort by each face on a page")
-    parser.set_defaults(json=False)  # a flag of apps/recognize.py, which `predictions` reads
     args = parser.parse_intermixed_args()  # folders may stand before and after flags
     if not args.group:
         refuse_useless(args.given & {"alike"}, "without --group")
@@ -84,7 +83,7 @@ def sort(args, net, header, gallery, autocast):
     found = ()
     names = gallery["names"]
     if args.group:
-        least = args.alike if "alike" in args.given else gallery.get("alike") or ALIKE
+        least = args.alike if "alike" in args.given else gallery.get("alike", ALIKE)
         found = grouped(predictions(args, net, header, autocast, problems), gallery, least)
         names = dict.fromkeys(row["name"] for row in found)
     elif args.images:

@@ -231,7 +231,7 @@ def measure_run(args, net, header, gallery, autocast):
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and learned.exists() and not by_folds:
         own = faces_of(net, gallery, learned, header.get("split", "val"), autocast)
-    found = measure(asked, own, gallery["learned"], gallery.get("alike") or ALIKE)
+    found = measure(asked, own, gallery["learned"], gallery.get("alike", ALIKE))
     if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row = {"run": str(args.run), "data": str(folder), "split": args.split}

@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 
 from apps import groups, sort
 from apps.unknown import grouping
-from common.io import read_safetensors
+from common.io import read_safetensors, save_safetensors
 from common.train import seeded
 from ingest import pictures
 
@@ -123,8 +123,13 @@ def test_more_alike_faces_make_more_groups_and_the_run_knows_how_alike(fresh):
         said = run_line(f"{SORT} images --group --out out{i} {words}", fresh, check=0).stdout
         counts.append(int(said.split("groups ")[1].split(",")[0]))
     assert counts[0] == 1 < counts[2] <= counts[1]
-    _, header = read_safetensors(fresh / "runs/a-lora/gallery.safetensors")
+    path = fresh / "runs/a-lora/gallery.safetensors"
+    tensors, header = read_safetensors(path)
     assert f"--alike {header['alike']:g}" in said
+    save_safetensors(tensors, path, header | {"alike": 0.0})
+    assert (
+        "--alike 0 joined" in run_line(f"{SORT} images --group --out zero", fresh, check=0).stdout
+    )
     refused(run_line(f"{SORT} images --alike 0.2 --out more", fresh))
 
 
