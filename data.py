@@ -56,6 +56,11 @@ MAP_DTYPE = {"attn": "float16", "saliency": "uint8", "parts": "uint8"}
 # ---- a split -------------------------------------------------------------------------------------
 
 
+def splits_in(folder):
+    """The names of the splits that a packed folder has, train first."""
+    return [name for name in SPLITS if (Path(folder) / f"{name}.safetensors").exists()]
+
+
 def open_split(folder, name):
     """{"images": u8 (n, S, S, 3), "labels": i64 (n), "header", ...}; PLANES as memory maps."""
     path = Path(folder) / f"{name}.safetensors"
@@ -91,7 +96,7 @@ def check_split(split, path, advice):
 def open_or_pack(path, image_size=128, pages=False):
     """The packed folder that --data names; if needed drawn or packed first, pages with boxes."""
     path = Path(path)
-    if any((path / f"{name}.safetensors").exists() for name in SPLITS):
+    if splits_in(path):
         return path
     # Runs up, because --data may name pictures: who reads a packed set loads no decoder.
     from ingest.pack import default_out, pack
@@ -115,7 +120,7 @@ def open_or_pack(path, image_size=128, pages=False):
 
 def is_small(folder):
     """Has a packed folder so few pictures of somebody's own that each of them should be learned?"""
-    paths = [path for name in SPLITS if (path := Path(folder) / f"{name}.safetensors").exists()]
+    paths = [Path(folder) / f"{name}.safetensors" for name in splits_in(folder)]
     headers = [open_tensors(path)["header"] for path in paths]
     drawn = any(header.get("source") in DRAWN for header in headers)
     return not drawn and sum(len(header["keys"]) for header in headers) < SMALL

@@ -23,7 +23,6 @@ import shlex
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,7 +86,6 @@ def draw_folds(labels, groups, count, seed=0):
 def sets_of(every, classes, of_character, of_picture, fold):
     """A set of all pictures -> sets that a fold learns from and is asked about, of characters that it
     leaves out (rows of the split), and the numbers of the characters that it learns."""
-    # A folder of pictures of others, whom nobody wants to be named, would join `left_out` of each fold.
     labels = every.labels[every.rows]
     held = torch.from_numpy(of_picture == fold)
     left_out = torch.from_numpy(of_character == fold)[labels]
@@ -342,7 +340,7 @@ def promised(row):
 
 def are_quick(flags, encoder, device, autocast):
     """Can this set be cross-validated in MINUTES? If not, a line names the command and the minutes."""
-    names = [name for name in data.SPLITS if Path(flags.data, f"{name}.safetensors").exists()]
+    names = data.splits_in(flags.data)
     labels = torch.cat([data.open_split(flags.data, name)["labels"] for name in names])
     if (torch.bincount(labels[labels >= 0]) > 1).sum() < 3:
         print(

@@ -79,9 +79,7 @@ def open_set(args):
     """-> common.features.Task with every split that the set has, train first."""
     args.split = "train"
     task = features.open_task(args, args.run)
-    for name in data.SPLITS:
-        if (Path(task.folder) / f"{name}.safetensors").exists():
-            task.splits |= features.open_splits(task.folder, name)
+    task.splits = features.open_alike(task.folder, data.splits_in(task.folder))
     return task
 
 

@@ -118,8 +118,7 @@ def open_all(folder):
 
     Its pictures are copied into memory, because they come from several files: it is for small sets.
     """
-    names = [name for name in data.SPLITS if (Path(folder) / f"{name}.safetensors").exists()]
-    splits = open_alike(folder, names or ["train"])
+    splits = open_alike(folder, data.splits_in(folder) or ["train"])
     first = next(iter(splits.values()))
     header = dict(first["header"]) | {"split": FOLDS}
     for name in ("keys", "groups"):
