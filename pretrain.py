@@ -433,7 +433,9 @@ def main():
         log_evaluation(run, model, source.teacher, splits, target_options, autocast)
 
     # A step has six parts. The loop below has 1, 2 and 6; parts 3 to 5 are the functions `losses` and
-    # `update`, because a GPU can compile the one, and replay the other as a recording.
+    # `update`, because a GPU can compile the one, and replay the other as a recording. What changes
+    # from step to step, such as t or the learning rate, has to be an argument of theirs: a recording
+    # would keep the number that it has seen first.
 
     def losses(view, ids_keep, ids_mask, *second):
         """Parts 3 and 4 of a step.

@@ -38,16 +38,20 @@ class Replayed:
             return self.run(inputs)
         graph, places, results = self.graphs[shapes]
         for place, x in zip(places, inputs, strict=True):
-            if place is not None:
-                place.copy_(x) if torch.is_tensor(x) else place.fill_(x)
+            if torch.is_tensor(x):
+                place.copy_(x)
+            elif x is not None:
+                place.fill_(x)
         graph.replay()
         return results
 
     def copied(self, inputs):
         """Copies of the inputs; of a number, a tensor that holds it."""
         for x in inputs:
-            number = isinstance(x, (int, float))
-            yield torch.full((), x, device=self.device) if number else x if x is None else x.clone()
+            if torch.is_tensor(x):
+                yield x.clone()
+            else:
+                yield None if x is None else torch.full((), x, device=self.device)
 
     def run(self, inputs):
         """A call as it is, on the stream of the recordings, so that memory belongs to that stream."""
