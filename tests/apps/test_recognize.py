@@ -250,14 +250,19 @@ def test_a_run_of_half_the_size_says_the_same(fresh):
         assert whole["similarity"] == pytest.approx(half["similarity"], abs=5e-3)
 
 
-def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_forgotten(fresh):
-    before = recognize.load_gallery("runs/a-lora")
+def newcomer(fresh):
+    """-> pictures of somebody whom nobody knows, and a function that enrols (name, *pictures)."""
     draw_folder(fresh / "new", 1, 8, seed=5)
-    pictures = [str(path) for path in sorted((fresh / "new/class0").iterdir())]
 
     def enrol(name, *some):
         return call(*NAME.split(), "--enrol", name, *some, cwd=fresh, check=0).stdout
 
+    return [str(path) for path in sorted((fresh / "new/class0").iterdir())], enrol
+
+
+def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_forgotten(fresh):
+    before = recognize.load_gallery("runs/a-lora")
+    pictures, enrol = newcomer(fresh)
     told = enrol("Zoë", *pictures[:4])
     assert "enrolled with 4 pictures" in told and "held-out pictures of learned characters" in told
     shutil.move(fresh / "datasets/packed", fresh / "gone")
@@ -285,11 +290,7 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
 
 def test_a_learned_character_takes_new_pictures_and_a_picture_has_one_name(fresh):
     before = recognize.load_gallery("runs/a-lora")
-    draw_folder(fresh / "new", 1, 8, seed=5)
-    pictures = [str(path) for path in sorted((fresh / "new/class0").iterdir())]
-
-    def enrol(name, *some):
-        return call(*NAME.split(), "--enrol", name, *some, cwd=fresh, check=0).stdout
+    pictures, enrol = newcomer(fresh)
 
     def named(name):
         rows = rows_of(fresh, f"{' '.join(pictures[4:])} --threshold -1")

@@ -18,7 +18,7 @@ GPU = torch.cuda.is_available() and not kernels.INTERPRET
 DEVICE, IMPL = ("cuda" if GPU else "cpu"), ("triton" if GPU or kernels.INTERPRET else "torch")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIDES = [4, 5, 8, 14, 16, 32]
-MEANT = "if you changed squared_error on purpose, change error_kernel, too"
+MEANT = "if you changed squared_error on purpose, change error_kernel and gradient_kernel, too"
 needs_kernel = pytest.mark.skipif(IMPL == "torch", reason="about a Triton kernel")
 needs_reference = pytest.mark.skipif(IMPL == "triton", reason="about the reference")
 
