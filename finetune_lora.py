@@ -9,7 +9,9 @@ Writes: runs/NAME-METHOD/ state.pt, log.jsonl, metrics.json (of another split: m
         curves.png, confusion.png, head.safetensors; for lora adapter_model.safetensors and
         adapter_config.json, for full model.safetensors
 
-The kept epoch is chosen on dev, or on a held-out tenth of train. Results are those of --split.
+The kept epoch is chosen on dev, or on a held-out tenth of train, and results are those of --split.
+A small collection has no picture to spare for either. There, cross-validation chooses and measures
+(apps/folds.py), if it is quick or --split folds asks for it, and then every picture is learned.
 
     B batch   N patches   K of them shown   S side of a view   D width   C characters
 """

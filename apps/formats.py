@@ -1,4 +1,4 @@
-"""The checkpoint formats of the field: any of them -> our names and shapes. apps/export.py writes them.
+"""The checkpoint formats of the field, read into our names and shapes. apps/export.py writes them.
 
 Read:   MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et
         al. 2023) without registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or

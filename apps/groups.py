@@ -1,4 +1,4 @@
-"""Faces that look alike in one group, by average linkage of their cosines, and how alike they have to be.
+"""Groups of faces that look alike, by average linkage of their cosines, and how alike these have to be.
 
 n faces   D width of an embedding
 """

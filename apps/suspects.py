@@ -1,4 +1,4 @@
-"""Which labels of a set are probably wrong? What a classifier says that never saw the picture.
+"""Which labels of a set are probably wrong? A classifier that never saw the picture says it.
 
     python -m apps.suspects runs/NAME                         of the set that the run was trained on
     python -m apps.suspects weights/toon --data datasets/mine --out suspects

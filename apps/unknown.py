@@ -7,14 +7,15 @@ Reads:  runs/NAME/ of finetune_lora.py with its gallery (apps/recognize.py); dat
 Writes: runs/NAME/ recognize.json (of other data or splits in runs/NAME/DATA-SPLIT/)
         the gallery where it is missing
 
-It compares answers with the labels of a data set. How many faces of unknown
-characters are called unknown, and how many of known ones? Can pairs of faces that show the same
-character be told from other pairs (verification)? Do the groups of apps/sort.py --group agree with
-the characters, and is a name as often right as its confidence says? For unknown characters the set
-has to contain some, so give --data OTHER, or fine-tune with --hold-out.
+It compares answers with the labels of a data set. How many faces of unknown characters are called
+unknown, and how many of known ones? Can pairs of faces that show the same character be told from
+other pairs (verification)? Do the groups of apps/sort.py --group agree with the characters, and is a
+name as often right as its confidence says? For unknown characters the set has to contain some, so
+give --data OTHER, or fine-tune with --hold-out.
 
-A run that learned every picture of its set can't be measured on it: finetune_lora.py did so before,
-by cross-validation (apps/folds.py), and --data OTHER measures it on other pictures.
+A run that learned every picture of its set can't be measured on it. finetune_lora.py did so before,
+by cross-validation (apps/folds.py). For more, give --data OTHER with new pictures of the characters
+that it knows, and of others: a set of others alone has no known faces to compare them with.
 
     n, m, k faces   D width of an embedding
 """
