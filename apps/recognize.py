@@ -66,9 +66,7 @@ FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
 HANDICAP = 0.05  # so much less similar are new faces to a mean of SHOTS faces (results/TRIED.md)
-ASKED = (
-    150  # held-out pictures of each split that are asked whether a new character changes their name
-)
+ASKED = 150  # held-out pictures of each split that are asked whether an enrolment renames them
 FLAGS = {  # that each task reads
     "name": "threshold json detect device dtype",
     "enrol": "enrol device dtype",

@@ -11,7 +11,7 @@ from made import CPU
 from scipy.stats import ttest_1samp
 
 import data
-from apps import folds, groups, recognize
+from apps import export, folds, groups, recognize
 from common import features
 from common.classifier import read_head
 from common.io import read_json, read_safetensors
@@ -131,20 +131,18 @@ def test_pictures_of_nobody_are_asked_once_and_faces_choose_how_alike_a_group_is
     assert "others" not in read_json(home / OUT / folds.PROMISE)
 
 
-def test_an_onnx_file_compares_colours_too(learned):
+def test_what_is_exported_compares_colours_too(learned):
     home, _ = learned
-    run_line(f"apps.export {OUT} --to onnx --out one.onnx", home, check=0)
-    onnxruntime = pytest.importorskip("onnxruntime")
     images = np.array(data.open_split(home / "datasets/packed", "val")["images"][:5])
-    model = onnxruntime.InferenceSession(str(home / "one.onnx"))
-    names = [output.name for output in model.get_outputs()]
-    found = dict(zip(names, model.run(None, {model.get_inputs()[0].name: images}), strict=True))
+    graph, _ = export.graph_of(home / OUT)
+    with torch.no_grad():
+        found = graph(torch.from_numpy(images))
     net, _, autocast = recognize.open_network(home / OUT, "cpu", "fp32")
     gallery = recognize.open_gallery(home / OUT)
     assert gallery["colours"] > 0
     _, similarity, _, sure = recognize.decide(*recognize.embed(net, images, autocast), gallery)
-    np.testing.assert_allclose(found["similarity"], similarity, atol=1e-3)
-    np.testing.assert_allclose(found["confidence"], sure, atol=1e-3)
+    torch.testing.assert_close(found["similarity"], similarity, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found["confidence"], sure, atol=1e-4, rtol=0)
 
 
 def test_a_run_that_learned_everything_is_not_measured_on_it(learned):
