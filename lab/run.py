@@ -102,7 +102,8 @@ def make(text, args):
         elif (out / "state.pt").exists() and reason is None:
             words = [*words[: 2 if words[0] == "-m" else 1], "--resume", str(out)]
         else:
-            shutil.rmtree(out, ignore_errors=True)
+            if reason or not (out / "folds").exists():  # finished folds are not trained again
+                shutil.rmtree(out, ignore_errors=True)
             words += ["--out", str(out)]
         row = {"command": f"python {text}", "commit": commit(checkout)}
         start = time.perf_counter()

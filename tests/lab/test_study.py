@@ -332,6 +332,22 @@ def test_a_plan_that_is_killed_goes_on_with_the_run_that_was_stopped(home, small
     assert calls(home).count("random 2000 None new") == 1
 
 
+def test_folds_that_a_killed_run_has_finished_stay(tmp_path, monkeypatch):
+    """finetune_lora.py goes on with the next one; a run without folds begins in an empty folder."""
+    args = SimpleNamespace(work=tmp_path, digest="d", code={run.ROOT: "c"}, threads=1, retry=False)
+    monkeypatch.setattr(run, "execute", lambda *_: None)
+    monkeypatch.setattr(run, "digest_of_code", lambda _: "c")
+    for command, kept in (
+        ("finetune_lora.py a", "folds/1.safetensors"),
+        ("probe.py b", "left.txt"),
+    ):
+        path = run.folder_of(shlex.split(command), args)[0] / kept
+        path.parent.mkdir(parents=True)
+        path.touch()
+        run.make(command, args)
+        assert path.exists() == kept.startswith("folds")
+
+
 def test_after_a_stop_a_thread_that_waited_begins_nothing(tmp_path, monkeypatch):
     """It waited for a lock that another run held, and gets it when that one is stopped, too."""
     monkeypatch.setattr(run, "STOPPED", threading.Event())
