@@ -122,7 +122,7 @@ def shares(text):
 
 def read_flags():
     """The flags: for a new run those of its method's recipe, for a resumed one the saved ones."""
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, timm, HF")
     add("--data", metavar="DIR", help="labelled set (default: the encoder's, else datasets/toon)")

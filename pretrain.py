@@ -81,7 +81,7 @@ RECIPES = {
 
 
 def parse_flags():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
     add("--out", metavar="DIR", help="folder of the run (default: runs/ and the flags given)")

@@ -63,7 +63,7 @@ AUROC of pairs, same character or not; 5-way few-shot accuracy.
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders of pretrain.py, or public checkpoints")
     add("--data", metavar="DIR", help="packed set with labels (default: that of the first run)")

@@ -77,7 +77,7 @@ FLAGS = {  # that each task reads
 
 def parser_of(manual):
     """A docstring -> a parser with the flags that apps/sort.py and apps/unknown.py have, too."""
-    parser = Parser(description=manual.split("\n")[0])
+    parser = Parser(manual)
     add = parser.add_argument
     add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
     add("--threshold", type=between(-2, 2), metavar="LEAST", help="similarity of a known face")

@@ -679,7 +679,7 @@ def use(flags, device, autocast):
 
 
 def parse_flags():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("encoder", metavar="ENCODER", nargs="?", help="a run or checkpoint; for pictures a run-seg")
     add("pictures", nargs="*", metavar="PICTURE", help="file, folder (a video's frames), archive")

@@ -23,6 +23,7 @@ AT_END = contextlib.ExitStack()  # what a command lets go of when it ends, as it
 
 def cli(main):
     """Run a stage's main; a mistake becomes one line on stderr (one a process) and exit status 2."""
+    open_streams()
     with contextlib.suppress(AttributeError):  # a file's name may be no text at all
         sys.stdout.reconfigure(errors="backslashreplace")
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -45,6 +46,13 @@ def cli(main):
         sys.exit(2)
     finally:
         AT_END.close()
+
+
+def open_streams():
+    """A shell can start a process without them (`>&-`): what is printed then goes nowhere."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it ends with the process)
 
 
 def launched():
@@ -113,15 +121,16 @@ def at_least(low, kind=int):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError.
+    """argparse whose mistakes are a UserError. manual: the docstring of the script.
 
     The namespace has one more attribute, `given`: the names of the flags on the command line.
     """
 
-    def __init__(self, *args, **options):
+    def __init__(self, manual=None, **options):
         ours = {"formatter_class": argparse.RawTextHelpFormatter, "allow_abbrev": False}
+        ours["description"] = (manual or "").partition("\n")[0]  # python -OO leaves no docstring
         ours["prog"] = " ".join(["python", *(Path(word).name for word in started_as())])
-        super().__init__(*args, **(ours | options))
+        super().__init__(**(ours | options))
 
     def error(self, message):
         raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))
@@ -135,6 +144,11 @@ class Parser(argparse.ArgumentParser):
         for name in found.given:
             if getattr(found, name, None) == "" or f"--{name.replace('_', '-')}=--" in words:
                 self.error(f"--{name.replace('_', '-')} gives no value")
+            if re.search(
+                "[\ud800-\udfff]", str(getattr(found, name, ""))
+            ):  # bytes that are no text
+                fix = "give other letters, or set PYTHONUTF8=1 if they are right"
+                self.error(f"--{name.replace('_', '-')} is not UTF-8; {fix}")
         return found, rest
 
 

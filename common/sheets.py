@@ -139,7 +139,7 @@ def draw_sheet(path, title, view, side, maps, strategies, scores):
 
 
 def parse_args():
-    parser = Parser(description="What masks hide, drawn in seconds and without any training.")
+    parser = Parser("What masks hide, drawn in seconds and without any training.")
     add = parser.add_argument
     words = "NAME[:key=value,...]"
     add("--show", nargs="+", metavar=words, help=f"default: all of {', '.join(masking.STRATEGIES)}")

@@ -854,7 +854,7 @@ def unseen(person, count, seed=0):
 
 
 def main():
-    parser = Parser(prog="ingest.toon", description=__doc__.splitlines()[0])
+    parser = Parser(__doc__, prog="ingest.toon")
     people = {person["name"]: person for person in cast()}
     add = parser.add_argument
     add("--who", choices=people, required=True, help="a character of the demo set")

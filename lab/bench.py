@@ -28,7 +28,7 @@ TRITON = triton.__version__ if triton else "none"
 
 def parser_of(doc):
     """A parser with the flags that every benchmark has."""
-    parser = Parser(description=doc.split("\n")[0])
+    parser = Parser(doc)
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--turns", type=at_least(1), default=5, help="that are compared (default: 5)")

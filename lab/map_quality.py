@@ -117,7 +117,7 @@ def true_set(folder, split):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", help="run of pretrain.py: encoder of attention and parts")
     add("--data", default="datasets/toon", help="packed set with true masks (default: demo set)")

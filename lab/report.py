@@ -371,7 +371,7 @@ def write(study, figure=False):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="of a plan's rows")
     add("--figure", action="store_true", help="draw figure.png, too")

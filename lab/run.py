@@ -483,7 +483,7 @@ def time_of(jobs, args):
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("name", choices=PLANS, metavar="PLAN", help=", ".join(PLANS))
     add("--data", default="datasets/toon", metavar="DIR", help="packed set (default: %(default)s)")

@@ -300,7 +300,7 @@ def lines_of_probe(report):
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", help="run folder of pretrain.py")
     add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")

@@ -136,7 +136,7 @@ def build(flags, train_set):
 
 
 def read_flags():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("method", nargs="?", choices=METHODS)
     add("--data", metavar="DIR", help="packed set")
