@@ -47,6 +47,7 @@ from common import controls, metrics, train
 from common.command import progress, started_as
 from common.features import open_others, relabelled
 from common.io import UserError, read_safetensors, save_json, save_safetensors
+from common.locks import reserve
 
 FOLDS = 5  # networks, or as many as there are characters
 FACES = 500  # of a character that others are compared with, at most
@@ -383,6 +384,7 @@ def cross_validate(flags, task):
 
     Writes promise.json, whose "calibration" apps/recognize.py takes for the gallery.
     """
+    reserve([], task.out / ".lock")
     if not flags.resume:
         train.refuse_results(task.out)  # said before the folds are trained, and not after
     every, groups = task.train, data.groups_of(task.train.split)

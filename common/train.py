@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 from common.command import (
     at_least,
-    launched,
     progress,
     refuse_overwrite,
     refuse_useless,
@@ -317,7 +317,8 @@ class Run:
         self.log_to = flags.log
         self.trackers = []
         self.stop = catch_signals()
-        self.writes = not launched() or os.environ["RANK"] == "0"
+        # Asked of torch, and not of RANK, which may be left over in a shell. pretrain.py alone starts it.
+        self.writes = not distributed.is_initialized() or distributed.get_rank() == 0
 
     def resume_or_begin(self):
         """Go on from state.pt where flags.resume asks for it, else begin; then the bar can run."""
