@@ -16,7 +16,9 @@ import functools
 import io
 import os
 import re
+import signal
 import socket
+import tempfile
 from collections import namedtuple
 from html import escape
 from pathlib import Path
@@ -32,7 +34,7 @@ from apps import detect, maps, recognize, segment, tags
 from common import guidance, sheets
 from common.checkpoints import about_model, load_mae, place_of
 from common.classifier import is_recogniser
-from common.command import Parser, between, cli, require
+from common.command import AT_END, Parser, between, cli, require
 from common.evaluate import filled_in, hide, psnr
 from common.io import UserError, open_tensors
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
@@ -70,7 +72,7 @@ Picture = namedtuple("Picture", "name bytes number")
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", nargs="?", metavar="runs/NAME", help="of any stage (default: the newest encoder)")
     add("--port", type=between(1, 65535, int), help="default: the first free one from 7860 on")
@@ -457,6 +459,10 @@ def main():
     MACHINE.device = pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    # What visitors drop goes when the page does, also where a system ends it, and not control-C.
+    uploads = AT_END.enter_context(tempfile.TemporaryDirectory(prefix="animask-page-"))
+    os.environ["GRADIO_TEMP_DIR"] = uploads
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     require("demo", "gradio")
     import gradio as gr
 

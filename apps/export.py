@@ -16,7 +16,6 @@ Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the f
 import contextlib
 import json
 import logging
-import tempfile
 import textwrap
 import warnings
 from functools import partial
@@ -35,7 +34,16 @@ from apps.recognize import decide, open_gallery
 from common import checkpoints, controls
 from common.classifier import is_recogniser, read_head
 from common.command import Parser, at_least, cli, require
-from common.io import UserError, one_line, read_safetensors, save_csv, save_json, save_safetensors
+from common.io import (
+    UserError,
+    aside,
+    one_line,
+    read_safetensors,
+    save_csv,
+    save_json,
+    save_safetensors,
+    save_text,
+)
 from common.locks import reserve
 from common.lora import ADAPTER, adapter_tensors, fingerprint, read_config, save_encoder
 from finetune_lora import load_base, load_classifier, load_lora, merge_lora
@@ -50,6 +58,7 @@ PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")  # of 
 WEIGHTS = ("weight", "bias")
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
 PIP = "pip install -e '.[onnx]'"
+OUT = "{out}"  # in a line that loads what was written: the path, which the writer does not know
 
 
 # ---- weights: encoders in public formats, adapters, runs -----------------------------------------
@@ -121,7 +130,7 @@ def plain_tokens(weights, config, eps, patches):
 
 def save_mae(source, out, image_size):
     save_safetensors(public_weights(source, image_size)[0], out)
-    return f"safetensors.torch.load_file({str(out)!r})"
+    return f"safetensors.torch.load_file({OUT})"
 
 
 def save_timm(source, out, image_size):
@@ -132,7 +141,7 @@ def save_timm(source, out, image_size):
     shape = f"img_size={size}, patch_size={facts['patch_size']}, embed_dim={facts['dim']}, "
     shape += f"depth={facts['depth']}, num_heads={facts['heads']}, num_classes=0"
     shape += f", pretrained_cfg_overlay={pixels}"
-    return f'timm.create_model("vit_small_patch16_224", {shape}, checkpoint_path="{out}")'
+    return f'timm.create_model("vit_small_patch16_224", {shape}, checkpoint_path={OUT})'
 
 
 def save_hf(source, folder, image_size):
@@ -159,13 +168,13 @@ def save_hf(source, folder, image_size):
     save_safetensors(theirs, folder / "model.safetensors")
     save_json(config, folder / "config.json", 2)
     save_json(pixels, folder / "preprocessor_config.json", 2)
-    use = f"transformers.{network}.from_pretrained({str(folder)!r})"
+    use = f"transformers.{network}.from_pretrained({OUT})"
     if not depth:
         return use
     patches = (size // facts["patch_size"]) ** 2
     return f"""{use}
 # it hides {HF_RATIO:.0%} of the patches, in random order; features of all patches in their order:
-net = transformers.ViTMAEModel.from_pretrained({str(folder)!r}, mask_ratio=0.0)
+net = transformers.ViTMAEModel.from_pretrained({OUT}, mask_ratio=0.0)
 tokens = net(pixels, noise=torch.arange({patches}.0)[None]).last_hidden_state  # one picture"""
 
 
@@ -181,7 +190,7 @@ def save_merged(source, out, image_size):
     load_lora(encoder, source)
     merge_lora(encoder)
     save_encoder(encoder, out, {"merged": str(source), "origin": flags_of_run(source)})
-    return f"common.checkpoints.load_encoder({str(out)!r})"
+    return f"common.checkpoints.load_encoder({OUT})"
 
 
 def save_half(source, out, image_size):
@@ -204,7 +213,7 @@ def save_half(source, out, image_size):
     config = source / ADAPTER[1]
     if config.exists():
         (out / config.name).write_bytes(config.read_bytes())
-    return f"give {out} wherever a stage asks for a run"
+    return f"give {OUT} wherever a stage asks for a run"
 
 
 # ---- ONNX: one file that runs without torch ------------------------------------------------------
@@ -295,7 +304,7 @@ def write_onnx(graph, notes, out):
 def save_onnx(source, out, image_size=None):
     """Write a run or a checkpoint as ONNX."""
     write_onnx(*graph_of(source, image_size), out)
-    return f"onnxruntime.InferenceSession({str(out)!r})"
+    return f"onnxruntime.InferenceSession({OUT})"
 
 
 # ---- the contract of WD taggers: model.onnx and selected_tags.csv --------------------------------
@@ -369,7 +378,7 @@ def save_wd(source, folder, image_size=None):
     columns = "tag_id", "name", "category", "count"
     lines = [dict(zip(columns, (i, *row, 0), strict=True)) for i, row in enumerate(rows)]
     save_csv(lines, folder / "selected_tags.csv", columns)
-    return f"give {folder}/model.onnx and selected_tags.csv to a program that loads WD taggers"
+    return f"give model.onnx and selected_tags.csv in {OUT} to a program that loads WD taggers"
 
 
 # ---- the card and the command --------------------------------------------------------------------
@@ -470,18 +479,14 @@ def export(source, to, out=None, image_size=None):
     if card == out:
         raise UserError(f"--out {out} would be the card, too; choose another name")
     reserve([out, card])
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        path = Path(folder) / out.name
-        use = write(source, path, image_size).replace(str(path), str(out))
-        text = card_of(source, library, use)
-        (Path(folder) / card.relative_to(out.parent)).write_text(text, "utf-8")
-        for made in Path(folder).iterdir():
-            made.rename(out.parent / made.name)
+    with aside(out) as made:
+        use = write(source, made, image_size).replace(OUT, repr(str(out)))
+        save_text(card_of(source, library, use), made.parent / card.relative_to(out.parent))
     return out, use
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("encoder", type=Path, metavar="ENCODER", help="runs/NAME, or a checkpoint file")
     add("--to", required=True, choices=list(FORMATS), help="the format")

@@ -26,8 +26,8 @@ import data
 import mask as masking
 from common import guidance, sheets
 from common.checkpoints import flags_of, load_teacher
-from common.command import Parser, between, cli, progress, refuse_useless
-from common.io import UserError
+from common.command import Parser, between, cli, drawing, progress, refuse_useless
+from common.io import UserError, aside
 from common.locks import reserve
 from common.train import commit, pick_device
 
@@ -39,7 +39,7 @@ TAKES = {"attn": {"run", "attention"}, "saliency": set(), "parts": {"run", "part
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
     add("--map", required=True, choices=TAKES, help="what the maps show")
@@ -311,8 +311,12 @@ def main():
     header = {"map": args.map, "grid": grid, "by": args.run or "", "data": folder.name}
     header |= {"images": n, "data_digest": data.fingerprint(split), "commit": commit()}
     header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(args.map, {})
-    data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
-    draw_sheet(sheet, args, folder, split, data.open_map(path, args.map, split))
+    with aside(path) as made:
+        data.write_maps(made, args.map, bar, (n, grid, grid), dtype, header)
+        with drawing(sheet.name):
+            maps = data.open_map(made, args.map, split)
+            draw_sheet(made.with_name(sheet.name), args, folder, split, maps)
+            del maps  # Windows renames no file that is open
     print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}")
     print(advice(args, folder, out, split))
 

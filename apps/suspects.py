@@ -23,7 +23,7 @@ import data
 from common import features, metrics
 from common.checkpoints import load_encoder
 from common.command import Parser, cli, drawing
-from common.io import UserError, save_csv
+from common.io import UserError, aside, save_csv
 from common.locks import reserve
 
 FOLDS = 5
@@ -65,7 +65,7 @@ def ranked(probabilities, labels):
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder of pretrain.py, or a public checkpoint")
     add("--data", metavar="DIR", help="packed set with labels (default: that of the run)")
@@ -113,9 +113,10 @@ def main():
     doubted = [
         table_row(task.splits, places[i], labels[i], better[i], probabilities[i]) for i in rows
     ]
-    save_csv(doubted, table, COLUMNS)
-    with drawing("suspects.png"):
-        draw(sheet, task.splits, [places[i] for i in rows], doubted)
+    with aside(table) as made:
+        save_csv(doubted, made, COLUMNS)
+        with drawing(sheet.name):
+            draw(made.with_name(sheet.name), task.splits, [places[i] for i in rows], doubted)
     print(f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first")
     planted = task.train["header"].get("planted")  # by lab/subset.py
     if planted:

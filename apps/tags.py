@@ -66,6 +66,7 @@ from common.io import (
     save_safetensors,
     save_text,
 )
+from common.locks import lock_beside, locked
 from common.readout import topk
 from ingest.pictures import demo_note, picture_files, pictures, tell_problems
 from ingest.tags import captions_of, is_emoticon
@@ -923,13 +924,14 @@ def caption_files(paths, append):
 def add_caption(file, words):
     """Write words behind a caption that lacks them; what is there stays -> was there anything to write?"""
     old = ""
-    if file.exists():
-        with reading(file, "caption in UTF-8", "save it as UTF-8"):
-            old = file.read_text("utf-8-sig").strip().rstrip(",")
-    seen = {plain(word) for word in words_of(old.replace("\n", ","))}
-    new = [word for word in dict.fromkeys(words) if plain(word) not in seen]
-    if new:
-        save_text(", ".join(filter(None, [old, *new])), file)
+    with locked(lock_beside(file), wait=True):  # another process may write the same caption
+        if file.exists():
+            with reading(file, "caption in UTF-8", "save it as UTF-8"):
+                old = file.read_text("utf-8-sig").strip().rstrip(",")
+        seen = {plain(word) for word in words_of(old.replace("\n", ","))}
+        new = [word for word in dict.fromkeys(words) if plain(word) not in seen]
+        if new:
+            save_text(", ".join(filter(None, [old, *new])), file)
     return bool(new)
 
 
@@ -938,7 +940,7 @@ def add_caption(file, words):
 
 def read_flags():
     """The flags; those of a run that is resumed come from its state.pt."""
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO ...")
     add("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive; ENCODER: NAME-tags")

@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -125,11 +126,14 @@ def start_of(path):
 
 def remove_leftovers(path):
     """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
-    pattern = f"{glob.escape(start_of(path))}.*.tmp"
-    for old in path.parent.glob(pattern) if os.name == "posix" else ():
+    start = start_of(path)
+    for old in path.parent.glob(f"{glob.escape(start)}.*.tmp") if os.name == "posix" else ():
+        # Whatever else lies there is somebody's own. A process has a number as we write it.
+        number = re.fullmatch(r"\.([1-9][0-9]{0,8})\.tmp", old.name.removeprefix(start))
         try:
-            os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
-        except (ProcessLookupError, ValueError):
+            if number:
+                os.kill(int(number[1]), 0)  # signal 0 only asks whether it is alive
+        except ProcessLookupError:
             old.unlink(missing_ok=True)
         except PermissionError:  # a process of another user
             continue
@@ -154,6 +158,25 @@ def atomic(path):
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def aside(path):
+    """with aside(path) as made: write made, a file or a folder, and others beside it; at the end they move.
+
+    They are in a folder of their own, beside path. It is all that a kill leaves, and the next call
+    for the path removes it. So hold a lock.
+    """
+    path = Path(path)
+    folder = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder / path.name
+        for made in sorted(folder.iterdir()):
+            os.rename(made, path.with_name(made.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def save_safetensors(tensors, path, header=None):
     """Write {name: tensor}, atomically, with a header of plain values as the entry "animask".
 
@@ -168,7 +191,7 @@ def save_safetensors(tensors, path, header=None):
 def save_text(text, path):
     """Write text, atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8", "surrogateescape")  # names of files
 
 
 def save_csv(rows, path, columns=None):

@@ -24,7 +24,6 @@ import hashlib
 import os
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict, namedtuple
@@ -48,7 +47,7 @@ from common.command import (
     set_defaults,
 )
 from common.features import open_rows
-from common.io import UserError, open_tensors, save_csv
+from common.io import UserError, aside, one_line, open_tensors, save_csv
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
 from data import PACKED, SMALL, evenly_spaced, open_split
@@ -75,16 +74,16 @@ Source = namedtuple("Source", "records notes dims fetch stream more", defaults=(
 def render(records, draw, size, dims):
     """Yield (record, planes) of what draw(item, size) makes, by processes: drawing holds the GIL."""
     items = [r.place for r in records]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        try:
+    try:
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             rows = pool.map(draw, items, [size] * len(items), chunksize=16)
             for record, row in zip(records, rows, strict=True):
                 strata = [toon.STRATA[k].index(v) for k, v in row.get("style", {}).items()]
                 planes = row | {"images": row["image"], "style": np.array(strata, np.uint8)}
                 yield record, {plane: planes[plane] for plane in dims}
-        except BrokenProcessPool:
-            problem = f"a process that draws was killed: memory may be full; --size {size} is large"
-            raise UserError(problem) from None
+    except (BrokenProcessPool, OSError) as problem:  # on Linux, the latter is of /dev/shm
+        fix = f"memory or /dev/shm may be full, or not for you; --size {size} is large"
+        raise UserError(f"processes that draw can't work ({one_line(problem)}): {fix}") from None
 
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -361,19 +360,6 @@ def class_names(records):
 # ---- files: all of them, or none -----------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def written_aside(out):
-    """A folder beside `out`, which gets its name at the end: a set is there whole, or not at all."""
-    folder = Path(out).with_name(f".{Path(out).name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of a packing that was killed
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def write_split(path, rows, dims, records, labels, about):
     """Stream rows (record, {plane: array} or exception) into a file -> [(key, why)] of skipped ones.
 
@@ -412,7 +398,8 @@ def write_all(out, records, dims, stream, about, copies=()):
     classes = about["classes"]
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
     lost, told = [], []
-    with written_aside(out) as folder:
+    with aside(out) as folder:  # a set is there whole, or not at all
+        folder.mkdir()
         if copies:
             save_csv(copies, folder / "duplicates.csv")
         for split in (UNKNOWN, *reversed(layouts.ORDER)):
@@ -441,7 +428,7 @@ def write_all(out, records, dims, stream, about, copies=()):
 
 def default_out(path):
     """images/ -> datasets/images; set.tar.gz -> datasets/set."""
-    name = Path(path).resolve().name
+    name = os.fsencode(Path(path).resolve().name).decode(errors="replace")  # flags have to be text
     return Path("datasets") / (name if Path(path).is_dir() else name.split(".")[0])
 
 
@@ -553,7 +540,7 @@ def to_learn(out):
 
 
 def parse_flags(words=None):
-    parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
+    parser = Parser(__doc__, prog="data.py")
     add = parser.add_argument
     share = between(0, 0.99)
     side = between(8, 4096, int)

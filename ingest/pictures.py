@@ -1,6 +1,7 @@
 """Pictures that somebody names on a command line, one after the other, cut as a network was trained."""
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.command import refuse_overwrite
 from common.fields import shown
 from common.io import UserError, atomic
 from common.locks import reserve
@@ -131,9 +133,14 @@ def save_pngs(out, key, pictures, in_folders=False):
     name = shortened(name, key)
     for ending, pixels in pictures.items():
         path = out / folder / f"{name}{ending}.png"
-        reserve([path], out / ".lock")
+        reserve([], out / ".lock")
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG")
+        if path.is_file() and path.read_bytes() == png.getvalue():
+            continue  # of a call that was killed, and is given again
+        refuse_overwrite([path])
         with atomic(path) as temporary:
-            Image.fromarray(pixels).save(temporary, "PNG")
+            temporary.write_bytes(png.getvalue())
 
 
 def shortened(name, key):

@@ -17,8 +17,7 @@ from PIL import Image
 
 import data
 from common.command import Parser, at_least, cli, refuse_overwrite
-from common.io import UserError, save_csv
-from ingest.pack import written_aside
+from common.io import UserError, aside, save_csv
 from ingest.scenes import FACE, MOST, VISIBLE, backdrop, corners, panels
 
 PAGE = 256  # pixels on a side
@@ -71,7 +70,7 @@ def save_pages(folder, split, portraits, count, seed):
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("data", type=Path, metavar="DIR", help="a packed set of people, with foreground")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -91,7 +90,8 @@ def main():
     people = {"test": order[: round(TEST_PEOPLE * len(order))]}
     people["train"] = order[len(people["test"]) :]
     rows = []
-    with written_aside(args.out) as folder:
+    with aside(args.out) as folder:
+        folder.mkdir()
         for number, (split, count) in enumerate({"train": args.pages, "test": TEST_PAGES}.items()):
             own = np.isin(train["labels"], people[split])
             portraits = [Image.fromarray(picture) for picture in pixels[own]]

@@ -22,9 +22,8 @@ from PIL import Image
 
 import data
 from common.command import Parser, at_least, between, cli, refuse_overwrite
-from common.io import UserError, read_safetensors, save_safetensors
+from common.io import UserError, aside, read_safetensors, save_safetensors
 from ingest.layouts import ORDER
-from ingest.pack import written_aside
 
 THINNED = ("train", "dev")
 PER_IMAGE = ("keys", "groups")  # lists of the header
@@ -79,7 +78,7 @@ def save_pictures(tensors, header, folder):
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("data", type=Path, metavar="DIR", help="a packed set with labels")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -102,7 +101,8 @@ def main():
         raise UserError(f"--characters {args.characters}: {args.data} has {len(names)}")
     chosen = sorted(names, key=lambda name: order_of(name, args.draw))[: args.characters]
     classes = [name for name in names if name in chosen]
-    with written_aside(args.out) as folder:
+    with aside(args.out) as folder:
+        folder.mkdir()
         for name in ("train",) if args.folders else ORDER:
             path = args.data / f"{name}.safetensors"
             if not path.exists():

@@ -192,17 +192,19 @@ def test_only_the_page_itself_is_answered(host, origin, status):
 
 
 @pytest.fixture(scope="module")
-def address(base):
-    """apps/demo.py, started as a user would -> its address."""
+def address(base, tmp_path_factory):
+    """apps/demo.py, started as a user would -> its address. It leaves no file that was dropped."""
+    uploads = tmp_path_factory.mktemp("uploads")
     pytest.importorskip("gradio", reason="pip install -e '.[demo]'")
     words = [sys.executable, "-m", "apps.demo", *CPU.split()]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(uploads)}
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=base, env=env)
     try:
         yield re.search(r"http://\S+?:\d+", server.stdout.readline()).group()
     finally:
         server.terminate()
         server.wait()
+        assert not [*uploads.rglob("*.png")]
 
 
 def upload(client, file, **headers):
