@@ -57,7 +57,7 @@ def draw(path, rows):
 
 @torch.no_grad()
 def main():
-    Parser(prog="lab.front", description=__doc__.splitlines()[0]).parse_args()
+    Parser(__doc__).parse_args()
     mae = load_mae(RUN)
     cast = {person["name"]: person for person in toon.cast()}
     rows = [("", row_of(mae, cast[name], which)) for name, which in SHOWN.items()]
