@@ -444,8 +444,11 @@ def kinds_of(split, row):
 
 def overlay(picture, mask):
     """picture u8 (H, W, 3), mask (H, W) bool -> u8, with orange over what is not drawn."""
-    tinted = 0.35 * np.float32(picture) + 0.65 * np.float32([230, 159, 0])
-    return np.where(mask[..., None], picture, tinted).round().astype(np.uint8)
+    levels = np.arange(256, dtype=np.float32)[:, None]
+    tinted = (0.35 * levels + 0.65 * np.float32([230, 159, 0])).round()  # (256, 3)
+    # A table of levels, because floats of a large picture would be gigabytes.
+    tinted = Image.fromarray(picture).point(np.uint8(tinted).T.ravel().tolist())
+    return np.where(mask[..., None], picture, np.array(tinted))
 
 
 # ---- a run ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from common.fields import shown
 from common.io import UserError
 from ingest import labels, layouts
 from ingest.decode import on_paper, open_image, open_picture
-from ingest.files import fetch_files, nfc, walk
+from ingest.files import fetch_files, nfc, read_whole, walk
 from ingest.sources import MOST_BROKEN, Record, choose, refuse_odd
 
 GRAY = (128, 128, 128)  # what fills a picture up to a square
@@ -153,7 +153,7 @@ def shape_of(file):
     Image.Image's own getexif: a PNG's would decode all of the picture.
     """
     try:
-        with open_picture(file) as img:
+        with open_picture(read_whole(file)) as img:
             return img.size, FLIPS.get(Image.Image.getexif(img).get(ORIENTATION))
     except Exception:  # as many kinds as in decode_records
         return None

@@ -29,20 +29,72 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it raises fro
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 
-# A decoded picture takes 12 bytes a pixel (WebP 20, AVIF 15): two gigabytes for the largest that
-# Pillow opens, 200 MB for one of this size. Larger ones are decoded one after the other.
+# A decoded picture takes 8 bytes a pixel: 1.5 GB for the largest that Pillow opens, 130 MB for one
+# of this size. Larger ones are decoded one after the other.
 LARGE = 2**24
+# Two decoders keep copies of their own, of 20 and 15 bytes a pixel.
+MOST_PIXELS = {"WEBP": 2**26, "AVIF": 2**26}
+MOST_WHOLE = 40 * 10**6  # pixels of an uncut picture; a page of A4 at 600 dpi has 35 million
+MOST_SCANS = 100  # of a JPEG; ten are usual, and 18 the most that libjpeg writes of its own
+MOST_WORK = 18 * 179 * 10**6  # scans times pixels
+MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # with a length behind it
+HEADER, PIXELS = 2**24, 2**28  # bytes that may be read of a file, until its size is known and then
 ONE_LARGE = threading.Lock()
 # The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
 Image.core.set_block_size(2**26)
 
 
-def open_picture(file):
-    """A path or an open file -> Pillow's image, whose pixels are not decoded yet.
+class Pieces(io.BytesIO):
+    """A file in memory, as Pillow reads it. Each read counts as a kilobyte at least.
 
-    Raises UnidentifiedImageError for another format, DecompressionBombError over 178 megapixels.
+    Millions of empty chunks, comments or frames would keep Pillow's parsers busy for minutes.
     """
-    return Image.open(file, formats=FORMATS)
+
+    left = HEADER
+
+    def read(self, size=-1):
+        self.left -= max(size, 1024)
+        if self.left < 0:
+            raise ValueError("the file has too many parts, or too large a header")
+        return super().read(size)
+
+
+def open_picture(file):
+    """A path or bytes -> Pillow's image, whose pixels are not decoded yet.
+
+    Raises UnidentifiedImageError for another format, DecompressionBombError over 178 megapixels,
+    ValueError where decoding would take minutes or gigabytes.
+    """
+    if not isinstance(file, bytes):
+        return Image.open(file, formats=FORMATS)
+    pieces = Pieces(file)
+    img = Image.open(pieces, formats=FORMATS)
+    pieces.left = PIXELS
+    pixels = img.width * img.height
+    scans = scans_of(file) if img.format in ("JPEG", "MPO") else 1
+    if pixels > MOST_PIXELS.get(img.format, pixels):
+        raise ValueError(
+            f"{pixels / 1e6:.0f} megapixels are too many for {img.format}; make it a PNG"
+        )
+    if scans > MOST_SCANS or scans * pixels > MOST_WORK:
+        raise ValueError(f"a JPEG that goes {scans} times over {pixels / 1e6:.0f} megapixels")
+    return img
+
+
+def scans_of(data):
+    """How often the pixels of a JPEG are gone over, or MOST_SCANS + 1 if that is not worth the count.
+
+    In a scan, 0xFF is followed by 0 or by the number of a restart. All else is a marker.
+    """
+    scans = 0
+    at = 2
+    for _ in range(10 * MOST_SCANS):  # since tables stand between scans
+        marker = MARKER.search(data, at)
+        if not marker or marker[0] == b"\xff\xd9":  # the end; a phone's video may follow
+            return scans
+        scans += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return MOST_SCANS + 1
 
 
 def turn_of(img):
@@ -56,34 +108,47 @@ def open_image(data, least):
     A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; its short side stays at
     `least` or more. While the `with` lasts, no other thread opens a large picture, if this is one.
     """
-    with open_picture(io.BytesIO(data)) as file, turn_of(file):
+    with open_picture(data) as file, turn_of(file):
         full = file.width
         file.draft("RGB", (least, least))  # only JPEGs know what that is
         scale = file.width / full
         img = upright(file)
-        file.close()
+        if img is not file:
+            file.close()  # otherwise its pixels would stay beside those of the copy
         yield img, scale
 
 
 def upright(img):
-    """-> a copy, RGB or RGBA of 8 bits, turned as its EXIF says."""
+    """-> it or a copy, RGB or RGBA of 8 bits, turned as its EXIF says."""
     ImageOps.exif_transpose(img, in_place=True)
     if img.mode.startswith(("I", "F")):
         img = eight_bits(img)
-    img = img.convert("RGBA" if img.has_transparency_data else "RGB")
-    return img.convert("RGB") if opaque(img) else img
+    mode = "RGBA" if img.has_transparency_data else "RGB"
+    if img.mode not in (mode, "LA"):  # Pillow would copy a picture that has the mode already
+        img = img.convert(mode)
+    mode = "RGB" if opaque(img) else "RGBA"
+    return img if img.mode == mode else img.convert(mode)
 
 
 def eight_bits(img):
-    """16-bit grays, 32-bit integers and floats -> L. Pillow would clip them at 255."""
-    pixels = np.array(img, np.float32)
-    top = 65535 if pixels.max() > 255 else 1 if img.mode == "F" and pixels.max() <= 1 else 255
-    return Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1) + 0.5))
+    """16-bit grays, 32-bit integers and floats -> L. Pillow would clip them at 255.
+
+    It goes over bands of rows, because NumPy needs 16 bytes for each pixel.
+    """
+    ends = range(0, img.height, 64)
+    bands = [(0, y, img.width, min(y + 64, img.height)) for y in ends]
+    most = np.max([np.array(img.crop(band), np.float32).max() for band in bands])
+    top = 65535 if most > 255 else 1 if img.mode == "F" and most <= 1 else 255
+    gray = Image.new("L", img.size)
+    for band in bands:
+        pixels = np.array(img.crop(band), np.float32)
+        gray.paste(Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1) + 0.5)), band)
+    return gray
 
 
 def opaque(img):
     """Does the image hide nothing? Many a PNG has an alpha channel that nobody painted."""
-    return img.mode == "RGB" or img.getextrema()[3][0] == 255
+    return img.mode == "RGB" or img.getextrema()[-1][0] == 255
 
 
 def foreground_box(img, border=3, side=32):
@@ -181,9 +246,14 @@ def centre_of(picture, size):
 
 
 def whole(data):
-    """Bytes of an image file -> u8 (H, W, 3), uncut."""
-    with open_image(data, 2**15) as (img, _):
-        return np.array(on_paper(img))
+    """Bytes of an image file -> u8 (H, W, 3), uncut, and its scale: below 1 over MOST_WHOLE pixels."""
+    with open_image(data, 2**12) as (img, scale):  # a JPEG that can be halved has 2^26 pixels
+        full = img.width / scale
+        over = math.sqrt(img.width * img.height / MOST_WHOLE)
+        if over > 1:
+            size = [max(1, int(x / over)) for x in img.size]
+            img = img.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        return np.array(on_paper(img)), img.width / full
 
 
 # ---- many pictures -------------------------------------------------------------------------------
@@ -224,6 +294,6 @@ def count_alpha(records, fetch):
     found = 0
     for _, load in fetch(some):
         with contextlib.suppress(Exception):  # a broken one is named later
-            img = open_picture(io.BytesIO(load()))
+            img = open_picture(load())
             found += img.has_transparency_data and not opaque(img.convert("RGBA"))
     return found, len(some)

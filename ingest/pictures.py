@@ -34,8 +34,13 @@ def pictures(paths, size, crop, margin, problems):
 
 
 def whole_pictures(paths, problems):
-    """The same, uncut: yield (key, u8 (H, W, 3))."""
-    return each_picture(paths, lambda r, b: whole(b), problems, at_once=1)
+    """The same, uncut: yield (key, u8 (H, W, 3)). A very large one is reduced, which is told."""
+    for key, (picture, scale) in each_picture(paths, lambda r, b: whole(b), problems, at_once=1):
+        if scale < 1:
+            size = f"{picture.shape[1]} x {picture.shape[0]} pixels"
+            note = f"{shown(key)} is large: it is reduced to {size}, and results count those"
+            print(f"note: {note}", file=sys.stderr)
+        yield key, picture
 
 
 def each_picture(paths, work, problems, at_once=16):
