@@ -5,6 +5,10 @@ yields (record, load) for records with such a place, where load() -> bytes. note
 that are no pictures, and on code pages.
 """
 
+import bz2
+import contextlib
+import gzip
+import lzma
 import os
 import posixpath
 import re
@@ -15,7 +19,9 @@ import zipfile
 import zlib
 from collections import Counter
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 from common.fields import shown
 from common.io import UserError, reading, regular
@@ -160,6 +166,11 @@ def open_list(_):
 # ---- archives ------------------------------------------------------------------------------------
 
 
+def most_unpacked(path):
+    """Bytes that an archive may hold: pictures are packed already, and hardly shrink in it."""
+    return 2**27 + 100 * os.path.getsize(path)
+
+
 def refuse_escape(archive, name):
     """../x, /x and C:\\x lead out of an archive, and who packs that is not to be trusted."""
     if ".." in re.split(r"[/\\]", name) or re.match(r"/|\\|[A-Za-z]:", name):
@@ -170,6 +181,9 @@ def open_zip(path, code=None):
     """The members of a zip are read in place, by name. code: of names that tell no code page."""
     with reading(path, "zip archive", "pack it anew"):
         archive = zipfile.ZipFile(path)
+        size = sum(info.file_size for info in archive.infolist() if is_image(info.filename))
+        if size > most_unpacked(path):
+            raise ValueError(f"it says that it holds {size} bytes, far more than it has")
     members = sorted(archive.infolist(), key=lambda info: info.filename)
     names, notes = codepages.names_of(members, code)
     names = [name.replace("\\", "/") for name in names]  # some tools on Windows write those
@@ -235,8 +249,15 @@ def end_of(name, links):
 # Their headers say how much follows, and nothing is read before that is checked.
 
 MOST_HEADER = 2**20  # bytes of a long name, or of a set of PAX fields
-# What tarfile raises for a broken header, besides its own errors.
-BROKEN_TAR = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, RecursionError)
+# What tarfile and decompressors raise for a broken file, besides tarfile's own errors.
+BROKEN_TAR = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
+BROKEN_TAR += (RecursionError,)
+UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open}  # how such a file begins: what reads it
+UNPACK |= {b"\xfd7zXZ": lzma.open, b"\x5d\0\0\x80": lzma.open}
+if find_spec("compression"):  # from Python 3.14
+    from compression import zstd
+
+    UNPACK[b"\x28\xb5\x2f\xfd"] = zstd.open
 
 
 def refuse_sparse(*_):
@@ -258,9 +279,25 @@ class Member(tarfile.TarInfo):
     _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = refuse_sparse
 
 
+@contextlib.contextmanager
+def opened_tar(path):
+    """A tar, packed or not, as a stream.
+
+    What it is packed with gives some kilobytes at a time. tarfile's own streams unpack a piece of the
+    file whole, and move all that is left of it at each step: 151 bytes can be a gigabyte.
+    """
+    with open(path, "rb") as file:
+        start = file.read(6)
+    unpack = next((how for magic, how in UNPACK.items() if start.startswith(magic)), open)
+    with unpack(path, "rb") as file:
+        pieces = SimpleNamespace(read=file.read1)
+        with tarfile.open(fileobj=pieces, mode="r|", tarinfo=Member) as tar:
+            yield tar
+
+
 def is_tar(path):
     try:
-        with tarfile.open(path, "r|*", tarinfo=Member):
+        with opened_tar(path):
             return True
     except BROKEN_TAR:
         return False
@@ -268,14 +305,16 @@ def is_tar(path):
 
 def tar_members(path, wanted=()):
     """Yield (member, bytes of a file, or None if it is not wanted) of a tar, in its order."""
-    most = 2**30 + 1000 * os.path.getsize(path)  # pictures hardly shrink when they are packed
+    most = most_unpacked(path)
     try:
-        with tarfile.open(path, "r|*", tarinfo=Member) as tar:
+        with opened_tar(path) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # it would remember every member
                 refuse_escape(path, member.name)
+                most -= 4096  # else a megabyte could hold a million members of nothing
                 if member.offset_data + member.size > most:
-                    raise tarfile.ReadError(f"{member.name[:80]!r} says {member.size} bytes")
+                    told = f"{member.name[:80]!r} says {member.size} bytes"
+                    raise tarfile.ReadError(f"it unpacks to far more than its size; {told}")
                 # one too large can't be read, and is named
                 size = member.size if member.size <= MOST_BYTES else 0
                 asked = member.isfile() and member.name in wanted
