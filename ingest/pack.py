@@ -205,7 +205,11 @@ def near_duplicates(records, fetch, dedupe, out):
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     shape = (len(records), duplicates.SIDE, duplicates.SIDE)
     with tempfile.TemporaryFile(dir=Path(out).resolve().parent) as file:
-        thumbs = np.memmap(file, np.uint8, "w+", shape=shape)
+        # Written, and not only mapped: a full disk is an error here, and a killed process there.
+        for _ in records:
+            file.write(bytes(duplicates.SIDE**2))
+        file.flush()
+        thumbs = np.memmap(file, np.uint8, "r+", shape=shape)
         for record, row in progress(rows, "looking for copies", len(records), unit="img"):
             if not isinstance(row, Exception):  # what can't be read stays blank
                 thumbs[place[record.key]] = row

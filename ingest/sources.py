@@ -154,6 +154,7 @@ def without_others(named, layout):
 
 COLUMNS = ("path", "label", "split", "tags")  # of a table whose first line does not name them
 BOX = ("x1", "y1", "x2", "y2")
+KNOWN = (*COLUMNS, "group", *BOX)
 EXCEL = re.compile(r"sep=(.)\r?\n?$")  # the first line of a csv, where Excel is told its separator
 CALLED = dict.fromkeys(("dir", "file", "filename", "file_name", "image", "picture"), "path")
 CALLED |= dict.fromkeys(("labels", "class", "class_id", "character"), "label")
@@ -201,6 +202,8 @@ def table_rows(path, columns=COLUMNS):
             for number, row in enumerate(filter(None, rows)):
                 if number == 0 and header_of(row):
                     columns = header_of(row)
+                    if again := [name for name in KNOWN if columns.count(name) > 1]:
+                        raise csv.Error(f"it has two columns for {again[0]}; remove one")
                     continue
                 where = f"{path}, line {rows.line_num}"
                 cells = dict(zip(columns, map(str.strip, row), strict=False))
@@ -270,15 +273,14 @@ def read_names(path, columns):
 
 def from_table(path):
     """csv or tsv of path,label[,split][,tags][,group][,x1,y1,x2,y2]; paths relative to its folder."""
-    known = (*COLUMNS, "group", *BOX)
     records = read_table(path)
     named = [is_image(r.place) for r in records[:2]]
     if named == [False, True]:
-        fix = f"name the columns {', '.join(known)}"
+        fix = f"name the columns {', '.join(KNOWN)}"
         raise UserError(f"{path}: {records[0].key!r} is no picture; {fix}")
     _, cells = next(table_rows(path), ("", {}))
-    unread = [name for name in cells if name not in known]
-    notes = [f"columns that are not read: {', '.join(unread)}; known are {', '.join(known)}"]
+    unread = [name for name in cells if name not in KNOWN]
+    notes = [f"columns that are not read: {', '.join(unread)}; known are {', '.join(KNOWN)}"]
     records = [moved(r, files.as_it_lies(r.place, path.parent)) for r in records]
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
