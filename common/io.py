@@ -104,14 +104,15 @@ def open_tensors(path, remedy="remove it and make it again"):
     Its first 8 bytes are the length of the head. The head is JSON. Then come the tensors.
     """
     tensors = {}
-    with reading(path, "file of tensors", remedy), open(path, "rb") as f:
+    # The library opens it first, because it refuses places that overlap, leave gaps, or are not those
+    # of the shape: a memory map would read whatever is there.
+    with reading(path, "file of tensors", remedy), safe_open(path, "np"), open(path, "rb") as f:
         room = int.from_bytes(f.read(8), "little")
-        entries = parse_table(f.read(room) if room < os.path.getsize(path) else "")
+        entries = parse_table(f.read(room))
         header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
         for name, entry in entries.items():
-            dtype = DTYPES[entry["dtype"]]
-            shape = tuple(entry["shape"])
             first = 8 + room + entry["data_offsets"][0]
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             tensors[name] = np.memmap(f, dtype, "r", first, shape)
     return tensors | {"header": header}
 
