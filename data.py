@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from common.command import cli, progress
-from common.fields import check_arrays, check_range
+from common.fields import NAMES, SIDE, TEXT, check_arrays, check_fields, check_range, list_of
 from common.io import UserError, open_tensors
 
 SMALL = 3000  # training pictures: with 3,000, a new encoder was worse than weights/toon
@@ -36,7 +36,8 @@ APART = 0.1  # share of train that is held out for choices, if there is no split
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)
 
-FIELDS = ("classes", "size", "keys", "split", "source")  # of the header of a split
+FIELDS = {"classes": NAMES, "size": SIDE, "keys": list_of(TEXT), "split": TEXT, "source": TEXT}
+FIELDS |= {"tags?": NAMES, "parts?": NAMES, "style?": {}}  # of the header of a split
 PLANES = {  # arrays of a split; a name that ends in ? may be missing
     "images": "uint8 n S S 3",
     "labels": "int64 n",
@@ -81,13 +82,13 @@ def open_split(folder, name):
 
 
 def check_split(split, path, advice):
-    """A UserError where a field is missing, or arrays do not fit together."""
+    """A UserError where a field is missing or odd, or arrays do not fit together."""
     header = split["header"]
-    for name in FIELDS:
-        if name not in header:
-            raise UserError(f"{path} has no field {name!r}; {advice}")
-    sizes = {"n": len(header["keys"]), "S": header["size"], "Q": len(header.get("style") or {})}
-    check_arrays(split, PLANES, path, advice, **sizes)
+    check_fields(header, FIELDS, path, advice)
+    n = len(header["keys"])
+    check_fields(header, {"groups?": list_of(TEXT, n, n)}, path, advice)
+    style = len(header.get("style") or {})
+    check_arrays(split, PLANES, path, advice, n=n, S=header["size"], Q=style)
     # -1 is a picture without a label; a class number that no name belongs to would crash a loss
     # later.
     check_range(split["labels"], -1, len(header["classes"]), "labels", path, advice)
@@ -112,7 +113,7 @@ def open_or_pack(path, image_size=128, pages=False):
         # own pixels, and is not a picture of few pixels blown up.
         options = {"detect": True} if pages else {"size": max(PACKED, image_size)}
         pack(path, out, **options)
-    elif Path(open_tensors(files[0])["header"]["source"]).resolve() != path.resolve():
+    elif Path(open_split(out, files[0].stem)["header"]["source"]).resolve() != path.resolve():
         advice = f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {advice}")
     return out
@@ -120,8 +121,7 @@ def open_or_pack(path, image_size=128, pages=False):
 
 def is_small(folder):
     """Has a packed folder so few pictures of somebody's own that each of them should be learned?"""
-    paths = [Path(folder) / f"{name}.safetensors" for name in splits_in(folder)]
-    headers = [open_tensors(path)["header"] for path in paths]
+    headers = [open_split(folder, name)["header"] for name in splits_in(folder)]
     drawn = any(header.get("source") in DRAWN for header in headers)
     return not drawn and sum(len(header["keys"]) for header in headers) < SMALL
 

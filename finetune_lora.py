@@ -62,6 +62,7 @@ from common.features import (
     split_suffix,
     untrained_like,
 )
+from common.fields import check_fields, one_of
 from common.io import UserError, one_line, reading, save_json, save_safetensors
 from common.lora import (
     ADAPTER,
@@ -317,10 +318,13 @@ def load_classifier(folder):
     """runs/NAME of this stage -> (Classifier in eval mode, header of its head file)."""
     folder = Path(folder)
     weights, header = classifier.read_head(folder)
+    method = {"method": one_of(*METHODS)}
+    check_fields(header, method, folder / "head.safetensors", classifier.REMEDY)
     # Only a run that changed all weights has an encoder of its own. Others name theirs.
     base = folder if (folder / "model.safetensors").exists() else header["base"]
     encoder = load_base(base, folder, header["image_size"], header["fingerprint"])
-    if header["method"] == "lora":
+    # Files decide as well: without its adapter, a run would answer, but not as it has learned.
+    if header["method"] == "lora" or (folder / ADAPTER[0]).exists():
         load_lora(encoder, folder)
     config = {key: value for key, value in header["config"].items() if key != "dim"}
     with reading(folder / "head.safetensors", "head", classifier.REMEDY):
@@ -505,8 +509,8 @@ def task_of(flags, encoder, sets, classes, device, autocast):
     """An encoder with a new head, and LoRA where it is asked for, for sets of `open_rows`."""
     method, keys = parse_keys(flags.method, METHODS, "--method")
     head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
-    if method == "lora" and (flags.from_scratch or keys["alpha"] < 0):
-        raise UserError("--method lora needs a trained encoder and alpha=0 or more; choose full")
+    if method == "lora" and flags.from_scratch:
+        raise UserError("--method lora needs a trained encoder; choose full")
     # Random weights have nothing in their lower blocks that is worth keeping: no layer decay.
     if flags.from_scratch:
         keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}

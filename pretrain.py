@@ -171,8 +171,6 @@ def parse_model(flags, device):
     simmim = size.pop("simmim") != 0
     set_defaults(flags, **RECIPES["simmim" if simmim else "mae"])
     contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
-    if settings and not (settings["every"] >= 1 and 0 < settings["share"] <= 1):
-        raise UserError(f"--contrast {flags.contrast}: give every=1 or more, share above 0 up to 1")
     if simmim and "decoder_" in flags.model:
         raise UserError(f"--model {flags.model}: SimMIM has a decoder of one layer; drop decoder_*")
     if simmim and contrast != "none":

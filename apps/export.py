@@ -38,7 +38,9 @@ from common.io import (
     UserError,
     aside,
     one_line,
+    read_json,
     read_safetensors,
+    reading,
     save_csv,
     save_json,
     save_safetensors,
@@ -461,8 +463,11 @@ def flags_of_run(source):
 def measured(folder):
     """Yield a line for each file of results of a run: its numbers, and the command behind them."""
     for name in RESULTS:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or not ours
-            row = json.loads((folder / name).read_text())
+        with (
+            contextlib.suppress(UserError),
+            reading(folder / name, "file of results", ""),
+        ):  # or none
+            row = read_json(folder / name)
             row |= row.get("verification", {}) | row.get("tags", {})
             numbers = [f"{k} {row[k]:.4g}" for k in NUMBERS if isinstance(row.get(k), float)]
             where = f"{row.get('evaluated_on', row.get('split'))} of {row['data']}"

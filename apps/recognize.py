@@ -44,7 +44,7 @@ from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
 from common.features import FOLDS as BY_FOLDS
 from common.features import numbers_of, open_all, open_others, open_rows
-from common.io import UserError, read_json, read_safetensors, save_safetensors
+from common.io import UserError, read_json, read_safetensors, reading, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
 from finetune_lora import load_classifier
@@ -292,7 +292,11 @@ def lift_of(logits):
     strength = logits.amax(1)
     usual = strength.mean().item()
     spread = strength.std(correction=0).item()
-    return [usual, LIFT / max(spread, 0.1 * abs(usual), 1e-6)]
+    # A head that is equally sure of all pictures can't say which of them are known. What differs in
+    # the last digits is rounding, and divided by it every other logit would be the largest.
+    if spread < 1e-4 * max(1.0, abs(usual)):
+        return [usual, 0.0]
+    return [usual, LIFT / max(spread, 0.1 * abs(usual))]
 
 
 def threshold_of(known, unknown):
@@ -381,6 +385,7 @@ HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2), "colours?": fields.nu
 HEADER |= {"alike?": fields.number(-1, 1)}  # cosine that joins two groups of apps/sort.py
 HEADER |= {"trained?": fields.whole(1)}  # faces that taught the head; they come first
 REMEDY = "remove it, and apps/recognize.py builds it anew"
+FOLDS_REMEDY = "finetune_lora.py --split folds makes it, in a new run"
 UNMEASURED = (  # of a run that learned all characters of its set
     "most new characters may get a known name; finetune_lora.py --split folds leaves each character out "
     "once, and measures it"
@@ -406,7 +411,10 @@ def build_gallery(run, device, dtype):
         unknown = together(faces.unknown, faces.others)
         header |= calibrate(faces.embeddings, faces.labels, faces.held_out, unknown)
     else:
-        header |= read_json(Path(run) / PROMISE, ["calibration"])["calibration"]
+        promise = Path(run) / PROMISE
+        with reading(promise, "measure of the folds", FOLDS_REMEDY):
+            header |= read_json(promise)["calibration"]
+            fields.check_fields(header, HEADER, promise, FOLDS_REMEDY)
     header["trained"] = len(faces.keys)
     save_gallery(path, faces.embeddings, faces.labels, header)
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"

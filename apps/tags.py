@@ -974,18 +974,8 @@ def read_flags():
 
 def refuse_flags(flags):
     """Flags of training have no effect on pictures, and the other way round."""
-    training = {
-        "data",
-        "out",
-        "arm",
-        "epochs",
-        "batch_size",
-        "lr",
-        "min_crop",
-        "split",
-        "seed",
-        "log",
-    }
+    training = {"data", "out", "arm", "epochs", "batch_size", "lr", "min_crop"}
+    training |= {"split", "seed", "log"}
     of_captions = {"append", "without", "prepend", "escape", "names", "anyway"}
     if not flags.pictures:
         useless = {"threshold", "json", "captions", *of_captions}

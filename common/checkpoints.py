@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.fields import (
+    BOUNDS,
     ENCODER,
     EPSILON,
     SIDE,
@@ -164,8 +165,9 @@ def load_beside(part, path, name):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-DECODER = {"decoder_dim?": whole(1, 2**14), "decoder_depth?": whole(0, 1000)}
-DECODER |= {"decoder_heads?": whole(1, 1000)}
+DECODER = {
+    f"{name}?": whole(*BOUNDS[name]) for name in ("decoder_dim", "decoder_depth", "decoder_heads")
+}
 CONFIG = ENCODER | DECODER | {"norm_eps?": EPSILON}  # of a file of ours
 REMEDY = "take another copy, or make the run again"
 OTHER_CODE = "take the code that wrote it, or train again"

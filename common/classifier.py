@@ -17,7 +17,7 @@ from torch import nn
 
 import data
 from common.features import FOLDS, is_left_out
-from common.fields import CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
+from common.fields import BOUNDS, CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
 from common.io import UserError, read_safetensors
 
 # Keys of --head. Margins are the papers': an angle in radians, for cosface a cosine. A new name
@@ -103,7 +103,6 @@ class Classifier(nn.Module):
         dim = encoder.cls_token.shape[2]
         margin = HEADS[head].get("margin") if margin is None else margin
         self.config = {"head": head, "pool": pool, "margin": margin, "scale": scale, "dim": dim}
-        check_fields(self.config, CONFIG, f"--head {head}", "give other numbers")
         self.encoder = encoder
         is_ifa = head == "ifa"
         depth = len(encoder.blocks)
@@ -201,7 +200,7 @@ def predict(net, pooled):
 # ---- head.safetensors, which finetune_lora.py writes ---------------------------------------------
 
 CONFIG = {"head": one_of(*HEADS), "pool": one_of(*POOLS), "dim": whole(1, 2**14)}
-CONFIG |= {"margin?": number(0, 10), "scale": number(1e-6)}
+CONFIG |= {"margin?": number(*BOUNDS["margin"]), "scale": number(*BOUNDS["scale"])}
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
 LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test", FOLDS), "hold_out?": is_left_out}
 HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT

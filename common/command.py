@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.fields import shown
+from common.fields import BOUNDS, is_text, shown
 from common.io import UserError, one_line
 
 NO_MEMORY = (
@@ -123,7 +124,8 @@ def at_least(low, kind=int):
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are a UserError. manual: the docstring of the script.
 
-    The namespace has one more attribute, `given`: the names of the flags on the command line.
+    The namespace has two more attributes, `given`: the names of the flags on the command line, and
+    `could_give`, by which saved flags are checked.
     """
 
     def __init__(self, manual=None, **options):
@@ -138,18 +140,37 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         found, rest = super().parse_known_args(words, namespace)
-        flags = {word.partition("=")[0] for word in words}
+        flags = [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, words)]
         known = {name: action.dest for name, action in self._option_string_actions.items()}
-        found.given = getattr(found, "given", set()) | {known[f] for f in flags & known.keys()}
+        given = [known[flag] for flag in flags if flag in known]
+        found.given = getattr(found, "given", set()) | {*given}
+        found.could_give = self.could_give
         for name in found.given:
-            if getattr(found, name, None) == "" or f"--{name.replace('_', '-')}=--" in words:
-                self.error(f"--{name.replace('_', '-')} gives no value")
-            if re.search(
-                "[\ud800-\udfff]", str(getattr(found, name, ""))
-            ):  # bytes that are no text
+            flag, value = f"--{name.replace('_', '-')}", getattr(found, name, None)
+            if value == "" or f"{flag}=--" in words:
+                self.error(f"{flag} gives no value")
+            if given.count(name) > 1:
+                self.error(f"{flag} is given twice; which one counts?")
+            if re.search("[\ud800-\udfff]", str(value)):  # bytes that are no text
                 fix = "give other letters, or set PYTHONUTF8=1 if they are right"
-                self.error(f"--{name.replace('_', '-')} is not UTF-8; {fix}")
+                self.error(f"{flag} is not UTF-8; {fix}")
         return found, rest
+
+    def could_give(self, name, value):
+        """Whether the command line could have given a flag this value, which was read from a file."""
+        for action in self._actions:
+            if action.dest != name:
+                continue
+            if action.nargs == 0:  # a switch
+                return value is action.default or type(value) is bool
+            if value is None or action.nargs == "*":
+                return (action.default if value is None else value) in (None, [])
+            text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            with contextlib.suppress(ValueError, argparse.ArgumentTypeError, UserError):
+                same = (action.type or str)(text) == value and is_text(text)
+                return same and value in (action.choices or [value])
+            return False
+        return True
 
 
 def refuse_useless(names, where="here"):
@@ -176,7 +197,7 @@ def parse_keys(text, choices, flag):
     """ "lora:r=4,alpha=8" -> ("lora", {"r": 4, "alpha": 8}): a name, and values for its keys.
 
     choices {name: {key: default}}: a value gets its default's type, and is a number where that is
-    None. Others are a UserError that says what there is.
+    None, within the BOUNDS of its key. Others are a UserError that says what there is.
     """
     name, _, pairs = text.partition(":")
     if name not in choices:
@@ -189,12 +210,13 @@ def parse_keys(text, choices, flag):
             raise UserError(f"{flag} {name} has no key {key!r}; it has {known}")
         kind = type(values[key])
         kind = {bool: int, type(None): float}.get(kind, kind)  # bool("0") is True
+        low, high = BOUNDS.get(key, (-MOST, MOST))
         try:
-            values[key] = value if kind is str else between(-MOST, MOST, kind)(value)
+            values[key] = value if kind is str else between(low, high, kind)(value)
         except (ValueError, argparse.ArgumentTypeError):
             whole = "whole " if kind is int else ""
-            problem = f"{flag} {name}:{pair}: {value!r} must be a {whole}number"
-            raise UserError(problem) from None
+            problem = f"{value!r} must be a {whole}number from {low:g} to {high:g}"
+            raise UserError(f"{flag} {name}:{pair}: {problem}") from None
     return name, values
 
 

@@ -6,6 +6,7 @@ then a letter or a number for each dimension. A name that ends in "?" may be mis
 it may also be null.
 """
 
+import re
 import reprlib
 import unicodedata
 
@@ -13,6 +14,16 @@ from common.io import UserError
 
 LETTERS = 100  # of a name
 LARGEST = 1e6  # absolute value of a weight: a network of larger ones overflows
+# The lowest and the highest value of a key, on the command line and in a file: first those of a
+# network, then of --method, --head and --crop, of a loss, of a mask. Others may be any number.
+BOUNDS = {"image_size": (1, 4096), "patch_size": (1, 512), "dim": (4, 2**14), "depth": (1, 1000)}
+BOUNDS |= {"heads": (1, 1000), "decoder_dim": (1, 2**14), "decoder_depth": (0, 1000)}
+BOUNDS |= {"decoder_heads": (1, 1000), "simmim": (0, 1), "r": (1, 2**14), "alpha": (0, LARGEST)}
+BOUNDS |= {"layer_decay": (0, 1), "margin": (0, 2), "scale": (1e-6, LARGEST), "weight": (0, 1000)}
+BOUNDS |= {"temperature": (1e-3, 100), "dcl": (0, 1), "every": (1, 10**6), "share": (1e-3, 1)}
+BOUNDS |= {"shuffle": (0, 1), "throw": (0, 1), "start": (0, 1), "ramp_for": (0, 1), "hint": (0, 1)}
+BOUNDS |= {"size": (0, 1), "unit": (1, 512), "power": (0, 100), "spare": (0, 10**6)}
+BOUNDS |= {"fine": (1e-3, 100), "coarse": (1e-3, 100), "whole": (-1, 1)}
 
 
 def shown(text):
@@ -50,7 +61,7 @@ def is_name(value):
 
 
 def is_text(value):
-    return isinstance(value, str) and len(value) <= 4096
+    return isinstance(value, str) and len(value) <= 4096 and "\0" not in value  # no path has one
 
 
 def are_names(value):
@@ -58,11 +69,12 @@ def are_names(value):
 
 
 TEXT, NAMES = is_text, are_names
-SIDE = whole(1, 4096)  # of a picture, in pixels
+SIDE = whole(*BOUNDS["image_size"])  # of a picture, in pixels
 EPSILON = number(1e-12, 1)  # of a norm
-CUT = {"packed_size": whole(8, 4096), "crop": one_of("centre", "figure"), "margin": number(0, 10)}
-ENCODER = {"image_size": SIDE, "patch_size": whole(1, 512), "dim": whole(4, 2**14)}  # of a ViT
-ENCODER |= {"depth": whole(1, 1000), "heads": whole(1, 1000)}
+CUT = {"packed_size": whole(8, 4096), "crop": one_of("centre", "figure")}
+CUT |= {"margin": number(*BOUNDS["margin"])}
+SIZES = ("image_size", "patch_size", "dim", "depth", "heads")
+ENCODER = {name: whole(*BOUNDS[name]) for name in SIZES}  # of a ViT
 
 # ---- a file --------------------------------------------------------------------------------------
 
@@ -99,7 +111,7 @@ def check_arrays(arrays, table, path, remedy, **sizes):
         if len(array.shape) == len(letters):
             sizes = dict(zip(letters, array.shape, strict=True)) | sizes
         wanted = tuple(int(x) if x.isdigit() else sizes.get(x, x) for x in letters)
-        if tuple(array.shape) != wanted or dtype not in str(array.dtype):
+        if tuple(array.shape) != wanted or not re.search(rf"\bb?{dtype}", found):
             raise UserError(f"{path}: {name} is {found}, not {dtype} {wanted}; {remedy}")
 
 

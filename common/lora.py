@@ -13,7 +13,17 @@ from pathlib import Path
 from torch import nn
 
 from common.checkpoints import as_convolution, of_fixed_picture
-from common.fields import SIDE, TEXT, check_fields, check_finite, number, one_of, short
+from common.fields import (
+    BOUNDS,
+    SIDE,
+    TEXT,
+    check_fields,
+    check_finite,
+    number,
+    one_of,
+    short,
+    whole,
+)
 from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"
@@ -95,7 +105,8 @@ def read_config(folder):
     if not path.exists() or not about.exists():
         raise UserError(f"{folder} has no adapter: that is {' and '.join(ADAPTER)}")
     config = read_json(about, fix=REMEDY)
-    own = {"peft_type": one_of(OWN), "base_model_name_or_path": TEXT, "keys": {}}
+    keys = {"r?": whole(*BOUNDS["r"]), "alpha?": number(*BOUNDS["alpha"])}
+    own = {"peft_type": one_of(OWN), "base_model_name_or_path": TEXT, "keys": keys}
     check_fields(config, own if config.get("peft_type") == OWN else CONFIG, about, PLAIN)
     return config
 

@@ -37,9 +37,14 @@ LOG_EVERY = 10  # steps
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
-UNSAVED = {"log", "resume", "given"}  # of one start, and not of the run
+UNSAVED = {"log", "resume", "given", "could_give"}  # of one start, and not of the run
+FILLED = {"data", "model", "mask", "ratio", "contrast", "epochs", "batch_size", "eval_every"}
+FILLED |= {"lr", "blr", "head_lr", "keep", "encoder"}  # that somebody gives, or a stage
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
+MOVE_AWAY = "move it away: a run goes on without its rows, and no epochs are counted"
+TOGETHER = {"step": ["seconds"], "loss": ["images_per_s", "memory_mb"]}
+TOGETHER |= {"knn": ["epoch", "linear", "val_mse"]}  # a row with the first has the others, too
 ANEW = "remove the folder of the run, or choose another --out"
 
 # ---- flags of all stages that train --------------------------------------------------------------
@@ -75,8 +80,11 @@ def take_saved_flags(flags, *free):
     if not path.exists():
         raise UserError(f"--resume {flags.resume} has no state.pt; give a run that has one")
     saved = load_state(path)["config"]
+    saved = {k: v for k, v in saved.items() if v is not None or k not in FILLED}
     if vars(flags).keys() - saved.keys() - UNSAVED:
         raise UserError(f"{flags.resume} is a run of another command or version; give its own")
+    rules = {name: functools.partial(flags.could_give, name) for name in saved}
+    check_fields(saved, rules, f"{path}: config", ANEW)
     given = flags.given - {"resume", "device", "log", *free}
     refuse_useless(given, "beside --resume, which takes the flags of the run")
     for name, value in saved.items():
@@ -234,6 +242,9 @@ def read_log(path):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             rows.append(parse_table(line))
+    for row in rows:
+        names = [name for first in TOGETHER.keys() & row for name in (first, *TOGETHER[first])]
+        check_fields(row, dict.fromkeys(names, number(-1e9, 1e9)), path, MOVE_AWAY)
     return rows
 
 

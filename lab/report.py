@@ -17,7 +17,7 @@ import numpy as np
 
 from common import metrics
 from common.command import Parser, cli
-from common.io import UserError, read_json, save_csv, save_text
+from common.io import UserError, read_json, reading, save_csv, save_text
 from common.stats import from_bits, mean_std, plus_minus
 from common.train import read_log
 from lab import stats
@@ -50,7 +50,12 @@ def open_folder(folder):
     """-> a study: plan, rows {arm: {seed: row}}, all rows with the pilots, those that failed, and
     groups of the test images or None.
     """
-    folder = Path(folder)
+    with reading(folder, "folder of a study", FIX):
+        return read_study(Path(folder))
+
+
+def read_study(folder):
+    """The same, where all of it is whole."""
     plan = DEFAULTS | read_json(folder / "PLAN.json", NEEDED, FIX)
     study = SimpleNamespace(folder=folder, plan=plan, groups=None, all=[], failed=[])
     for row in read_rows(folder):

@@ -164,7 +164,18 @@ def filled(text, args, folders, seed, budget):
             words[name] = chain(args.plan["made"][name], args, seed, flags)[-1].parent
     if "{epochs}" in text:
         words["epochs"] = epochs_in(text.format(*folders, **words | {"epochs": 1}), args, *budget)
-    return text.format(*folders, **words)
+    return shlex.join(once(shlex.split(text.format(*folders, **words))))
+
+
+def once(words):
+    """Words of a command in which each flag stands once: that of an arm or a trial, the later one."""
+    groups, name = {}, None  # a flag and its values
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            groups[name] = []
+        groups.setdefault(name, []).append(word)
+    return [word for group in groups.values() for word in group]
 
 
 def epochs_in(command, args, minutes, share):
@@ -243,7 +254,7 @@ def curve_of(log):
             point = row | {"mse": row["val_mse"], "seconds": row["seconds"] - evaluating}
             for name, values in curve.items():
                 values.append(round(point[name], 4))
-        before = row["seconds"]
+        before = row.get("seconds", before)
     return curve
 
 
@@ -467,7 +478,7 @@ def time_of(jobs, args):
     """
     for folder in (args.folder, *sorted(ROOT.glob(f"results/*/{args.folder.name}"))):
         rows = [row for row in report.read_rows(folder) if "seconds" in row]
-        if rows and read_json(folder / "PLAN.json")["set"] == args.set:
+        if rows and read_json(folder / "PLAN.json", ["set"])["set"] == args.set:
             break
     else:
         return "how long is unknown: no run of this plan with these settings has a row yet"

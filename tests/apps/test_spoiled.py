@@ -3,6 +3,8 @@
 python -m pytest -m slow tests/apps/test_spoiled.py
 """
 
+import argparse
+import contextlib
 import copy
 import json
 import random
@@ -17,14 +19,17 @@ from conftest import some_view
 from safetensors.torch import save_file
 from test_poison import contents
 
+import data
 import finetune_lora
+import probe
 from apps import detect, recognize, segment, tags
-from common import command, fields, train
+from common import command, features, fields, train
 from common.checkpoints import init_from, load_encoder
-from common.io import UserError
+from common.io import UserError, open_tensors
 from ingest import sources
 from ingest.pack import class_names
 from ingest.tags import vocabulary
+from lab.run import curve_of
 from model import MAE
 
 SEED, DEEP = 0, "@deep"
@@ -113,7 +118,40 @@ def use_patches(base):
     return segment.proxy_masks(net, VIEW, AUTOCAST)
 
 
+def use_set(base):
+    """What pre-training, fine-tuning and a sheet read of a packed set."""
+    folder = base / "datasets/packed"
+    split = data.open_split(folder, "train")
+    sets, names = features.open_rows(folder, "val", 0)
+    sizes = [len(data.groups_of(x.split)) for x in sets]
+    return [names, sizes, sets[0].labels.tolist(), data.is_small(folder), data.fingerprint(split)]
+
+
+def use_log(base):
+    """What a resumed run, its results and a probe read of a log."""
+    path = base / "runs/a/log.jsonl"
+    rows = [row for row in train.read_log(path) if row.get("step", 0) <= 10**9]
+    return [train.cost_of_steps(path, 8), probe.efficiency(rows, 50.0), curve_of(rows)]
+
+
+def use_flags(base):
+    """The flags of a run that is resumed: an epoch is as long as they say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["finetune_lora.py", "--resume", "runs/a-lora"])
+        flags = finetune_lora.read_flags()
+    method, keys = command.parse_keys(flags.method, finetune_lora.METHODS, "--method")
+    head = command.parse_keys(flags.head, finetune_lora.classifier.HEADS, "--head")
+    assert (
+        0 < flags.epochs * flags.batch_size < 10**9 and 0 <= flags.lr <= 1 and len(flags.keep) == 2
+    )
+    assert isinstance(flags.data, str) and isinstance(flags.balanced, bool)
+    return [method, keys, head, flags.seed + 1]
+
+
 FILES = {  # file: how many cases, and what reads it
+    "datasets/packed/train.safetensors": (80, use_set),
+    "runs/a/log.jsonl": (40, use_log),
+    "runs/a-lora/state.pt": (60, use_flags),
     "runs/a/model.safetensors": (80, use_encoder),
     "runs/new/state.pt": (80, lambda base: steps(base / "runs/new", base / "runs/new")),
     "runs/a-lora/head.safetensors": (60, use_recogniser),
@@ -136,6 +174,8 @@ def write(path, tensors, fields):
     if path.suffix == ".pt":
         return torch.save(fields, path)
     text = json.dumps(fields).replace(f'"{DEEP}"', "[" * 3000 + "]" * 3000)
+    if path.suffix == ".jsonl":
+        return path.write_text("\n".join(map(json.dumps, fields)))
     if path.suffix == ".json":
         return path.write_text(text)
     save_file(tensors, path, {"animask": text})
@@ -148,7 +188,7 @@ def places(fields, above=()):
     """The way to each field, those in tables and the first of a list, too."""
     if len(above) == 4:
         return
-    items = fields.items() if isinstance(fields, dict) else enumerate(fields[:1])
+    items = fields.items() if isinstance(fields, dict) else enumerate(fields[:2])
     for key, value in items:
         yield (*above, key)
         if isinstance(value, dict | list):
@@ -301,6 +341,158 @@ def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, 
     with command.drawing("c.png"):
         raise RuntimeError("no\nfigure")
     assert capsys.readouterr().err == "note: c.png could not be drawn (no figure)\n"
+
+
+# ---- what no file may claim ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def one(home):
+    """one(file) -> its path; the file is as it was at the end of the test."""
+    kept = {}
+
+    def keep(file):
+        kept[home / file] = (home / file).read_bytes()
+        return home / file
+
+    yield keep
+    for path, content in kept.items():
+        path.write_bytes(content)
+
+
+def shift(head, name, by):
+    head[name]["data_offsets"] = [x + by for x in head[name]["data_offsets"]]
+
+
+@pytest.mark.parametrize(
+    ("what", "spare"),
+    [
+        (lambda head: shift(head, "labels", 8), 8),
+        (lambda head: shift(head, "labels", -8), 0),
+        (lambda head: shift(head, "images", 1), 0),
+        (lambda head: head["images"].update(shape=[18, 64, 32, 3]), 8),
+        (lambda head: head.update(more=head["labels"]), 0),
+    ],
+)
+def test_tensors_fill_their_file_without_gaps_and_overlaps(one, what, spare):
+    path = one("datasets/packed/train.safetensors")
+    content = path.read_bytes()
+    room = 8 + int.from_bytes(content[:8], "little")
+    head = json.loads(content[8:room])
+    what(head)
+    text = json.dumps(head).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[room:] + bytes(spare))
+    with pytest.raises(UserError, match="not a whole file"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "x", "full", "linear", ""])
+def test_no_header_hides_an_adapter(one, home, method):
+    net, _ = finetune_lora.load_classifier("runs/a-lora")
+    path = one("runs/a-lora/head.safetensors")
+    tensors, header = read(path)
+    write(path, tensors, header | {"method": method})
+    with contextlib.suppress(UserError):
+        other, _ = finetune_lora.load_classifier("runs/a-lora")
+        assert torch.equal(net.encoder.features(VIEW), other.encoder.features(VIEW))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"classes": [0, 1, 2]},
+        {"classes": ["", "a", "b"]},
+        {"classes": ["a", "a", "b"]},
+        {"classes": ["\x1b[2J", "a", "b"]},
+        {"classes": "abc"},
+        {"groups": ["a"]},
+        {"groups": list(range(36))},
+        {"keys": [None] * 36},
+        {"style": 3},
+    ],
+    ids=str,
+)
+def test_a_set_with_odd_names_is_not_opened(one, home, odd):
+    path = one("datasets/packed/train.safetensors")
+    tensors, header = read(path)
+    write(path, tensors, header | odd)
+    for open_it in (
+        lambda: data.open_split(path.parent, "train"),
+        lambda: data.is_small(path.parent),
+    ):
+        with pytest.raises(UserError, match=next(iter(odd))):
+            open_it()
+
+
+@pytest.mark.parametrize("wrong", [torch.uint64, torch.uint32, torch.int32])
+def test_a_kind_of_number_is_no_part_of_a_word(one, home, wrong):
+    path = one("runs/a-lora/gallery.safetensors")
+    tensors, header = read(path)
+    write(path, tensors | {"labels": tensors["labels"].to(wrong)}, header)
+    with pytest.raises(UserError, match="labels is"):
+        recognize.load_gallery("runs/a-lora")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"epochs": -3},
+        {"epochs": None},
+        {"batch_size": "x"},
+        {"seed": 1.5},
+        {"lr": float("nan")},
+        {"keep": 5},
+        {"balanced": "yes"},
+        {"split": "nowhere"},
+        {"method": "full:layer_decay=-1"},
+        {"data": "a\0b"},
+    ],
+    ids=str,
+)
+def test_a_saved_flag_is_one_that_could_be_given(one, home, odd):
+    path = one("runs/a-lora/state.pt")
+    state = contents(path)
+    torch.save(state | {"config": state["config"] | odd}, path)
+    with pytest.raises(UserError):
+        use_flags(home)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"step": 4, "seconds": "long"},
+        {"step": 4, "seconds": 1, "loss": None, "images_per_s": 1, "memory_mb": 1},
+        {"step": 4, "seconds": 1, "loss": 1, "images_per_s": [9], "memory_mb": 1},
+        {"epoch": 4, "knn": "high", "linear": 1, "val_mse": 1},
+    ],
+    ids=str,
+)
+def test_a_row_of_another_type_is_named(one, row):
+    path = one("runs/a/log.jsonl")
+    path.write_text(f"{path.read_text()}{json.dumps(row)}\n{{cut short")
+    with pytest.raises(UserError, match="log.jsonl: "):
+        train.read_log(path)
+
+
+@pytest.mark.parametrize("words", ["--seed 1 --seed 2", "--seed=1 --lr 1 --seed 1", "--no-x --x"])
+def test_a_flag_is_given_once(words):
+    parser = command.Parser()
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--x", action=argparse.BooleanOptionalAction)
+    parser.add_argument("pictures", nargs="*")
+    assert parser.parse_args(["--seed", "1", "--", "--seed"]).pictures == ["--seed"]
+    with pytest.raises(UserError, match="twice"):
+        parser.parse_args(words.split())
+
+
+@pytest.mark.parametrize("value", [0.0, 2.66, -1.2, 1.5e-4])
+def test_a_head_that_is_equally_sure_of_all_pictures_lifts_none(value):
+    logits = torch.full((20, 3), value)
+    logits[::2] += 1e-6  # rounding
+    lift = recognize.lift_of(logits)
+    asked = recognize.lifted(torch.tensor([0.2, 0.9]), torch.tensor([50.0, -50.0]), lift)
+    assert torch.equal(asked, torch.tensor([0.2, 0.9]))
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_a_packed_file_that_was_cut_or_does_not_fit_together_is_refused(tmp_path
     about = {"size": 8, "keys": ["a", "b", "c"], "classes": ["x", "y", "z"], "split": "train"}
     about |= {"source": "x"}
     wrong = {
-        "no field 'keys'": (tensors, {"classes": [], "size": 8}),
+        "keys can't be None": (tensors, {"classes": [], "size": 8}),
         "no array 'labels'": ({"images": tensors["images"]}, about),
         "images is uint8": (tensors, about | {"size": 9}),
         "labels is int64": (tensors | {"labels": torch.arange(2)}, about),

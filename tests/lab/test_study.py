@@ -54,7 +54,7 @@ if mask.startswith("squares"):
 rows = [dict(epoch=0, knn=20.0, linear=20.0, val_mse=1.7, seconds=1.0)]
 quick = 1.0 if mask == "random" else 1.5
 for epoch in range(1, 11):
-    rows.append(dict(epoch=epoch, loss=1 / epoch, images_per_s=100.0, seconds=8.0 * epoch))
+    rows.append(dict(epoch=epoch, loss=1 / epoch, images_per_s=100.0, memory_mb=1, seconds=8.0 * epoch))
     linear = min(60, 20 + 4.1 * epoch * quick) + seed % 3
     scores = dict(knn=linear, linear=linear, val_mse=1 / epoch, seconds=8.0 * epoch + 2)
     rows.append(dict(epoch=epoch) | scores)
@@ -187,7 +187,7 @@ def test_an_arm_of_edited_code_is_compared_with_the_same_arm_of_this_code(home, 
     rows = rows_of(home)
     assert [row["arm"] for row in rows[:3]] == ["random", "block", "block --source an edit"]
     assert rows[1]["code"] == rows[0]["code"] != rows[2]["code"]
-    assert all(c.startswith("python 'an edit'/") for c in rows[2]["commands"])
+    assert all(c.startswith("python 'an edit/") for c in rows[2]["commands"])
     assert len((home / "an edit/calls.txt").read_text().splitlines()) == 2
     plan = json.loads((folder_of(home) / "PLAN.json").read_text())
     against = {"block": "random", "block --source an edit": "block"}
