@@ -208,9 +208,11 @@ def parse_keys(text, choices, flag):
         if key not in values:
             known = ", ".join(values) or "no keys"
             raise UserError(f"{flag} {name} has no key {key!r}; it has {known}")
-        kind = type(values[key])
-        kind = {bool: int, type(None): float}.get(kind, kind)  # bool("0") is True
+        default = values[key]
+        kind = {bool: int, type(None): float}.get(type(default), type(default))  # bool("0") is True
         low, high = BOUNDS.get(key, (-MOST, MOST))
+        if isinstance(default, int | float) and not low <= default <= high:
+            low, high = -MOST, MOST  # a key of your own, which means something else
         try:
             values[key] = value if kind is str else between(low, high, kind)(value)
         except (ValueError, argparse.ArgumentTypeError):

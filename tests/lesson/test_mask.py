@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import mask as masking
+from common.command import parse_keys
+from common.io import UserError
 
 HUGE = 1e6
 SOFT = ("attn_high", "attn_low", "detail", "learned")  # guided by beta alone
@@ -265,3 +267,11 @@ def test_a_grid_keeps_one_of_four_and_squares_hide_all_four():
         found = hidden("squares", {}, noise, 72, unit=unit)
         cells = found.unflatten(1, (12 // unit, unit, 12 // unit, unit)).sum((2, 4))
         assert set(cells.flatten().tolist()) == {0, unit**2}
+
+
+def test_a_key_of_ones_own_may_have_the_name_of_another():
+    """BOUNDS are those of the keys here; a default outside of them says that it is another key."""
+    choices = {"mine": {"size": 3.0, "share": 0.5}}
+    assert parse_keys("mine:size=7", choices, "--mask")[1]["size"] == 7
+    with pytest.raises(UserError, match="share=2"):
+        parse_keys("mine:share=2", choices, "--mask")
