@@ -44,7 +44,7 @@ STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
 MOVE_AWAY = "move it away: a run goes on without its rows, and no epochs are counted"
 TOGETHER = {"step": ["seconds"], "loss": ["images_per_s", "memory_mb"]}
-TOGETHER |= {"knn": ["epoch", "linear", "val_mse"]}  # a row with the first has the others, too
+TOGETHER |= {"knn": ["epoch", "linear?", "val_mse?"]}  # a row with the first has the others, too
 ANEW = "remove the folder of the run, or choose another --out"
 
 # ---- flags of all stages that train --------------------------------------------------------------
