@@ -3,7 +3,7 @@
     pip install -e '.[demo]' && python -m apps.demo [runs/NAME]
 
 Reads:  a run of any stage (default: the newest encoder in runs/, or one in weights/), and what was
-        made of the same encoder, next to it: runs/NAME-lora, -tags, -seg, -det
+        made of the same encoder: runs/NAME-lora, -tags, -seg, -det; else what ships in weights/
 Writes: nothing but the gallery of a recogniser that has none yet
 
 Only this machine can open the page, unless --host or --share allows others; no other site can use
@@ -13,7 +13,9 @@ it. Nothing that a visitor sends is the path of a file or starts a command.
 import base64
 import contextlib
 import functools
+import inspect
 import io
+import itertools
 import os
 import re
 import signal
@@ -35,35 +37,44 @@ from common import guidance, sheets
 from common.checkpoints import about_model, load_mae, place_of
 from common.classifier import is_recogniser
 from common.command import AT_END, Parser, between, cli, require
-from common.evaluate import filled_in, hide, psnr
+from common.evaluate import filled_in, psnr
 from common.io import UserError, open_tensors
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
-from ingest import toon
+from ingest import scenes, toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.pictures import demo_note
-from ingest.scenes import outlined
 
 CAST = {person["name"]: person for person in toon.cast()}
 FIRST = next(iter(CAST)), 0  # the drawing that the page begins with
-DRAWN, DRAWINGS = 256, 100  # side of a drawing that the page makes, and how many of each character
+DRAWN, DRAWINGS = 384, 100  # side of a drawing that the page makes, and how many of each character
 WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
 MOST = f"up to {MOST_MB} MB, {MOST_MEGAPIXELS} MP"
-MISSING = "There is no run for this tab yet. This command makes one in about {} minutes: python {}"
+HEAD = """# AniMask
+Choose a drawing, or drop a picture of your own, and see what networks that learned from drawings
+make of it. The first tab shows `{}`. For another one: `python -m apps.demo {}`"""
+SHIPS = "weights/toon"  # an encoder that ships
 QUEUE = 50  # waiting requests; one change of the picture makes five
 # What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
 POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset")]
 EVENT = {"concurrency_id": "page", "show_progress": "hidden"}  # one at a time: one decoded picture
 LATEST = EVENT | {"trigger_mode": "always_last"}  # of many moves of a slider the last one counts
 MACHINE = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)  # see main
-MACHINE.given = "runs/NAME"  # the run that the user named
+MACHINE.given = MACHINE.run = "runs/NAME"  # the run that the user named, and its encoder
 CSS = """
-.figures { display: flex; flex-wrap: wrap; gap: 12px }
-.figures figure { margin: 0; flex: 0 1 140px }
-.figures img { width: 100%; image-rendering: pixelated; border-radius: 6px }
-.wide figure { flex: 1 1 480px; max-width: 640px } .wide img { image-rendering: auto }
-progress { accent-color: #0072B2 }
+div.block .html-container { padding: 0 }
+.figures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 8px 0 }
+@media (max-width: 700px) { .figures { grid-template-columns: 1fr 1fr } }
+.figures figure { margin: 0 } .figures img { width: 100%; border-radius: 6px }
+.pixels img { image-rendering: pixelated }
+.large { grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)) } #picture { width: 180px }
+.page figure:first-child { grid-area: span 2 / span 2 }
+.bars { columns: 240px; color: #222 }
+.bars div { margin-bottom: 4px; padding: 2px 8px; border-radius: 4px;
+    background: linear-gradient(90deg, #9ecae1 var(--share), #eee var(--share)) }
+.legend span { margin-left: 12px; white-space: nowrap }
+.legend i { display: inline-block; width: 1em; height: 1em; margin-right: 4px }
 """
 SERVER = {"quiet": True, "prevent_thread_lock": True, "ssr_mode": False, "footer_links": []}
 SERVER |= {"css": CSS, "max_file_size": MOST_MB * 2**20}
@@ -86,9 +97,9 @@ def parse_args():
 # ---- runs, each network loaded once --------------------------------------------------------------
 
 
-def newest(folder, pattern):
-    """The folders of the files in a folder that fit a pattern, each once, the newest file's first."""
-    files = sorted(Path(folder).glob(pattern), key=lambda path: -path.stat().st_mtime)
+def newest(folder):
+    """The runs in a folder, that of the newest file first."""
+    files = sorted(Path(folder).glob("*/*.safetensors"), key=lambda path: -path.stat().st_mtime)
     return [*dict.fromkeys(str(path.parent) for path in files)]
 
 
@@ -96,40 +107,29 @@ def has_decoder(run):
     return "decoder_dim" in about_model(run).get("config", {})
 
 
-def encoders():
-    """Runs of pretrain.py with a decoder: the newest first, then those in weights/."""
-    runs = newest("runs", "*/model.safetensors") + newest("weights", "*/model.safetensors")
-    return [run for run in runs if has_decoder(run)]
+def base_of(run):
+    """The encoder that a run was made of, as its file says, or None."""
+    for stem in ("head", "detector", "model"):
+        with contextlib.suppress(UserError):  # most runs have one of these files
+            header = open_tensors(Path(run, f"{stem}.safetensors"))["header"]
+            base = header.get("base") or header.get("run", {}).get("encoder")
+            return str(place_of(base, run)) if base else None
 
 
 def choose_run(name):
     """The given run of pretrain.py, or the one that the given run was made of; or the newest."""
-    known = encoders()
-    name = str(Path(name or next(iter(known), "runs/NAME")))
+    encoders = filter(has_decoder, newest("runs") + newest("weights"))
+    name = str(Path(name or next(encoders, "runs/NAME")))
     if not Path(name).is_dir():
         raise UserError(f"{name} is no run; python pretrain.py makes one")
-    if name in known:
-        return name
-    named = [run for run in known if name.startswith(f"{run}-")]
-    return base_of(name) or max(named, key=len, default=name)
-
-
-def base_of(run):
-    """The encoder that the file of a recogniser, detector or tagger names, or None."""
-    files = [Path(run, f"{stem}.safetensors") for stem in ("head", "detector", "model")]
-    header = next((open_tensors(file)["header"] for file in files if file.exists()), {})
-    return str(place_of(header["base"], run)) if header.get("base") else None
+    return name if has_decoder(name) else base_of(name) or name
 
 
 def made_of(run, fits):
-    """The given run if it fits; else this one, or the newest that was made of it; or None.
-
-    Names tell what was made of which: runs/a-b-det is of runs/a-b, not of runs/a.
-    """
-    others = tuple(f"{name}-" for name in encoders() if name.startswith(f"{run}-"))
-    made = newest(Path(run).parent, f"{Path(run).name}-*/*.safetensors")
-    own = [name for name in made if not name.startswith(others)]
-    return next(filter(fits, [MACHINE.given, run, *own]), None)
+    """The first that fits: the given run, this one, the newest made of it, one that ships; or None."""
+    near = [name for folder in {"runs", str(Path(run).parent)} for name in newest(folder)]
+    made = (name for name in near if base_of(name) == run)
+    return next(filter(fits, itertools.chain([MACHINE.given, run], made, newest("weights"))), None)
 
 
 @functools.lru_cache(8)
@@ -148,6 +148,23 @@ def figure_of(who, number):
     if who not in CAST or not 0 <= number < DRAWINGS:
         raise UserError(f"there is no drawing {number} of {who}; choose 0 to {DRAWINGS - 1}")
     return toon.draw(toon.unseen(CAST[who], number + 1, seed=1000)[number], DRAWN)
+
+
+def on_photo(who, number):
+    """The drawing in front of a photograph by vultilion (CC BY 2.0), u8 (DRAWN, DRAWN, 3)."""
+    from sklearn.datasets import load_sample_image
+
+    photo = load_sample_image("flower.jpg")[:DRAWN, -DRAWN:].astype(np.float32)
+    figure = figure_of(who, number)
+    share = figure["fg"][..., None] / 255
+    return np.uint8(photo + share * (figure["image"] - photo))
+
+
+@functools.lru_cache(64)
+def page_of(who, number):
+    """A page with this character or others on it, u8 (512, 512, 3)."""
+    people = [CAST[name] for name in sorted(CAST, key=lambda name: name != who)[:6]]
+    return scenes.draw({"people": people, "seed": (1000, number)}, 512)["image"]
 
 
 def drawing(who, number):
@@ -174,8 +191,10 @@ def square_of(picture, size, crop="centre", margin=0.1):
     return decode(picture.bytes, size, False, None, crop, margin)["images"][None].copy()
 
 
-def whole_of(picture):
-    """The uncut picture, u8 (H, W, 3), its longer side at most WHOLE pixels."""
+def whole_of(picture, shown):
+    """A visitor's uncut picture, u8 (H, W, 3), longer side at most WHOLE; or shown(who, number)."""
+    if picture.number is not None:
+        return shown(picture.name, picture.number)
     with open_image(picture.bytes, WHOLE) as (img, _):
         img.thumbnail((WHOLE, WHOLE))
         return np.array(on_paper(img))
@@ -191,17 +210,18 @@ def figures(items, kind=""):
     """[(caption, u8 (H, W, 3))] in a grid."""
     cells = ""
     for name, pixels in items:
-        name = escape(name)
-        src = base64.b64encode(png_file(np.asarray(pixels))).decode()
-        cells += f'<figure><img src="data:image/png;base64,{src}" alt="{name}">'
-        cells += f"<figcaption>{name}</figcaption></figure>"
+        source = f"data:image/png;base64,{base64.b64encode(png_file(np.asarray(pixels))).decode()}"
+        cells += (
+            f'<figure><img src="{source}" alt=""><figcaption>{escape(name)}</figcaption></figure>'
+        )
     return f'<div class="figures {kind}">{cells}</div>'
 
 
 def bars(shares):
     """{name: 0 to 1} -> a bar for each."""
-    row = '<div><progress value="{:.3f}"></progress> {:.0%} {}</div>'
-    return "".join(row.format(x, x, escape(name)) for name, x in shares.items())
+    row = '<div style="--share: {0:.0%}">{0:.0%} {1}</div>'
+    rows = (row.format(x, escape(name)) for name, x in shares.items())
+    return f'<div class="bars">{"".join(rows)}</div>'
 
 
 def element(name, text):
@@ -218,7 +238,7 @@ def note_on(picture, header):
 # ---- the tabs ------------------------------------------------------------------------------------
 
 
-def maps_of(net, picture, view, need):
+def maps_of(net, picture, view):
     """{name: (1, N), or (1, N, P)}: maps of a picture. Those of a drawing are the true ones.
 
     The view is with them, for strategies that read its pixels.
@@ -229,57 +249,73 @@ def maps_of(net, picture, view, need):
         found = {"attn": net.encoder.patch_attention(view, source).float().mean(1)}
     if picture.number is None:
         fg = (255 * maps.coarse(view.cpu())[0]).byte().numpy()  # Metal lacks the pooling
+        found["fg"] = guidance.crop_map(fg[None], *place)
     else:
         figure = figure_of(picture.name, picture.number)
-        fg, parts = figure["fg"], figure["parts"]
-        found["parts"] = guidance.crop_parts(parts[None], *place, len(toon.PARTS))
-    found["fg"] = guidance.crop_map(fg[None], *place)
-    if need == "parts" and need not in found:
-        raise UserError("the parts of this picture are not known: choose a drawing or another mask")
-    if need not in (None, "view", *found):
-        raise UserError(f"the page can't compute {need}: add it to maps_of in apps/demo.py")
+        found["fg"] = guidance.crop_map(figure["fg"][None], *place)
+        found["parts"] = guidance.crop_parts(figure["parts"][None], *place, len(toon.PARTS))
     return {"view": view} | {name: score.to(view.device) for name, score in found.items()}
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
     """words: a strategy with its keys; scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
     strategy = sheets.parse_strategy(words or "", "mask")
+    need = sheets.need_of(words)
+    if need == "parts" and need not in scores:
+        raise UserError("the parts of this picture are not known: choose a drawing or another mask")
+    if need not in (None, *scores):
+        raise UserError(f"the page can't compute {need}: add it to maps_of in apps/demo.py")
     K = masking.kept(N, ratio)
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
     return masking.sample(strategy(scores, noise, t, N - K), K)
 
 
-def mask_page(run, picture, words, ratio, t, seed):
-    """Maps of the picture, what the strategy hides, and what the network predicts there."""
+def mask_page(run, picture, first, second, ratio, t, seed):
+    """The network predicts the dark patches from the others. Drag the hidden share, or choose two
+    strategies: both get the same seed, so that only what they hide differs.
+    """
     mae = net, _ = loaded(load_mae, run)
     view = torch.from_numpy(square_of(picture, net.config["image_size"])).to(MACHINE.device)
-    g = net.encoder.side
-    scores = maps_of(net, picture, view, sheets.need_of(words or ""))
-    ids_keep, ids_mask = draw_mask(words, scores, g * g, ratio, t, seed)
-    pasted, where = filled_in(mae, view, ids_keep, ids_mask, MACHINE.autocast)
-    decibel = psnr(pasted, view, where).item()
-    seen = hide(view, ids_mask, net.config["patch_size"])[0]
-    items = [("picture", view[0].cpu())]
+    N = net.encoder.side**2
+    scores = maps_of(net, picture, view)
+    items = []
+    for words in (first, second):
+        ids_keep, ids_mask = draw_mask(words, scores, N, ratio, t, seed)
+        pasted, where = filled_in(mae, view, ids_keep, ids_mask, MACHINE.autocast)
+        dark = torch.where(where[..., None], 0.2 * view + 20, view).byte()
+        items.append((f"{words} hides {ids_mask.shape[1]} of {N} patches", dark[0].cpu()))
+        items.append((f"predicted, {psnr(pasted, view, where).item():.1f} dB", pasted[0].cpu()))
+    items.append(("the picture as the network gets it", view[0].cpu()))
     for name, levels in guidance.as_pictures(scores).items():
         items.append((name, sheets.coloured(levels.cpu())[0]))
-    items.append((f"seen: {ids_keep.shape[1]} of {g * g} patches", seen.cpu()))
-    items.append((f"predicted, {decibel:.1f} dB", pasted[0].cpu()))
-    return figures(items) + element("code", f"python pretrain.py --mask {words} --ratio {ratio:g}")
+    command = element("code", f"python pretrain.py --mask {first} --ratio {ratio:g}")
+    return figures(items, "pixels") + legend() + f"<p>Train with the first mask: {command}</p>"
+
+
+def legend():
+    """What numbers and colours of the masks mean, as HTML."""
+    text = "More dB mean a closer prediction. In maps, yellow is much and blue little."
+    colours = sheets.coloured(torch.arange(len(toon.PARTS))[None, None])[0, 0].tolist()
+    for name, colour in zip(toon.PARTS, colours, strict=True):
+        text += f'<span><i style="background: rgb{(*colour,)}"></i>{name}</span>'
+    return f'<p class="legend">{text}</p>'
 
 
 def recognise_page(run, picture):
-    """The character, how sure that is, and the nearest faces of the gallery."""
+    """Who is this? The network names a character, or says that it knows none like this. Beside it are
+    the most similar pictures that it learned from. Try other drawings, and a picture of your own.
+    """
     net, header = loaded(load_classifier, run)
     image = square_of(picture, header["packed_size"], header["crop"], header["margin"])
     found = recognize.embed(net, image, MACHINE.autocast)
     row = recognize.answers([picture.name], *found, recognize.open_gallery(run), 3)[0]
     text = element("h2", row["name"] or "unknown")
     if not row["known"]:
-        like = f"similarity {row['similarity']:.2f}, under {row['threshold']:.2f}"
-        text += element("p", f"Unlike all known characters ({like}). Nearest: {row['best_guess']}.")
-    shares = {key: row[key] for key in ("confidence", "similarity", "threshold")}
-    shares = {key: max(0.0, x) for key, x in shares.items() if x is not None}
-    faces = [("input", image[0])]
+        text += element("p", f"Unlike all known characters. Nearest: {row['best_guess']}.")
+    shares = {f"similarity (unknown under {row['threshold']:.0%})": max(0.0, row["similarity"])}
+    if row["confidence"] is not None:
+        shares["confidence"] = row["confidence"]
+    faces = [("the picture", image[0])]
     with contextlib.suppress(UserError):  # the data set may be gone
         split = data.open_split(place_of(header["data"], run), "train")
         keys = split["header"].get("keys", [])
@@ -292,11 +328,12 @@ def recognise_page(run, picture):
 
 
 def tags_page(run, picture):
-    """The character and the tags, from the picture alone."""
+    """Which words describe the picture? The longer a bar, the surer the network is of the word.
+    Try several drawings, and look for a word that is wrong.
+    """
     net, header = loaded(tags.load_tagger, run)
     square = square_of(picture, header["packed_size"], header["crop"], header["margin"])
-    asked = [(picture.name, square[0])]
-    row = tags.answer_rows(net, header, asked, None, MACHINE.autocast)[0]
+    row = tags.answer_rows(net, header, [("", square[0])], None, MACHINE.autocast)[0]
     text = note_on(picture, header) + bars(row.get("tags", {}))
     if "name" in row:
         text = element("h2", f"{row['name'] or 'unknown'}, {row['confidence']:.0%}") + text
@@ -304,26 +341,29 @@ def tags_page(run, picture):
 
 
 def segment_page(run, picture):
-    """Drawn pixels, and photographed ones in orange."""
+    """Which pixels are drawn, and which are photographed? Here, the drawing stands in front of a
+    photograph (vultilion, CC BY 2.0). Try other drawings, and a picture of your own that mixes both.
+    """
     net, header = loaded(segment.load, run)
-    pixels = whole_of(picture)
+    pixels = whole_of(picture, on_photo)
     drawn = segment.mask_of(net, pixels, header["image_size"], MACHINE.autocast)
     orange = segment.overlay(pixels, drawn > 0.5)
-    items = [("picture", pixels), ("photographed pixels in orange", orange)]
-    text = note_on(picture, header) + bars({"drawn": float(drawn.mean())}) + figures(items, "wide")
+    items = [("the picture", pixels), ("orange: this looks photographed", orange)]
+    text = note_on(picture, header) + bars({"drawn": float(drawn.mean())}) + figures(items, "large")
     return text + element("code", f"python -m apps.segment {run} PICTURE --out masks")
 
 
 def pages_page(run, picture):
-    """Where faces are, and who they are if there is a recogniser."""
+    """Where are faces on a page, and whose are they? Here, each drawing is a page with several figures.
+    Try other drawings, and look for a face that is missed; or drop a page of your own.
+    """
     net, about = loaded(detect.load, run)
-    who = made_of(choose_run(run), is_recogniser)
+    who = made_of(MACHINE.run, is_recogniser)
     known, header = loaded(load_classifier, who) if who else (None, {})
-    pixels = whole_of(picture)
+    pixels = whole_of(picture, page_of)
     with MACHINE.autocast():
         boxes, scores = detect.faces_of(net, pixels, about["page"], about["threshold"])
-    size = header.get("packed_size")
-    cut = [detect.cut_out(pixels, box, size) for box in boxes.tolist()]
+    cut = [detect.cut_out(pixels, box, header.get("packed_size")) for box in boxes.tolist()]
     names = [f"score {score:.2f}" for score in scores.tolist()]
     command = f"-m apps.detect {run} PICTURE --out found"
     if who:
@@ -332,11 +372,9 @@ def pages_page(run, picture):
         found = recognize.embed(known, np.stack(cut), MACHINE.autocast)
         rows = recognize.answers(names, *found, recognize.open_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
-    marked = outlined(pixels, boxes)
     text = note_on(picture, about) or note_on(picture, header)
-    text += figures([(f"{len(cut)} faces", marked)], "wide")
-    text += figures(zip(names, cut, strict=True))
-    return text + element("code", f"python {command}")
+    items = [(f"{len(cut)} faces", scenes.outlined(pixels, boxes)), *zip(names, cut, strict=True)]
+    return text + figures(items, "page") + element("code", f"python {command}")
 
 
 # ---- who may ask ---------------------------------------------------------------------------------
@@ -384,12 +422,16 @@ TABS = {  # its function, the runs that it takes, the command that makes such a 
 def answer(tab, run, picture, *controls):
     """What a tab says of a picture, as HTML: its answer and a command, or one sentence."""
     work, fits, make, minutes = TABS[tab]
+    make = f"This command makes your own in about {minutes} minutes: python {make.format(run)}"
     try:
         made = made_of(run, fits)
         if made is None:
-            raise UserError(MISSING.format(minutes, make.format(run)))
+            raise UserError(f"There is no run for this tab yet. {make}")
+        note = ""
+        if made.startswith("weights") and made not in (run, MACHINE.given):
+            note = element("p", f"Here you see {made}, which ships with AniMask. {make}")
         with torch.inference_mode():
-            return work(made, picture, *controls)
+            return note + work(made, picture, *controls)
     except (UserError, ValueError) as problem:  # ValueError: a number that is too large
         return element("p", problem)
 
@@ -402,32 +444,36 @@ def chosen(before, make, *asked):
     except UserError as problem:
         picture = before
         text = element("p", problem)
-    return picture, figures([(picture.name, square_of(picture, 160)[0])]), text
+    return picture, figures([(picture.name, square_of(picture, 180)[0])], "large"), text
 
 
 def mask_controls(gr):
+    known = [name for name in masking.PARAMS if masking.NEEDS.get(name) != "difficulty"]
+    own = {"choices": known, "allow_custom_value": True}
     with gr.Row():
-        own = {"allow_custom_value": True, "info": "or type its keys: attn_high:beta=2"}
-        known = [name for name in masking.PARAMS if masking.NEEDS.get(name) != "difficulty"]
-        words = gr.Dropdown(known, value="attn_high", label="strategy", **own)
+        first = gr.Dropdown(value="attn_high", label="hide by", info="or attn_high:beta=2", **own)
+        second = gr.Dropdown(value="random", label="compared with", info="the same seed", **own)
         ratio = gr.Slider(0.1, 0.95, 0.75, step=0.05, label="hidden share", elem_id="ratio")
-        t = gr.Slider(0, 1, 1, step=0.05, label="time", info="0 start, 1 end of a run")
+        t = gr.Slider(0, 1, 1, step=0.05, label="time", info="1: end of a run")
         seed = gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")
-    return [words, ratio, t, seed]
+    return [first, second, ratio, t, seed]
 
 
 def build(gr, run):
     """The page, a gradio.Blocks, of one run of pretrain.py."""
     with gr.Blocks(title="AniMask", analytics_enabled=False, delete_cache=(600, 600)) as page:
-        gr.Markdown(f"# AniMask\nOne picture, and what networks trained on drawings say: `{run}`")
+        gr.Markdown(HEAD.format(run, "runs/NAME" if run == SHIPS else SHIPS))
         first, shown, _ = chosen(None, drawing, *FIRST)
         picture = gr.State(first)
         with gr.Row():
-            seen = gr.HTML(shown, elem_id="picture")
-            who = gr.Dropdown([*CAST], label="a drawing of", elem_id="who")
-            number = gr.Slider(0, DRAWINGS - 1, 0, step=1, label="which drawing", elem_id="number")
-            file = gr.File(label=f"your own, {MOST}", height=140, elem_id="file")
-        shown = [picture, seen, gr.HTML(elem_id="said")]
+            with gr.Column(scale=0, min_width=180):
+                seen = gr.HTML(shown, elem_id="picture")
+            with gr.Column(min_width=240):
+                who = gr.Dropdown([*CAST], label="a drawing of", elem_id="who")
+                number = gr.Slider(0, DRAWINGS - 1, label="which drawing", step=1, elem_id="number")
+                said = gr.HTML(elem_id="said")
+            file = gr.File(label=f"your own, {MOST}", height=160, elem_id="file")
+        shown = [picture, seen, said]
         asked = [who, number, picture]
 
         @gr.on([who.input, number.input], inputs=asked, outputs=shown, api_name="drawing", **LATEST)
@@ -440,7 +486,7 @@ def build(gr, run):
 
         for tab, (work, *_) in TABS.items():
             with gr.Tab(tab):
-                gr.Markdown(work.__doc__)
+                gr.Markdown(inspect.getdoc(work))
                 controls = mask_controls(gr) if tab == "Mask" else []
                 out = gr.HTML(elem_id=tab.split()[0].lower())
             work = functools.partial(answer, tab, run)
@@ -455,7 +501,7 @@ def main():
     keep_freed_memory(heaps=1)  # otherwise each thread of the server keeps its own
     Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6 // 2  # Pillow refuses twice as many
     run = choose_run(args.run)
-    MACHINE.given = args.run or run
+    MACHINE.given, MACHINE.run = args.run or run, run
     MACHINE.device = pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
@@ -478,7 +524,9 @@ def main():
         raise UserError(f"{where} is in use or not this machine's; choose others") from None
     names.add((public or local).partition("://")[2])
     print(f"page     {public or local}; control-C ends it", flush=True)
-    answer("Mask", run, drawing(*FIRST), "attn_high", 0.75, 1, 0)  # loads what is asked first
+    answer(
+        "Mask", run, drawing(*FIRST), "attn_high", "random", 0.75, 1, 0
+    )  # loads what is asked first
     page.block_thread()
 
 

@@ -22,14 +22,15 @@ from apps import demo, detect
 from common import guidance
 
 WHO = "akika"
+OTHERS = ["Recognise", "Tags", "Pages"]  # tabs whose networks ship beside an encoder
 
 
 def drawing(number=0):
     return demo.drawing(WHO, number)
 
 
-def mask_page(words="random", ratio=0.75, t=1.0, seed=0, picture=None, run="runs/a"):
-    return demo.answer("Mask", run, picture or drawing(), words, ratio, t, seed)
+def mask_page(words="random", ratio=0.75, t=1.0, seed=0, picture=None, run="runs/a", other="grid"):
+    return demo.answer("Mask", run, picture or drawing(), words, other, ratio, t, seed)
 
 
 def own(path, size=(50, 40)):
@@ -50,7 +51,7 @@ SHOWN = {None, "view", *guidance.IN_FILES}  # what maps_of of apps/demo.py knows
 )
 def test_every_strategy_is_shown_and_of_ones_own_picture_what_is_known(at, strategy, tmp_path):
     text = mask_page(strategy)
-    assert "seen: 4 of 16 patches" in text and text.count("<img") == 6
+    assert f"{strategy} hides 12 of 16 patches" in text and text.count("<img") == 8
     assert f"--mask {strategy}" in text
     text = mask_page(strategy, picture=own(tmp_path / "mine.png"))
     assert ("not known" in text) == (strategy == "parts")
@@ -60,15 +61,25 @@ def test_a_strategy_of_ones_own_that_reads_pixels_is_on_the_page(at, bright):
     assert mask_page("bright:beta=9") != mask_page("bright:beta=-9")
     gradio = MagicMock()
     demo.mask_controls(gradio)
-    assert "bright" in gradio.Dropdown.call_args.args[0]
+    assert "bright" in gradio.Dropdown.call_args.kwargs["choices"]
 
 
 def test_sliders_change_what_is_hidden(at):
-    assert "seen: 8 of 16" in mask_page(ratio=0.5)
+    assert mask_page(ratio=0.5).count("hides 8 of 16") == 2
     once = mask_page()
     assert once == mask_page() != mask_page(seed=1)
     assert mask_page("attn_high:beta=3") != mask_page("attn_low:beta=3")
     assert mask_page("attn_high", t=0) == mask_page().replace("random", "attn_high")
+
+
+def test_two_strategies_of_one_seed_differ_in_nothing_else(at):
+    def shown(other):
+        found = re.findall(r'<img src="(.*?)"', mask_page("random", other=other))
+        return found[:2], found[2:4]  # what is hidden and predicted, by the first and by the other
+
+    first, second = shown("random")
+    assert first == second
+    assert shown("grid")[0] == first != shown("grid")[1]
 
 
 def test_who_it_is_with_what_tags_and_what_is_drawn(at, tmp_path):
@@ -89,6 +100,7 @@ def test_a_picture_unlike_all_characters_is_said_to_be(at, monkeypatch, threshol
 
 
 def test_faces_of_a_page_are_shown_and_named(at, monkeypatch):
+    monkeypatch.setattr(demo.MACHINE, "run", "runs/a")
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     text = demo.pages_page("runs/a-det", drawing())
@@ -100,7 +112,16 @@ def test_faces_of_a_page_are_shown_and_named(at, monkeypatch):
     assert "0 faces" in demo.pages_page("runs/a-det", drawing())
 
 
-@pytest.mark.parametrize("tab", ["Recognise", "Tags", "Pages"])
+@pytest.mark.parametrize("tab", OTHERS)
+def test_without_a_run_of_ones_own_the_weights_that_ship_answer_and_say_so(tab, at, monkeypatch):
+    assert "weights/" not in demo.answer(tab, "runs/a", drawing())
+    monkeypatch.chdir(ROOT)
+    text = demo.answer(tab, "runs/none", drawing())
+    assert "weights/toon-" in text and "ships" in text
+    assert demo.TABS[tab][2].format("runs/none") in text
+
+
+@pytest.mark.parametrize("tab", OTHERS)
 def test_the_weights_that_ship_say_that_they_guess(tab, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     visitors = own(tmp_path / "mine.png")
@@ -148,7 +169,7 @@ def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(at):
 
 def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at, tmp_path, monkeypatch):
     assert demo.choose_run(None) == demo.choose_run("runs/a") == "runs/a"
-    for made in ("runs/a-lora", "runs/a-tags/", "runs/a-det"):
+    for made in ("runs/a-lora", "runs/a-tags/", "runs/a-seg", "runs/a-det"):
         assert demo.choose_run(made) == "runs/a"
     assert demo.made_of("runs/a", demo.is_recogniser) == "runs/a-lora"
     shutil.copytree("runs/a-lora", tmp_path / "names")
@@ -158,10 +179,14 @@ def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at, tmp_pat
     assert demo.made_of("runs/a", detect.is_detector) == "runs/a-det"
     shutil.copytree("runs/a", tmp_path / "weights" / "b")
     monkeypatch.chdir(tmp_path)
-    assert demo.encoders() == [demo.choose_run(None)] == ["weights/b"]
+    assert demo.choose_run(None) == "weights/b"
     shutil.copytree("weights/b", "runs/c")
     os.utime("runs/c/model.safetensors", (0, 0))  # older, and one's own
-    assert demo.encoders() == ["runs/c", "weights/b"]
+    assert demo.choose_run(None) == "runs/c"
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "model.safetensors").write_bytes(b"no network")
+    monkeypatch.setattr(demo.MACHINE, "given", "runs/c")
+    assert demo.made_of("runs/c", demo.is_recogniser) is None
 
 
 # ---- who may ask, and the page in a browser ------------------------------------------------------

@@ -124,6 +124,6 @@ def test_the_page_has_an_mps_kernel_for_everything(log, at, monkeypatch):
     picture = demo.drawing("akika", 0)
     with log, torch.inference_mode():
         for strategy in ("attn_high", "parts", "detail"):
-            assert "<img" in demo.mask_page("runs/a", picture, strategy, 0.75, 1.0, 0)
+            assert "<img" in demo.mask_page("runs/a", picture, strategy, "grid", 0.75, 1.0, 0)
         assert "<h2>" in demo.tags_page("runs/a-tags", picture)
     assert not log.missing and torch.float64 not in log.dtypes
