@@ -1,0 +1,80 @@
+"""Pictures of the web page (apps/demo.py) in a browser, at the widths of a desk and of a telephone.
+
+    pip install -e '.[demo]' playwright && python -m lab.screenshots
+
+Reads:  a run, as apps/demo.py does (default: weights/toon)
+Writes: docs/page/mask.png and mask-390.png; with --tab those of another tab
+"""
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from apps.demo import TABS
+from common.command import Parser, cli
+from common.io import UserError
+
+WIDTHS, HEIGHT = (1280, 390), 900  # of a window in pixels; a picture is as high as the page
+WAIT = 60_000  # for an answer of the page, in milliseconds
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("run", nargs="?", default="weights/toon", help="as for apps.demo (default: weights/toon)")
+    add("--tab", default="Mask", choices=TABS)
+    add("--out", type=Path, default=Path("docs/page"), metavar="DIR")
+    return parser.parse_args()
+
+
+def open_browser(play):
+    """The system's chromium, or the one that playwright has downloaded."""
+    try:
+        path = shutil.which("chromium") or shutil.which("google-chrome")
+        return play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    except Exception:  # playwright's own kinds, of many lines
+        raise UserError(
+            "no browser starts: apt install chromium, or playwright install chromium"
+        ) from None
+
+
+@contextlib.contextmanager
+def served(run):
+    """The address of the page, while it is served."""
+    words = [sys.executable, "-m", "apps.demo", run]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = re.search(r"http://\S+?:\d+", server.stdout.readline())
+            if not address:
+                raise UserError("the page did not start, for the reason above")
+            yield address.group()
+        finally:
+            server.terminate()
+
+
+def main():
+    args = parse_args()
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise UserError("playwright is missing: pip install playwright") from None
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = args.tab.split()[0].lower()
+    with served(args.run) as address, sync_playwright() as play:
+        page = open_browser(play).new_page(viewport={"width": WIDTHS[0], "height": HEIGHT})
+        page.goto(address)
+        page.get_by_role("tab", name=args.tab).first.click()
+        page.wait_for_selector(f"#{name} code", timeout=WAIT)
+        for width in WIDTHS:
+            page.set_viewport_size({"width": width, "height": HEIGHT})
+            page.wait_for_timeout(1000)  # the layout follows
+            file = args.out / (f"{name}.png" if width == WIDTHS[0] else f"{name}-{width}.png")
+            page.screenshot(path=file, full_page=True)
+            print(f"wrote    {file}")
+
+
+if __name__ == "__main__":
+    cli(main)
