@@ -52,8 +52,8 @@ WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
 MOST = f"up to {MOST_MB} MB, {MOST_MEGAPIXELS} MP"
 HEAD = """# AniMask
-Choose a drawing, or drop a picture of your own, and see what networks that learned from drawings
-make of it. The first tab shows `{}`. For another one: `python -m apps.demo {}`"""
+Choose a drawing, or drop a picture, and see what networks make of it. The first tab shows `{}`;
+for another network: `python -m apps.demo {}`"""
 SHIPS = "weights/toon"  # an encoder that ships
 QUEUE = 50  # waiting requests; one change of the picture makes five
 # What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
@@ -154,7 +154,7 @@ def on_photo(who, number):
     """The drawing in front of a photograph by vultilion (CC BY 2.0), u8 (DRAWN, DRAWN, 3)."""
     from sklearn.datasets import load_sample_image
 
-    photo = load_sample_image("flower.jpg")[:DRAWN, -DRAWN:].astype(np.float32)
+    photo = load_sample_image("flower.jpg")[:DRAWN, :DRAWN].astype(np.float32)
     figure = figure_of(who, number)
     share = figure["fg"][..., None] / 255
     return np.uint8(photo + share * (figure["image"] - photo))
@@ -302,8 +302,8 @@ def legend():
 
 
 def recognise_page(run, picture):
-    """Who is this? The network names a character, or says that it knows none like this. Beside it are
-    the most similar pictures that it learned from. Try other drawings, and a picture of your own.
+    """Who is this? The network names a character, or says that it knows none like this. Beside the
+    picture are others to compare. Try other drawings, and a picture of your own.
     """
     net, header = loaded(load_classifier, run)
     image = square_of(picture, header["packed_size"], header["crop"], header["margin"])
@@ -316,13 +316,17 @@ def recognise_page(run, picture):
     if row["confidence"] is not None:
         shares["confidence"] = row["confidence"]
     faces = [("the picture", image[0])]
-    with contextlib.suppress(UserError):  # the data set may be gone
+    with contextlib.suppress(UserError):  # the data set that it learned from may be gone
         split = data.open_split(place_of(header["data"], run), "train")
         keys = split["header"].get("keys", [])
         for near in row["nearest"]:
             if near["picture"] in keys:
                 face = split["images"][keys.index(near["picture"])]
                 faces.append((f"{near['name']}, {near['similarity']:.2f}", face))
+    if row["best_guess"] in CAST:
+        for i in range(1, 5 - len(faces)):
+            face = figure_of(row["best_guess"], DRAWINGS - i)["image"]
+            faces.append((f"a drawing of {row['best_guess']}", face))
     text += note_on(picture, header) + bars(shares) + figures(faces)
     return text + element("code", f"python -m apps.recognize {run} PICTURE")
 
@@ -342,7 +346,7 @@ def tags_page(run, picture):
 
 def segment_page(run, picture):
     """Which pixels are drawn, and which are photographed? Here, the drawing stands in front of a
-    photograph (vultilion, CC BY 2.0). Try other drawings, and a picture of your own that mixes both.
+    photograph (vultilion, CC BY 2.0). Dark and blurred parts are hard. Try a picture of your own, too.
     """
     net, header = loaded(segment.load, run)
     pixels = whole_of(picture, on_photo)

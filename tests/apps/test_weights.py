@@ -10,7 +10,7 @@ from conftest import ROOT
 from sklearn.metrics import accuracy_score
 
 import data
-from apps import demo, detect, recognize, tags
+from apps import demo, detect, recognize, segment, tags
 from common.io import read_safetensors
 from finetune_lora import load_classifier
 from ingest import scenes, toon
@@ -97,3 +97,14 @@ def test_its_detector_finds_whom_its_recogniser_names():
     assert count["background"] < 0.2 * count["found"], count
     assert count["right"] >= 0.5 * count["found"], count
     assert count["wrong"] <= 0.1 * count["found"], count
+
+
+def test_its_segmenter_tells_a_drawing_from_what_is_behind_it():
+    net, header = segment.load("weights/toon-seg")
+    shares = []
+    for who in [*demo.CAST][:6]:
+        drawn = demo.figure_of(who, 0)["fg"] > 127
+        found = segment.mask_of(net, demo.on_photo(who, 0), header["image_size"], nullcontext) > 0.5
+        shares.append((found[drawn].mean(), found[~drawn].mean()))
+    of_drawing, of_photo = np.mean(shares, 0)
+    assert of_drawing > 0.9 and of_photo < 0.5
