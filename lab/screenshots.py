@@ -1,9 +1,10 @@
-"""Pictures of the web page (apps/demo.py) in a browser, at the widths of a desk and of a telephone.
+"""A picture of the web page (apps/demo.py) in a browser, as wide as a window, or as a telephone.
 
     pip install -e '.[demo]' playwright && python -m lab.screenshots
+    python -m lab.screenshots --tab Pages --width 390 --out shots
 
 Reads:  a run, as apps/demo.py does (default: weights/toon)
-Writes: docs/page/mask.png and mask-390.png; with --tab those of another tab
+Writes: OUT/mask.png, or that of another tab (default OUT: docs/page)
 """
 
 import contextlib
@@ -14,18 +15,19 @@ import sys
 from pathlib import Path
 
 from apps.demo import TABS
-from common.command import Parser, cli
+from common.command import Parser, between, cli
 from common.io import UserError
 
-WIDTHS, HEIGHT = (1280, 390), 900  # of a window in pixels; a picture is as high as the page
+HEIGHT = 900  # of a window in pixels; a picture is as high as the page
 WAIT = 60_000  # for an answer of the page, in milliseconds
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", nargs="?", default="weights/toon", help="as for apps.demo (default: weights/toon)")
     add("--tab", default="Mask", choices=TABS)
+    add("--width", type=between(200, 4000, int), default=1280, metavar="PX", help="of the window")
     add("--out", type=Path, default=Path("docs/page"), metavar="DIR")
     return parser.parse_args()
 
@@ -64,16 +66,13 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     name = args.tab.split()[0].lower()
     with served(args.run) as address, sync_playwright() as play:
-        page = open_browser(play).new_page(viewport={"width": WIDTHS[0], "height": HEIGHT})
+        page = open_browser(play).new_page(viewport={"width": args.width, "height": HEIGHT})
         page.goto(address)
         page.get_by_role("tab", name=args.tab).first.click()
         page.wait_for_selector(f"#{name} code", timeout=WAIT)
-        for width in WIDTHS:
-            page.set_viewport_size({"width": width, "height": HEIGHT})
-            page.wait_for_timeout(1000)  # the layout follows
-            file = args.out / (f"{name}.png" if width == WIDTHS[0] else f"{name}-{width}.png")
-            page.screenshot(path=file, full_page=True)
-            print(f"wrote    {file}")
+        page.wait_for_timeout(1000)  # the layout follows
+        page.screenshot(path=args.out / f"{name}.png", full_page=True)
+        print(f"wrote    {args.out}/{name}.png")
 
 
 if __name__ == "__main__":

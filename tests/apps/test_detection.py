@@ -206,7 +206,9 @@ def test_it_is_used_on_pictures_of_any_size(base, monkeypatch):
     wide, dot = json_of(f"{use} dot.png --out found --crop", base)
     assert wide["faces"] == [{"box": [50, 50, 100, 100], "score": 0.9}] and dot["width"] == 1
     assert Image.open(base / "found/wide_0.png").size == (70, 70)
-    run_line(f"{use} --out found --crop", base, check=0)  # the same bytes are there: nothing is lost
+    run_line(
+        f"{use} --out found --crop", base, check=0
+    )  # the same bytes are there: nothing is lost
     Image.new("RGB", (200, 100), (9, 9, 9)).save(base / "wide.png")
     assert "already" in refused(run_line(f"{use} --out found --crop", base))
     Image.new("RGB", (64, 64)).save(base / "wide.jpg")
