@@ -169,6 +169,38 @@ PLANS["beside"] = masks(
     compare=("top1", "knn"),
     margin=0.3,
 )
+# Does the content of a picture matter, or only the place of what is hidden? The best teacher there
+# can be attends to eyes, hair and accessories (lab/true_maps.py). Its mean map knows where these are,
+# and nothing of the picture. The primary comparison is the true maps against it; other arms are
+# compared with each other as further differences. The data: python data.py toon --drawings 12000
+# --split .17,.03,.8 --out datasets/toon12000.
+BY_MAPS = "attn_high --teacher maps --maps"
+TRUE_MAPS, PLACE = f"{BY_MAPS} {{true}}", f"{BY_MAPS} {{place}}"
+OF_ANOTHER = TRUE_MAPS.replace(GUIDED, SHUFFLED)
+OWN_TEACHER = f"{GUIDED} --contrast pooler"  # which changes no bit of the encoder
+CONTENT = ["random", TRUE_MAPS, OF_ANOTHER, PLACE, OWN_TEACHER]
+PLANS["content"] = masks(
+    CONTENT,
+    "Does it matter what is hidden, or only where it lies?",
+    seeds=range(6000, 6024),
+    against={arm: PLACE if arm == TRUE_MAPS else arm for arm in CONTENT},
+    set={"recipe": f"--eval-every 1000 {PLAIN}", "pool": "extremes", "split": "test"},
+    right={"knn": (1, "probe-headline.json", "right/knn")},
+    columns=KNN,
+    margin=1.0,
+    differences=differences(
+        (f"{TRUE_MAPS}.top1", f"{OF_ANOTHER}.top1", "exploratory: true maps against another's"),
+        (f"{TRUE_MAPS}.top1", "random.top1", "exploratory: true maps against random masks"),
+        (f"{PLACE}.top1", "random.top1", "exploratory: the place alone against random masks"),
+        (f"{OWN_TEACHER}.top1", "random.top1", "exploratory: the own teacher against random masks"),
+        (f"{OWN_TEACHER}.top1", f"{PLACE}.top1", "exploratory: the own teacher against the place"),
+    ),
+    made={
+        "true": ["-m lab.true_maps {data}"],
+        "place": ["-m lab.true_maps {data} --mean"],
+    },
+    planes={"parts": "python data.py toon --out DIR"},
+)
 PLANS["h2"] = masks(
     [*H2, *H2_HALF],
     "Is it steadier to hide the background first, and better to hide the foreground first?",
