@@ -108,7 +108,7 @@ def make(text, args):
         row = {"command": f"python {text}", "commit": commit(checkout)}
         start = time.perf_counter()
         try:
-            execute(words, args, args.work / f"{name}.log", lock)
+            row["core_seconds"] = execute(words, args, args.work / f"{name}.log", lock)
         except Diverged as problem:
             save_json(row | {"failed": str(problem)}, done)
             raise
@@ -119,7 +119,10 @@ def make(text, args):
 
 
 def execute(words, args, log, lock):
-    """Run a stage; what it prints goes to a file. It holds our lock, too, should we be killed."""
+    """Run a stage -> its CPU time in seconds, or None on Windows; what it prints goes to a file.
+
+    It holds our lock, too, should we be killed.
+    """
     print(f"OMP_NUM_THREADS={args.threads} python {shlex.join(words)}", flush=True)
     # Python looks for imports beside the script first, so an edited checkout runs its own code.
     checkout = checkout_of(words)
@@ -132,12 +135,18 @@ def execute(words, args, log, lock):
         RUNNING.add(process)
         if STOPPED.is_set():
             process.terminate()
+        used = None
+        if hasattr(os, "wait4"):  # time of a core, which other work on the machine takes less of
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            used = round(usage.ru_utime + usage.ru_stime, 1)
         status = process.wait()
         RUNNING.discard(process)
     if status:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
         kind = Diverged if "is not finite at step" in last else UserError
         raise kind(f"python {shlex.join(words)} ended with {status}: {last} (see {log})")
+    return used
 
 
 # ---- a chain of commands -------------------------------------------------------------------------
@@ -284,7 +293,9 @@ def row_of(arm, seed, args):
         row["curve"] = curve_of(read_log(folders[plan["curve"]] / "log.jsonl"))
     found = [read_json(done) for done in dict.fromkeys(made)]
     row["commands"] = [done["command"] for done in found]
-    return row | {"seconds": round(sum(done["seconds"] for done in found), 1)}
+    for name in ("seconds", "core_seconds"):
+        row[name] = round(sum(done.get(name) or 0 for done in found), 1)
+    return row
 
 
 def add_row(path, row):
