@@ -489,7 +489,7 @@ def time_of(jobs, args):
     """
     for folder in (args.folder, *sorted(ROOT.glob(f"results/*/{args.folder.name}"))):
         rows = [row for row in report.read_rows(folder) if "seconds" in row]
-        if rows and read_json(folder / "PLAN.json", ["set"])["set"] == args.set:
+        if rows and read_json(folder / "PLAN.json").get("set") == args.set:
             break
     else:
         return "how long is unknown: no run of this plan with these settings has a row yet"
