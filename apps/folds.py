@@ -151,8 +151,8 @@ def train_fold(flags, whole, sets, learned, bar):
 
 
 @torch.no_grad()
-def answers_of(task, left_out, learned, C, others=None):
-    """What the network of a fold says of pictures that it was not taught -> {name: tensor}.
+def answers_of(task, left_out, learned, C, folds, others=None):
+    """What the network of one of `folds` says of pictures that it was not taught -> {name: tensor}.
 
     logits (m, C) and similarity (m,) of held-out pictures of its characters, the same of `left_out`, rows
     (k,) of unknown ones, and the control's scores of both. A logit of a character that it did not
@@ -162,23 +162,38 @@ def answers_of(task, left_out, learned, C, others=None):
     """
     outputs = partial(outputs_of, task.net.eval(), task.train.split, autocast=task.autocast)
     rows, labels = task.train.rows, task.dev.labels[task.dev.rows]
-    rows = torch.cat([rows[some] for some in evenly_of_each(task.train.labels[rows], FACES)])
-    gallery = make_gallery(outputs(rows)[1], task.train.labels[rows], len(learned), colours=COLOURS)
+    of_each = evenly_of_each(task.train.labels[rows], FACES)
+    rows = rows[torch.cat(of_each)]
+    faces, numbers = outputs(rows)[1], task.train.labels[rows]
+    place = torch.cat(
+        [torch.arange(len(some)) for some in of_each]
+    )  # among the faces of a character
 
-    def answer(asked):
+    def gallery_of(some):
+        return make_gallery(faces[some], numbers[some], len(learned), colours=COLOURS)
+
+    gallery = gallery_of(slice(None))
+    # In the end every picture is learned, and is one more that a face can be similar to: of known
+    # characters by the part that this fold has not seen, of unknown ones also by its characters. So
+    # how much similarity grows with such a part is measured here, and added.
+    fewer = (place + 1) % (folds - 1) > 0
+    smaller = [gallery_of(fewer)]
+    smaller_yet = [gallery_of(fewer & (numbers % folds != part)) for part in range(folds)]
+
+    def answer(asked, galleries):
         some, embeddings = outputs(asked)
         logits = torch.full((len(asked), C), -torch.inf)
         logits[:, learned] = some
         colours = controls.histogram_scores(task.train, asked)
-        said = {"logits": logits, "similarity": best_similarity(embeddings, gallery)}
+        said = {"logits": logits, "similarity": grown(embeddings, gallery, galleries)}
         said |= {"colours": colours.amax(1), "unit": compared(embeddings, gallery)}
         return said, embeddings, colours.argmax(1)
 
-    known, embeddings, by_colours = answer(task.dev.rows)
-    unknown, _, _ = answer(left_out)
+    known, embeddings, by_colours = answer(task.dev.rows, smaller)
+    unknown, _, _ = answer(left_out, smaller_yet)
     if others:
         _, shown = outputs_of(task.net.eval(), *others, autocast=task.autocast)
-        known["others_similarity"] = best_similarity(shown, gallery)
+        known["others_similarity"] = grown(shown, gallery, smaller_yet)
     gray, _ = finetune_lora.predict(task, controls.in_gray(task.dev))
     thumbnails = controls.thumbnail_scores(task.train, task.dev.rows)
     return known | {
@@ -188,6 +203,16 @@ def answers_of(task, left_out, learned, C, others=None):
         "thumbnails": thumbnails.argmax(1) == labels,
         "histograms": by_colours == labels,
     }
+
+
+def grown(embeddings, gallery, smaller):
+    """(n, D) -> (n,): similarities as they will be in a gallery that is larger by a step.
+
+    smaller: galleries that lack as much as this one will gain.
+    """
+    now = best_similarity(embeddings, gallery)
+    before = torch.stack([best_similarity(embeddings, less) for less in smaller]).mean(0)
+    return now + (now - before).mean()
 
 
 def answers_of_folds(flags, task, of_character, of_picture):
@@ -218,7 +243,7 @@ def answers_of_folds(flags, task, of_character, of_picture):
         else:
             trained, rows = train_fold(flags, task, (fit, dev), learned, bar)
             some = others and (others[0], others[1][fold::count])  # each picture is asked once
-            tensors = answers_of(trained, left_out, learned, len(classes), some)
+            tensors = answers_of(trained, left_out, learned, len(classes), count, some)
             for name in CURVES:  # of each epoch
                 tensors[name] = torch.tensor([row[name] for row in rows if name in row])
             save_safetensors(tensors, path, config)
