@@ -258,7 +258,7 @@ def curve_of(log):
     curve = {name: [] for name in ("epoch", "knn", "linear", "mse", "seconds")}
     evaluating, before = 0.0, 0.0
     for row in log:
-        if "knn" in row:
+        if None not in map(row.get, ("knn", "linear", "val_mse")):
             evaluating += row["seconds"] - before
             point = row | {"mse": row["val_mse"], "seconds": row["seconds"] - evaluating}
             for name, values in curve.items():
