@@ -291,7 +291,7 @@ def together(folds):
     return found
 
 
-def share_of(hits, labels):
+def share_of(hits, labels, of_new=False):
     """Which pictures (n,) of characters (n,) do it: their share -> {"mean", "low", "high"}, in percent.
 
     The mean over characters, since the faces of one are alike in how they are judged. Student's
@@ -305,6 +305,8 @@ def share_of(hits, labels):
     mean = shares.mean()
     likely = (mean * n + 2) / (n + 4)
     error = max(shares.std(ddof=1) / C**0.5 if C > 1 else 0.5, (likely * (1 - likely) / n) ** 0.5)
+    if of_new:  # it is to hold for as many other characters, which differ as much as these
+        error *= 2**0.5
     reach = student.ppf(0.975, max(1, C - 1)) * error
     low, high = max(0, mean - reach), min(1, mean + reach)
     return {"mean": 100 * mean, "low": 100 * low, "high": 100 * high}
@@ -314,7 +316,8 @@ def promise(found, numbers, sizes):
     """What to expect, by `together` and the numbers of the calibration -> promise.json, in percent."""
     row = {"characters": len(sizes), "pictures": int(sizes.sum()), "least": int(sizes.min())}
     row["known_unknown"] = share_of(found.similarity < numbers["threshold"], found.labels)
-    row["unknown"] = share_of(found.unknown_similarity < numbers["threshold"], found.unknown_labels)
+    below = found.unknown_similarity < numbers["threshold"]
+    row["unknown"] = share_of(below, found.unknown_labels, of_new=True)
     if len(found.others_similarity):
         below = found.others_similarity < numbers["threshold"]
         row["others"] = 100 * below.double().mean().item()

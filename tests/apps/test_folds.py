@@ -73,6 +73,11 @@ def test_a_share_counts_characters_alike_and_its_interval_is_students():
     assert found["mean"] == pytest.approx(56.25)
     assert found["low"] == pytest.approx(max(0, interval.low))
     assert found["high"] == pytest.approx(min(100, interval.high))
+    of_new = folds.share_of(hits, labels, of_new=True)
+    assert (
+        of_new["mean"] == found["mean"]
+        and of_new["high"] - of_new["low"] >= found["high"] - found["low"]
+    )
     alike = folds.share_of(torch.ones(20).bool(), torch.arange(20) % 5)
     assert alike["low"] < 90 and alike["mean"] == alike["high"] == 100  # twenty are no proof
 
