@@ -222,6 +222,17 @@ def parse_keys(text, choices, flag):
     return name, values
 
 
+def each_flag_once(words):
+    """Words of a command, each flag with its values once; of one that is there twice, the later."""
+    groups, name = {}, None  # a flag and its values
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            groups[name] = []
+        groups.setdefault(name, []).append(word)
+    return [word for group in groups.values() for word in group]
+
+
 def require(extra, *libraries):
     """A library of an extra of pyproject.toml that is missing is named before the work begins."""
     for name in libraries:

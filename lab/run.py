@@ -35,7 +35,7 @@ import torch
 
 import data
 import mask as masking
-from common.command import Parser, at_least, cli, parse_keys, require
+from common.command import Parser, at_least, cli, each_flag_once, parse_keys, require
 from common.io import UserError, read_json, save_json
 from common.locks import lock_beside, locked
 from common.train import commit, machine, pick_device, read_log
@@ -173,18 +173,7 @@ def filled(text, args, folders, seed, budget):
             words[name] = chain(args.plan["made"][name], args, seed, flags)[-1].parent
     if "{epochs}" in text:
         words["epochs"] = epochs_in(text.format(*folders, **words | {"epochs": 1}), args, *budget)
-    return shlex.join(once(shlex.split(text.format(*folders, **words))))
-
-
-def once(words):
-    """Words of a command in which each flag stands once: that of an arm or a trial, the later one."""
-    groups, name = {}, None  # a flag and its values
-    for word in words:
-        if word.startswith("--"):
-            name = word.partition("=")[0]
-            groups[name] = []
-        groups.setdefault(name, []).append(word)
-    return [word for group in groups.values() for word in group]
+    return shlex.join(each_flag_once(shlex.split(text.format(*folders, **words))))
 
 
 def epochs_in(command, args, minutes, share):

@@ -32,7 +32,7 @@ def shares(parts, ids):
 
 
 def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("data", metavar="DIR", help="a packed set with part masks")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the maps")

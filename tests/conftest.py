@@ -31,8 +31,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 import mask as masking  # noqa: E402
 from common import train  # noqa: E402
-from common.command import cli  # noqa: E402
-from lab.run import once  # noqa: E402
+from common.command import cli, each_flag_once  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -57,7 +56,7 @@ def call(script, *words, cwd, check=None):
     code, argv = 0, sys.argv
     here = os.getcwd()
     name = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
-    sys.argv = [name, *once(map(str, words))]  # a test's own flag counts
+    sys.argv = [name, *each_flag_once(map(str, words))]  # a test's own flag counts
     module = importlib.import_module(MAIN_OF.get(script, script.removesuffix(".py")))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
