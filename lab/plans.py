@@ -458,6 +458,87 @@ PLANS["minutes"] = OF_RECOGNITION | {
     },
 }
 
+# ---- what pays? From the weights that ship, or from scratch, in equal minutes of one core ----------
+
+# The data: python data.py faces20.zip --dev 0.1 --out datasets/faces20-val. All of its val is reported,
+# also the half that other plans call test. Rate and side of a view are chosen on dev, by equal trials.
+PAID = {
+    "toon-full": f"finetune_lora.py weights/toon {FINE_TUNED['full']}",
+    "toon-lora": f"finetune_lora.py weights/toon {FINE_TUNED['lora']}",
+    "vit": f"finetune_lora.py weights/toon {FINE_TUNED['full']} --from-scratch",
+    "resnet10": "-m lab.convnets resnet10 --method full --from-scratch",
+}
+# CPU seconds of an epoch with its evaluation on dev, by the side of a view: of all pictures, and of 20
+# of each character (one thread of an AMD EPYC, two runs side by side).
+VIT_SECONDS = {64: (16.5, 2.0), 96: (32.5, 4.6)}
+EPOCH_SECONDS = {
+    "toon-full": VIT_SECONDS,
+    "toon-lora": {64: (17, 2.3), 96: (33, 5.6)},
+    "vit": VIT_SECONDS,
+    "resnet10": {64: (16.1, 1.1), 96: (30, 2.4)},
+}
+BUDGETS = {"3 min": 180, "12 min": 720, "5 labels": 30, "20 labels": 60}  # seconds of learning
+PAYS = {f"{name}, {label}": (name, label) for label, name in product(BUDGETS, PAID)}
+
+
+def tried(name, seconds, labels=None):
+    """Flags that an arm tries: four rates at 64 px, the middle two at 96 px, epochs for the seconds.
+
+    labels: how many there are, if not all.
+    """
+    four = next(WIDE[key] for key in WIDE if key in name)
+    flags = []
+    for px, lrs in ((64, four), (96, four[1:3])):
+        of_all, of_400 = EPOCH_SECONDS[name][px]
+        epochs = round(seconds / (of_400 * labels / 400 if labels else of_all))
+        flags += [f"{lr} --image-size {px} --epochs {epochs}" for lr in lrs]
+    return flags
+
+
+def paid(name, data="{data}"):
+    """The command of an arm."""
+    return f"{PAID[name]} --data {data} --seed {{seed}} --split {{split}}"
+
+
+def labels_in(label):
+    """How many labels of each character a budget has; None: all."""
+    count, unit = label.split()
+    return int(count) if unit == "labels" else None
+
+
+PLANS["pays"] = OF_RECOGNITION | {
+    "question": "What pays: the weights that ship, or a network from scratch?",
+    "seeds": range(7000, 7008),
+    "made": {f"few{n}": [f"-m lab.subset {{data}} --pictures {n} --draw {{seed}}"] for n in FEW},
+    "arms": {
+        arm: [paid(name, f"{{few{n}}}" if (n := labels_in(label)) else "{data}")]
+        for arm, (name, label) in PAYS.items()
+    },
+    "against": {
+        arm: f"toon-full, {label}" if name == "toon-lora" else arm
+        for arm, (name, label) in PAYS.items()
+    },
+    "differences": differences(
+        *(
+            (f"toon-full, {label}.top1", f"{other}, {label}.top1", f"primary: {label}, to {other}")
+            for label, other in product(BUDGETS, ("vit", "resnet10"))
+        )
+    ),
+    "trials": {
+        arm: tried(name, BUDGETS[label], (n := labels_in(label)) and n * CHARACTERS)
+        for arm, (name, label) in PAYS.items()
+    },
+    "trial_share": 1.0,
+    "axes": {"min": "minutes of one core", "labels": "labelled pictures of each character"},
+    "columns": {
+        "top1": ("Top-1, %", 0, METRICS, "top1", 1),
+        "macro_f1": ("macro-F1", 0, METRICS, "macro_f1", 1),
+        "side": ("side of a view", 0, METRICS, "config/image_size", 1),
+        "epochs": ("epochs", 0, METRICS, "config/epochs", 1),
+        "core_minutes": ("minutes of a core",),
+    },
+}
+
 # ---- who is unknown? Four characters that no part of a recogniser has seen ------------------------
 
 DRAW = "-m lab.subset {data} --draw {seed} --characters"
@@ -495,6 +576,55 @@ PLANS["strangers"] = OF_RECOGNITION | {
     },
 }
 
+# Collections of seven characters, other ones with each seed: LoRA, all weights, or a small CNN, each half
+# a minute of a core with 20 pictures, and as many epochs with 5 and 50? The primary comparison is full
+# against lora. Nobody has seen the other characters.
+OF_SEVEN = {"full": "toon-full", "lora": "toon-lora", "resnet10": "resnet10"}
+SEVENS = {f"{name}, {n} pictures": (name, n) for n, name in product((5, 20, 50), OF_SEVEN)}
+
+
+def of_seven(name, n):
+    """The commands of an arm: it learns its characters, and judges the others."""
+    judge = STRANGERS.replace("apps.unknown", "lab.convnets") if name == "resnet10" else STRANGERS
+    return [paid(OF_SEVEN[name], f"{{seven{n}}}"), judge]
+
+
+PLANS["small"] = PLANS["strangers"] | {
+    "question": "Seven characters: LoRA, all weights, or a small network from scratch?",
+    "seeds": range(8000, 8005),
+    "made": {
+        f"seven{n}": [f"-m lab.subset {{data}} --draw {{seed}} --characters 7 --pictures {n}"]
+        for n in (5, 20, 50)
+    },
+    "arms": {arm: of_seven(*of) for arm, of in SEVENS.items()},
+    "against": {
+        arm: f"lora, {n} pictures" if name == "full" else arm for arm, (name, n) in SEVENS.items()
+    },
+    "compare": ("top1", "auroc"),
+    "differences": differences(
+        *(
+            (
+                f"full, {n} pictures.{what}",
+                f"resnet10, {n} pictures.{what}",
+                f"{what}, to a CNN: {n}",
+            )
+            for what, n in product(("top1", "auroc"), (5, 20, 50))
+        )
+    ),
+    "trials": {f"{name}, 20 pictures": tried(arm, 30, 7 * 20) for name, arm in OF_SEVEN.items()},
+    "tuned_as": {arm: f"{name}, 20 pictures" for arm, (name, _) in SEVENS.items()},
+    "trial_share": 1.0,
+    "dev": ("log.jsonl", "dev_top1"),
+    "set": {"split": "val"},
+    "axes": {"pictures": "pictures of each of seven characters"},
+    "columns": {
+        "top1": ("Top-1, %", 0, METRICS, "top1", 1),
+        "histograms": ("histograms of colours", 0, METRICS, "histograms_top1", 1),
+        "auroc": ("unknown, AUROC", 1, "recognize.json", "open_set/auroc_unknown", 1),
+        "core_minutes": ("minutes of a core",),
+    },
+}
+
 # Collections of seven characters, as a fan has them, by the commands that the tools print.
 SEVEN = 5, 20, 50, 150  # pictures of each
 PLANS["few"] = PLANS["strangers"] | {
@@ -511,6 +641,8 @@ PLANS["few"] = PLANS["strangers"] | {
         "top1": ("Top-1", 1, "recognize.json", "open_set/top1", 1),
         "histograms": ("histograms of colours", 0, "metrics.json", "histograms_top1", 1),
         "promised": ("unknown called unknown, promised", 0, PROMISE, "unknown/mean", 1),
+        "low": ("at least", 0, PROMISE, "unknown/low", 1),
+        "high": ("at most", 0, PROMISE, "unknown/high", 1),
         "unknown": ("unknown called unknown", 1, "recognize.json", "open_set/strangers_unknown", 1),
         "known_promised": ("known called unknown, promised", 0, PROMISE, "known_unknown/mean", 1),
         "known": ("known called unknown", 1, "recognize.json", "open_set/known_rejected", 1),

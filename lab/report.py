@@ -86,7 +86,8 @@ def derived(row, study):
     curve = row.get("curve")
     limits = study.thresholds
     if curve is None:
-        return {"minutes": row["seconds"] / 60} if row.get("seconds") else {}
+        times = {"minutes": row.get("seconds"), "core_minutes": row.get("core_seconds")}
+        return {name: seconds / 60 for name, seconds in times.items() if seconds}
     limit = limits.get(study.plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
     found = {"linear": curve["linear"][-1], "minutes": curve["seconds"][-1] / 60}
     found["epochs"] = limit and stats.epochs_to(curve, limit)
