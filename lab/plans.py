@@ -239,6 +239,23 @@ PLANS["first"] = masks(
     set={"recipe": TEACHER, "pool": "extremes"},
 )
 
+# Masks, ratios, decoders and a teacher that no other plan has, by the first command. The teacher was
+# trained by DINO, once, on the same pictures.
+VARIANTS = ["random", "random --model nano:simmim=1", "learned", "detail", "grid"]
+VARIANTS += [f"random --ratio {ratio}" for ratio in (0.5, 0.9)]
+VARIANTS += [f"random --model nano:decoder_depth={depth}" for depth in (2, 4)]  # instead of 1
+VARIANTS += [GUIDED, f"{GUIDED} --teacher {{dino}}"]
+STAGES = ("power=1", "power=2", "power=4", "whole=0", "whole=1")  # of the curriculum
+VARIANTS += [f"parts:{stages} --maps truth" for stages in STAGES]
+PLANS["variants"] = masks(
+    VARIANTS,
+    "Other masks, ratios, decoders and teachers: how do they compare with random masks?",
+    seeds=range(9000, 9003),
+    set=ONCE,
+    made={"dino": ["-m lab.views dino --data {data} --model nano --epochs 40"]},
+    planes={"fg": "python data.py toon --out DIR"},
+)
+
 # ---- recognition: equal minutes, equal trials on dev ---------------------------------------------
 
 VIT = "--data {data} --seed {seed} --model nano --batch-size 64 --epochs {epochs}"
