@@ -104,7 +104,10 @@ def squares(patches, noise, t, hidden, unit=2):
 
 
 def block(patches, noise, t, hidden, size=0.3):
-    """Large squares at random places; size is their side as a share of the grid's (MAE, fig. 6)."""
+    """Squares at random places; size is their side as a share of the grid's (MAE, fig. 6).
+
+    On a grid of 8 x 8 patches, as `nano` and `small` have, 0.3 is only 2 of them; 0.5 is 4.
+    """
     g = math.isqrt(noise.shape[1])
     b = min(g, max(2, round(size * g)))
     rank = ranks(noise).unflatten(1, (1, g, g))
@@ -134,9 +137,9 @@ def green(patches, noise, t, hidden, fine=1.0, coarse=2.0):
     field = noise.unflatten(1, (g, g))
     narrow = blur_matrix(g, fine, noise.device)
     wide = blur_matrix(g, coarse, noise.device)
-    # The narrow blur removes single patches, and the difference removes large areas. With
-    # deviations of 0.6 and 1.5, 57 % of neighbours were alike, hardly more than in a random mask;
-    # with 1 and 2, 71 %.
+    # The narrow blur removes single patches, and the difference removes large areas. At ratio 0.5,
+    # 50 % of neighbours are alike in a random mask. With deviations of 0.6 and 1.5 it was 57 %, hardly
+    # more; with 1 and 2, 71 %.
     band = narrow @ field @ narrow.T - wide @ field @ wide.T
     return band.flatten(1) + 1e-6 * noise
 
@@ -158,7 +161,11 @@ def attn_low(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
 
 
 def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, hint=0.1):
-    """attn_high, but a share `hint` of the patches that it would hide is shown (AttMask-Hint)."""
+    """attn_high, but a share `hint` of the patches that it would hide is shown.
+
+    AttMask-Hint draws these from the tenth with the most attention. So do these masks, nearly: a
+    patch that would be hidden in spite of little noise is one with much attention.
+    """
     priority = attn_high(patches, noise, t, hidden, beta, start, ramp_for)
     # Before guidance starts there is nothing to give a hint about, and the mask is the same, to the
     # bit, as that of `attn_high` with this seed.
@@ -207,7 +214,7 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
     # Parts are hidden whole in this order until M patches are; the last one is cut to what is left.
     sorted_whole = (hidden - area_before).clamp(min=0).minimum(sorted_area)
     whole_parts = torch.zeros_like(area).scatter(1, order, sorted_whole)
-    # Both terms sum to M over the parts, so the number of hidden patches is exact at any mixture.
+    # Both terms sum to M over the parts, so at any mixture the quotas can all be filled.
     quota = (1 - whole) * area * hidden / noise.shape[1] + whole * whole_parts
     return by_quota(quota, member, noise)
 
@@ -224,13 +231,13 @@ def detail(patches, noise, t, hidden, beta=1.0):
 
 
 def learned(patches, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
-    """By the loss that a small head predicts, from easy to hard.
+    """By the loss that a small network predicts, from easy to hard.
 
     CL-MAE (Madan et al. 2024, arXiv:2308.14572) turns the sign during the run. HPM (Wang et al.
     2023, arXiv:2304.05919) predicts losses by ranking them. No gradient passes through the mask.
     """
     # CL-MAE trains the mask against the MAE. Hidden patches are dropped, which has no gradient, so
-    # here a head learns to predict losses by itself, and the mask only reads what it predicts.
+    # here a network learns to predict losses by itself, and the mask only reads what it predicts.
     return guided(patches["difficulty"], beta * ramp(t, start, ramp_for) * (2 * t - 1), noise)
 
 

@@ -22,7 +22,8 @@ from kernels import LARGEST
 from kernels.gather import MEAN, STD, masked_patch_gather
 
 # The decoders are narrow. MAE's decoder, 512 wide and 8 blocks deep, would cost 4.7 times as much
-# as a ViT-S encoder (224 px, ratio 0.75), and it is thrown away after pre-training.
+# as a ViT-S encoder (224 px, ratio 0.75), and it is thrown away after pre-training. How deep it is
+# depends on the device (CPU and GPU in pretrain.py), unless --model nano:decoder_depth=4 says it.
 SIZES = {
     "nano": dict(dim=192, depth=4, heads=3, image_size=64, patch_size=8, decoder_dim=128),
     "tiny": dict(dim=256, depth=8, heads=4, image_size=96, patch_size=8, decoder_dim=128),

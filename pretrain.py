@@ -443,9 +443,11 @@ def main():
         -> the loss of the MAE, the sum of all, errors (b, M), two numbers of the contrastive loss
         """
         # 3. forward
-        # Hidden patches are not even embedded: that is what makes an MAE cheap.
+        # An MAE is cheap because its encoder reads visible patches alone (SimMIM reads all).
         # patches (b, K, p*p*3), and mean and contrast of each (b, K, 2)
-        visible, visible_stats = masked_patch_gather(view, ids_keep, p, dtype, return_stats=True)
+        visible, visible_stats = masked_patch_gather(
+            view, ids_keep, p, dtype, return_stats=True, floor=target_options["floor"]
+        )
         with autocast():
             # pred (b, M, p*p*3), stats (b, M, 2), tokens (b, 1+K, D), which SimMIM lacks
             pred, stats, tokens = network(visible, ids_keep, ids_mask)
@@ -454,7 +456,7 @@ def main():
         error, hidden_stats = reconstruction_error(  # (b, M), (b, M, 2)
             pred, view, ids_mask, p, **target_options, error_of=error_of
         )
-        # A drawing is mostly flat colour. Predicting it teaches little, so it weighs little.
+        # A drawing is mostly flat colour, which is easy to predict, so it weighs little.
         weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (b, M)
         loss = weighted_mean(error, weight)
         # norm_pix normalises the target, so pred lacks each patch's mean and standard deviation,
@@ -483,8 +485,8 @@ def main():
         -> the loss of the MAE, the norm of its gradient, two numbers of the contrastive loss
         """
         loss, all_losses, error, pairs = losses(view, ids_keep, ids_mask, *second)
-        # --mask learned: a small network learns to predict these errors. Of other masks it is 0.
-        # One backward pass. Of the other losses, only --contrast cls reaches the encoder.
+        # source.loss: for --mask learned, a small network learns to predict these errors; else it is 0.
+        # All losses share a backward pass. Beside the MAE's, only --contrast cls reaches the encoder.
         (all_losses + source.loss(ids_mask, error)).backward()
 
         # 5. update

@@ -30,6 +30,7 @@ class Replayed:
             group["capturable"] = True  # it then counts its steps on the GPU
 
     def __call__(self, *inputs):
+        # None and numbers have no shape; True stands for the one, and False for the others.
         shapes = tuple(getattr(x, "shape", x is None) for x in inputs)
         self.calls[shapes] += 1
         if self.can_record and self.calls[shapes] > WARM and shapes not in self.graphs:

@@ -3,7 +3,7 @@
     attn        attention of a teacher: the average of the run, another encoder, or apps/maps.py
     fg          share of foreground: true masks of the data, or apps.maps --map saliency
     parts       shares of eyes, hair, clothes, ...: true parts of the data, or apps.maps --map parts
-    difficulty  loss that a small head predicts, which learns during the run
+    difficulty  loss that a small network predicts, which learns during the run
     view        no score, but the pixels, of which a strategy of mask.py computes its own
 
 Maps belong to whole images, and are cropped and flipped as the images are.
@@ -294,11 +294,14 @@ def attention_rows(images, encoder, source, autocast):
         yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
 
 
-# ---- the head that predicts losses ---------------------------------------------------------------
+# ---- the network that predicts losses ------------------------------------------------------------
 
 
 class LossPredictor(nn.Module):
-    """Predicts which patches are hard to reconstruct, as HPM (Wang et al. 2023, arXiv:2304.05919)."""
+    """Predicts which patches are hard to reconstruct, after HPM (Wang et al. 2023, arXiv:2304.05919).
+
+    HPM's is a second decoder of the MAE's encoder. This is a network of its own, which sees all patches.
+    """
 
     def __init__(self, side, patch_size, dim=64):
         super().__init__()

@@ -200,7 +200,8 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     for name, p in model.named_parameters():
         if p.requires_grad:
             # Decay limits how much a matrix can multiply its input. A bias multiplies nothing, and a norm
-            # whose scale went to zero would switch its layer off. MAE and nanoGPT leave them, too.
+            # whose scale went to zero would switch its layer off. MAE and nanoGPT leave them, too. A token
+            # is an input, and multiplies nothing either (MAE does decay its tokens).
             plain = p.ndim < 2 or name.endswith("_token")
             groups[1 if plain else 0]["params"].append(p)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
@@ -208,8 +209,8 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
 
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
-    # Adam divides by a mean of squared gradients, which rests on few of them at first. Full steps could
-    # then go far astray (Liu et al. 2019, arXiv:1908.03265). step + 1, or the first step would be lost.
+    # Adam divides by the root of a mean of squared gradients, which rests on few of them at first. Full
+    # steps could go far astray then (Liu et al. 2019, arXiv:1908.03265). step + 1, or the first is lost.
     if step < warmup:
         return peak * min(1, (step + 1) / warmup)  # warmup need be no whole number
     # Large steps find the way and small ones settle. A cosine (Loshchilov and Hutter 2016,
