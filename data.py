@@ -5,7 +5,8 @@
     python data.py --show datasets/NAME         a sheet of what was packed
 
 Reads:  images in any layout that ingest/sources.py knows
-Writes: datasets/NAME/{train,val,test}.safetensors, and dev with --dev (ingest/pack.py)
+Writes: datasets/NAME/{train,val,test}.safetensors, dev with --dev, and unknown, of pictures of nobody
+        (ingest/pack.py)
 
     n images of a split   B of a batch   S side of an image   s of a view   G of a map
 
@@ -30,7 +31,7 @@ from common.command import cli, progress
 from common.fields import NAMES, SIDE, TEXT, check_arrays, check_fields, check_range, list_of
 from common.io import UserError, open_tensors
 
-SMALL = 3000  # training pictures: with 3,000, a new encoder was worse than weights/toon
+SMALL = 3000  # pictures of a set: fewer are cross-validated, and weights/toon is the better start
 PACKED = 128  # side of packed pictures, unless a larger one is asked for
 APART = 0.1  # share of train that is held out for choices, if there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)

@@ -180,17 +180,18 @@ class LoRA(nn.Module):
     def __init__(self, base, r, alpha, chunks=1):
         super().__init__()
         self.base = base
-        # B A is a sum of r products. Dividing it by r helps another rank to work with the same learning
-        # rate (section 4.1); the default alpha = 2r makes this 2 for every r. For large ranks try
-        # alpha / sqrt(r), which is rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+        # B A is a sum of r products. With a fixed alpha, dividing by r lets another rank work with the
+        # same learning rate (section 4.1). The default alpha = 2r undoes that: the factor is 2 for every
+        # r. For large ranks try alpha / sqrt(r), which is rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
         self.scale = alpha / r
         device = base.weight.device
         # B A is zero at first, so that training begins at the pre-trained encoder. If A were zero, too,
         # neither would have a gradient: that of B contains A, and that of A contains B.
         self.A = nn.Parameter(torch.empty(chunks, r, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(chunks, base.out_features // chunks, r, device=device))
-        # The same draw as in nn.Linear. One A at a time, because of a tensor with three dimensions
-        # kaiming_uniform_ takes r * in for the number of inputs, as if it were a convolution.
+        # Drawn as the weights of nn.Linear, as in the authors' code and in peft; the paper says
+        # Gaussian. One A at a time, because of a tensor with three dimensions kaiming_uniform_ takes
+        # r * in for the number of inputs, as if it were a convolution.
         for A in self.A:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
 
@@ -338,7 +339,10 @@ def load_classifier(folder):
 
 
 def cutout(view, share, generator):
-    """A gray square of this share of the area on each view (DeVries and Taylor 2017, arXiv:1708.04552)."""
+    """A gray square of this share of the area on each view (DeVries and Taylor 2017, arXiv:1708.04552).
+
+    In the paper, a part of the square may lie outside, so that some pictures lose little. Here none does.
+    """
     B, S = view.shape[:2]
     side = round(S * math.sqrt(share))
     start = torch.randint(S - side + 1, (2, B, 1), generator=generator)  # its top and left
@@ -571,7 +575,9 @@ def draw_order(index, labels, balanced, seed, epoch):
 
 
 def unfreeze(net, trained, epoch, every):
-    """Progressive unfreezing (Howard and Ruder 2018): the head first, one more block every `every` epochs."""
+    """Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146): the head first, then the last block,
+    and one more block every `every` epochs.
+    """
     depth = len(net.encoder.blocks)
     # While the head is still random, its gradients mean little, and could spoil good features (Kumar et
     # al. 2022, arXiv:2202.10054). So blocks can wait until it has learned something.
@@ -641,8 +647,9 @@ def finetune(flags, task, make_run=train.Run):
         weight_decay=WEIGHT_DECAY[task.method],
         layer_decay=task.keys.get("layer_decay", 1.0),
     )
-    # tau log p(character) is added in the loss, but not in use. So the logits need not learn how frequent
-    # a character is, and a rare one is not passed over (Menon et al. 2020, arXiv:2007.07314).
+    # tau log p(character) is added in the loss, and not when a picture is named. So the logits need not
+    # learn how frequent a character is, and a rare one is not passed over (Menon et al. 2020,
+    # arXiv:2007.07314).
     sizes = task.sizes()
     prior = sizes / len(train_index)
     adjustment = (flags.logit_adjust * prior.log()).to(device)  # (C,)
@@ -701,7 +708,8 @@ def finetune(flags, task, make_run=train.Run):
             run.update(loss, grad_norm)
 
             # 5. log, evaluate, save
-            # The accuracies stay on the device until a row is due: asking for one waits for the GPU.
+            # The accuracies stay on the device until a row is due: asking for one waits for the GPU. A
+            # margin holds the right character's logit back, so with one they are lower than on dev.
             hits.append((logits.argmax(1) == y).float().mean())
             if run.logs_now:
                 train_top1 = 100 * torch.stack(hits).mean().item()

@@ -20,6 +20,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -561,7 +562,7 @@ def curves(configs, path, threshold, thumbnail):
     labels = {"epoch": "epochs", "seconds": "seconds of the run, teacher included"}
     with plots.panels(path, "Learning curves", 1, 2, (9.6, 3.9), sharey=True) as axes:
         for axis, (key, label) in zip(axes, labels.items(), strict=True):
-            for colour, (name, seeds) in zip(plots.COLOURS, configs.items(), strict=False):
+            for colour, (name, seeds) in zip(cycle(plots.COLOURS), configs.items(), strict=False):
                 legend = f"{name}, {len(seeds)} seed(s)"
                 for report in seeds.values():
                     rows = report["log"]
@@ -586,7 +587,8 @@ def main():
     print(f"data     {task.folder}: {task.held}, {images:,} images, {len(task.names)} classes")
     # Two runs of one seed can't be averaged. That is said now, and not after the last run.
     if task.labelled:
-        by_config([{"config": flags_of(r), "run": r, "path": r} for r in map(str, flags.runs)])
+        runs = [(str(run), features.home_of(run).name) for run in flags.runs]
+        by_config([{"config": flags_of(r), "run": name, "path": r} for r, name in runs])
     threshold = threshold_of(flags.runs)
     reports = [probe(run, task, threshold) for run in flags.runs]
     if len(reports) > 1 and task.labelled:

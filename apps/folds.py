@@ -56,7 +56,7 @@ ENOUGH = 10, 5  # pictures of a character, characters: from here on a promise sa
 COLOURS = 1.0  # their weight in a similarity (results/TRIED.md)
 MEASURED = "colourless", "thumbnails", "histograms"  # Top-1 of a picture in gray, and controls
 CURVES = "dev_top1", "dev_macro_f1"
-SHARE = 0.6  # of a training on everything is what one fold costs
+SHARE = 0.6  # what a fold costs: it learns 4/5 of the characters, and of these 3/4 of the pictures
 
 
 # ---- who learns what -----------------------------------------------------------------------------
@@ -65,8 +65,8 @@ SHARE = 0.6  # of a training on everything is what one fold costs
 def draw_folds(labels, groups, count, seed=0):
     """labels (n,) and groups (n,) -> the fold of each character, (C,), and of each picture, (n,).
 
-    A fold's network learns neither. So a character's pictures are dealt to the other folds, whose
-    networks know it; whole groups at a time.
+    The network of a fold learns neither its characters nor its pictures. So the pictures of a
+    character are dealt to the other folds, whose networks know it; whole groups at a time.
     """
     labels, groups = np.asarray(labels), np.asarray(groups)
     C = labels.max() + 1
@@ -77,7 +77,7 @@ def draw_folds(labels, groups, count, seed=0):
     for c in rng.permutation(C):
         folds = [fold for fold in range(count) if fold != of_character[c]]
         for group in rng.permutation(np.unique(groups[(labels == c) & (of_picture < 0)])):
-            # Each fold asks about as many pictures of a character, and about as many in all.
+            # To a fold with the fewest pictures of this character; of several, with the fewest in all.
             sizes = [((labels == c) & (of_picture == fold)).sum() for fold in folds]
             alike = [fold for fold, n in zip(folds, sizes, strict=True) if n == min(sizes)]
             of_picture[groups == group] = min(alike, key=lambda fold: (of_picture == fold).sum())
@@ -294,9 +294,10 @@ def together(folds):
 def share_of(hits, labels, of_new=False):
     """Which pictures (n,) of characters (n,) do it: their share -> {"mean", "low", "high"}, in percent.
 
-    The mean over characters, since the faces of one are alike in how they are judged. Student's
-    interval over characters has the chance of their pictures in it. But where all of them agree, it
-    has no width, so it is at least that of as many independent pictures (Agresti and Coull 1998).
+    The mean over characters, since the faces of one are alike in how they are judged. The interval is
+    Student's, over characters. Where all of them agree it would have no width, so its standard error
+    is at least that of n independent pictures, sqrt(p (1 - p) / n), of which p counts two hits and
+    two misses more (after Agresti and Coull 1998, who divide by n + 4).
     """
     from scipy.stats import t as student
 
@@ -395,11 +396,11 @@ def minutes_of(flags, encoder, pictures, device, autocast):
     encoder = copy.deepcopy(encoder).to(device).requires_grad_().train()
     B, S = min(flags.batch_size, pictures), encoder.image_size
     view = torch.full((B, S, S, 3), finetune_lora.GRAY, dtype=torch.uint8, device=device)
-    half = partial(finetune_lora.drop_patches, encoder=encoder, keep=np.mean(flags.keep))
+    shown = partial(finetune_lora.drop_patches, encoder=encoder, keep=np.mean(flags.keep))
     for _ in range(2):
         start = time.perf_counter()
         with autocast():
-            encoder(*half(view, generator=train.seeded(0))).float().sum().backward()
+            encoder(*shown(view, generator=train.seeded(0))).float().sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start  # of the second one, when all is warm

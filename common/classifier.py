@@ -4,8 +4,8 @@
 
 The encoder's tokens are pooled to one vector per picture. The neck turns it into the embedding, by
 which pictures are compared. The head turns the embedding into one logit per character. The neck is a
-batch norm without parameters, as in the linear probe of MAE (He et al. 2021) and in BNNeck (Luo et
-al. 2019, arXiv:1903.07071).
+batch norm without parameters, as in the linear probe of MAE (He et al. 2021). BNNeck (Luo et al. 2019,
+arXiv:1903.07071) is one with a learned scale.
 """
 
 import math
@@ -107,7 +107,8 @@ class Classifier(nn.Module):
         is_ifa = head == "ifa"
         depth = len(encoder.blocks)
         # The batch norm gives all encoders features of one size, so that one learning rate fits them. It
-        # has no weights of its own, because the linear layer behind it can scale and shift as well.
+        # has no weights of its own, because a linear layer behind it can scale and shift as well. (A
+        # head with a margin can't: it normalises what it reads.)
         self.neck = Fusion(dim, depth) if is_ifa else nn.BatchNorm1d(dim, 1e-6, affine=False)
         if head in MARGINS:
             self.head = MarginHead(dim, classes, head, margin, scale)

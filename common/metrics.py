@@ -65,8 +65,10 @@ def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, que
 
 
 def few_shot(bank, queries, examples, questions):
-    """Accuracy of each episode, (episodes,), by nearest centroid in cosine (Snell et al. 2017).
+    """Accuracy of each episode, (episodes,), by the nearest mean of a class.
 
+    Snell et al. 2017 (arXiv:1703.05175) take the Euclidean distance. This is the cosine of centred
+    features, as in SimpleShot (Wang et al. 2019, arXiv:1911.04623).
     bank (n, D) and queries (Q, D) are of two splits; the bank's mean is subtracted from both.
     """
     centre = bank.float().mean(0)

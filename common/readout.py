@@ -48,7 +48,7 @@ def ridge(x, labels, classes, penalty):
 
 
 def topk(scores, labels, k):
-    """Share of rows of scores (n, C) whose label is among the k highest; of equals the first count."""
+    """Share of rows of scores (n, C) whose label is among the k highest; of ties, the first ones."""
     # topk() of torch breaks ties as it likes; a stable sort gives the same answer on every machine.
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     return (best == labels[:, None]).any(1).double().mean().item()

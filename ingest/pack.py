@@ -50,7 +50,7 @@ from common.features import open_rows
 from common.io import UserError, aside, one_line, open_tensors, save_csv
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
-from data import PACKED, SMALL, evenly_spaced, open_split
+from data import PACKED, evenly_spaced, is_small, open_split
 from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
 from ingest.splits import assign_splits, hold_out_test, large_enough, long_tailed, without_copies
@@ -520,19 +520,17 @@ def to_learn(out):
         words = ["python", "-m", "apps.unknown", "RUN", "--data", str(out)]
         return shlex.join(words + of_split)
     tensors = open_tensors(Path(out) / "train.safetensors")
-    header = tensors["header"]
     if "boxes" in tensors:
         return shlex.join(["python", "-m", "apps.detect", "weights/toon", "--data", str(out)])
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"
-    small = len(tensors["images"]) < SMALL and header["source"] not in DRAWN
     problem = ""
     try:
         open_rows(out, have[0], 0)  # as finetune_lora.py will open them
     except UserError as found:
         problem = f"; finetune_lora.py can't learn from it: {found}"
-    if small and not problem:
+    if is_small(out) and not problem:
         # It is cross-validated, over all splits.
         return shlex.join(["python", "finetune_lora.py", "weights/toon", "--data", str(out)])
     words = ["python", "pretrain.py", "--data", str(out)]

@@ -6,18 +6,22 @@ question      what it asks
 seeds         of every arm, paired
 arms          {arm: its commands}, made one after the other
 columns       {name: (heading, command, file in its folder, path in the file, factor)}
-against       the arm that the others are compared with, {arm: its own one}, or "best"
+against       the arm that the others are compared with, {arm: its own one}, or "best"; an arm that
+              is its own one is compared with none
 compare       columns that get a difference to it, an interval, a p and a verdict
 differences   further differences that the table answers
 hypotheses    claims with a verdict; pilots: runs whose seeds are never reported, for the threshold
 made          {name: commands}: what {name} in an arm stands for, made once; its last folder
-trials        {name: flags}: one is chosen on dev (`dev`: file and path of the score)
+trials        {name: list of flags}: one is chosen on dev (`dev`: file and path of the score)
+trial_share   of the minutes that {epochs} fill, which a trial gets
 tuned_as      {name: another one whose choice it takes}
 set           values of words in braces, `split` among them; --set of run.py replaces them
 right         {column: (command, file, path)}: which pictures were right; without it, intervals are
               over seeds alone
 curve         the command whose log.jsonl tells the epochs to a threshold
 margin        of equivalence, in points
+axes          {unit: what the axis of a figure says}, where arms are named "NAME, NUMBER UNIT"
+template      commands of arms that --arms names and the plan lacks
 needs         {word of a command: (extra of pyproject.toml, a library of it)}
 planes        {array that the data set has to have: the command that makes such a set}
 

@@ -39,6 +39,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{PRE} --model nano:image_size=216,patch_size=108", "patch size 108"),
     (f"{PRE} --ratio 0.5:0.7:0.9", "0.7:0.9"),
     (PROBE.replace("runs/a", "runs/a runs/a"), "same flags and the same seed"),
+    (PROBE.replace("runs/a", "runs/a moved/a"), "same flags and the same seed"),
     (f"{TUNE} --method lora --from-scratch", "choose full"),
     (f"{TUNE} --head cosface:scale=0", "scale"),
     ("finetune_lora.py --resume runs/a", "another command"),
@@ -226,6 +227,7 @@ def base(tmp_path_factory):
         shutil.copy(base / "images/class0/illust0_0.png", base / "twins" / name)
     for name in ("text.txt", "text.png", "text.md"):
         (base / name).write_text("hello")
+    shutil.copytree(base / "runs/a", base / "moved/a")
     shutil.copytree(base / "datasets/packed", base / "plain")
     (base / "plain/dev.safetensors").unlink()
     spoil_tags(base)
