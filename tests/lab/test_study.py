@@ -220,6 +220,13 @@ def test_a_dry_call_tells_the_time_by_rows_of_the_same_settings(home, small):
     assert "unknown" in study(small, f"{dry} 5 --set recipe=").stdout
 
 
+def test_a_table_tells_minutes_and_those_of_a_core():
+    study = SimpleNamespace(thresholds={})
+    row = {"arm": "a", "seconds": 120.0, "core_seconds": 90.0}
+    assert report.derived(row, study) == {"minutes": 2.0, "core_minutes": 1.5}
+    assert report.derived(row | {"core_seconds": 0.0}, study) == {"minutes": 2.0}  # on Windows
+
+
 def test_two_arms_with_one_command_share_it(home, small, monkeypatch):
     text = "pretrain.py --data {data} --seed {seed} --mask random"
     plan = plans.PLANS["mine"] | {"arms": {"a": [text, plans.PROBE], "b": [text, plans.PROBE]}}
