@@ -170,7 +170,8 @@ def targets(boxes, S, patch):
     """The targets of each cell: heat (B, N), box (B, N, 4), weight of that box (B, N).
 
     boxes (B, K, 4) in pixels. A box belongs to the map of its size. Its heat is a Gaussian around
-    its centre, and 1 in the cell of the centre. Its weights sum to at most 1 (TTFNet).
+    its centre, and 1 in the cell of the centre. Its weights sum to at most 1 (in TTFNet to the logarithm
+    of its area, so that there a large face counts more).
     """
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     size = sides.prod(2).sqrt()

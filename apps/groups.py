@@ -25,12 +25,16 @@ def centred(unit):
     return F.normalize(unit - CENTRED * unit.mean(0))
 
 
+def check_grouped(count, what):
+    """So many of them can be compared with each other."""
+    if count > GROUPED:
+        raise UserError(f"{count:,} {what} are more than --group takes, {GROUPED:,}; give fewer")
+
+
 def alike(unit, least=ALIKE):
     """Whitened unit vectors (n, D) -> the group of each, 0, 1, ... by size: average linkage of cosines."""
     from sklearn.cluster import AgglomerativeClustering
 
-    if len(unit) > GROUPED:
-        raise UserError(f"{len(unit):,} faces are more than --group takes, {GROUPED:,}; give fewer")
     if len(unit) < 2:
         return [0] * len(unit)
     settings = {"metric": "cosine", "linkage": "average", "distance_threshold": 1 - least}

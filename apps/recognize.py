@@ -622,6 +622,8 @@ def recognise(args, net, header, gallery, autocast):
     tell_problems(problems, header["data"], args.json)
     if not all(known) and not args.json:
         words = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
+        if args.detect:  # which takes no part in --enrol: it wants faces, not pages
+            words += ", from faces that apps.detect has cut out by --crop --out FOLDER"
         print(f"next: python -m apps.recognize {words}", file=sys.stderr)
 
 
@@ -713,8 +715,9 @@ def with_faces(gallery, who, keys, embeddings):
 def known_faces(run, net, header, autocast, gallery):
     """Pictures of learned characters -> logits (m, C), embeddings (m, D), groups (m,) or None, what they are.
 
-    They are held-out ones. Where the data set is not there any more they are those of the gallery,
-    each of which is left out of its group's mean; but the network has learned these by heart.
+    They are held-out ones. Where folds have learned all of them, or the data set is not there any
+    more, they are those of the gallery, each of which is left out of its group's mean; but the network
+    has learned these by heart.
     """
     trained = gallery["trained"]
     embeddings = gallery["embeddings"][:trained]
@@ -723,7 +726,7 @@ def known_faces(run, net, header, autocast, gallery):
         held = header.get("split", "val")
         sets, _ = open_rows(place_of(header["data"], run), held, header.get("hold_out", 0))
         parts = []
-        for some in sets[1:]:
+        for some in {id(some.split): some for some in sets[1:]}.values():  # dev may be both
             rows = some.rows[data.evenly_spaced(len(some.rows), ASKED)]
             parts.append(outputs_of(net, some.split, rows, autocast)[1])
         embeddings, own, what = torch.cat(parts), None, "held-out pictures of learned characters"

@@ -551,6 +551,12 @@ def patch_stage(flags, task):
     stage = SimpleNamespace(stage=1, rows=rows, loss=patch_loss, first=0, steps=0)
     if flags.patches:
         stage.net = load_patches(Path(flags.patches) / "patches.safetensors").to(task.device)
+        size = stage.net.encoder.image_size
+        if size != task.S:
+            fix = f"pack the set with --size {size}, or leave out --patches"
+            raise UserError(
+                f"{flags.patches} reads {size} px, and {flags.data} has {task.S} px; {fix}"
+            )
         return stage
     torch.manual_seed(task.seed)
     stage.net = Patches(task.encoder).to(task.device)

@@ -24,6 +24,7 @@ Wrong copies can be moved to where they belong: apps/learn.py then learns them.
 
 import contextlib
 import csv
+import filecmp
 import io
 import itertools
 import os
@@ -35,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from apps.groups import ALIKE, alike
+from apps.groups import ALIKE, alike, check_grouped
 from apps.recognize import all_answers, answers, compared, open_recogniser, parser_of, predictions
 from common.command import between, cli, refuse_useless
 from common.io import UserError, atomic, reading, save_csv
@@ -83,6 +84,8 @@ def sort(args, net, header, gallery, autocast):
     found = ()
     names = gallery["names"]
     if args.group:
+        if not args.detect:
+            check_grouped(len(args.images), "pictures")
         least = args.alike if "alike" in args.given else gallery.get("alike", ALIKE)
         found = grouped(predictions(args, net, header, autocast, problems), gallery, least)
         names = dict.fromkeys(row["name"] for row in found)
@@ -101,6 +104,7 @@ def grouped(found, gallery, least):
     for keys, logits, embeddings in found:
         rows += answers(keys, logits, embeddings, gallery)
         units.append(compared(embeddings, gallery))
+        check_grouped(len(rows), "faces")
     if not rows:
         raise UserError("no face was found, so there is nothing to group")
     groups = alike(torch.cat(units), least)
@@ -145,8 +149,9 @@ def copy_all(found, args, wanted, folders, rows, table):
     copies = [row["copy"] != "" for row in rows]
     more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
     print(f"wrote    {table.parent}/: {more}, listed in {table}")
-    words = shlex.join([args.run, str(table.parent)])
-    print(f"next: move wrong copies to where they belong, then python -m apps.learn {words}")
+    words = [args.run, str(table.parent), *(["--detect", args.detect] if args.detect else [])]
+    learn = f"python -m apps.learn {shlex.join(words)}"
+    print(f"next: move wrong copies to where they belong, then {learn}")
 
 
 def files_to_sort(paths, out, rows):
@@ -209,6 +214,9 @@ def copies_of(file, faces, name, folders, out):
     for who, face in best.items():
         copy = Path(folders.get(who, UNKNOWN), name)
         (out / copy).parent.mkdir(parents=True, exist_ok=True)
+        # After a kill a copy may be there without its row. Anything else was put there by somebody.
+        if (out / copy).exists() and not filecmp.cmp(file, out / copy, shallow=False):
+            raise UserError(f"{out / copy} is there, and no copy of {file}; rename one of them")
         with atomic(out / copy) as temporary:
             shutil.copyfile(file, temporary)
         with contextlib.suppress(OSError):  # not every disk keeps times and modes

@@ -727,7 +727,8 @@ def write_results(flags, task, run):
     save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
     save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
     print(f"wrote    {out}/ after {row['seconds']:.0f} s")
-    print(f"next: python -m apps.tags {shlex.quote(str(out))} PICTURE")
+    if task.arm != "tags":  # which sees no picture
+        print(f"next: python -m apps.tags {shlex.quote(str(out))} PICTURE")
 
 
 def metrics_row(flags, task, run):
@@ -760,7 +761,10 @@ def use(flags, device, autocast):
     net.to(device)
     answer = partial(answer_rows, net, header, threshold=threshold, autocast=autocast)
     if flags.captions:
-        refuse_demo({flags.encoder: header.get("data")}, flags)
+        trained_on = {flags.encoder: header.get("data")}
+        if flags.names:
+            trained_on[flags.names] = classifier.read_head(flags.names)[1]["data"]
+        refuse_demo(trained_on, flags)
         return write_captions(flags, answer, header)
     as_json = flags.json
     problems = []

@@ -204,7 +204,8 @@ def measure(asked, own, learned, least=ALIKE):
     pairs = metrics.pair_cosines(*faces)
     if all(map(len, pairs)):
         row["verification"] = verification(*pairs)
-    is_unknown = asked.true < 0
+    # A picture without a label may show anybody. Only where none has one, all are taken for unknown.
+    is_unknown = (asked.true < 0) & (labelled | ~labelled.any())
     unknown = asked.margin[is_unknown]
     known = own.true >= 0
     enrolled = own.true >= learned

@@ -5,7 +5,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import call, draw_folder, refused
+from conftest import ROOT, call, draw_folder, refused
 from made import CPU, QUICK, files_of, home
 
 from common.io import read_safetensors, save_safetensors
@@ -23,6 +23,7 @@ SEGMENT = f"apps.segment runs/a --data datasets/frames --out new {CPU}"
 DETECT = f"apps.detect runs/a --data datasets/scenes --out new --view 48 {CPU}"
 PLAN = "lab.run --threads 1"
 RUN = f"{PLAN} mine --data datasets/packed"
+HOLDS = "holds the pictures themselves"  # and nobody should be told to remove that
 IMAGES, TOON = "data.py images --out new", "data.py toon --out new"
 FACE = "ingest.toon --who yukina --size 16"
 SPLITS, SHOW = "data.py splits --out new", "data.py --show images"
@@ -40,6 +41,9 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{PRE} --ratio 0.5:0.7:0.9", "0.7:0.9"),
     (PROBE.replace("runs/a", "runs/a runs/a"), "same flags and the same seed"),
     (PROBE.replace("runs/a", "runs/a moved/a"), "same flags and the same seed"),
+    ("data.py images --out .", HOLDS),
+    ("data.py images/class0 --out ../home/images", HOLDS),
+    (f"apps.tags runs/a-tags images --captions --names {ROOT}/weights/toon-lora", "demo set alone"),
     (f"{TUNE} --method lora --from-scratch", "choose full"),
     (f"{TUNE} --head cosface:scale=0", "scale"),
     ("finetune_lora.py --resume runs/a", "another command"),
@@ -146,8 +150,7 @@ REPEATED = (  # the command, and what it refuses one by one: each is repeated in
     (FACE, f"--size 1000000, --seed {2**70}"),
 )
 TAKEN = (  # what would be written, and is there
-    "data.py images --out .",
-    "data.py images --out ../home",
+    "data.py images --out runs",
     f"{PRE} --out runs/a",
     "apps.maps --data datasets/packed --map saliency",
     f"{TAGS} --out runs/a-tags",

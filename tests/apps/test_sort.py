@@ -44,7 +44,12 @@ def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh)
     (fresh / "out/sorted.csv").write_text("".join(lines[:41]))
     gone = fresh / "out" / rows[0]["copy"]
     gone.unlink()
-    assert "40 of them done" in run_line(line, fresh, check=0).stdout
+    own = fresh / "out" / rows[41]["copy"]  # a picture that somebody put there
+    copy = own.read_bytes()
+    own.write_bytes(b"mine")
+    assert "rename one of them" in refused(run_line(line, fresh)) and own.read_bytes() == b"mine"
+    own.write_bytes(copy)
+    assert "of them done" in run_line(line, fresh, check=0).stdout
     assert table(fresh) == rows and not gone.exists()
 
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import draw_folder, refused, run_line
 from made import CPU, PACKED
 from sklearn.metrics import roc_auc_score
@@ -14,6 +16,7 @@ import data
 from apps import recognize
 from apps.unknown import (
     detection_rate,
+    measure,
     open_set,
     reliability,
     verification,
@@ -72,6 +75,20 @@ def test_unknown_characters_are_counted_by_their_margins():
         cuts = [cut for cut in unknown if (unknown > cut).double().mean() <= far]
         best = max(((known > cut) & right).double().mean().item() for cut in cuts)
         assert detection_rate(known, right, unknown, far) == pytest.approx(best, abs=1e-6)
+
+
+def test_a_picture_without_a_label_may_show_anybody():
+    labels, true = torch.tensor([0, 1, 2, -1]), torch.tensor([0, 1, -1, -1])
+    unit = F.normalize(torch.randn(4, 8, generator=seeded(0)), dim=1)
+    scores = dict(margin=torch.tensor([0.3, 0.2, -0.1, 0.4]), right=true >= 0, sure=torch.rand(4))
+    asked = SimpleNamespace(labels=labels, true=true, unit=unit, groups=np.arange(4), **scores)
+    assert measure(asked, asked, 2)["open_set"]["strangers"] == 1
+    asked.labels, asked.true = (
+        labels * 0 - 1,
+        true * 0 - 1,
+    )  # nothing has a label: all are strangers
+    own = SimpleNamespace(**vars(asked) | {"true": true})
+    assert measure(asked, own, 2)["open_set"]["strangers"] == 4
 
 
 @pytest.mark.parametrize(
