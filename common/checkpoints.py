@@ -333,7 +333,8 @@ def load_mae(path, image_size=None):
         load_beside(model.decoder.stats_head, path, "stats_head")
     add_pooler(model.encoder, path)
     warn_of_other_code(model.encoder, facts.get("fixed_picture"), path)
-    return model.eval(), {"norm_pix": True, "floor": FLOOR} | about_model(path)
+    norm_pix = facts.get("norm_pix") is not False  # a file that says nothing has MAE's own default
+    return model.eval(), {"norm_pix": norm_pix, "floor": FLOOR} | about_model(path)
 
 
 def load_teacher(path):

@@ -162,7 +162,8 @@ def relabelled(name, split, learned):
 def hold_out(splits, rows=None, seed=0):
     """-> rows of train to fit on (of these, or of all), rows to choose on, the split of the latter.
 
-    It is dev, or train, of which a tenth is held out, whole illustrations, drawn by the seed.
+    It is dev (also where that is reported, which is for choices between runs), or train, of which a
+    tenth is held out, whole illustrations, drawn by the seed.
     """
     # Whole illustrations, because two faces of one drawing are nearly the same picture. With one of them
     # in train, the other would be an easy question, and the choice would go to what remembers best.

@@ -447,7 +447,10 @@ class Run:
             self.bar.close()
         if self.stop:
             print(f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with:")
-            print(f"  python {shlex.join([*started_as(), '--resume', str(self.out)])}", flush=True)
+            start = "python"
+            if distributed.is_initialized():  # one process alone would have the batch of all
+                start = f"torchrun --nproc-per-node {distributed.get_world_size()}"
+            print(f"  {start} {shlex.join([*started_as(), '--resume', str(self.out)])}", flush=True)
             sys.exit(128 + self.stop[0])
         self.since = time.perf_counter()  # evaluations do not count
 

@@ -6,8 +6,9 @@ Drawings come from ingest/toon.py. Photographs ship with scikit-learn, matplotli
 PyWavelets. Each is in one split alone. Half of the photographed layers are a texture like a
 photograph: dead leaves (Lee, Mumford & Huang 2001), lit, out of focus in places. Nothing but what
 is shown may tell the two apart. So each layer takes mean and covariance of its colours from a layer
-that may be of either kind (Reinhard et al. 2001), and each finished frame the same grain and the
-same JPEG. The true mask, `drawn`, is for judging: only the fully supervised arm learns from it.
+that may be of either kind (Reinhard et al. 2001 take mean and deviation of each channel, in the
+colour space lαβ), and each finished frame the same grain and the same JPEG. The true mask, `drawn`,
+is for judging: only the fully supervised arm learns from it.
 """
 
 import io

@@ -319,6 +319,10 @@ def pack(path, out, **flags):
 
 def write_set(flags):
     """Pack a source, while no other process writes OUT: a stage that packs first goes on for hours."""
+    source, out = (Path(path).resolve() for path in (flags.path, flags.out))
+    if flags.path not in (*DRAWN, "-") and source.is_relative_to(out):  # nobody should remove that
+        fix = f"python data.py {shlex.quote(str(flags.path))} --out datasets/OTHER packs them elsewhere"
+        raise UserError(f"{flags.out} holds the pictures themselves; {fix}")
     with locked(lock_beside(flags.out)):
         with contextlib.suppress(OSError):
             os.rmdir(flags.out)  # an empty folder is not in the way
@@ -522,6 +526,8 @@ def to_learn(out):
     tensors = open_tensors(Path(out) / "train.safetensors")
     if "boxes" in tensors:
         return shlex.join(["python", "-m", "apps.detect", "weights/toon", "--data", str(out)])
+    if {*hybrid.PURE} <= {*tensors["header"]["classes"]}:
+        return shlex.join(["python", "-m", "apps.segment", "weights/toon", "--data", str(out)])
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.io import UserError
 from data import hold_apart
 from ingest import duplicates
-from ingest.layouts import ORDER
+from ingest.layouts import ORDER, shows_nobody
 
 # ---- groups and copies ---------------------------------------------------------------------------
 
@@ -146,15 +146,19 @@ def hold_out_test(splits, groups, share):
 
 
 def large_enough(records, least):
-    """Records of classes with at least `least` images, and a note on the rest; least 0 keeps all."""
-    count = Counter(r.label for r in records)
-    kept = [r for r in records if not least or (r.label is not None and count[r.label] >= least)]
+    """Records of classes with at least `least` images, and a note on the rest; least 0 keeps all.
+
+    Pictures of nobody are no class, and stay.
+    """
+    count = Counter(r.label for r in records if not shows_nobody(r.label))
+    small = {label for label, n in count.items() if label is None or n < least}
+    kept = [r for r in records if not least or r.label not in small]
     if not kept:
         largest = f"the largest class has {max(count.values())} images"
         raise UserError(f"--min-per-class {least} leaves nothing: {largest}")
     why = f"images of {{}} have no class of {least} or more"
     refuse_gone(records, kept, why, "give a smaller --min-per-class")
-    lost = sum(n < least for label, n in count.items() if label is not None)
+    lost = len(small - {None})
     gone = len(records) - len(kept)
     note = f"{gone} images left out: {lost} classes have fewer than {least}"
     return kept, [note] if gone else []

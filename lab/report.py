@@ -182,7 +182,7 @@ def differences(study):
         for arm, against in study.plan["arms"].items():
             against = max(means, key=means.get) if against == "best" else against
             if arm != against:
-                family.append({"what": column, "arm": arm, "against": against})
+                family.append({"what": column, "arm": arm, "against": against, "planned_for": arm})
         families.insert(-1, family)
     tests = []
     for family in families:
@@ -285,7 +285,7 @@ def csv_row(arm, tests, study):
         row[name] = np.mean(values) if values else None
         row[f"{name}_deviation"] = np.std(values, ddof=1) if len(values) > 1 else None
     for name in study.plan["compare"]:
-        found = [test for test in tests if test["arm"] == arm and test["what"] == name]
+        found = [x for x in tests if x.get("planned_for") == arm and x["what"] == name]
         for field in ("effect", "low", "high", "holm_p", "verdict"):
             row[f"{name}_{field}"] = found[0][field] if found else None
     for name in ("machine", "commit"):

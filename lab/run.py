@@ -96,25 +96,29 @@ def make(text, args):
             return done
         if reason and not args.retry:
             raise Diverged(reason)
+        begun = False  # of what was begun before nobody knows the time
         if out.name != name:  # it writes into the folder of another command
             for left in out.glob(f"**/{files}"):
                 left.unlink()
         elif (out / "state.pt").exists() and reason is None:
+            begun = True
             words = [*words[: 2 if words[0] == "-m" else 1], "--resume", str(out)]
         else:
             if reason or not (out / "folds").exists():  # finished folds are not trained again
                 shutil.rmtree(out, ignore_errors=True)
+            begun = out.exists()
             words += ["--out", str(out)]
         row = {"command": f"python {text}", "commit": commit(checkout)}
         start = time.perf_counter()
         try:
-            row["core_seconds"] = execute(words, args, args.work / f"{name}.log", lock)
+            used = execute(words, args, args.work / f"{name}.log", lock)
         except Diverged as problem:
             save_json(row | {"failed": str(problem)}, done)
             raise
         if digest_of_code(checkout) != args.code[checkout]:
             raise UserError(f"the code changed while {out} was made; give the command again")
-        save_json(row | {"seconds": round(time.perf_counter() - start, 1)}, done)
+        seconds = round(time.perf_counter() - start, 1)
+        save_json(row | ({} if begun else {"core_seconds": used, "seconds": seconds}), done)
     return done
 
 
@@ -166,11 +170,13 @@ def chain(templates, args, seed, flags="", share=1.0):
 
 def filled(text, args, folders, seed, budget):
     """A template -> the command: what it names in braces is made first."""
-    words = args.set | {"data": args.data, "seed": seed}
+    words = args.set | {"data": shlex.quote(str(args.data)), "seed": seed}
+    folders = [shlex.quote(str(folder)) for folder in folders]
     for name in re.findall(r"\{([a-z]\w*)\}", text):
         if name in args.plan.get("made", {}):
             flags = best_flags(name, args)
-            words[name] = chain(args.plan["made"][name], args, seed, flags)[-1].parent
+            made = chain(args.plan["made"][name], args, seed, flags)
+            words[name] = shlex.quote(str(made[-1].parent))
     if "{epochs}" in text:
         words["epochs"] = epochs_in(text.format(*folders, **words | {"epochs": 1}), args, *budget)
     return shlex.join(each_flag_once(shlex.split(text.format(*folders, **words))))
@@ -215,7 +221,7 @@ def score_on_dev(name, flags, args):
     with contextlib.suppress(Diverged):
         if name in plan.get("made", {}):
             made = chain(plan["made"][name], args, TRIAL_SEED, flags, share)
-            judge = plan["judge"].replace("{0}", str(made[-1].parent))
+            judge = plan["judge"].replace("{0}", shlex.quote(str(made[-1].parent)))
             out = chain([judge], args, TRIAL_SEED)[0].parent
         else:
             out = chain(plan["arms"][name][:1], args, TRIAL_SEED, flags, share)[0].parent
@@ -283,7 +289,9 @@ def row_of(arm, seed, args):
     found = [read_json(done) for done in dict.fromkeys(made)]
     row["commands"] = [done["command"] for done in found]
     for name in ("seconds", "core_seconds"):
-        row[name] = round(sum(done.get(name) or 0 for done in found), 1)
+        times = [done.get(name) for done in found]
+        if None not in times:
+            row[name] = round(sum(times), 1)
     return row
 
 
@@ -545,7 +553,7 @@ def main():
     study = report.judged([report.open_folder(folder)])[0]
     if study.rows:
         report.write(study, figure=True)
-        print("", (folder / "table.md").read_text(), READING, sep="\n")
+        print("", (folder / "table.md").read_text("utf-8"), READING, sep="\n")
         print(f"wrote    {folder}/table.md, table.csv, figure.png")
     if failed:
         raise UserError(f"{len(failed)} runs failed, repeat the command; the first: {failed[0]}")

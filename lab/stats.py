@@ -91,7 +91,7 @@ def paired(values, groups=None, claim=0.0, margin=None):
 def variance(values, baseline, claim=0.0):
     """F test, as if unpaired -> percent less variance over seeds than the baseline's.
 
-    Under ten seeds: no p.
+    Under ten seeds p is 1, which decides nothing.
     """
     for side in (values, baseline):
         if not varies(side):
@@ -105,7 +105,7 @@ def variance(values, baseline, claim=0.0):
     if n < TEN:
         note = f"variances need {TEN} seeds, there are {n}"
         return row | {"p": 1.0, "p_against": 1.0, "notes": [note]}
-    p = min(1.0, 2 * float(f.cdf(ratio, *df)))
+    p = 2 * min(float(f.cdf(ratio, *df)), float(f.sf(ratio, *df)))
     against = float(f.sf(ratio / (1 - claim / 100), *df))
     return row | {"p": p, "p_against": min(0.5, against), "notes": []}
 

@@ -399,6 +399,8 @@ def test_classes_of_the_least_size_stay_and_pictures_without_a_class_go():
     assert splits.large_enough(kept, 3) == (kept, [])
     with pytest.raises(UserError, match="the largest class has 3 images"):
         splits.large_enough(records, 4)
+    nobody = sources.Record("y", "", "unknown")
+    assert splits.large_enough([*records, nobody], 3)[0] == [*kept, nobody]
 
 
 def test_a_long_tail_keeps_the_largest_class_and_the_other_splits_whole():

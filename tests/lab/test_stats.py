@@ -118,7 +118,7 @@ def test_the_interval_of_a_ratio_of_variances_is_that_of_f():
     bounds = [100 * (1 - ratio / law.ppf(q)) for q in (0.025, 0.975)]
     assert of(row, INTERVAL) == near([*bounds, 2 * law.cdf(ratio)]) and 0 < row["p"] < 0.5
     assert of(row, ("n", "notes", "per_seed", "p_against")) == [12, [], [], 0.5]
-    assert of(back, ("n", "p")) == [10, 1.0]
+    assert back["n"] == 10 and back["p"] == pytest.approx(row["p"])
     assert back["p_against"] == pytest.approx(scipy.stats.f(9, 11).sf(1 / ratio))
     assert back["effect"] == pytest.approx(100 * (1 - 1 / ratio))
     halved = scipy.stats.f(11, 9).sf(ratio / 0.5)  # the claim: half of the variance

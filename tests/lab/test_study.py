@@ -1,5 +1,6 @@
 """lab.run: what is made once, resumed, chosen on dev, refused; with stages that pretend."""
 
+import csv
 import json
 import os
 import shlex
@@ -227,6 +228,23 @@ def test_a_table_tells_minutes_and_those_of_a_core():
     assert report.derived(row | {"core_seconds": 0.0}, study) == {"minutes": 2.0}  # on Windows
 
 
+def test_folders_may_have_spaces_in_their_names(home, small):
+    shutil.copytree(small, "my set")
+    study("my set", "mine --seeds 1 --work 'my runs'")
+    (row,) = report.read_rows(home / "runs/lab/mine-my set")
+    assert "--data 'my set'" in row["commands"][0] and len(calls(home)) == 1
+
+
+def test_a_csv_has_the_differences_to_the_planned_baseline_alone(home, small, monkeypatch):
+    further = plans.differences(("block.top1", "random.top1", "exploratory"))
+    plan = plans.PLANS["mine"] | {"differences": further, "against": {"block": "block"}}
+    monkeypatch.setitem(run.PLANS, "mine", plan)
+    study(small, "mine --arms random block green --seeds 3")
+    table = (folder_of(home) / "table.csv").read_text().splitlines()
+    rows = {row["arm"]: row for row in csv.DictReader(table)}
+    assert rows["block"]["top1_effect"] == "" and float(rows["block"]["top1"]) > 0
+
+
 def test_two_arms_with_one_command_share_it(home, small, monkeypatch):
     text = "pretrain.py --data {data} --seed {seed} --mask random"
     plan = plans.PLANS["mine"] | {"arms": {"a": [text, plans.PROBE], "b": [text, plans.PROBE]}}
@@ -336,6 +354,8 @@ def test_a_plan_that_is_killed_goes_on_with_the_run_that_was_stopped(home, small
     os.kill(orphan, signal.SIGKILL)  # the stage, as where the machine goes down
     study(small, MINE)
     assert calls(home)[2] == "block 2000 None resumed" and len(rows_of(home)) == 6
+    unknown = [row for row in rows_of(home) if "seconds" not in row]
+    assert [(row["arm"], row["seed"]) for row in unknown] == [("block", 2000)]
     assert calls(home).count("random 2000 None new") == 1
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import common.checkpoints as C
 import model as M
 from apps import formats
-from apps.export import export
+from apps.export import export, save_hf
 from common.io import UserError
 from common.lora import save_encoder
 from kernels.gather import MEAN, STD, masked_patch_gather
@@ -373,3 +373,6 @@ def test_an_mae_comes_back_whole(tmp_path):
     attention = copy.encoder.patch_attention(view, "pooler")
     close(attention, model.encoder.patch_attention(view, "pooler"))
     assert header["norm_pix"] is False
+    (tmp_path / "hf").mkdir()
+    save_hf(tmp_path, tmp_path / "hf", None)  # a public file tells it, too
+    assert C.load_mae(tmp_path / "hf")[1]["norm_pix"] is False
