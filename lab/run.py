@@ -96,18 +96,16 @@ def make(text, args):
             return done
         if reason and not args.retry:
             raise Diverged(reason)
-        begun = False  # of what was begun before nobody knows the time
         if out.name != name:  # it writes into the folder of another command
             for left in out.glob(f"**/{files}"):
                 left.unlink()
         elif (out / "state.pt").exists() and reason is None:
-            begun = True
             words = [*words[: 2 if words[0] == "-m" else 1], "--resume", str(out)]
         else:
             if reason or not (out / "folds").exists():  # finished folds are not trained again
                 shutil.rmtree(out, ignore_errors=True)
-            begun = out.exists()
             words += ["--out", str(out)]
+        begun = out.name == name and out.exists()  # nobody knows the time of its first part
         row = {"command": f"python {text}", "commit": commit(checkout)}
         start = time.perf_counter()
         try:
