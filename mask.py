@@ -106,7 +106,7 @@ def squares(patches, noise, t, hidden, unit=2):
 def block(patches, noise, t, hidden, size=0.3):
     """Squares at random places; size is their side as a share of the grid's (MAE, fig. 6).
 
-    On a grid of 8 x 8 patches, as `nano` and `small` have, 0.3 is only 2 of them; 0.5 is 4.
+    On a grid of 8 x 8 patches, as `nano`, `small` and `base` have, 0.3 is only 2 of them; 0.5 is 4.
     """
     g = math.isqrt(noise.shape[1])
     b = min(g, max(2, round(size * g)))

@@ -12,7 +12,7 @@ Writes: runs/NAME-det/ with detector.safetensors, state.pt, log.jsonl, metrics.j
 A plain ViT is enough for detection (ViTDet, Li et al. 2022, arXiv:2203.16527). Its last tokens
 become maps with cells of half, once and twice the patch's side. Each cell has the score of a
 centre, with CenterNet's focal loss (Zhou et al. 2019, arXiv:1904.07850). It also has the distances
-to the four sides of a box, with the weights of TTFNet (Liu et al. 2020, arXiv:1909.00700).
+to the four sides of a box, with weights after TTFNet (Liu et al. 2020, arXiv:1909.00700).
 Shapes: B batch, S side of a view in pixels, K boxes of a view (-1 fills up), N cells of all maps.
 """
 

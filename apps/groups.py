@@ -35,6 +35,7 @@ def alike(unit, least=ALIKE):
     """Whitened unit vectors (n, D) -> the group of each, 0, 1, ... by size: average linkage of cosines."""
     from sklearn.cluster import AgglomerativeClustering
 
+    check_grouped(len(unit), "faces")
     if len(unit) < 2:
         return [0] * len(unit)
     settings = {"metric": "cosine", "linkage": "average", "distance_threshold": 1 - least}

@@ -84,7 +84,7 @@ def sort(args, net, header, gallery, autocast):
     found = ()
     names = gallery["names"]
     if args.group:
-        if not args.detect:
+        if not args.detect:  # now, and not after all of them are embedded
             check_grouped(len(args.images), "pictures")
         least = args.alike if "alike" in args.given else gallery.get("alike", ALIKE)
         found = grouped(predictions(args, net, header, autocast, problems), gallery, least)

@@ -526,11 +526,12 @@ def to_learn(out):
     tensors = open_tensors(Path(out) / "train.safetensors")
     if "boxes" in tensors:
         return shlex.join(["python", "-m", "apps.detect", "weights/toon", "--data", str(out)])
-    if {*hybrid.PURE} <= {*tensors["header"]["classes"]}:
-        return shlex.join(["python", "-m", "apps.segment", "weights/toon", "--data", str(out)])
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"
+    if {*hybrid.PURE} <= {*tensors["header"]["classes"]}:
+        words = ["python", "-m", "apps.segment", "weights/toon", "--data", str(out)]
+        return shlex.join(words + of_split)
     problem = ""
     try:
         open_rows(out, have[0], 0)  # as finetune_lora.py will open them

@@ -7,11 +7,11 @@
     group  what a split must not tear apart, or None   tags   tuple of words
     box    (x1, y1, x2, y2) in pixels around the figure, or None
 
-`fetch(records)` yields (record, load), of a tar or a parquet file in its own order, and load() -> bytes,
-so that a pool of threads may call it. `notes` are lines for the user: what the path was taken for, and what was left
-out. Each reader, from_...(path) -> (records, fetch, *notes), knows one kind of source; READERS is
-the table of them. Where only folders tell split and class, ingest/files.py finds the pictures and
-ingest/layouts.py reads their folders. No picture is opened here.
+`fetch(records)` yields (record, load), of a tar or a parquet file in its own order, and load() ->
+bytes, so that a pool of threads may call it. `notes` are lines for the user: what the path was taken
+for, and what was left out. Each reader, from_...(path) -> (records, fetch, *notes), knows one kind of
+source; READERS is the table of them. Where only folders tell split and class, ingest/files.py finds
+the pictures and ingest/layouts.py reads their folders. No picture is opened here.
 """
 
 import contextlib
