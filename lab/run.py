@@ -367,11 +367,10 @@ def against(plan, arm):
 def with_masks(plan, arms):
     """A plan of masks, with arms of the user's own; what an arm is compared with is among the arms.
 
-    That is the plan's first arm, and for an arm of edited code the same arm of this code.
+    For an arm of the user's that is the plan's first one, and for edited code the same arm of this code.
     """
-    first = next(iter(plan["arms"]))
     edited = {arm: arm.partition(SOURCE)[0] for arm in arms if SOURCE in arm}
-    arms = list(dict.fromkeys([first, *edited.values(), *arms]))
+    arms = [*edited.values(), *arms]
     own = [arm for arm in arms if arm not in plan["arms"]]
     commands = plan["arms"] | dict.fromkeys(own, plan["template"])
     for arm, templates in commands.items():
@@ -379,10 +378,12 @@ def with_masks(plan, arms):
         source = shlex.quote(source) if source else ""
         scripts = [template.replace("{arm}", mask) for template in templates]
         commands[arm] = [os.path.join(source, script) for script in scripts]
-    baselines = dict.fromkeys(commands, first)
+    baselines = dict.fromkeys(commands, next(iter(plan["arms"])))
     if isinstance(plan["against"], dict):
         baselines |= plan["against"]
-    return plan | {"arms": commands, "against": baselines | edited}, arms
+    baselines |= edited
+    arms = list(dict.fromkeys([*(baselines[arm] for arm in arms), *arms]))
+    return plan | {"arms": commands, "against": baselines}, arms
 
 
 def chosen(args):

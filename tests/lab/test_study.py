@@ -157,6 +157,8 @@ def test_a_mask_of_ones_own_against_random_is_one_command_and_one_table(home, sm
     assert (folder_of(home) / "figure.png").exists()
     plan, _ = run.with_masks(plans.PLANS["h2"], ["block"])
     assert run.against(plan, "block") == "random"  # where arms have several baselines, too
+    _, arms = run.with_masks(plans.PLANS["content"], [plans.TRUE_MAPS])
+    assert arms == [plans.PLACE, plans.TRUE_MAPS]  # random masks are no baseline of these
 
 
 def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small, monkeypatch):
