@@ -699,24 +699,47 @@ PLANS["roads"] = PLANS["few"] | {
     },
 }
 
+# Ways to adapt weights/toon, and networks from scratch. An arm is compared with the one that lacks what
+# it adds. The neck of ifa is a LayerNorm over each picture, so its batch of 128 gets a control.
 ADAPT = f"finetune_lora.py {{encoder}} {ON} --method"
+SHORT, LONG = "--keep 0.25 --epochs 8", "--keep 0.25 --epochs 24"
+RANKS = 4, 16, 32  # of LoRA, instead of 8
+CNNS = "resnet10", "resnet50", "efficientnet_b0"
+ADAPTED = {  # arm: (its flags, its trials, what it is compared with)
+    "linear": ("linear", rates("--head-lr", 1e-2, 3e-2, 1e-1, 3e-1), "lora"),
+    "lora": (f"lora {SHORT}", rates("--lr", 1.5e-3, 3e-3, 6e-3, 1.2e-2), "full"),
+    "full": (f"full {SHORT}", rates("--lr", 5e-4, 1e-3, 2e-3, 4e-3), "full"),
+    "scratch": (f"full --from-scratch {LONG}", rates("--lr", 2.5e-4, 5e-4, 1e-3, 2e-3), "full"),
+}
+ADAPTED |= {f"lora, rank {r}": (f"lora:r={r} {SHORT}", ADAPTED["lora"][1], "lora") for r in RANKS}
+OF_ALL = ADAPTED["full"][1]
+ADAPTED |= {
+    "full, a block each epoch": (f"full --unfreeze-every 1 {SHORT}", OF_ALL, "full"),
+    "full, batch 128": (f"full --batch-size 128 {SHORT}", OF_ALL, "full"),
+    "full, batch 128, ifa": (
+        f"full --head ifa --batch-size 128 {SHORT}",
+        OF_ALL,
+        "full, batch 128",
+    ),
+}
 PLANS["adapt"] = OF_RECOGNITION | {
-    "question": "How do linear, LoRA, full fine-tuning and training from scratch compare?",
+    "question": "How do the head alone, LoRA, all weights and training from scratch compare?",
+    "seeds": range(9100, 9103),
     "made": {},
     "dev": ("log.jsonl", "dev_macro_f1"),
     "set": {"encoder": "weights/toon", "split": "val"},
-    "arms": {
-        "linear": [f"{ADAPT} linear", VERIFY],
-        "lora": [f"{ADAPT} lora --keep 0.25 --epochs 8", VERIFY],
-        "full": [f"{ADAPT} full --keep 0.25 --epochs 8", VERIFY],
-        "scratch": [f"{ADAPT} full --from-scratch --keep 0.25 --epochs 24", VERIFY],
+    "arms": {arm: [f"{ADAPT} {flags}", VERIFY] for arm, (flags, *_) in ADAPTED.items()}
+    | {
+        name: [
+            f"-m lab.convnets {name} {ON} --method full --from-scratch --image-size 64 --epochs 24",
+            VERIFY.replace("apps.unknown", "lab.convnets"),
+        ]
+        for name in CNNS
     },
-    "trials": {
-        "linear": rates("--head-lr", 1e-2, 3e-2, 1e-1, 3e-1),
-        "lora": rates("--lr", 1.5e-3, 3e-3, 6e-3, 1.2e-2),
-        "full": rates("--lr", 5e-4, 1e-3, 2e-3, 4e-3),
-        "scratch": rates("--lr", 2.5e-4, 5e-4, 1e-3, 2e-3),
-    },
+    "against": {arm: base for arm, (_, _, base) in ADAPTED.items()}
+    | dict.fromkeys(CNNS, "scratch"),
+    "trials": {arm: trials for arm, (_, trials, _) in ADAPTED.items()}
+    | dict.fromkeys(CNNS, WIDE["resnet10"]),
 }
 
 IN_GRAY = f"finetune_lora.py weights/toon {ON_TEST} 8 {FINE_TUNED['lora']} --colourless"
