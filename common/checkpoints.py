@@ -269,7 +269,8 @@ def at_size(weights, facts, image_size, path):
     size = image_size or facts["image_size"]
     p = facts["patch_size"]
     if not SIDE(size) or size % p:
-        raise UserError(f"--image-size {size} is no multiple of {p} px, a patch of {path}, or huge")
+        fix = f"take a multiple of {p} px, its patch, up to {BOUNDS['image_size'][1]}"
+        raise UserError(f"{path} can't read {size} px; {fix}")
     positions = [name for name in weights if name.endswith("pos_embed")]
     resized = {name: resize_positions(weights[name], size // p) for name in positions}
     if size != facts["image_size"]:
