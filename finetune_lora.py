@@ -759,13 +759,13 @@ def results(flags, task, run, best_epoch, found):
     measured = metrics.classification(found.logits, found.labels, task.sizes())
     # Faces of one illustration are right or wrong together. So whole illustrations are drawn anew for
     # the interval: with single faces it would be too narrow.
-    interval = stats.bootstrap(100.0 * correct[None].double().numpy(), found.groups.numpy())
+    interval = stats.share_interval(correct, found.groups)
     row = {"run": task.out.name, "method": task.method, "head": task.head, "seed": flags.seed}
     row |= {"data": flags.data, "evaluated_on": flags.split, "best_epoch": best_epoch}
     row |= {key: 100 * measured[key] for key in ("top1", "top5", "macro_f1")}
     by_size = {key: measured[key] for key in ("head", "mid", "tail")}
     row["by_size"] = {key: 100 * top1 for key, top1 in by_size.items() if top1 is not None}
-    row["top1_interval"] = [round(interval[key], 2) for key in ("low", "high")]
+    row["top1_interval"] = [round(bound, 2) for bound in interval]
     for name in ("colourless_top1", "thumbnails_top1", "histograms_top1"):
         row[name] = getattr(found, name)
     # Which pictures were right, one bit each: two runs can then be compared picture by picture.

@@ -163,15 +163,15 @@ def attn_low(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
 def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, hint=0.1):
     """attn_high, but a share `hint` of the patches that it would hide is shown.
 
-    AttMask-Hint draws these from the tenth with the most attention. So do these masks, nearly: a
-    patch that would be hidden in spite of little noise is one with much attention.
+    These are the ones with the most attention. AttMask-Hint draws them by chance, from the tenth of a
+    picture with the most; here chance has decided before which of these would be hidden.
     """
     priority = attn_high(patches, noise, t, hidden, beta, start, ramp_for)
     # Before guidance starts there is nothing to give a hint about, and the mask is the same, to the
     # bit, as that of `attn_high` with this seed.
     if ramp(t, start, ramp_for) == 0:
         return priority
-    return show_some(priority, hidden, hint, noise)
+    return show_some(priority, hidden, hint, log_attention(patches))
 
 
 # ---- foreground and background -------------------------------------------------------------------
@@ -302,15 +302,15 @@ def log_attention(patches):
     return patches["attn"].clamp(min=1e-6).log()
 
 
-def show_some(priority, M, share, noise):
-    """Shows round(share * M) of the M patches with the highest priority, those with low noise."""
+def show_some(priority, M, share, score):
+    """Shows round(share * M) of the M patches with the highest priority, those with the highest score."""
     # For each patch that is shown, another one has to be hidden, or the number would not be exact.
     # So no more can be shown than there are other patches to take their place.
     count = max(0, min(round(share * M), priority.shape[1] - M))
     order = priority.argsort(dim=1, descending=True, stable=True)
     top = order[:, :M]
-    lowest = noise.gather(1, top).argsort(dim=1, stable=True)[:, :count]
-    shown = top.gather(1, lowest)
+    best = score.gather(1, top).argsort(dim=1, descending=True, stable=True)[:, :count]
+    shown = top.gather(1, best)
     rank = order.argsort(1).float()  # 0 is hidden first
     return -rank.scatter(1, shown, M + count - 0.5)  # behind the patches that replace them
 

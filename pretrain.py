@@ -194,17 +194,18 @@ def set_length(flags, n_images, device, world):
     Sets the defaults of epochs, batch_size and eval_every. A run is as long for few images as for many.
     """
     defaults = DEFAULTS[device.type]
-    epochs = max(1, round(defaults["views"] / n_images))
-    set_defaults(flags, epochs=epochs, batch_size=defaults["batch"])
-    # An evaluation of the demo set takes about as long as an epoch, so there are five epochs or more
-    # between two. Only a shorter run has one in its middle.
-    every = min(max(5, flags.epochs // 16), (flags.epochs + 1) // 2)
-    set_defaults(flags, eval_every=every)
+    set_defaults(flags, batch_size=defaults["batch"])
     b = min(flags.batch_size, n_images) // world
     if b < (1 if flags.contrast == "none" else 2):  # the contrastive loss compares images
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; raise it")
     flags.batch_size = b * world
-    return b, n_images // (b * world)
+    steps = n_images // flags.batch_size  # the images that fill no batch wait for another epoch
+    set_defaults(flags, epochs=max(1, round(defaults["views"] / (steps * flags.batch_size))))
+    # An evaluation of the demo set takes about as long as an epoch, so there are five epochs or more
+    # between two. Only a shorter run has one in its middle.
+    every = min(max(5, flags.epochs // 16), (flags.epochs + 1) // 2)
+    set_defaults(flags, eval_every=every)
+    return b, steps
 
 
 def build_network(kind, size, flags):
@@ -391,6 +392,7 @@ def main():
     # processes. build_contrast then adds model.encoder.pooler, which that average must not know: it
     # waits for a gradient of every weight in every step, and the pooler has none in some.
     compiling = compiles(flags, device)
+    torch.compiler.reset()  # a notebook's second run has functions of its own, of which few are compiled
     alone = world == 1  # then all losses are compiled, and the network with them
     network = share_gradients(
         torch.compile(model, mode="reduce-overhead") if compiling and not alone else model

@@ -145,6 +145,9 @@ def open_labels(task):
     # because two faces of one drawing are so alike that one would give away the other. (With --split
     # dev, both are dev: it is for choices between runs, and not for results.)
     task.fit, task.choose, task.choose_in = features.hold_out(task.splits)
+    if not len(task.choose):
+        fix = "data.py needs more pictures, or a dev split: --dev 0.1"
+        raise UserError(f"{task.folder} has no picture to choose the regularisation on; {fix}")
     labels = task.labels["train"]
     queries = task.labels[task.held]
     task.counts = torch.bincount(labels[task.fit], minlength=len(task.names))
@@ -526,7 +529,8 @@ def difference_line(row):
     t = f"{len(row['seeds'])} seed(s): no t interval"
     if row["t"]:
         t = f"{INTERVAL.format(**row['t'])} by t over seeds"
-    both = f"{INTERVAL.format(**row['images'])} over seeds and illustrations"
+    over = "seeds and illustrations" if len(row["seeds"]) > 1 else "illustrations alone"
+    both = f"{INTERVAL.format(**row['images'])} over {over}"
     mean = row["images"]["mean"]
     return f"{row['pair']}, {HEADS[row['head']]}: {mean:+.2f} points; 95 % interval {both}, {t}"
 

@@ -38,16 +38,16 @@ from apps.recognize import (
     confidence,
     decided,
     enrolled_threshold,
-    evenly_of_each,
     make_gallery,
     outputs_of,
 )
 from apps.unknown import reliability
 from common import controls, metrics, train
 from common.command import progress, started_as
-from common.features import open_others, relabelled
+from common.features import evenly_of_each, open_others, relabelled
 from common.io import UserError, read_safetensors, save_json, save_safetensors
 from common.locks import reserve
+from common.stats import least_error
 
 FOLDS = 5  # networks, or as many as there are characters
 FACES = 500  # of a character that others are compared with, at most
@@ -281,6 +281,10 @@ def together(folds):
         setattr(found, name, torch.cat([fold[name] for fold in folds]))
     thresholds = torch.stack([fold["enrolled_threshold"] for fold in folds])
     found.enrolled_threshold = thresholds.mean().item()
+    # A support vector machine of more characters gives larger scores, so folds are not mixed.
+    asked = [fold for fold in folds if len(fold["unknown_colours"])]
+    scores = [auroc(fold["colours"], fold["unknown_colours"]) for fold in asked]
+    found.colours_auroc = sum(scores) / len(scores)
     if "others_similarity" not in folds[0]:
         found.others_similarity = torch.empty(0)
     curves = []
@@ -296,16 +300,14 @@ def share_of(hits, labels, of_new=False):
 
     The mean over characters, since the faces of one are alike in how they are judged. The interval is
     Student's, over characters. Where all of them agree it would have no width, so its standard error
-    is at least that of n independent pictures, sqrt(p (1 - p) / n), of which p counts two hits and
-    two misses more (after Agresti and Coull 1998, who divide by n + 4).
+    is at least `least_error`.
     """
     from scipy.stats import t as student
 
     shares = np.array([hits[labels == c].double().mean().item() for c in labels.unique()])
     C, n = len(shares), len(hits)
     mean = shares.mean()
-    likely = (mean * n + 2) / (n + 4)
-    error = max(shares.std(ddof=1) / C**0.5 if C > 1 else 0.5, (likely * (1 - likely) / n) ** 0.5)
+    error = max(shares.std(ddof=1) / C**0.5 if C > 1 else 0.5, least_error(mean, n))
     if of_new:  # it is to hold for as many other characters, which differ as much as these
         error *= 2**0.5
     reach = student.ppf(0.975, max(1, C - 1)) * error
@@ -323,7 +325,7 @@ def promise(found, numbers, sizes):
         below = found.others_similarity < numbers["threshold"]
         row["others"] = 100 * below.double().mean().item()
     row["auroc"] = auroc(found.similarity, found.unknown_similarity)
-    row["colours_auroc"] = auroc(found.colours, found.unknown_colours)
+    row["colours_auroc"] = found.colours_auroc
     sure = confidence(found.logits, found.similarity - numbers["threshold"], numbers)
     unsure = confidence(
         found.unknown_logits, found.unknown_similarity - numbers["threshold"], numbers

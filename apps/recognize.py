@@ -43,7 +43,7 @@ from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
 from common.features import FOLDS as BY_FOLDS
-from common.features import numbers_of, open_all, open_others, open_rows
+from common.features import evenly_of_each, open_all, open_others, open_rows
 from common.io import UserError, read_json, read_safetensors, reading, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
@@ -111,12 +111,6 @@ def parse_args():
 
 
 # ---- similarity ----------------------------------------------------------------------------------
-
-
-def evenly_of_each(labels, most):
-    """labels (n,) -> a list of rows for each label: at most so many, evenly spaced."""
-    rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
-    return [some[data.evenly_spaced(len(some), most)] for some in rows]
 
 
 def whitening(embeddings, labels):
@@ -408,8 +402,7 @@ def build_gallery(run, device, dtype):
     faces = faces_learned(run, device, dtype)
     header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
     if faces.held_out:
-        unknown = together(faces.unknown, faces.others)
-        header |= calibrate(faces.embeddings, faces.labels, faces.held_out, unknown)
+        header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.others)
     else:
         promise = Path(run) / PROMISE
         with reading(promise, "measure of the folds", FOLDS_REMEDY):
@@ -424,14 +417,8 @@ def build_gallery(run, device, dtype):
         below = similarity_of(*faces.others[:2], gallery) < gallery["threshold"]
         share = f"{below.float().mean():.0%} of the {len(below)} pictures of nobody"
         print(f"note: {share} are called unknown; they have decided the threshold", file=sys.stderr)
-    elif faces.held_out and faces.unknown is None:
+    elif faces.held_out and not faces.left_out:
         print(f"note: {UNMEASURED}", file=sys.stderr)
-
-
-def together(*parts):
-    """Tuples of tensors, or None -> one tuple of them all, or None."""
-    parts = [part for part in parts if part]
-    return tuple(map(torch.cat, zip(*parts, strict=True))) if parts else None
 
 
 def open_network(run, device, dtype):
@@ -471,8 +458,8 @@ def faces_learned(run, device, dtype):
     embeddings (n, D), labels (n,), keys   training pictures, at most FACES of a character
     classes                                the names of the labels
     held_out                               logits (m, C), embeddings (m, D), labels (m,) of dev
-    unknown                                the same of characters that --hold-out left out, or None
     others                                 the same of pictures of nobody in the set, or None
+    left_out                               what --hold-out left out, for apps/unknown.py to ask
 
     A run that learned every picture has no held_out: its folds have measured (apps/folds.py).
     """
@@ -492,15 +479,12 @@ def faces_learned(run, device, dtype):
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
     _, found.embeddings = outputs(train.split, rows)
-    found.held_out = found.unknown = found.others = None
+    found.held_out = found.others = None
+    found.left_out = hold_out
     if by_folds:
         return found
     found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
-    labels = torch.as_tensor(dev.split["labels"])
-    kept_back = torch.from_numpy(numbers_of(hold_out, dev.split["header"]["classes"]))
-    left_out = torch.isin(labels, kept_back).nonzero()[:, 0]
-    if len(left_out):
-        found.unknown = *outputs(dev.split, left_out), labels[left_out]
+    # Pictures of the characters that --hold-out left out set no threshold: they are there to be asked.
     if others := open_others(folder):
         split, rows = others
         found.others = *outputs(split, rows), split["labels"][rows]

@@ -132,4 +132,6 @@ def contrastive_loss(h, groups, m, temperature, dcl):
     negatives = logits.masked_fill(same, -1e4)
     found = (positive > negatives.amax(1, keepdim=True)).float().mean()
     among = negatives if dcl else torch.cat([positive, negatives], 1)
-    return (among.logsumexp(1) - positive[:, 0]).mean(), found
+    loss = among.logsumexp(1) - positive[:, 0]
+    # A view whose batch is all of its own group has nothing to be told from.
+    return loss.where(~same.all(1), 0).mean(), found

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 
 import data
+from common.features import evenly_of_each
 from common.readout import ridge, standardise, thumbnails, topk
 
 CPU = torch.device("cpu")
@@ -56,11 +57,14 @@ def thumbnail_scores(train, rows):
 def histogram_svms(train):
     """-> support vector machines on histograms of colours, one for each of COSTS.
 
-    They learn from SVM_IMAGES pictures at most: their time grows with the square.
+    They learn from SVM_IMAGES pictures at most, because their time grows with the square, and from as
+    many of each character.
     """
     from sklearn.svm import SVC
 
-    some = train.rows[data.evenly_spaced(len(train.rows), SVM_IMAGES)]
+    labels = train.labels[train.rows]
+    share = max(1, SVM_IMAGES // len(labels.unique()))
+    some = train.rows[torch.cat(evenly_of_each(labels, share))]
     x = features_of(histograms, train, some)
     return [SVC(C=cost).fit(x, train.labels[some]) for cost in COSTS]
 

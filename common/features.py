@@ -176,6 +176,12 @@ def hold_out(splits, rows=None, seed=0):
     return rows[~apart], rows[apart], "train"
 
 
+def evenly_of_each(labels, most):
+    """labels (n,) -> a list of rows for each label: at most so many, evenly spaced."""
+    rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    return [some[data.evenly_spaced(len(some), most)] for some in rows]
+
+
 def some_characters(text):
     """An argparse type: "4" characters, or the first of three parts of them, "1/3"."""
     part, slash, parts = text.partition("/")

@@ -66,6 +66,7 @@ class Replayed:
     def try_to_record(self, shapes, inputs):
         """A graph, the tensors that it reads, and its results. Nothing runs yet."""
         graph, places = torch.cuda.CUDAGraph(), list(self.copied(inputs))
+        here = torch.cuda.current_stream(self.device)
         # thread_local, because the thread that loads the next images goes on meanwhile.
         mode = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         try:
@@ -73,6 +74,10 @@ class Replayed:
                 results = self.update(*places)
             self.graphs[shapes] = graph, places, results
         except RuntimeError as problem:
-            print(f"note     no CUDA graph of the update: {str(problem).splitlines()[0]}")
+            # A failed recording leaves its stream as the current one, and says only that it failed: why
+            # is in what failed first.
+            torch.cuda.set_stream(here)
+            cause = problem.__context__ or problem
+            print(f"note     no CUDA graph of the update: {str(cause).splitlines()[0]}")
             self.can_record = False
             self.optimizer.zero_grad()  # what was recorded so far holds no numbers

@@ -43,6 +43,28 @@ def t_interval(differences):
     return {"mean": d.mean(), "low": float(low), "high": float(high), "p": float(found.pvalue)}
 
 
+def least_error(share, n):
+    """The smallest standard error that n pictures allow a share of them, 0 to 1.
+
+    That of n independent ones, sqrt(p (1 - p) / n). It would be 0 where all of them agree, so p counts
+    two hits and two misses more (after Agresti and Coull 1998, who divide by n + 4).
+    """
+    likely = (share * n + 2) / (n + 4)
+    return (likely * (1 - likely) / n) ** 0.5
+
+
+def share_interval(right, groups):
+    """right (n,) bool, groups (n,) -> low, high: the bootstrap of their share, in percent.
+
+    It draws whole groups, and is at least as wide as that of n independent pictures.
+    """
+    found = bootstrap(100.0 * np.asarray(right, np.float64)[None], groups)
+    reach = 196 * least_error(found["mean"] / 100, len(right))
+    low = min(found["low"], max(0.0, found["mean"] - reach))
+    high = max(found["high"], min(100.0, found["mean"] + reach))
+    return low, high
+
+
 def to_bits(right):
     """(n,) bool, which images a probe got right -> hexadecimal text, two digits for eight images."""
     return np.packbits(np.asarray(right, bool)).tobytes().hex()

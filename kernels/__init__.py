@@ -6,6 +6,8 @@ a GPU. With TRITON_INTERPRET=1, the interpreter of Triton runs the kernels on a 
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -23,7 +25,11 @@ except ImportError:  # on macOS: a kernel is then a plain function that nobody c
 
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TILE = 2**16 if INTERPRET else 2**11  # pixels per program; the interpreter is slow per program
-COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # Triton needs it
+# Triton compiles its link to the driver with these before its first kernel. A Linux distribution may
+# have Python without its headers.
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+HEADER = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+HAS_HEADER = HEADER.exists()  # asked once, because torch.compile can't trace a look at the disk
 OLDEST = (7, 0)  # compute capability; torch.compile refuses older GPUs, too
 LARGEST = 104  # px of a patch: from 105 on, a sum of squared bytes overflows int32
 
@@ -59,6 +65,8 @@ def why_not_triton(device):
         return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more"
     if device.type == "cuda" and not COMPILER:
         return "Triton needs a C compiler (install gcc)"
+    if device.type == "cuda" and not HAS_HEADER:
+        return f"Triton needs {HEADER} (apt install python3-dev)"
     return None
 
 

@@ -79,6 +79,11 @@ if [ -e "$folder/run/state.pt" ]; then
     pretrain=(pretrain.py --resume "$folder/run")
 fi
 
+lora=(finetune_lora.py "$folder/run" "${lora[@]}" --out "$folder/lora")
+if [ -e "$folder/lora/state.pt" ]; then
+    lora=(finetune_lora.py --resume "$folder/lora")
+fi
+
 step machine 30 bash -c facts
 # A speed is never reported where the kernels are wrong.
 for dtype in fp32 bf16 fp16; do
@@ -91,9 +96,9 @@ step parts 100 python3 -m lab.bench_parts "${small[@]}" --out "$folder"
 step pretrain 240 python3 "${pretrain[@]}"
 step weights 30 python3 -m apps.export "$folder/run" --to half --out "$folder/half"
 step probe 40 python3 probe.py "$folder/run" --headline
-step lora 90 python3 finetune_lora.py "$folder/run" "${lora[@]}" --out "$folder/lora"
+step lora 120 python3 "${lora[@]}"
 if [ ${#small[@]} -eq 0 ]; then
-    step tests 90 python3 -m pytest -q -n 4 tests/lesson/test_gpu.py tests/lesson/test_kernels.py
+    step tests 200 python3 -m pytest -q -n 4 --dist load tests/lesson/test_gpu.py tests/lesson/test_kernels.py
 fi
 step kernels 100 python3 -m lab.bench_kernels "${small[@]}" --turns 2 --out "$folder"
 step peers 200 python3 -m lab.bench_step "${small[@]}" --turns 1 --out "$folder"

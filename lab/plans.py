@@ -667,6 +667,7 @@ PLANS["few"] = PLANS["strangers"] | {
         "known_promised": ("known called unknown, promised", 0, PROMISE, "known_unknown/mean", 1),
         "known": ("known called unknown", 1, "recognize.json", "open_set/known_rejected", 1),
         "auroc": ("unknown, AUROC", 1, "recognize.json", "open_set/auroc_unknown", 1),
+        "auroc_folds": ("the same by folds", 0, PROMISE, "auroc", 1),
         "colours": ("AUROC of histograms, by folds", 0, PROMISE, "colours_auroc", 1),
         "error": ("calibration error", 1, "recognize.json", "calibration_error", 1),
         "sure": ("right of names at 80 % and more", 1, "recognize.json", "right_when_sure", 1),

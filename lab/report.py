@@ -8,6 +8,7 @@ Reads:  FOLDER/PLAN.json (what is compared), rows.jsonl, images.json (the illust
 Writes: FOLDER/table.md, table.csv, and figure.png with --figure
 """
 
+import math
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,10 +32,9 @@ UNITS = {"epochs": "% of the epochs saved", "variance": "% less variance"}
 UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
 NOTES = (
     "Mean ± std over seeds. Differences are paired by seed, with a 95 % t interval over seeds and "
-    "illustrations (over seeds alone where no image's answer is kept), and p after Holm over the "
-    "planned arms of a column. Further differences are a family of their own. Equivalent: the "
-    "difference is within ±{margin:g} points (two one-sided tests, after Holm). Under three seeds "
-    "there is no interval."
+    "illustrations (over seeds alone where no image's answer is kept), and p after Holm over {family}. "
+    "Further differences are a family of their own. Equivalent: the difference is within "
+    "±{margin:g} points (two one-sided tests, after Holm). Under three seeds there is no interval."
 )
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -173,22 +173,26 @@ def differences(study):
     """Every difference of a plan -> its tests with holm_p and verdict.
 
     Holm's families: each compared column over its arms, and the plan's further differences. Those
-    without rows count, too, with p = 1.
+    without rows count, too, with p = 1. The best arm is chosen by the runs that are tested: any pair
+    could have been asked about, so all pairs count.
     """
-    families = [study.plan["differences"]]
+    families = []
     for column in study.plan["compare"]:
         means = {arm: np.mean(values_of(seeds, column) or -1) for arm, seeds in study.rows.items()}
-        family = []
+        best = max(means, key=means.get, default=None)
+        family, pairs = [], 0
         for arm, against in study.plan["arms"].items():
-            against = max(means, key=means.get) if against == "best" else against
+            if against == "best":
+                pairs, against = math.comb(len(study.plan["arms"]), 2), best
             if arm != against:
                 family.append({"what": column, "arm": arm, "against": against, "planned_for": arm})
-        families.insert(-1, family)
+        families.append((family, pairs))
     tests = []
-    for family in families:
+    for family, pairs in [*families, (study.plan["differences"], 0)]:
         found = [measure(test, study) for test in family]
-        p, equal = (stats.holm([test[k] for test in found]) for k in ("p", "p_equal"))
-        for test, holm_p, q in zip(found, p, equal, strict=True):
+        unasked = [None] * (pairs - len(found))
+        p, equal = (stats.holm([test[k] for test in found] + unasked) for k in ("p", "p_equal"))
+        for test, holm_p, q in zip(found, p, equal, strict=False):
             if test["n"]:
                 verdict = stats.word(test["effect"], holm_p, q)
                 tests.append(test | {"holm_p": holm_p, "verdict": verdict})
@@ -363,7 +367,10 @@ def write(study, figure=False):
     text = [f"# {plan['plan']} on {plan['data']}, {plan['split']}: {plan['question']}", ""]
     text += [*arm_table(study), *difference_table(study, tests), ""]
     text += [f"Failed: `{r['arm']}`, seed {r['seed']}: {r['failed']}\n" for r in study.failed]
-    text.append(NOTES.format(margin=plan["margin"]))
+    family = "the planned arms of a column"
+    if tests and "best" in plan["arms"].values():
+        family = "all pairs of arms, because these runs chose the best"
+    text.append(NOTES.format(family=family, margin=plan["margin"]))
     for hypothesis in study.hypotheses:
         text += hypothesis_table(hypothesis)
     if figure:

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from common.stats import bootstrap, from_bits, mean_std, plus_minus, t_interval, to_bits
+from common.stats import (
+    bootstrap,
+    from_bits,
+    mean_std,
+    plus_minus,
+    share_interval,
+    t_interval,
+    to_bits,
+)
 from lab import stats
 
 D = np.array([0.4, 1.9, 1.1, 2.2, 0.7])
@@ -300,6 +308,16 @@ def test_mean_and_deviation_are_of_samples():
     assert [plus_minus(x) for x in (found, mean_std([2.0]), None)] == ["2.3 ± 1.5", "2.0", "-"]
     right = [True, False, False, False, False, True, True, True, True, True]
     assert to_bits(right) == "87c0" and from_bits("87c0", 10).tolist() == right
+
+
+def test_the_share_of_few_pictures_that_are_all_right_has_an_interval():
+    """And of many, where illustrations are whole, the bootstrap is wider, and stays."""
+    reach = 196 * math.sqrt(22 / 24 * 2 / 24 / 20)
+    assert share_interval(np.ones(20), np.arange(20)) == near([100 - reach, 100])
+    assert share_interval(np.zeros(20), np.arange(20)) == near([0, reach])
+    right = np.arange(400) % 40 < 20
+    found = bootstrap(100.0 * right[None], np.arange(400) // 20)
+    assert share_interval(right, np.arange(400) // 20) == (found["low"], found["high"])
 
 
 def test_the_bootstrap_is_what_its_formula_says():

@@ -136,14 +136,20 @@ def test_guidance_rises_on_a_straight_line():
 
 
 def test_a_hint_shows_a_share_of_what_would_be_hidden_first():
-    """A fifth of it, or a single patch, or as many as may be visible; none before guidance starts."""
+    """Those with the most attention: a fifth, or a single patch, or as many as may be visible.
+
+    None are shown before guidance starts.
+    """
     patches, noise = patches_of(8, 100), noise_of(8, 100)
     for M, hint, shown in ((75, 0.2, 15), (75, 0.01, 1), (95, 0.2, 5)):
         high = hidden("attn_high", patches, noise, M)
         found = hidden("attn_hint", patches, noise, M, hint=hint)
         assert ((high & ~found).sum(1) == shown).all()
+        attention = patches["attn"]
+        least = attention.where(high & ~found, torch.inf).amin(1)
+        assert (least >= attention.where(high & found, -torch.inf).amax(1)).all()
     most, five = (masking.attn_hint(patches, noise, 1.0, 95, hint=h) for h in (0.2, 5 / 95))
-    assert torch.equal(most, five)  # chance, and not the place, decides which ones
+    assert torch.equal(most, five)  # no more than may be visible
     before = hidden("attn_hint", patches, noise, 75, 0.05)
     assert torch.equal(before, hidden("random", {}, noise, 75))
 

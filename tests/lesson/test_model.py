@@ -271,6 +271,11 @@ def test_views_that_find_their_pair_are_counted():
     assert contrastive_loss(torch.ones(8, 4) / 2, groups, 4, 0.1, True)[1] == 0  # a collapse
 
 
+def test_a_batch_of_one_illustration_has_nothing_to_tell_a_view_from():
+    h = torch.eye(4).repeat(2, 1)
+    assert contrastive_loss(h, torch.zeros(8), 4, 0.1, True)[0] == 0
+
+
 def contrast_of(settings, figures=None):
     header = {"groups": ["a", "b", "a", "c"]}
     train_set = {"header": header, "labels": torch.zeros(4)}

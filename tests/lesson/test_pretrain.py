@@ -87,8 +87,9 @@ def test_a_mask_changes_nothing_but_the_mask(small, monkeypatch):
 def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast):
     flags, _ = recipe(monkeypatch, small, "--contrast", contrast)
     images, default = len(data.open_split(small, "train")["images"]), pretrain.DEFAULTS["cpu"]
-    assert abs(flags["epochs"] * images - default["views"]) <= images
     assert flags["batch_size"] == default["batch"]
+    of_an_epoch = images // default["batch"] * default["batch"]
+    assert abs(flags["epochs"] * of_an_epoch - default["views"]) <= of_an_epoch
     flags, _ = recipe(monkeypatch, small, "--model", "nano:simmim=1")
     assert (flags["mask"], flags["ratio"], flags["contrast"]) == ("squares", "0.6", "none")
 
@@ -98,7 +99,7 @@ def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast):
     [
         ("cpu", 38, 8, 10),
         ("cuda", 195, 10, 20),
-        ("cuda", 2381, 10, 20),
+        ("cuda", 2604, 10, 20),
         ("cpu", 4, 3, 5),
         ("cpu", 1, 2, 2),
     ],
@@ -108,6 +109,16 @@ def test_a_curve_has_points_enough(device, epochs, least, most):
     pretrain.set_length(flags, 1680, torch.device(device), 1)
     points = {*range(0, epochs, flags.eval_every), epochs}
     assert least <= len(points) <= most
+
+
+@pytest.mark.parametrize("images", [63, 1000, 1680, 7269])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_is_as_long_for_few_images_as_for_many(device, images):
+    """Also where many of them do not fill a batch, and wait for another epoch."""
+    flags = SimpleNamespace(contrast="none", given=set())
+    _, steps = pretrain.set_length(flags, images, torch.device(device), 1)
+    views = pretrain.DEFAULTS[device]["views"]
+    assert flags.epochs * steps * flags.batch_size == pytest.approx(views, rel=0.1)
 
 
 def test_what_is_random_in_training_is_not_in_evaluations(monkeypatch):
