@@ -8,12 +8,18 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import refused, run_line, shared_file
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 from ingest import duplicates, toon
 
-KINDS = {"reencoded": 1, "resized": 1, "cropped": 0.95, "recoloured": 0.9}  # and the least recall
+KINDS = {
+    "reencoded": 1,
+    "resized": 1,
+    "cropped": 0.95,
+    "recoloured": 0.9,
+    "mirrored": 1,
+}  # and the least recall
 
 
 def copy(picture, kind, rng):
@@ -25,6 +31,8 @@ def copy(picture, kind, rng):
         left, top, right, bottom = rng.uniform(0, 0.08, 4)
         edges = (round(left * w), round(top * h), round(w - right * w), round(h - bottom * h))
         return picture.crop(edges)
+    if kind == "mirrored":
+        return ImageOps.mirror(picture)
     if kind == "recoloured":  # its hue is turned
         hsv = np.asarray(picture.convert("HSV")).astype(int)
         hsv[..., 0] += rng.integers(30, 226)
