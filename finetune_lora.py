@@ -261,6 +261,12 @@ def add_lora(encoder, r=8, alpha=None):
             block.set_submodule(name, LoRA(block.get_submodule(name), r, alpha or 2 * r, chunks))
 
 
+UNMERGED = (
+    "its forward does not multiply by its `weight`; let both say the same (finetune_lora.py). What is no "
+    "product with one matrix, such as a trained bias, can't be merged"
+)
+
+
 @torch.no_grad()
 def merge_lora(encoder):
     """Put plain layers in place of LoRA: W + alpha/r B A. A UserError where that would be another network."""
@@ -268,8 +274,7 @@ def merge_lora(encoder):
     # product can't be subtracted again exactly, because the sum is rounded: training keeps them apart.
     for name, lora in lora_layers(encoder).items():
         if not computes(lora, type(lora).weight):
-            reason = "LoRA.weight in finetune_lora.py is not what its forward multiplies by"
-            raise UserError(f"the adapter of {name} can't be merged: {reason}; change it there")
+            raise UserError(f"the adapter of {name} can't be merged: {UNMERGED}")
         lora.base.weight.copy_(lora.weight())
         encoder.set_submodule(name, lora.base)
 
@@ -706,6 +711,8 @@ def finetune(flags, task, make_run=train.Run):
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)
+            if run.step == 1:
+                train.name_unused(net, optimizer)
 
             # 5. log, evaluate, save
             # The accuracies stay on the device until a row is due: asking for one waits for the GPU. A
@@ -816,11 +823,14 @@ def check_readable(flags, task):
     """
     check_registered(task.net)
     before = {name: w.clone() for name, w in task.trained.tensors.items()}
-    # All that is trained is moved a little: B begins at zero, and what it multiplies would not be seen.
     generator = torch.Generator().manual_seed(0)
+    # All that is trained is moved a little: B begins at zero, and what it multiplies would not be seen.
     for w in task.trained.tensors.values():
         if w.is_floating_point():
             w += 0.01 * torch.rand(w.shape, generator=generator).to(w.device)
+    layers = lora_layers(task.net.encoder)
+    if odd := [name for name, x in layers.items() if not computes(x, type(x).weight)]:
+        print(f"note: the adapter of {odd[0]} can be trained, but not be merged later: {UNMERGED}")
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_network(flags, task, Path(folder), {})

@@ -339,6 +339,16 @@ def refresh_maps(source, epoch, run, images, autocast):
     source.open_maps(name)
 
 
+def check_priority(priority, mask):
+    """A UserError where a priority (b, N) has no order; it waits for the GPU, as a row of the log does."""
+    # One infinite score makes a whole picture NaN. A sort puts all of it last, so the same patches would
+    # be hidden in every step, and the loss would look healthy.
+    if not priority.isfinite().all():
+        raise UserError(
+            f"--mask {mask}: a priority is not finite; clamp its score, as before a log"
+        )
+
+
 def log_evaluation(run, model, teacher, splits, target_options, autocast):
     """A row of the log: how good the encoder is, and on what the attention falls, where that is known.
 
@@ -361,7 +371,7 @@ def finish(run, model, source, held_set, target_options, autocast):
         return
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(source.file)}:
         old.unlink()
-    notes = {"step": run.step, "run": run.config, **target_options}
+    notes = {"step": run.step, "commit": train.commit(), "run": run.config, **target_options}
     save_model(model, run.out / "model.safetensors", notes)
     draw_run(run.out, model.eval(), held_set, target_options, autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
@@ -547,10 +557,13 @@ def main():
             found = pairs.clone() if second else found
             source.update_teacher(model.encoder, run.step, total)
             run.update(loss, grad_norm)  # from here on, run.step counts this step, too
+            if run.step == 1:
+                train.name_unused(model, optimizer)
 
             # 6. log, evaluate, save
             stop_together(run)
             if run.logs_now:
+                check_priority(priority, flags.mask)
                 numbers = source.statistics(run.step, total)
                 numbers |= contrast.statistics(found) if contrast else {}
                 run.log_step(lr=lr, **numbers)

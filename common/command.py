@@ -217,7 +217,9 @@ def parse_keys(text, choices, flag):
             values[key] = value if kind is str else between(low, high, kind)(value)
         except (ValueError, argparse.ArgumentTypeError):
             whole = "whole " if kind is int else ""
-            problem = f"{value!r} must be a {whole}number from {low:g} to {high:g}"
+            problem = (
+                f"{value!r} must be a {whole}number from {low:g} to {high:g} (common/fields.py)"
+            )
             raise UserError(f"{flag} {name}:{pair}: {problem}") from None
     return name, values
 

@@ -207,6 +207,15 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def name_unused(network, optimizer):
+    """After the first step: a line names the weights that no loss reaches, so that nothing trains them."""
+    # AdamW keeps a state of what had a gradient, and no other.
+    learns = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    unused = [name for name, p in learns.items() if p not in optimizer.state]
+    if unused:
+        print(f"note     no loss reaches {', '.join(unused)}: is it used in forward?")
+
+
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
     # Adam divides by the root of a mean of squared gradients, which rests on few of them at first. Full

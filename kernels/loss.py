@@ -300,7 +300,11 @@ def reconstruction_error(
         return error, stack_stats(*stats)
     target, stats = targets(view, ids, patch, norm_pix, floor)
     pred = pred.to(torch.promote_types(pred.dtype, target.dtype))  # fp32 where it was bf16 or fp16
-    return (error_of or squared_error)(pred, target.to(pred.dtype)), stats
+    error = (error_of or squared_error)(pred, target.to(pred.dtype))
+    if error.shape != ids.shape:
+        shapes = f"a number for each patch, {tuple(ids.shape)}, and not {tuple(error.shape)}"
+        raise ValueError(f"error_of has to return {shapes}")
+    return error, stats
 
 
 def weighted_mean(error, weight):

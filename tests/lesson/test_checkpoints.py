@@ -344,7 +344,12 @@ def test_code_that_makes_other_features_of_a_file_says_so(tmp_path, monkeypatch,
     C.save_model(small_mae(), tmp_path / "model.safetensors", {})
     C.load_encoder(tmp_path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(M.MLP, "forward", lambda self, x: self.fc2(self.fc1(x).relu()))
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # QuickGELU, which is almost GELU
+
+    monkeypatch.setattr(M.MLP, "forward", forward)
     C.load_encoder(tmp_path)
     assert capsys.readouterr().err.startswith("warning")
     with pytest.raises(UserError, match="plain ViT"):

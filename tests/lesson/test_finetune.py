@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import draw_folder, run_line, some_view, state_of
 from made import QUICK
+from test_lora import plain_lora
 
 import data
 import finetune_lora
@@ -250,6 +251,7 @@ def test_what_has_no_label_or_no_second_picture_is_not_learned(at, thin, no_pict
 # ---- an adapter that somebody changed ------------------------------------------------------------
 
 
+@plain_lora
 def test_an_adapter_whose_files_would_lose_something_is_refused_before_it_trains(
     at, monkeypatch, capsys
 ):
@@ -284,3 +286,21 @@ def test_an_adapter_whose_files_would_lose_something_is_refused_before_it_trains
     monkeypatch.setattr(finetune_lora, "LoRA", Forgetful)
     done = run_line(call.replace("changed", "lost"), at, check=2)
     assert "read back" in done.stderr and not (at / "runs/lost").exists()
+
+
+@plain_lora
+def test_an_adapter_that_trains_in_part_or_cannot_be_merged_says_so_at_the_start(at, monkeypatch):
+    class Unused(finetune_lora.LoRA):
+        """Its `weight` is scaled, and its `forward` was forgotten."""
+
+        def __init__(self, *args, **keys):
+            super().__init__(*args, **keys)
+            self.s = torch.nn.Parameter(torch.full((self.base.out_features, 1), 2.0))
+
+        def weight(self):
+            return self.s * super().weight()
+
+    assert "note" not in run_line(f"{TUNE} --method lora:r=2 --out runs/plain", at, check=0).stdout
+    monkeypatch.setattr(finetune_lora, "LoRA", Unused)
+    said = run_line(f"{TUNE} --method lora:r=2 --out runs/unused", at, check=0).stdout
+    assert "encoder.blocks.0.attn.qkv.s" in said and "not be merged" in said

@@ -211,6 +211,8 @@ def test_simmims_absolute_error_trains():
     view, _, ids = case(4)
     weight = rand(*ids.shape, dtype=torch.float64) + 0.1
     pred = randn(*ids.shape, 48, dtype=torch.float64).requires_grad_()
+    with pytest.raises(ValueError, match="error_of has to return a number for each patch"):
+        loss(pred, view, ids, 4, weight, error_of=lambda y, t: (y - t).abs())
     value = loss(pred, view, ids, 4, weight, error_of=L.absolute_error)
     (found,) = torch.autograd.grad(value, pred)
     slope = (pred.detach() - L.targets(view, ids, 4)[0].double()).sign()

@@ -14,7 +14,16 @@ from apps.export import export
 from common.checkpoints import load_encoder
 from common.io import UserError
 from common.lora import fingerprint, save_encoder
-from finetune_lora import LoRA, add_lora, load_base, load_lora, lora_layers, write_adapter
+from finetune_lora import (
+    METHODS,
+    LoRA,
+    add_lora,
+    is_plain,
+    load_base,
+    load_lora,
+    lora_layers,
+    write_adapter,
+)
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
 ATTN = ["attn.qkv", "attn.proj"]
@@ -39,13 +48,21 @@ def adapted(vit=None, r=4, alpha=None):
     return vit
 
 
+plain_lora = pytest.mark.skipif(
+    not is_plain(adapted()), reason="add_lora makes another adapter, which peft does not know"
+)
+
+
 def save_adapted(folder):
     """Such an adapter in files; its encoder is called runs/x."""
     vit = adapted(alpha=6)
-    write_adapter(vit, {"r": 4, "alpha": 6}, fingerprint(small_vit()), folder, "runs/x")
+    write_adapter(
+        vit, METHODS["lora"] | {"r": 4, "alpha": 6}, fingerprint(small_vit()), folder, "runs/x"
+    )
     return vit
 
 
+@plain_lora
 def test_it_starts_as_nothing_and_trains_alone():
     plain, vit = small_vit(), small_vit()
     view = some_view()
@@ -59,6 +76,7 @@ def test_it_starts_as_nothing_and_trains_alone():
     assert len(trained) == 2 * 2 * 4 and all(n.endswith((".A", ".B")) for n in trained)
 
 
+@plain_lora
 def test_the_fused_layer_does_what_three_adapters_would():
     lora, x = adapted(alpha=6).blocks[0].attn.qkv, torch.randn(3, 5, 64)
     parts = lora.base(x).chunk(3, 2)
@@ -75,6 +93,7 @@ def count(size, rank):
     return sum(w.numel() for w in encoder.parameters() if w.requires_grad), whole
 
 
+@plain_lora
 def test_lora_trains_few_parameters():
     """r (in + out) of each layer: q, k, v and o of D to D, and two of the MLP."""
     D, H = 768, 768 * M.MLP_RATIO
@@ -107,6 +126,7 @@ def loaded(folder):
     return vit.features(some_view())
 
 
+@plain_lora
 def test_peft_loads_ours_with_the_same_output(tmp_path):
     expected = save_adapted(tmp_path).features(some_view())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -170,6 +190,7 @@ def change_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@plain_lora
 @pytest.mark.parametrize(
     "change, encoder, word",
     [
@@ -194,6 +215,7 @@ def test_an_adapter_of_another_kind_or_encoder_is_refused(tmp_path, change, enco
     assert not lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
 
 
+@plain_lora
 def test_half_an_adapter_is_refused(tmp_path):
     save_adapted(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -209,7 +231,7 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     save_encoder(small_vit(), tmp_path / "base.safetensors", {})
     base = adapted(load_encoder(tmp_path / "base.safetensors", image_size=48))
     digest = fingerprint(load_encoder(tmp_path / "base.safetensors"))
-    keys = {"r": 4, "alpha": 0}
+    keys = METHODS["lora"] | {"r": 4, "alpha": 0}
     write_adapter(base, keys, digest, tmp_path / "run", tmp_path / "base.safetensors")
     out, _ = export(tmp_path / "run", "merged")
     encoder = load_encoder(out)

@@ -25,6 +25,9 @@ def patches_of(B, N, parts=5):
     draw = torch.Generator().manual_seed(1)
     attn = torch.rand(B, N, generator=draw) ** 4 + 1e-4
     known = {name: torch.rand(B, N, generator=draw) for name in ("fg", "difficulty")}
+    known["fg"] = (3 * known["fg"] - 1).clamp(
+        0, 1
+    )  # in pictures a third is exactly 0, and a third 1
     side = 4 * math.isqrt(N)
     known["view"] = torch.randint(0, 256, (B, side, side, 3), generator=draw, dtype=torch.uint8)
     shares = torch.rand(B, N, parts, generator=draw)
@@ -51,6 +54,7 @@ def test_every_strategy_hides_exactly_as_many(name):
         K = masking.kept(N, ratio)
         for t in (0.0, 0.4, 1.0):
             priority = masking.STRATEGIES[name](patches_of(5, N), noise_of(5, N), t, N - K)
+            assert priority.isfinite().all()
             keep, hide = masking.sample(priority, K)
             assert keep.shape == (5, K) and keep.is_contiguous() and hide.is_contiguous()
             every = torch.cat([keep, hide], 1).sort(1).values

@@ -13,6 +13,7 @@ import mask as masking
 import pretrain
 from common import train
 from common.checkpoints import is_decoder
+from common.io import UserError
 from common.train import read_log
 
 QUICK = ["--device", "cpu", "--batch-size", 16, "--epochs", 2]
@@ -119,6 +120,27 @@ def test_a_run_is_as_long_for_few_images_as_for_many(device, images):
     _, steps = pretrain.set_length(flags, images, torch.device(device), 1)
     views = pretrain.DEFAULTS[device]["views"]
     assert flags.epochs * steps * flags.batch_size == pytest.approx(views, rel=0.1)
+
+
+def test_what_no_loss_reaches_is_named_and_a_priority_without_an_order_is_refused(
+    small, tmp_path, monkeypatch, capsys
+):
+    """A token that run_blocks does not add; the logarithm of a foreground that is 0 in many patches."""
+    made = pretrain.build_network
+
+    def with_a_token(*args):
+        model = made(*args)
+        model.encoder.lost_token = torch.nn.Parameter(torch.zeros(1, 1, 32))
+        return model
+
+    monkeypatch.setattr(pretrain, "build_network", with_a_token)
+    monkeypatch.setattr(pretrain, "check_readable", lambda model: None)
+    monkeypatch.setitem(masking.STRATEGIES, "random", lambda p, noise, *_: noise - 1 / (noise > 0))
+    words = ["--data", small, "--out", tmp_path / "run", *QUICK]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in ["pretrain.py", *words]])
+    with pytest.raises(UserError, match="--mask random: a priority is not finite"):
+        pretrain.main()
+    assert "no loss reaches encoder.lost_token:" in capsys.readouterr().out
 
 
 def test_what_is_random_in_training_is_not_in_evaluations(monkeypatch):
