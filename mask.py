@@ -46,6 +46,7 @@ from kernels.loss import patch_detail
 START = 0.1  # share of the run before guidance starts: until then the teacher's attention is noise
 RAMP = 0.1  # share of the run over which guidance rises to its full strength
 BETA = 0.5  # strength of attention: 1 was worse on the demo set, in one seed
+TOP = 0.1  # share of the patches, those with the most attention, of which attn_hint shows some
 
 
 # ---- soft guidance -------------------------------------------------------------------------------
@@ -160,18 +161,21 @@ def attn_low(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
     return guided(-log_attention(patches), beta * ramp(t, start, ramp_for), noise)
 
 
-def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, hint=0.1):
-    """attn_high, but a share `hint` of the patches that it would hide is shown.
+def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, hint=0.5):
+    """attn_high, but of the tenth of the patches with the most attention a share `hint` is shown.
 
-    These are the ones with the most attention. AttMask-Hint draws them by chance, from the tenth of a
-    picture with the most; here chance has decided before which of these would be hidden.
+    Chance draws these, as in AttMask-Hint of the same paper.
     """
     priority = attn_high(patches, noise, t, hidden, beta, start, ramp_for)
     # Before guidance starts there is nothing to give a hint about, and the mask is the same, to the
-    # bit, as that of `attn_high` with this seed.
-    if ramp(t, start, ramp_for) == 0:
+    # bit, as that of `attn_high` with this seed. Then hints come one by one.
+    tenth = round(TOP * noise.shape[1])
+    count = round(hint * ramp(t, start, ramp_for) * tenth)
+    if count == 0:
         return priority
-    return show_some(priority, hidden, hint, log_attention(patches))
+    top = patches["attn"].argsort(dim=1, descending=True, stable=True)[:, :tenth]
+    drawn = noise.gather(1, top).argsort(1)[:, :count]
+    return show(top.gather(1, drawn), priority, hidden)
 
 
 # ---- foreground and background -------------------------------------------------------------------
@@ -302,17 +306,14 @@ def log_attention(patches):
     return patches["attn"].clamp(min=1e-6).log()
 
 
-def show_some(priority, M, share, score):
-    """Shows round(share * M) of the M patches with the highest priority, those with the highest score."""
+def show(shown, priority, M):
+    """A priority by which M other patches are hidden than those at places `shown` (B, n)."""
     # For each patch that is shown, another one has to be hidden, or the number would not be exact.
     # So no more can be shown than there are other patches to take their place.
-    count = max(0, min(round(share * M), priority.shape[1] - M))
-    order = priority.argsort(dim=1, descending=True, stable=True)
-    top = order[:, :M]
-    best = score.gather(1, top).argsort(dim=1, descending=True, stable=True)[:, :count]
-    shown = top.gather(1, best)
-    rank = order.argsort(1).float()  # 0 is hidden first
-    return -rank.scatter(1, shown, M + count - 0.5)  # behind the patches that replace them
+    count = min(shown.shape[1], priority.shape[1] - M)
+    rank = priority.argsort(dim=1, descending=True, stable=True).argsort(1).float()
+    # Rank 0 is hidden first. The last that can replace them has the rank M + count - 1.
+    return -rank.scatter(1, shown[:, :count], M + count - 0.5)
 
 
 def rows_and_columns(noise):

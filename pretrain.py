@@ -402,7 +402,9 @@ def main():
     # processes. build_contrast then adds model.encoder.pooler, which that average must not know: it
     # waits for a gradient of every weight in every step, and the pooler has none in some.
     compiling = compiles(flags, device)
-    torch.compiler.reset()  # a notebook's second run has functions of its own, of which few are compiled
+    if compiling:
+        # torch compiles a function only a few times in a process, and a notebook may start many runs.
+        torch.compiler.reset()
     alone = world == 1  # then all losses are compiled, and the network with them
     network = share_gradients(
         torch.compile(model, mode="reduce-overhead") if compiling and not alone else model

@@ -525,7 +525,10 @@ def differences(configs, groups):
 
 
 def difference_line(row):
-    """ "b - a, kNN: +1.20 points; 95 % interval ... over seeds and illustrations, ... by t over seeds"."""
+    """ "b - a, kNN: +1.20 points; 95 % interval ... over seeds and illustrations, ... by t over seeds".
+
+    With one seed, illustrations alone are drawn.
+    """
     t = f"{len(row['seeds'])} seed(s): no t interval"
     if row["t"]:
         t = f"{INTERVAL.format(**row['t'])} by t over seeds"

@@ -281,10 +281,10 @@ def together(folds):
         setattr(found, name, torch.cat([fold[name] for fold in folds]))
     thresholds = torch.stack([fold["enrolled_threshold"] for fold in folds])
     found.enrolled_threshold = thresholds.mean().item()
-    # A support vector machine of more characters gives larger scores, so folds are not mixed.
-    asked = [fold for fold in folds if len(fold["unknown_colours"])]
-    scores = [auroc(fold["colours"], fold["unknown_colours"]) for fold in asked]
-    found.colours_auroc = sum(scores) / len(scores)
+    # Each fold by itself, because scores of two networks, or of two machines, differ in scale.
+    for name, kind in (("auroc", "similarity"), ("colours_auroc", "colours")):
+        scores = [auroc(fold[kind], fold[f"unknown_{kind}"]) for fold in folds]
+        setattr(found, name, sum(scores) / len(scores))
     if "others_similarity" not in folds[0]:
         found.others_similarity = torch.empty(0)
     curves = []
@@ -324,8 +324,7 @@ def promise(found, numbers, sizes):
     if len(found.others_similarity):
         below = found.others_similarity < numbers["threshold"]
         row["others"] = 100 * below.double().mean().item()
-    row["auroc"] = auroc(found.similarity, found.unknown_similarity)
-    row["colours_auroc"] = found.colours_auroc
+    row |= {"auroc": found.auroc, "colours_auroc": found.colours_auroc}
     sure = confidence(found.logits, found.similarity - numbers["threshold"], numbers)
     unsure = confidence(
         found.unknown_logits, found.unknown_similarity - numbers["threshold"], numbers

@@ -57,14 +57,15 @@ def thumbnail_scores(train, rows):
 def histogram_svms(train):
     """-> support vector machines on histograms of colours, one for each of COSTS.
 
-    They learn from SVM_IMAGES pictures at most, because their time grows with the square, and from as
-    many of each character.
+    If there are more than SVM_IMAGES pictures, they learn so many of them at most, because their time
+    grows with the square: equally many of each character, as far as it has them.
     """
     from sklearn.svm import SVC
 
-    labels = train.labels[train.rows]
-    share = max(1, SVM_IMAGES // len(labels.unique()))
-    some = train.rows[torch.cat(evenly_of_each(labels, share))]
+    some, labels = train.rows, train.labels[train.rows]
+    if len(some) > SVM_IMAGES:
+        share = max(1, SVM_IMAGES // len(labels.unique()))
+        some = some[torch.cat(evenly_of_each(labels, share))]
     x = features_of(histograms, train, some)
     return [SVC(C=cost).fit(x, train.labels[some]) for cost in COSTS]
 

@@ -9,6 +9,8 @@ from collections import Counter
 
 import torch
 
+from common.io import one_line
+
 WARM = 3  # calls that run as they are: they compile, and take the memory that lasts
 
 
@@ -77,7 +79,7 @@ class Replayed:
             # A failed recording leaves its stream as the current one, and says only that it failed: why
             # is in what failed first.
             torch.cuda.set_stream(here)
-            cause = problem.__context__ or problem
-            print(f"note     no CUDA graph of the update: {str(cause).splitlines()[0]}")
+            cause = one_line(problem.__context__ or problem)
+            print(f"note     no CUDA graph of the update: {cause}")
             self.can_record = False
             self.optimizer.zero_grad()  # what was recorded so far holds no numbers

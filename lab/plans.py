@@ -6,8 +6,8 @@ question      what it asks
 seeds         of every arm, paired
 arms          {arm: its commands}, made one after the other
 columns       {name: (heading, command, file in its folder, path in the file, factor)}
-against       the arm that the others are compared with, {arm: its own one}, or "best"; an arm that
-              is its own one is compared with none
+against       the arm that the others are compared with, {arm: its own one}, or "best", by which p is
+              corrected for all pairs; an arm that is its own one is compared with none
 compare       columns that get a difference to it, an interval, a p and a verdict
 differences   further differences that the table answers
 hypotheses    claims with a verdict; pilots: runs whose seeds are never reported, for the threshold
@@ -700,8 +700,9 @@ PLANS["roads"] = PLANS["few"] | {
     },
 }
 
-# Ways to adapt weights/toon, and networks from scratch. An arm is compared with the one that lacks what
-# it adds. The neck of ifa is a LayerNorm over each picture, so its batch of 128 gets a control.
+# Ways to adapt weights/toon, and networks from scratch. The head alone is compared with LoRA, and LoRA
+# and training from scratch with all weights; a variant is compared with what it varies. The neck of
+# ifa is a LayerNorm over each picture, so its batch of 128 gets a control.
 ADAPT = f"finetune_lora.py {{encoder}} {ON} --method"
 SHORT, LONG = "--keep 0.25 --epochs 8", "--keep 0.25 --epochs 24"
 RANKS = 4, 16, 32  # of LoRA, instead of 8

@@ -26,6 +26,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common.command import each_flag_once  # noqa: E402
+
 GOLDEN = ROOT / "tests" / "golden.json"
 
 # ---- the cases -----------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ def run_all(root, work):
     how = {"cwd": work, "env": os.environ | one, "stdout": subprocess.DEVNULL}
     for lines in CASES.values():
         for line in lines:
-            script, *words = line.split()
+            script, *words = each_flag_once(line.split())
             start = [root / script] if script.endswith(".py") else ["-m", script]
             subprocess.run([sys.executable, *start, *words], check=True, **how)
     return {name: outcome(work, name) for name in CASES}

@@ -83,16 +83,21 @@ def test_a_share_counts_characters_alike_and_its_interval_is_students():
     assert alike["low"] < 90 and alike["mean"] == alike["high"] == 100  # twenty are no proof
 
 
-def test_the_colours_of_a_fold_are_compared_with_those_of_the_same_fold():
+def test_the_scores_of_a_fold_are_compared_with_those_of_the_same_fold():
     """A machine of more characters gives larger scores, also to those that it does not know."""
     labels = torch.arange(8) % 2
-    ours = {"similarity": torch.rand(8), "unknown_similarity": torch.rand(8)}
-    ours |= {"unit": F.normalize(torch.rand(8, 3), dim=1), "labels": labels}
+    ours = {"unit": F.normalize(torch.rand(8, 3), dim=1), "labels": labels}
     ours |= {"unknown_unit": F.normalize(torch.rand(8, 3), dim=1), "unknown_labels": labels}
     ours |= {"enrolled_threshold": torch.tensor(0.5)}
     known, unknown = torch.arange(2.0, 10.0), torch.arange(8.0)
-    parts = [ours | {"colours": known + more, "unknown_colours": unknown + more} for more in (0, 4)]
-    assert folds.together(parts).colours_auroc == pytest.approx(folds.auroc(known, unknown))
+    parts = [
+        ours
+        | {"colours": known + more, "unknown_colours": unknown + more}
+        | {"similarity": 2 * known + more, "unknown_similarity": 2 * unknown + more}
+        for more in (0, 4)
+    ]
+    found = folds.together(parts)
+    assert found.colours_auroc == found.auroc == pytest.approx(folds.auroc(known, unknown))
 
 
 @pytest.fixture(scope="module")

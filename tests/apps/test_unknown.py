@@ -138,6 +138,17 @@ def test_pictures_of_nobody_decide_the_threshold(fresh):
     assert after["names"] == before["names"] and len(faces.others[2]) == count
 
 
+def test_characters_that_were_held_out_set_no_threshold(fresh):
+    """They are there to be asked, so the threshold is that of the learned ones alone."""
+    words = f"{CPU} --data datasets/packed --split val --method linear --epochs 1 --hold-out 1"
+    run_line(f"finetune_lora.py runs/a {words} --out runs/less", fresh, check=0)
+    faces = recognize.faces_learned("runs/less", "cpu", "fp32")
+    assert faces.left_out and faces.others is None
+    header = recognize.calibrate(faces.embeddings, faces.labels, faces.held_out)
+    recognize.build_gallery("runs/less", "cpu", "fp32")
+    assert recognize.load_gallery("runs/less")["threshold"] == pytest.approx(header["threshold"])
+
+
 # ---- recognize.json ------------------------------------------------------------------------------
 
 

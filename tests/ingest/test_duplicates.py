@@ -81,6 +81,13 @@ def test_a_transparent_picture_and_its_flattened_copy_are_one():
     assert found == [(0, 4), (1, 5), (2, 6), (3, 7)]
 
 
+def test_a_mirror_image_is_a_copy():
+    drawn = [Image.fromarray(toon.draw(item, 96)["image"]) for item in toon.plan(2400)[::600]]
+    mirrored = [ImageOps.mirror(picture) for picture in drawn]
+    found = duplicates.pairs(np.stack([thumbnail(picture) for picture in drawn + mirrored]))
+    assert found == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
 def test_a_group_has_the_number_of_its_first_picture():
     pairs = [(5, 4), (1, 3), (4, 1), (0, 0), (2, 6)]
     assert duplicates.join(8, pairs) == [0, 1, 2, 1, 1, 1, 2, 7]

@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from common.stats import (
     t_interval,
     to_bits,
 )
-from lab import stats
+from lab import report, stats
 
 D = np.array([0.4, 1.9, 1.1, 2.2, 0.7])
 INTERVAL = ("low", "high", "p")
@@ -293,6 +294,26 @@ def test_a_test_that_lacks_a_run_counts_as_one_without_rows():
     wrong_way = part(effect=-0.5, low=-1.0, p=0.001)
     (found,) = stats.judge([{"id": "A", "parts": [wrong_way]}], {"A": 1})
     assert found["p"] == 1.0
+
+
+def test_where_the_best_arm_is_the_baseline_all_pairs_count():
+    """Of four arms there are six pairs, any of which could have been asked about."""
+    means = {"a": 50.0, "b": 47.0, "c": 46.0, "d": 40.0}
+    noise = np.random.default_rng(0).normal(0, 1, (4, 5))
+    rows = {
+        arm: {seed: {"metrics": {"top1": mean + x}} for seed, x in enumerate(some)}
+        for (arm, mean), some in zip(means.items(), noise, strict=True)
+    }
+    plan = {"compare": ["top1"], "differences": [], "seeds": range(5), "margin": 0.5}
+    plan["arms"] = dict.fromkeys(means, "best")
+    study = SimpleNamespace(plan=plan, rows=rows, groups=None, thresholds={})
+    found = {row["arm"]: row for row in report.differences(study)}
+    assert found.keys() == {"b", "c", "d"} and {row["against"] for row in found.values()} == {"a"}
+    smallest = min(found.values(), key=lambda row: row["p"])
+    assert smallest["holm_p"] == pytest.approx(6 * smallest["p"])
+    plan["arms"] = dict.fromkeys(means, "a")
+    planned = {row["arm"]: row for row in report.differences(study)}
+    assert planned[smallest["arm"]]["holm_p"] == pytest.approx(3 * smallest["p"])
 
 
 def test_two_studies_may_have_a_hypothesis_of_one_name():

@@ -36,6 +36,7 @@ def replayed(monkeypatch):
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,
         "stream": lambda stream: contextlib.nullcontext(),
+        "set_stream": lambda stream: None,
         "graph_pool_handle": lambda: None,
         "CUDAGraph": Recording,
         "graph": graph,
@@ -68,7 +69,8 @@ def test_each_combination_of_shapes_is_recorded_once_and_reads_every_input(repla
 def test_what_can_not_be_recorded_runs_as_it_is_and_says_so_once(replayed, capsys):
     replayed.fails = True
     check(replayed, 14)
-    assert capsys.readouterr().out.count("no CUDA graph") == 1
+    said = capsys.readouterr().out
+    assert said.count("no CUDA graph") == said.count("operation not permitted") == 1
     assert not replayed.graphs and len(replayed.factors) == 14
 
 
