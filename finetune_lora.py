@@ -711,7 +711,7 @@ def finetune(flags, task, make_run=train.Run):
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)
-            if run.step == 1:
+            if run.step == 1 and task.head != "ifa":  # which reads no token behind the encoder's norm
                 train.name_unused(net, optimizer)
 
             # 5. log, evaluate, save
