@@ -18,7 +18,6 @@ neighbours where no view has fewer pixels than its crop. Maps of an image are cu
 import hashlib
 import json
 import math
-import shlex
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 
 from common.command import cli, progress
 from common.fields import NAMES, SIDE, TEXT, check_arrays, check_fields, check_range, list_of
-from common.io import UserError, open_tensors
+from common.io import UserError, open_tensors, quoted
 
 SMALL = 3000  # pictures of a set: fewer are cross-validated, and weights/toon is the better start
 PACKED = 128  # side of packed pictures, unless a larger one is asked for
@@ -66,7 +65,7 @@ def splits_in(folder):
 def open_split(folder, name):
     """{"images": u8 (n, S, S, 3), "labels": i64 (n), "header", ...}; PLANES as memory maps."""
     path = Path(folder) / f"{name}.safetensors"
-    advice = f"python data.py IMAGES --out {shlex.quote(str(folder))} makes it"
+    advice = f"python data.py IMAGES --out {quoted(folder)} makes it"
     names = sorted(file.stem for file in Path(folder).glob("*.safetensors"))
     if not names:
         raise UserError(f"{path} does not exist; {advice}")
@@ -115,7 +114,7 @@ def open_or_pack(path, image_size=128, pages=False):
         options = {"detect": True} if pages else {"size": max(PACKED, image_size)}
         pack(path, out, **options)
     elif Path(open_split(out, files[0].stem)["header"]["source"]).resolve() != path.resolve():
-        advice = f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that"
+        advice = f"python data.py {quoted(path)} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {advice}")
     return out
 
@@ -187,7 +186,7 @@ def open_map(path, name, split):
     if path.suffix != ".safetensors":
         path = path / f"{name}.safetensors"
     folder = Path(split["images"].filename).parent
-    advice = f"python -m apps.maps --data {shlex.quote(str(folder))} --map {name}"
+    advice = f"python -m apps.maps --data {quoted(folder)} --map {name}"
     if name != "saliency":
         advice += " --run RUN"
     if not path.exists():

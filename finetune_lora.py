@@ -18,7 +18,6 @@ A small collection has no picture to spare for either. There, cross-validation c
 
 import copy
 import math
-import shlex
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,7 +62,7 @@ from common.features import (
     untrained_like,
 )
 from common.fields import check_fields, one_of
-from common.io import UserError, one_line, reading, save_json, save_safetensors
+from common.io import UserError, one_line, quoted, reading, save_json, save_safetensors
 from common.lora import (
     ADAPTER,
     REMEDY,
@@ -711,7 +710,9 @@ def finetune(flags, task, make_run=train.Run):
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)
-            if run.step == 1 and task.head != "ifa":  # which reads no token behind the encoder's norm
+            if (
+                run.step == 1 and task.head != "ifa"
+            ):  # which reads no token behind the encoder's norm
                 train.name_unused(net, optimizer)
 
             # 5. log, evaluate, save
@@ -918,7 +919,7 @@ def write_results(flags, task, run, best_epoch, found):
         print(line)
     print(
         f"wrote    {out}/ after {row['seconds']:.0f} s; the weights are those of epoch {best_epoch}\n"
-        f"next: {NEXT} {shlex.quote(str(out))} PICTURE"
+        f"next: {NEXT} {quoted(out)} PICTURE"
     )
 
 

@@ -17,11 +17,11 @@ the same images with the same crops. On a CPU, a run resumed by the same code en
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import os
 import re
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -49,7 +49,7 @@ from common.command import (
 from common.contrast import SETTINGS, Contrast
 from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
 from common.graphs import Replayed
-from common.io import UserError
+from common.io import UserError, quoted
 from kernels.gather import FLOOR, masked_patch_gather
 from kernels.loss import (
     absolute_error,
@@ -73,7 +73,9 @@ WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first p
 # Lengths of a run and of a step, in views. On a CPU, many small steps learn more (results/TRIED.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
-DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
+# On an M1 or M2, torch 2.13 adds up more than 32,767 rows wrongly, and a batch of 512 has 33,280 tokens
+# (github.com/pytorch/pytorch/issues/177116).
+DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU | {"batch": 256}}
 RECIPES = {
     "mae": {"mask": "random", "ratio": "0.75", "contrast": "pooler"},
     "simmim": {"mask": "squares", "ratio": "0.6", "contrast": "none"},
@@ -369,13 +371,14 @@ def finish(run, model, source, held_set, target_options, autocast):
     """Write what the next stages read, and the pictures."""
     if not run.writes:
         return
-    for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(source.file)}:
-        old.unlink()
     notes = {"step": run.step, "commit": train.commit(), "run": run.config, **target_options}
     save_model(model, run.out / "model.safetensors", notes)
     draw_run(run.out, model.eval(), held_set, target_options, autocast)
+    for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(source.file)}:
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            old.unlink()
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
-    print(f"next: python probe.py {shlex.quote(str(run.out))}")
+    print(f"next: python probe.py {quoted(run.out)}")
 
 
 def main():

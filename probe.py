@@ -18,7 +18,6 @@ features are fp16, classifiers run on the CPU, and all random numbers have fixed
 
 import json
 import re
-import shlex
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -38,7 +37,7 @@ from common.command import (
     refuse_overwrite,
     refuse_useless,
 )
-from common.io import UserError, save_json
+from common.io import UserError, quoted, save_json
 from common.train import commit, machine, read_log, seeded
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
@@ -601,7 +600,7 @@ def main():
     reports = [probe(run, task, threshold) for run in flags.runs]
     if len(reports) > 1 and task.labelled:
         compare(reports, task, threshold)
-    run, folder = (shlex.quote(str(path)) for path in (flags.runs[0], task.folder))
+    run, folder = (quoted(path) for path in (flags.runs[0], task.folder))
     step = f"finetune_lora.py {run} --method lora --data {folder}"
     if not task.labelled:
         step = f"probe.py {run} --data DIR, a set with labels; python data.py FOLDER makes one"

@@ -1,6 +1,6 @@
 """Stage 9: a web page. It shows masks as a slider moves, names, tags, what is drawn, and faces.
 
-    pip install -e '.[demo]' && python -m apps.demo [runs/NAME]
+    pip install -e ".[demo]" && python -m apps.demo [runs/NAME]
 
 Reads:  a run of any stage (default: the newest encoder in runs/, or one in weights/), and what was
         made of the same encoder: runs/NAME-lora, -tags, -seg, -det; else what ships in weights/

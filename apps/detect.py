@@ -20,7 +20,6 @@ import contextlib
 import copy
 import io
 import json
-import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +51,7 @@ from common.command import (
     set_defaults,
 )
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
-from common.io import UserError, read_safetensors, save_json, save_safetensors
+from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
 from model import ViT
@@ -574,7 +573,7 @@ def write_results(flags, task, net, run):
     print(f"{flags.split:<9}{aps}; {row['faces']} faces on {row['pages']} pages")
     print(f"in gray  AP {row['gray_ap']:.1f}, AP50 {row['gray_ap50']:.1f} %")
     print(f"wrote    {out}/ after {run.seconds():.0f} s")
-    print(f"next: python -m apps.detect {shlex.quote(str(out))} PICTURE --out found")
+    print(f"next: python -m apps.detect {quoted(out)} PICTURE --out found")
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
 PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")  # of a block
 WEIGHTS = ("weight", "bias")
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
-PIP = "pip install -e '.[onnx]'"
+PIP = 'pip install -e ".[onnx]"'
 OUT = "{out}"  # in a line that loads what was written: the path, which the writer does not know
 
 

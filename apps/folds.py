@@ -19,7 +19,6 @@ name. Then one more network learns everything, and all pictures teach.
 
 import copy
 import json
-import shlex
 import sys
 import time
 from functools import partial
@@ -45,7 +44,7 @@ from apps.unknown import reliability
 from common import controls, metrics, train
 from common.command import progress, started_as
 from common.features import evenly_of_each, open_others, relabelled
-from common.io import UserError, read_safetensors, save_json, save_safetensors
+from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from common.locks import reserve
 from common.stats import least_error
 
@@ -236,9 +235,7 @@ def answers_of_folds(flags, task, of_character, of_picture):
         if path.exists():
             tensors, header = read_safetensors(path)
             if header != config:
-                raise UserError(
-                    f"{path} is of another command; rm -r {shlex.quote(str(path.parent))}"
-                )
+                raise UserError(f"{path} is of another command; rm -r {quoted(path.parent)}")
             bar.update(steps)
         else:
             trained, rows = train_fold(flags, task, (fit, dev), learned, bar)
@@ -384,7 +381,7 @@ def are_quick(flags, encoder, device, autocast):
     linear = flags.method.startswith("linear")  # its encoder runs once
     minutes = 0 if linear else minutes_of(flags, encoder, pictures, device, autocast)
     if minutes > MINUTES:
-        words = shlex.join([*started_as(), *sys.argv[1:]])
+        words = quoted(*started_as(), *sys.argv[1:])
         print(
             f"note: val is reported, and only train is learned from; python {words} --split folds "
             f"measures by all {pictures} pictures and learns all, in about {minutes:.0f} minutes more"

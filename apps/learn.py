@@ -18,7 +18,6 @@ taken out of the gallery. A new training learns from all of OUT: python data.py 
 """
 
 import re
-import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from apps.recognize import (
 )
 from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted
 from common.command import cli, refuse_useless
-from common.io import UserError, save_csv
+from common.io import UserError, quoted, save_csv
 from common.locks import lock_beside, locked, reserve
 from data import evenly_spaced
 from ingest.pictures import picture_files, tell_problems
@@ -195,7 +194,7 @@ def main():
     tell_problems(problems, header["data"])
     if left := moved.keys() - {*done}:
         print(f"not learned: {len(left)}, such as {min(left)}")
-    words = shlex.join(["python", "data.py", str(out), "--out", "datasets/NAME"])
+    words = quoted("python", "data.py", str(out), "--out", "datasets/NAME")
     print(
         f"next: {words} packs it for a new training; copy your older pictures into its folders first"
     )

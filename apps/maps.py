@@ -15,7 +15,6 @@ Writes: maps/NAME/MAP.safetensors, and sheet-MAP.png: what strategies hide by it
 
 import contextlib
 import math
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ import mask as masking
 from common import guidance, sheets
 from common.checkpoints import flags_of, load_teacher
 from common.command import Parser, between, cli, drawing, progress, refuse_useless
-from common.io import UserError, aside
+from common.io import UserError, aside, quoted
 from common.locks import reserve
 from common.train import commit, pick_device
 
@@ -293,7 +292,7 @@ def advice(args, folder, out, split):
     if need in split or out.resolve() != (Path("maps") / folder.name).resolve():
         words += ["--maps", str(out)]
     known = f"{folder} has true {guidance.TRUTH.get(need)}: pretrain.py prefers them\n"
-    return f"{known if need in split else ''}next: {shlex.join(words)}"
+    return f"{known if need in split else ''}next: {quoted(*words)}"
 
 
 def main():

@@ -24,7 +24,6 @@ apps/unknown.py measures how good they are.
 import contextlib
 import itertools
 import json
-import shlex
 import sys
 from collections import Counter
 from functools import partial
@@ -44,7 +43,7 @@ from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
 from common.features import FOLDS as BY_FOLDS
 from common.features import evenly_of_each, open_all, open_others, open_rows
-from common.io import UserError, read_json, read_safetensors, reading, save_safetensors
+from common.io import UserError, quoted, read_json, read_safetensors, reading, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
 from finetune_lora import load_classifier
@@ -605,7 +604,7 @@ def recognise(args, net, header, gallery, autocast):
         known.append(row["known"])
     tell_problems(problems, header["data"], args.json)
     if not all(known) and not args.json:
-        words = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
+        words = f"{quoted(args.run)} --enrol WHO PICTURES makes somebody new known"
         if args.detect:  # which takes no part in --enrol: it wants faces, not pages
             words += ", from faces that apps.detect has cut out by --crop --out FOLDER"
         print(f"next: python -m apps.recognize {words}", file=sys.stderr)
@@ -624,7 +623,7 @@ def enrol(args, net, header, autocast):
     print("\n".join(add_faces(args.run, who, keys, torch.cat(embeddings))))
     after = load_gallery(args.run)
     print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
-    words = f"{shlex.quote(args.run)} PICTURE, or {shlex.quote(f'--forget={who}')}"
+    words = f"{quoted(args.run)} PICTURE, or {quoted(f'--forget={who}')}"
     print(f"next: python -m apps.recognize {words}")
 
 

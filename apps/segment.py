@@ -21,7 +21,6 @@ Shapes: B batch, S side of a view in pixels, g patches on a side, K patches seen
 import csv
 import itertools
 import math
-import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +54,7 @@ from common.command import (
     set_defaults,
 )
 from common.features import hold_out, name_of, open_splits, split_suffix
-from common.io import UserError, read_safetensors, save_json, save_safetensors
+from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
 from model import ViT
 
@@ -637,7 +636,7 @@ def run_stages(flags, device, autocast):
         for kind, scores in row[name].get(task.held, {}).items():
             print(f"{stage}  {name}, {kind} frames: mean IoU {scores['miou']:.1f} %")
     print(f"wrote    {run.out}/")
-    print(f"next: python -m apps.segment {shlex.quote(str(run.out))} PICTURE --out masks")
+    print(f"next: python -m apps.segment {quoted(run.out)} PICTURE --out masks")
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -28,8 +28,6 @@ import filecmp
 import io
 import itertools
 import os
-import re
-import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -39,15 +37,13 @@ import torch
 from apps.groups import ALIKE, alike, check_grouped
 from apps.recognize import all_answers, answers, compared, open_recogniser, parser_of, predictions
 from common.command import between, cli, refuse_useless
-from common.io import UserError, atomic, reading, save_csv
+from common.io import UserError, atomic, quoted, reading, save_csv
 from common.locks import reserve
-from ingest.pictures import picture_files, tell_problems
+from ingest.pictures import file_name, picture_files, tell_problems
 
 SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
 COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
 SAVED_AFTER = 100  # pictures
-FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
-DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
 
 
 def parse_args():
@@ -150,7 +146,7 @@ def copy_all(found, args, wanted, folders, rows, table):
     more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
     print(f"wrote    {table.parent}/: {more}, listed in {table}")
     words = [args.run, str(table.parent), *(["--detect", args.detect] if args.detect else [])]
-    learn = f"python -m apps.learn {shlex.join(words)}"
+    learn = f"python -m apps.learn {quoted(*words)}"
     print(f"next: move wrong copies to where they belong, then {learn}")
 
 
@@ -197,8 +193,8 @@ def folders_of(names):
     folders = {}
     taken = {UNKNOWN}
     for name in names:
-        folder = FORBIDDEN.sub("_", name)
-        while folder.casefold() in taken or DEVICES.match(folder):
+        folder = file_name(name)
+        while folder.casefold() in taken:
             folder += "_"
         taken.add(folder.casefold())
         folders[name] = folder

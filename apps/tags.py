@@ -30,7 +30,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +59,7 @@ from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import (
     UserError,
+    quoted,
     read_safetensors,
     reading,
     save_json,
@@ -728,7 +728,7 @@ def write_results(flags, task, run):
     save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
     print(f"wrote    {out}/ after {row['seconds']:.0f} s")
     if task.arm != "tags":  # which sees no picture
-        print(f"next: python -m apps.tags {shlex.quote(str(out))} PICTURE")
+        print(f"next: python -m apps.tags {quoted(out)} PICTURE")
 
 
 def metrics_row(flags, task, run):
@@ -834,7 +834,7 @@ def refuse_demo(trained_on, flags):
 def use_names_alone(flags):
     """Captions by a recogniser, which knows no tags."""
     if not flags.captions:
-        run = shlex.quote(flags.encoder)
+        run = quoted(flags.encoder)
         fix = f"python -m apps.recognize {run} PICTURE prints names, --captions writes them"
         raise UserError(f"{flags.encoder} knows characters and no tags: {fix}")
     refuse_useless(flags.given & {"names", "threshold"}, "on a recogniser, which knows no tags")

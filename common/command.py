@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import BOUNDS, is_text, shown
-from common.io import UserError, one_line
+from common.io import UserError, one_line, quoted
 
 NO_MEMORY = (
     "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
@@ -26,8 +26,10 @@ def cli(main):
     """Run a stage's main; a mistake becomes one line on stderr (one a process) and exit status 2."""
     open_streams()
     with contextlib.suppress(AttributeError):  # a file's name may be no text at all
-        sys.stdout.reconfigure(errors="backslashreplace")
-        sys.stdin.reconfigure(errors="surrogateescape")
+        for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+            # A pipe is UTF-8 everywhere. On Windows it would be a code page, which lacks most names.
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors=errors)
     try:
         main()
         sys.stdout.flush()
@@ -239,7 +241,7 @@ def require(extra, *libraries):
     """A library of an extra of pyproject.toml that is missing is named before the work begins."""
     for name in libraries:
         if not find_spec(name):
-            raise UserError(f"{name} is missing: pip install -e '.[{extra}]'")
+            raise UserError(f'{name} is missing: pip install -e ".[{extra}]"')
 
 
 # ---- files that are there already ----------------------------------------------------------------
@@ -249,7 +251,7 @@ def refuse_overwrite(paths, fix="choose another --out"):
     """Nothing that exists is overwritten: the line says what removes it."""
     there = [str(path) for path in paths if os.path.lexists(path)]
     if there:
-        raise UserError(f"{there[0]} is there already; rm -r {shlex.join(there)}, or {fix}")
+        raise UserError(f"{there[0]} is there already; rm -r {quoted(*there)}, or {fix}")
 
 
 # ---- while it works ------------------------------------------------------------------------------

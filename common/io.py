@@ -7,7 +7,10 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -34,6 +37,12 @@ def regular(path):
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"a device or a pipe is not read: {path}; give a file or a folder")
     return path
+
+
+def quoted(*words):
+    """Words of a command that is printed, as a shell of this system reads them."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def one_line(problem):
@@ -71,7 +80,7 @@ def parse_table(text):
 def read_json(path, keys=(), fix="remove it and run again"):
     """-> the dict of a JSON file; a UserError with the fix where it is broken or lacks a key."""
     with reading(path, "JSON file", fix):
-        found = parse_table(Path(path).read_text())
+        found = parse_table(Path(path).read_text("utf-8"))
     missing = [key for key in keys if key not in found]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; {fix}")
@@ -95,7 +104,8 @@ def read_safetensors(path, remedy="remove it and make it again"):
     """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
     with reading(path, "file of tensors", remedy), safe_open(path, "pt") as f:
         header = parse_table((f.metadata() or {}).get("animask", "{}"))
-        return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
+        # Copies, because a map of the file would stay open, and Windows replaces no such file.
+        return {name: f.get_tensor(name).clone() for name in f.keys()}, header  # noqa: SIM118
 
 
 def open_tensors(path, remedy="remove it and make it again"):
@@ -146,6 +156,18 @@ def remove_leftovers(path):
             continue
 
 
+def move(how, source, target):
+    """os.replace or os.rename; on Windows again for a second, while a virus scanner reads a new file."""
+    for wait in (0.05, 0.1, 0.2, 0.4, 0.8, 0):
+        try:
+            return how(source, target)
+        except OSError as problem:
+            busy = getattr(problem, "winerror", None) in (5, 32, 33)  # denied, shared, locked
+            if not busy or not wait:
+                raise
+            time.sleep(wait)
+
+
 @contextlib.contextmanager
 def atomic(path):
     """with atomic(path) as temporary: write there, and it replaces path whole, or not at all."""
@@ -157,7 +179,7 @@ def atomic(path):
         yield temporary
         with open(temporary, "r+b") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        move(os.replace, temporary, path)
     except OSError as problem:
         raise UserError(f"could not write {path}: {problem}; an earlier one is whole") from problem
     finally:
@@ -179,7 +201,7 @@ def aside(path):
     try:
         yield folder / path.name
         for made in sorted(folder.iterdir()):
-            os.rename(made, path.with_name(made.name))
+            move(os.rename, made, path.with_name(made.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

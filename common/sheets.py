@@ -10,7 +10,6 @@ Writes: masks.png: three images, the scores that strategies follow, and a row fo
 
 import contextlib
 import functools
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import mask as masking
 from common import guidance, plots
 from common.checkpoints import flags_of, load_teacher
 from common.command import Parser, parse_keys, refuse_overwrite, refuse_useless
-from common.io import UserError
+from common.io import UserError, quoted
 from common.train import seeded
 
 RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
@@ -72,7 +71,7 @@ def read_scores(folder, split, rows, view, side, where):
         try:
             maps, parts, _ = guidance.open_maps(name, where.get(name, "auto"), folder, split)
         except UserError as problem:
-            missing[name] = problem
+            missing[name] = str(problem)  # the exception would hold this frame, and its open map
             continue
         if name == "parts":
             scores[name] = guidance.crop_parts(maps, *cut, parts)
@@ -192,4 +191,4 @@ def main():
     draw_sheet(args.out, title, view, side, maps, strategies, scores)
     print(f"wrote {args.out}: three images of {folder}, cut into {side} x {side} patches")
     words = ["--data", args.data] if "data" in args.given else []
-    print(f"next: python pretrain.py {shlex.join([*words, '--mask', next(iter(strategies))])}")
+    print(f"next: python pretrain.py {quoted(*words, '--mask', next(iter(strategies)))}")

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import time
 import timeit
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from common.command import (
     started_as,
 )
 from common.fields import check_fields, number, whole
-from common.io import UserError, atomic, parse_table, read_torch, reading, save_text
+from common.io import UserError, atomic, parse_table, quoted, read_torch, reading, save_text
 
 LOG_EVERY = 10  # steps
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
@@ -111,7 +111,8 @@ def pick_device(name):
     mps = int(torch.backends.mps.is_available())
     counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
     there = [kind for kind, count in counts.items() if count]
-    if there == ["cpu"] and name == "auto" and Path("/proc/driver/nvidia/version").exists():
+    driver = Path("/proc/driver/nvidia/version").exists() or os.name == "nt" and which("nvidia-smi")
+    if there == ["cpu"] and name == "auto" and driver:
         print(f"warning  {NO_CUDA}: torch {torch.__version__}")
     with contextlib.suppress(RuntimeError):  # torch's, at a word that names no device
         device = torch.device(there[0] if name == "auto" else name)
@@ -459,7 +460,7 @@ class Run:
             start = "python"
             if distributed.is_initialized():  # one process alone would have the batch of all
                 start = f"torchrun --nproc-per-node {distributed.get_world_size()}"
-            print(f"  {start} {shlex.join([*started_as(), '--resume', str(self.out)])}", flush=True)
+            print(f"  {start} {quoted(*started_as(), '--resume', str(self.out))}", flush=True)
             sys.exit(128 + self.stop[0])
         self.since = time.perf_counter()  # evaluations do not count
 

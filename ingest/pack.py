@@ -23,7 +23,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shlex
 import sys
 import tempfile
 from collections import Counter, defaultdict, namedtuple
@@ -47,7 +46,7 @@ from common.command import (
     set_defaults,
 )
 from common.features import open_rows
-from common.io import UserError, aside, one_line, open_tensors, save_csv
+from common.io import UserError, aside, one_line, open_tensors, quoted, save_csv
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
 from data import PACKED, evenly_spaced, is_small, open_split
@@ -75,7 +74,8 @@ def render(records, draw, size, dims):
     """Yield (record, planes) of what draw(item, size) makes, by processes: drawing holds the GIL."""
     items = [r.place for r in records]
     try:
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        workers = min(8, os.cpu_count() or 1)  # each has a torch of its own
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             rows = pool.map(draw, items, [size] * len(items), chunksize=16)
             for record, row in zip(records, rows, strict=True):
                 strata = [toon.STRATA[k].index(v) for k, v in row.get("style", {}).items()]
@@ -321,7 +321,7 @@ def write_set(flags):
     """Pack a source, while no other process writes OUT: a stage that packs first goes on for hours."""
     source, out = (Path(path).resolve() for path in (flags.path, flags.out))
     if flags.path not in (*DRAWN, "-") and source.is_relative_to(out):  # nobody should remove that
-        fix = f"python data.py {shlex.quote(str(flags.path))} --out datasets/OTHER packs them elsewhere"
+        fix = f"python data.py {quoted(flags.path)} --out datasets/OTHER packs them elsewhere"
         raise UserError(f"{flags.out} holds the pictures themselves; {fix}")
     with locked(lock_beside(flags.out)):
         with contextlib.suppress(OSError):
@@ -522,16 +522,16 @@ def to_learn(out):
     of_split = ["--split", have[0]] if have and have[0] != "val" else []
     if not Path(out, "train.safetensors").exists():
         words = ["python", "-m", "apps.unknown", "RUN", "--data", str(out)]
-        return shlex.join(words + of_split)
+        return quoted(*words + of_split)
     tensors = open_tensors(Path(out) / "train.safetensors")
     if "boxes" in tensors:
-        return shlex.join(["python", "-m", "apps.detect", "weights/toon", "--data", str(out)])
+        return quoted("python", "-m", "apps.detect", "weights/toon", "--data", str(out))
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"
     if {*hybrid.PURE} <= {*tensors["header"]["classes"]}:
         words = ["python", "-m", "apps.segment", "weights/toon", "--data", str(out)]
-        return shlex.join(words + of_split)
+        return quoted(*words + of_split)
     problem = ""
     try:
         open_rows(out, have[0], 0)  # as finetune_lora.py will open them
@@ -539,10 +539,10 @@ def to_learn(out):
         problem = f"; finetune_lora.py can't learn from it: {found}"
     if is_small(out) and not problem:
         # It is cross-validated, over all splits.
-        return shlex.join(["python", "finetune_lora.py", "weights/toon", "--data", str(out)])
+        return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []
-    return shlex.join(words + of_split) + problem
+    return quoted(*words + of_split) + problem
 
 
 def parse_flags(words=None):
@@ -586,5 +586,5 @@ def main():
     set_defaults(flags, out=str(default_out(flags.path)))
     write_set(flags)
     out = flags.out
-    look = f"python data.py --show {shlex.quote(out)}"
+    look = f"python data.py --show {quoted(out)}"
     print(f"{out} is packed; next: {look}, or {to_learn(out)}")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from ingest.decode import decode, decode_records, reason, whole
 
 DEMO_SETS = ("toon", "scenes", "hybrid")  # drawn by this project's own program
 LONGEST = 255 - len("-overlay.png")  # bytes of a picture's name: a file's has 255, with its ending
+FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
+DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
 OWNERS = {}  # {(folder, name) of files that this command writes: the picture that they are of}
 
 
@@ -123,6 +126,12 @@ def demo_note(trained_on):
     return None
 
 
+def file_name(name):
+    """A name as a file or folder can have it on every system."""
+    name = FORBIDDEN.sub("_", name)
+    return f"_{name}" if DEVICES.match(name) else name  # CON.png_ would still be a device
+
+
 def save_pngs(out, key, pictures, in_folders=False):
     """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)}; NAME: folder and name of the picture key.
 
@@ -131,6 +140,7 @@ def save_pngs(out, key, pictures, in_folders=False):
     """
     out = Path(out)
     words = [part for part in Path(key).parts if part.strip("./")]
+    words = [file_name(word) for word in words]
     folder = Path(*words[:-1]) if in_folders else Path()
     name = "-".join(words[-1:] if in_folders else words[-2:]).removesuffix(Path(key).suffix)
     if OWNERS.setdefault((folder, name), key) != key:

@@ -55,7 +55,7 @@ def choose_impl(impl, device):
 def why_not_triton(device):
     """The reason why the kernels can't run on this device, or None."""
     if triton is None:
-        return "Triton is not installed (pip install triton; there is none for macOS)"
+        return "Triton is not installed (pip install triton, on Windows triton-windows; macOS has none)"
     if device.type == "cpu" and not INTERPRET:
         return "Triton needs a GPU (on a CPU, TRITON_INTERPRET=1 runs its interpreter, for tests)"
     if device.type not in ("cpu", "cuda"):
@@ -63,9 +63,10 @@ def why_not_triton(device):
     there = device.type == "cuda" and torch.cuda.is_available()
     if there and torch.cuda.get_device_capability(device) < OLDEST:
         return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more"
-    if device.type == "cuda" and not COMPILER:
+    own = os.name == "nt"  # triton-windows looks for a compiler by itself
+    if device.type == "cuda" and not own and not COMPILER:
         return "Triton needs a C compiler (install gcc)"
-    if device.type == "cuda" and not HAS_HEADER:
+    if device.type == "cuda" and not own and not HAS_HEADER:
         return f"Triton needs {HEADER} (apt install python3-dev)"
     return None
 

@@ -1,6 +1,6 @@
 """A picture of the web page (apps/demo.py) in a browser, as wide as a window, or as a telephone.
 
-    pip install -e '.[demo]' playwright && python -m lab.screenshots
+    pip install -e ".[demo]" playwright && python -m lab.screenshots
     python -m lab.screenshots --tab Pages --width 390 --out shots
 
 Reads:  a run, as apps/demo.py does (default: weights/toon)

@@ -2,7 +2,9 @@
 
 import ast
 import errno
+import gc
 import importlib
+import os
 import re
 import shutil
 import sys
@@ -16,9 +18,10 @@ from made import CPU, QUICK, files_of
 from apps import export, maps, segment, tags
 from common import plots
 from common.command import cli
-from common.io import UserError, atomic
+from common.io import UserError, atomic, move
 from common.locks import locked
 from ingest import pack
+from ingest.pictures import file_name
 
 OVER = {  # a call that would write over a finished run
     "tags": f"apps.tags runs/a --data datasets/packed {QUICK} --out runs/a-tags",
@@ -211,3 +214,75 @@ def test_processes_that_cannot_start_are_not_a_set_that_cannot_be_written(
     with pytest.raises(UserError, match="no semaphore") as told, atomic(tmp_path / "set"):
         list(pack.render([], None, 16, {}))
     assert "set" not in str(told.value)
+
+
+# ---- Windows, as far as another system can play it -----------------------------------------------
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """No file is moved, or replaced, that this process has open or mapped."""
+    from pathlib import Path
+
+    def refuses(how):
+        def moved(source, target):
+            opened = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+            busy = Path("/proc/self/maps").read_text() + "\n".join(opened)
+            for path in map(os.path.realpath, (source, target)):
+                if path in busy:
+                    raise PermissionError(f"{path} is in use")
+            return how(source, target)
+
+        return moved
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, refuses(getattr(os, name)))
+
+
+NEW = (
+    "apps.maps --data datasets/packed --device cpu --map saliency --out maps/new",
+    "apps.recognize runs/a-lora --enrol somebody images/class0",
+    f"finetune_lora.py runs/a --data datasets/packed --split val {QUICK} --out runs/new",
+    f"probe.py runs/a --headline {CPU}",
+)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux says what is mapped")
+@pytest.mark.parametrize("line", NEW)
+def test_no_command_replaces_what_it_has_open(fresh, windows, line):
+    gc.disable()  # on Windows, nobody waits for it either
+    try:
+        run_line(line, fresh, check=0)
+    finally:
+        gc.enable()
+
+
+def test_a_file_that_a_scanner_reads_for_a_moment_is_moved_later(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr("common.io.time.sleep", waits.append)
+
+    def busy(times, number):
+        def how(source, target):
+            if len(waits) < times:
+                problem = PermissionError("busy")
+                problem.winerror = number
+                raise problem
+            return source, target
+
+        return how
+
+    assert move(busy(3, 32), "a", "b") == ("a", "b") and waits == [0.05, 0.1, 0.2]
+    waits.clear()
+    with pytest.raises(PermissionError):
+        move(busy(99, 5), "a", "b")
+    assert len(waits) == 5
+    waits.clear()
+    with pytest.raises(PermissionError):
+        move(busy(99, 17), "a", "b")
+    assert not waits
+
+
+def test_names_of_files_are_those_of_every_system():
+    names = ("Re:Zero", "is she?.png", "CON.png", "nul", "a. ", "ok.png")
+    expected = ["Re_Zero", "is she_.png", "_CON.png", "_nul", "a_", "ok.png"]
+    assert list(map(file_name, names)) == expected
