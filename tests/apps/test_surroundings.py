@@ -207,7 +207,7 @@ def test_processes_that_cannot_start_are_not_a_set_that_cannot_be_written(
 ):
     """As where /dev/shm is not for us."""
 
-    def start(**_):
+    def start(*_, **__):
         raise OSError(number, "no semaphore")
 
     monkeypatch.setattr(pack, "ProcessPoolExecutor", start)
