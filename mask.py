@@ -164,7 +164,8 @@ def attn_low(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
 def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, hint=0.5):
     """attn_high, but of the tenth of the patches with the most attention a share `hint` is shown.
 
-    Chance draws these, as in AttMask-Hint of the same paper.
+    Chance draws these, as in AttMask-Hint of the same paper. They hold so much of the attention that
+    a little less of it is hidden than by random masks.
     """
     priority = attn_high(patches, noise, t, hidden, beta, start, ramp_for)
     # Before guidance starts there is nothing to give a hint about, and the mask is the same, to the

@@ -25,9 +25,8 @@ def patches_of(B, N, parts=5):
     draw = torch.Generator().manual_seed(1)
     attn = torch.rand(B, N, generator=draw) ** 4 + 1e-4
     known = {name: torch.rand(B, N, generator=draw) for name in ("fg", "difficulty")}
-    known["fg"] = (3 * known["fg"] - 1).clamp(
-        0, 1
-    )  # in pictures a third is exactly 0, and a third 1
+    # In pictures many patches are exactly 0 or 1, where a logarithm or a quotient is infinite.
+    known["fg"] = (3 * known["fg"] - 1).clamp(0, 1)
     side = 4 * math.isqrt(N)
     known["view"] = torch.randint(0, 256, (B, side, side, 3), generator=draw, dtype=torch.uint8)
     shares = torch.rand(B, N, parts, generator=draw)

@@ -134,7 +134,6 @@ def test_what_no_loss_reaches_is_named_and_a_priority_without_an_order_is_refuse
         return model
 
     monkeypatch.setattr(pretrain, "build_network", with_a_token)
-    monkeypatch.setattr(pretrain, "check_readable", lambda model: None)
     monkeypatch.setitem(masking.STRATEGIES, "random", lambda p, noise, *_: noise - 1 / (noise > 0))
     words = ["--data", small, "--out", tmp_path / "run", *QUICK]
     monkeypatch.setattr(sys, "argv", [str(word) for word in ["pretrain.py", *words]])
