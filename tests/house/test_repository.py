@@ -70,7 +70,7 @@ def test_every_link_leads_somewhere(name):
 
 
 def test_every_file_that_the_readme_names_is_there():
-    map_of_files = README[README.index("## The house") :]
+    map_of_files = README[README.index("## What is where") :]
     for name in re.findall(r"`([\w/]+(?:\.py|/))`", map_of_files):
         assert (ROOT / name).exists() or name in ("toon.py", "datasets/", "maps/", "runs/"), name
     shown = set(re.findall(r"`(\w+\.py)`", map_of_files))
