@@ -152,6 +152,9 @@ def read_flags():
     if flags.resume:
         return flags
     method, _ = parse_keys(flags.method, METHODS, "--method")
+    parse_keys(flags.head, classifier.HEADS, "--head")  # now, and not when pictures are packed
+    if method == "lora" and flags.from_scratch:
+        raise UserError("--method lora needs a trained encoder; choose full")
     refuse_useless(flags.given & NOT_READ[method], f"with --method {method}")
     refuse_useless(flags.given & {"hold_out"} if flags.split == FOLDS else (), "with --split folds")
     refuse_useless(flags.given & {"pool"} if flags.head == "ifa" else (), "with --head ifa")
@@ -252,7 +255,7 @@ def add_lora(encoder, r=8, alpha=None):
     if not 1 <= r <= dim:
         raise UserError(f"--method lora:r={r}: the rank must lie in 1 to {dim}")
     encoder.requires_grad_(False)
-    for block in encoder.blocks:
+    for block in dict.fromkeys(encoder.blocks):  # each once, where one stands in several places
         for name, chunks in LAYERS.items():
             if name not in dict(block.named_modules()):
                 fix = "LAYERS in finetune_lora.py names the layers of a block that get LoRA"
@@ -517,8 +520,6 @@ def task_of(flags, encoder, sets, classes, device, autocast):
     """An encoder with a new head, and LoRA where it is asked for, for sets of `open_rows`."""
     method, keys = parse_keys(flags.method, METHODS, "--method")
     head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
-    if method == "lora" and flags.from_scratch:
-        raise UserError("--method lora needs a trained encoder; choose full")
     # Random weights have nothing in their lower blocks that is worth keeping: no layer decay.
     if flags.from_scratch:
         keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
@@ -610,8 +611,8 @@ def settle_neck(task, most=None):
     features of whole pictures are others: LoRA had 4.9 % on dev with that average, and 88.0 % with
     these statistics (results/TRIED.md). It is the PreciseBN of Wu and Johnson 2021, arXiv:2105.07576.
     """
-    # The neck of ifa is a LayerNorm, which takes each picture by itself.
-    if task.head == "ifa":
+    # Another neck, such as the LayerNorm of ifa, takes each picture by itself.
+    if not isinstance(task.net.neck, nn.BatchNorm1d):
         return
     index = task.train.rows
     labels = task.train.labels[index]
@@ -791,7 +792,7 @@ def write_network(flags, task, folder, notes):
     digest = flags.fingerprint  # of the encoder as it was before training
     if task.method == "lora":
         write_adapter(encoder, task.keys, digest, folder, flags.encoder)
-    elif task.method == "full" or flags.from_scratch:
+    elif flags.from_scratch or any(name.startswith("encoder.") for name in task.trained.tensors):
         save_encoder(encoder, folder / "model.safetensors", notes)
         digest = fingerprint(encoder)
     head = {name: w for name, w in task.trained.tensors.items() if not name.startswith("encoder.")}

@@ -174,7 +174,11 @@ def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, 
     count = round(hint * ramp(t, start, ramp_for) * tenth)
     if count == 0:
         return priority
-    top = patches["attn"].argsort(dim=1, descending=True, stable=True)[:, :tenth]
+    # Where attention is equal everywhere, as before the first map, the noise decides, and not the place.
+    by_noise = noise.argsort(dim=1)
+    attention = patches["attn"].gather(1, by_noise)
+    order = attention.argsort(dim=1, descending=True, stable=True)
+    top = by_noise.gather(1, order[:, :tenth])
     drawn = noise.gather(1, top).argsort(1)[:, :count]
     return show(top.gather(1, drawn), priority, hidden)
 
@@ -282,7 +286,7 @@ def keywords(strategy):
 PARAMS = {name: keywords(strategy) | {"throw": 0.0} for name, strategy in STRATEGIES.items()}
 # The control of every guided mask: it has the same shapes and areas, but of another picture. A
 # guided mask that is no better than its control has not profited from what its score says.
-for guided_strategy in NEEDS:
+for guided_strategy in NEEDS.keys() & PARAMS:  # --mask refuses one that STRATEGIES lacks
     PARAMS[guided_strategy]["shuffle"] = 0
 
 

@@ -30,7 +30,7 @@ SIZES = {
     "small": dict(dim=384, depth=12, heads=6, image_size=128, patch_size=16, decoder_dim=256),
     "base": dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, decoder_dim=256),
 }
-EPS = 1e-6  # of each LayerNorm, as in public ViTs; files of runs do not keep it
+EPS = 1e-6  # of each LayerNorm, as in public ViTs; files of pre-training do not keep it
 MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens
 
 
@@ -79,10 +79,11 @@ class Attention(nn.Module):
         In fp32. They are computed again, because a fused attention does not return them.
         """
         q, k, _ = self.queries_keys_values(x)
-        # Softmax is in fp32 even in autocast: bf16 keeps 8 significant bits, by which many patches
-        # would have the same probability, and a mask that follows attention could not rank them.
-        scores = (q[:, :, :queries] @ k.transpose(-2, -1)).float()
-        return (scores * q.shape[-1] ** -0.5).softmax(-1)
+        # In fp32 even in autocast: bf16 keeps 8 significant bits, by which many patches would have
+        # the same probability, and a mask that follows attention could not rank them.
+        with torch.autocast(x.device.type, enabled=False):
+            scores = q[:, :, :queries].float() @ k.float().transpose(-2, -1)
+            return (scores * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class MLP(nn.Module):
@@ -150,7 +151,7 @@ def shrink_branches(blocks):
     # depth; with this factor it has 1, whatever the depth. On the demo set, the masked error after
     # 12 epochs was 0.601, and 0.623 without. Branches that begin at zero came close (0.604).
     with torch.no_grad():
-        for block in blocks:
+        for block in set(blocks):  # one block may stand in several places
             block.attn.proj.weight.mul_((2 * len(blocks)) ** -0.5)
             block.mlp.fc2.weight.mul_((2 * len(blocks)) ** -0.5)
 
@@ -235,8 +236,8 @@ class ViT(nn.Module):
 
     def run_blocks(self, x, begin=0, end=None, bias=None, every=False):
         """x (B, N, D) through blocks[begin:end] -> (B, N, D); every: a list, x after each block."""
-        # This is the only loop over an encoder's blocks. What is added to it, such as LayerScale or
-        # register tokens, is then there in pre-training, in maps and in every head.
+        # This is the only loop over an encoder's blocks. What is added to it, such as register tokens,
+        # is then there in pre-training and in every head. (Maps read the last block by themselves.)
         outputs = []
         for block in self.blocks[begin:end]:
             x = block(x, bias=bias)

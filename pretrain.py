@@ -73,9 +73,8 @@ WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first p
 # Lengths of a run and of a step, in views. On a CPU, many small steps learn more (results/TRIED.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
-# On an M1 or M2, torch 2.13 adds up more than 32,767 rows wrongly, and a batch of 512 has 33,280 tokens
-# (github.com/pytorch/pytorch/issues/177116).
-DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU | {"batch": 256}}
+DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
+MPS_ROWS = 32_766  # tokens of a step on a Mac; set_length says why
 RECIPES = {
     "mae": {"mask": "random", "ratio": "0.75", "contrast": "pooler"},
     "simmim": {"mask": "squares", "ratio": "0.6", "contrast": "none"},
@@ -111,7 +110,8 @@ def parse_flags():
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     flags = parser.parse_args()
     unread = {*OF_SCORES} - flags_of_mask(flags)
-    refuse_useless(flags.given & unread, f"with --mask {flags.mask or 'random'}")
+    if not flags.resume:
+        refuse_useless(flags.given & unread, f"with --mask {flags.mask or 'random'}")
     train.take_saved_flags(flags)
     set_defaults(flags, out=f"runs/{run_name(flags, Path(flags.data).name)}")
     return flags
@@ -190,13 +190,19 @@ def open_data(flags, image_size, rank):
     return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
 
 
-def set_length(flags, n_images, device, world):
+def set_length(flags, n_images, N, device, world):
     """Images of a step for each process, and steps of an epoch; n_images: of the training split.
 
     Sets the defaults of epochs, batch_size and eval_every. A run is as long for few images as for many.
     """
     defaults = DEFAULTS[device.type]
-    set_defaults(flags, batch_size=defaults["batch"])
+    batch = defaults["batch"]
+    if device.type == "mps":
+        # On an M1 or M2, torch 2.13 adds up 32,767 rows or more wrongly, as the gradient of a weight does
+        # over all tokens of a step (github.com/pytorch/pytorch/issues/177116, 195163).
+        while batch * (N + 1) > MPS_ROWS:
+            batch //= 2
+    set_defaults(flags, batch_size=batch)
     b = min(flags.batch_size, n_images) // world
     if b < (1 if flags.contrast == "none" else 2):  # the contrastive loss compares images
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; raise it")
@@ -230,8 +236,11 @@ def build_contrast(encoder, flags, settings, train_set, figures):
     """
     if not settings:
         return None
+    name = flags.contrast.partition(":")[0]
+    if name not in ("pooler", "cls"):
+        raise UserError(f"--contrast {name}: Contrast has no branch for it; write one")
     with torch.random.fork_rng(devices=[]):
-        if flags.contrast.startswith("pooler"):
+        if name == "pooler":
             encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
         return Contrast(encoder, settings, train_set, figures, flags.min_crop)
 
@@ -254,20 +263,25 @@ def why_no_graph(flags, device, world, source):
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def make_mask(flags, encoder, train_set, autocast):
-    """--mask: the strategy, the source of the score that it follows, and the share that is thrown."""
+def parse_mask(flags, N):
+    """--mask and --ratio, for N patches: the name of the strategy, and its parameters."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, score in masking.NEEDS.items():
         # A trained teacher is worth following at once, and not after a tenth of the run.
         if score == "attn" and flags.teacher != "self":
             keys[name] |= dict.fromkeys(keys[name].keys() & {"start", "ramp_for"}, 0.0)
     name, params = parse_keys(flags.mask, keys, "--mask")
-    throw = params.pop("throw")
     try:
         for word in re.split("[:-]", flags.ratio, maxsplit=1):
-            masking.kept(encoder.side**2, float(word), throw)
+            masking.kept(N, float(word), params["throw"])
     except (ValueError, OverflowError) as problem:
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
+    return name, params
+
+
+def make_mask(name, params, flags, encoder, train_set, autocast):
+    """The strategy, the source of the score that it follows, and the share that is thrown."""
+    throw = params.pop("throw")
     shuffle = params.pop("shuffle", 0) > 0
     start = params.get("start", masking.START)
     score = masking.NEEDS.get(name)
@@ -390,17 +404,20 @@ def main():
     kind, size, contrast_settings = parse_model(flags, device)  # {} for --contrast none
     s, p = size["image_size"], size["patch_size"]
 
+    model = build_network(kind, size, flags).to(device)
+    N = model.encoder.side**2
+    # Network and mask come first: a typo should not wait until pictures are packed.
+    mask = parse_mask(flags, N)
+
     train_set, held_set = open_data(flags, s, rank)
     images = data.resident(train_set["images"], device)  # on the GPU, if it has room for them
     # Foreground masks u8 (n, S, S), or None: second views get the background of another image.
     figures = data.resident(train_set.get("fg") if contrast_settings else None, device)
-    b, per_epoch = set_length(flags, len(images), device, world)  # and the flags of the length
+    b, per_epoch = set_length(flags, len(images), N, device, world)  # and the flags of the length
     total = flags.epochs * per_epoch
     # Twice the batch means half the steps, so the learning rate grows with it (Goyal et al. 2017).
     peak_lr = flags.blr * flags.batch_size / 256
 
-    model = build_network(kind, size, flags).to(device)
-    N = model.encoder.side**2
     # network: the model, with the same weights, as the loop calls it: its gradients are averaged over
     # processes. build_contrast then adds model.encoder.pooler, which that average must not know: it
     # waits for a gradient of every weight in every step, and the pooler has none in some.
@@ -413,7 +430,7 @@ def main():
         torch.compile(model, mode="reduce-overhead") if compiling and not alone else model
     )
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
-    strategy, source, throw = make_mask(flags, model.encoder, train_set, autocast)
+    strategy, source, throw = make_mask(*mask, flags, model.encoder, train_set, autocast)
     # All that learns has one optimizer. The run's own teacher is among the networks, because it is
     # part of the state; it has no gradients, so the optimizer leaves it alone.
     networks = {"model": model, **source.networks()}
@@ -524,7 +541,7 @@ def main():
             print(f"note     no CUDA graph of the whole update {no_graph}")
         else:
             update = Replayed(update, optimizer, device)
-    found = None  # by the contrastive loss, in the last step that had it
+    last_pairs = None  # two numbers of the contrastive loss, in the last step that had it
 
     for epoch in range(run.step // per_epoch, flags.epochs):
         refresh_maps(source, epoch, run, train_set["images"], autocast)
@@ -559,7 +576,7 @@ def main():
                 second = contrast.draw(batch, index, generator)
             lr = train.lr_at(run.step, total, WARMUP * total, peak_lr)
             loss, grad_norm, pairs = update(lr, view, ids_keep, ids_mask, *second)
-            found = pairs.clone() if second else found
+            last_pairs = pairs.clone() if second else last_pairs
             source.update_teacher(model.encoder, run.step, total)
             run.update(loss, grad_norm)  # from here on, run.step counts this step, too
             if run.step == 1:
@@ -570,7 +587,7 @@ def main():
             if run.logs_now:
                 check_priority(priority, flags.mask)
                 numbers = source.statistics(run.step, total)
-                numbers |= contrast.statistics(found) if contrast else {}
+                numbers |= contrast.statistics(last_pairs) if contrast else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
                 draw_masks(run.out, view, scores, priority, ids_mask, p)

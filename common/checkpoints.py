@@ -43,23 +43,28 @@ from model import EPS, MAE, Pooler, ViT, check_sizes
 
 ROOT = Path(__file__).resolve().parent.parent  # the program's folder
 BESIDE = ("encoder.pooler", "decoder.stats_head")  # parts of an MAE that have files of their own
+PATCH_EMBED = "patch_embed.proj.weight"
 
 # ---- a run's files -------------------------------------------------------------------------------
 
 
 def as_convolution(weights):
     """Our weights -> public ones: the patch embedding's matrix (D, p*p*3) becomes (D, 3, p, p)."""
-    matrix = weights["patch_embed.proj.weight"]
+    if PATCH_EMBED not in weights:  # a stem of your own, which no public ViT has
+        return weights
+    matrix = weights[PATCH_EMBED]
     p = math.isqrt(matrix.shape[1] // 3)
     kernel = matrix.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
-    return weights | {"patch_embed.proj.weight": kernel}
+    return weights | {PATCH_EMBED: kernel}
 
 
 def as_matrix(weights):
     """The way back: public weights -> ours."""
-    kernel = weights["patch_embed.proj.weight"]
+    if PATCH_EMBED not in weights:
+        return weights
+    kernel = weights[PATCH_EMBED]
     matrix = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()  # as the pixels of a patch lie
-    return weights | {"patch_embed.proj.weight": matrix}
+    return weights | {PATCH_EMBED: matrix}
 
 
 def is_decoder(name):
@@ -72,11 +77,18 @@ def encoder_of(weights):
 
 
 def public_weights(model):
-    """MAE -> {public name: tensor}; what no public MAE has is left out. Names have to differ."""
-    state = [(k, w) for k, w in model.state_dict().items() if not k.startswith(BESIDE)]
-    public = {k.split(".", 1)[-1]: w for k, w in state}
-    if len(public) < len(state):
-        raise UserError("two weights get one public name; call those of a decoder decoder_...")
+    """MAE -> {public name: tensor}: encoder... and decoder.decoder_... without their first word."""
+    public = {}
+    for name, w in model.state_dict().items():
+        part, _, rest = name.partition(".")
+        if name.startswith(BESIDE):
+            continue
+        # One file holds both parts, and tells them apart by these names alone.
+        if part not in ("encoder", "decoder") or is_decoder(rest) != (part == "decoder"):
+            raise UserError(
+                f"{name} is no name for a file: call it encoder... or decoder.decoder_..."
+            )
+        public[rest] = w
     return as_convolution(public)
 
 
@@ -190,7 +202,8 @@ def read_network(path):
 
         return read_checkpoint(path)
     check_fields(config, CONFIG, f"{file}: config", REMEDY)
-    known = {*inspect.signature(ViT).parameters, *(key.removesuffix("?") for key in CONFIG)}
+    known = {key.removesuffix("?") for key in CONFIG}
+    known |= {name for kind in (ViT, MAE) for name in inspect.signature(kind).parameters}
     if odd := sorted(config.keys() - known):
         raise UserError(f"{file}: no network here has {', '.join(odd)}; {OTHER_CODE}")
     weights, header = read_safetensors(file, REMEDY)
@@ -212,8 +225,8 @@ def vit_arguments(facts):
 
 def mae_arguments(facts):
     """Those of the facts that are arguments of MAE."""
-    decoder = {name: facts[name] for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
-    return vit_arguments(facts) | decoder
+    names = inspect.signature(MAE).parameters
+    return vit_arguments(facts) | {name: facts[name] for name in names if name in facts}
 
 
 def check_size(weights, facts, path, remedy):
@@ -327,7 +340,7 @@ def load_mae(path, image_size=None):
     """
     weights, facts = at_size(*read_network(path), image_size, path)
     if not facts["decoder_depth"]:
-        raise UserError(f"{path} has no decoder, as SimMIM has none; give a run with another mask")
+        raise UserError(f"{path} has no decoder, as SimMIM has none; give a run without simmim=1")
     with torch.random.fork_rng(devices=[]), reading(path, "network", REMEDY):
         model = MAE(**mae_arguments(facts))
     set_epsilon(model.encoder, facts["norm_eps"])

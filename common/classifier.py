@@ -30,7 +30,7 @@ HEADS = {
     "curricularface": {"margin": 0.5, "scale": 32.0},
     "ifa": {},
 }
-MARGINS = [name for name, keys in HEADS.items() if "margin" in keys]
+MARGINS = ("arcface", "cosface", "curricularface")  # the heads that are a MarginHead
 POOLS = ("mean", "cls")  # patch tokens averaged, or the CLS token
 HIDDEN = 512  # width of the one hidden layer of mlp
 REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
@@ -118,6 +118,8 @@ class Classifier(nn.Module):
             self.head = nn.Linear(dim, classes)
         else:
             raise UserError(f"--head {head}: Classifier has no branch for it; write one")
+        if pool not in ("mean", "cls"):
+            raise UserError(f"--pool {pool}: Classifier.pooled has no branch for it; write one")
 
     def pooled(self, patches, ids):
         """patches (B, K, P) at places ids (B, K) -> fp32 (B, D); for ifa the CLS tokens (B, D, L)."""

@@ -212,7 +212,8 @@ def save_safetensors(tensors, path, header=None):
     Files for others have no header of ours. They say that they are PyTorch's, as transformers asks.
     """
     metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
-    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    # Copies, because a format of plain arrays can't hold two names of one tensor (tied weights).
+    plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
     with atomic(path) as temporary:
         temporary.write_bytes(save(plain, metadata))
 

@@ -210,10 +210,10 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
 
 def name_unused(network, optimizer):
     """After the first step: a line names the weights that no loss reaches, so that nothing trains them."""
-    # AdamW keeps a state of what had a gradient, and no other.
+    # AdamW keeps a state of what had a gradient, and no other. (Plain SGD keeps none at all.)
     learns = {name: p for name, p in network.named_parameters() if p.requires_grad}
     unused = [name for name, p in learns.items() if p not in optimizer.state]
-    if unused:
+    if unused and optimizer.state:
         print(f"note     no loss reaches {', '.join(unused)}: is it used in forward?")
 
 
@@ -314,7 +314,7 @@ def refuse_results(out):
     state = out / "state.pt"
     there = {path for path in out.glob("*.*") if path.suffix in RESULTS}
     if state in there and load_state(state).get("step") == 0:
-        there -= {state, out / "log.jsonl", *out.glob("attn-*.safetensors")}
+        there -= {state, out / "log.jsonl", out / "masks.png", *out.glob("attn-*.safetensors")}
     refuse_overwrite(sorted(there))
 
 
@@ -406,6 +406,7 @@ class Run:
             file.write(json.dumps(row) + "\n")
         for send in self.trackers:
             send({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
+        self.since = time.perf_counter()  # the evaluation behind a row is no part of the next steps
 
     def update(self, loss, grad_norm):
         """After each optimizer step. Waits for no GPU."""
@@ -462,7 +463,7 @@ class Run:
                 start = f"torchrun --nproc-per-node {distributed.get_world_size()}"
             print(f"  {start} {quoted(*started_as(), '--resume', str(self.out))}", flush=True)
             sys.exit(128 + self.stop[0])
-        self.since = time.perf_counter()  # evaluations do not count
+        self.since = time.perf_counter()  # nor is the saving
 
     def seconds(self):
         """Of the whole run, the time before it was resumed included."""

@@ -318,6 +318,27 @@ def test_a_network_whose_file_would_lose_something_is_refused(kind):
         C.check_readable(model)
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder", ""])
+def test_a_layer_whose_name_no_file_could_tell_is_refused_by_name(part):
+    model = small_mae()
+    name = "decoder_extra" if part == "encoder" else "extra"
+    model.get_submodule(part).add_module(name, torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match=rf"{name}.weight is no name .*decoder.decoder_"):
+        C.check_readable(model)
+
+
+def test_one_block_in_several_places_is_written_and_read(tmp_path):
+    """As in ALBERT. Its weights have several names, and each is a tensor of the file."""
+    model = M.MAE(**TINY | {"depth": 1}, decoder_dim=64, decoder_depth=1)
+    scale = model.encoder.blocks[0].mlp.fc2.weight.std().item()
+    model.encoder.blocks.append(model.encoder.blocks[0])
+    model.config["depth"] = 2
+    M.shrink_branches(model.encoder.blocks)
+    assert model.encoder.blocks[0].mlp.fc2.weight.std().item() == pytest.approx(scale / 2)
+    C.save_model(model, tmp_path / "model.safetensors", {})
+    close(C.load_encoder(tmp_path).features(some_view(32)), model.encoder.features(some_view(32)))
+
+
 @pytest.mark.parametrize(
     "kept",
     [torch.zeros(3), [torch.nn.Parameter(torch.zeros(3))], (torch.nn.Linear(2, 2),)],

@@ -18,6 +18,7 @@ import data
 import finetune_lora
 from apps import recognize
 from common import classifier, controls, features, metrics, stats, train
+from common.checkpoints import load_encoder
 from common.train import read_log, seeded
 from model import ViT
 
@@ -249,6 +250,25 @@ def test_what_has_no_label_or_no_second_picture_is_not_learned(at, thin, no_pict
 
 
 # ---- an adapter that somebody changed ------------------------------------------------------------
+
+
+def test_a_method_that_trains_a_part_of_the_encoder_is_read_back(at, monkeypatch):
+    """Biases alone, as in BitFit: what is trained is written, whatever the method is called."""
+
+    class Biases(classifier.Classifier):
+        def __init__(self, encoder, *args, **keys):
+            super().__init__(encoder, *args, **keys)
+            for name, p in encoder.named_parameters():
+                p.requires_grad_(name.endswith("bias"))
+
+    monkeypatch.setattr(classifier, "Classifier", Biases)
+    for table in ("METHODS", "NOT_READ", "RECIPE", "WEIGHT_DECAY"):
+        known = getattr(finetune_lora, table)
+        monkeypatch.setitem(known, "bitfit", known["full"])
+    run_line(f"{TUNE} --method bitfit --out runs/biases", at, check=0)
+    before, after = (load_encoder(at / run).state_dict() for run in ("runs/a", "runs/biases"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith("bias") for name in changed)
 
 
 @plain_lora

@@ -10,7 +10,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, equal, run_line
+from conftest import ROOT, equal, refused, run_line
 
 import data
 import mask as masking
@@ -271,6 +271,17 @@ def test_the_readmes_exercise_works_as_it_stands():
     _, ids = masking.sample(priority, 32)
     often = torch.bincount(ids.flatten(), minlength=64).view(8, 8)
     assert often[3:5, 3:5].min() > 2 * often[0].max()
+
+
+def test_a_strategy_that_was_left_out_of_strategies_is_refused(monkeypatch, tmp_path):
+    """NEEDS alone does not make a strategy: the flag lists those that there are."""
+    source = (ROOT / "mask.py").read_text()
+    changed = {"__name__": "changed"}
+    exec(source.replace("NEEDS = {", 'NEEDS = {\n    "bright": "view",'), changed)
+    monkeypatch.setattr(masking, "PARAMS", changed["PARAMS"])
+    message = refused(run_line("pretrain.py --mask bright --device cpu", tmp_path))
+    assert "bright" in message and "attn_high" in message
+    assert not (tmp_path / "datasets").exists()  # before pictures are packed
 
 
 def test_a_strategy_that_reads_pixels_is_written_in_one_file(bright, tmp_path, monkeypatch):

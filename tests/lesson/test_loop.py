@@ -175,6 +175,7 @@ def test_a_run_that_failed_before_it_was_saved_is_begun_again(tmp_path):
     steps(flags_of("--out", str(out)), 3)
     AT_END.close()  # as the end of its process would
     (out / "attn-00000000.safetensors").write_text("of the first epoch")
+    (out / "masks.png").write_text("of the first evaluation")
     run, _ = steps(flags_of("--out", str(out)), 20)
     assert train.read_log(out / "log.jsonl")[-1]["step"] == 20
     run.save()

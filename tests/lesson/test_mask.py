@@ -152,6 +152,9 @@ def test_a_hint_shows_a_share_of_the_most_attended_tenth_by_chance():
     assert hidden("attn_hint", patches, noise, 95, hint=1.0).sum(1).eq(95).all()
     before = hidden("attn_hint", patches, noise, 75, 0.05)
     assert torch.equal(before, hidden("random", {}, noise, 75))
+    no_map = {"attn": torch.ones(400, 100)}  # of a teacher that has made none yet
+    for M in (75, 95):
+        assert torch.equal(hidden("attn_hint", no_map, noise, M), hidden("random", {}, noise, M))
 
 
 def test_what_the_teacher_attends_to_least_is_thrown():

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -110,6 +111,12 @@ def test_a_class_that_train_lacks_and_classes_that_differ_are_named(runs, small,
     shutil.copy(tmp_path / "other" / "val.safetensors", tmp_path / "mixed")
     words = runs[0] / "random-s1", "--data", tmp_path / "mixed"
     assert "class3" in refused(run_probe(*words, cwd=tmp_path, check=2))
+
+
+def test_pictures_to_choose_on_are_asked_for(runs, tmp_path):
+    golden.write_packed(tmp_path / "packed", 32, (("train", 8), ("val", 8)))  # two of each class
+    words = runs[0] / "random-s1", "--data", tmp_path / "packed"
+    assert "--dev 0.1" in refused(run_probe(*words, cwd=tmp_path, check=2))
 
 
 def test_without_labels_the_pictures_still_work(runs, tmp_path):
