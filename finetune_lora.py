@@ -22,7 +22,6 @@ import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +53,7 @@ from common.command import (
 )
 from common.features import (
     FOLDS,
+    Subset,
     name_of,
     open_all,
     open_rows,
@@ -452,9 +452,9 @@ class Task:
     net: classifier.Classifier
     trained: TrainedWeights
     classes: list  # names of the characters that are learned
-    train: SimpleNamespace  # sets of common.features.open_rows
-    dev: SimpleNamespace  # None where folds have chosen the number of epochs
-    report: SimpleNamespace  # None where folds have measured
+    train: Subset
+    dev: Subset  # None where folds have chosen the number of epochs
+    report: Subset  # None where folds have measured
     keep: tuple  # share of the patches that is shown, in the first and in the last step
     colourless: float  # share of the views in gray
     out: Path
@@ -744,31 +744,41 @@ def finetune(flags, task, make_run=train.Run):
 # ---- how good it is, and the files ---------------------------------------------------------------
 
 
+@dataclass
+class Answers:
+    """What the network says of the pictures to report: those of --split, or of all folds (apps/folds.py)."""
+
+    logits: torch.Tensor  # (n, C)
+    labels: torch.Tensor  # (n,)
+    groups: torch.Tensor  # (n,): pictures of one illustration have one number
+    colourless_top1: float  # in percent, of the same pictures in gray
+    thumbnails_top1: float  # in percent, of two controls
+    histograms_top1: float
+    epoch: int = 0  # that folds have chosen
+    curve: list = field(default_factory=list)  # further rows for curves.png
+    lines: list = field(default_factory=list)  # to be printed
+
+
 def measure(task):
-    """The pictures of --split -> a namespace, of which `results` makes a row.
-
-    logits (n, C), labels (n,), groups (n,) and, in percent, Top-1 of the same pictures in gray and of
-    two controls. Cross-validation returns the same, lines to be printed and rows for curves.png
-    (apps/folds.py).
-    """
-    logits, truth = predict(task, task.report)
-    groups = data.groups_of(task.report.split)[task.report.rows]
-    found = SimpleNamespace(logits=logits, labels=truth, groups=groups, lines=[], curve=[])
-    found.colourless_top1 = 100 * readout.topk(*predict(task, controls.in_gray(task.report)), 1)
-    # How much do colours tell without any network? An accuracy is good only where it beats these two.
+    """-> the Answers of a network for the pictures of --split."""
     sets = task.train, task.dev, task.report
-    found.thumbnails_top1 = controls.thumbnail_top1(*sets)
-    found.histograms_top1 = controls.histogram_top1(*sets)
-    return found
+    return Answers(
+        *predict(task, task.report),
+        data.groups_of(task.report.split)[task.report.rows],
+        100 * readout.topk(*predict(task, controls.in_gray(task.report)), 1),
+        # How much do colours tell without any network? An accuracy is good only where it beats these two.
+        controls.thumbnail_top1(*sets),
+        controls.histogram_top1(*sets),
+    )
 
 
-def results(flags, task, run, best_epoch, found):
-    """-> the row of metrics.json, in percent, of what `measure` found."""
-    correct = found.logits.argmax(1) == found.labels
-    measured = metrics.classification(found.logits, found.labels, task.sizes())
+def results(flags, task, run, best_epoch, answers):
+    """-> the row of metrics.json, in percent."""
+    correct = answers.logits.argmax(1) == answers.labels
+    measured = metrics.classification(answers.logits, answers.labels, task.sizes())
     # Faces of one illustration are right or wrong together. So whole illustrations are drawn anew for
     # the interval: with single faces it would be too narrow.
-    interval = stats.share_interval(correct, found.groups)
+    interval = stats.share_interval(correct, answers.groups)
     row = {"run": task.out.name, "method": task.method, "head": task.head, "seed": flags.seed}
     row |= {"data": flags.data, "evaluated_on": flags.split, "best_epoch": best_epoch}
     row |= {key: 100 * measured[key] for key in ("top1", "top5", "macro_f1")}
@@ -776,7 +786,7 @@ def results(flags, task, run, best_epoch, found):
     row["by_size"] = {key: 100 * top1 for key, top1 in by_size.items() if top1 is not None}
     row["top1_interval"] = [round(bound, 2) for bound in interval]
     for name in ("colourless_top1", "thumbnails_top1", "histograms_top1"):
-        row[name] = getattr(found, name)
+        row[name] = getattr(answers, name)
     # Which pictures were right, one bit each: two runs can then be compared picture by picture.
     row |= {"confusion": measured["confusion"], "right": stats.to_bits(correct)}
     count, share = task.parameters_trained()
@@ -894,18 +904,18 @@ def draw_confusion(path, table, names, title):
 
 
 @torch.no_grad()
-def write_results(flags, task, run, best_epoch, found):
+def write_results(flags, task, run, best_epoch, answers):
     """All files but state.pt. A network that is there already stays as it is."""
     out = task.out
     suffix = split_suffix(flags.split)
-    row = results(flags, task, run, best_epoch, found)
+    row = results(flags, task, run, best_epoch, answers)
     if not any(out.glob("metrics*.json")):
         write_network(flags, task, task.out, {"step": run.step, "run": run.config})
     # Before it come all other files that matter: where it is, the run is finished.
     save_json(row, out / f"metrics{suffix}.json")
     with drawing("curves.png or confusion.png"):
         title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
-        rows = train.read_log(out / "log.jsonl") + found.curve
+        rows = train.read_log(out / "log.jsonl") + answers.curve
         draw_curves(out / "curves.png", rows, best_epoch, title)
         draw_confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
     low, high = row["top1_interval"]
@@ -916,7 +926,7 @@ def write_results(flags, task, run, best_epoch, found):
         f"controls Top-1 by thumbnails {row['thumbnails_top1']:.1f} %, by histograms of colours "
         f"{row['histograms_top1']:.1f} %"
     )
-    for line in found.lines:
+    for line in answers.lines:
         print(line)
     print(
         f"wrote    {out}/ after {row['seconds']:.0f} s; the weights are those of epoch {best_epoch}\n"
@@ -937,14 +947,14 @@ def main():
     task = open_task(flags, device, autocast)
     check_readable(flags, task)
     describe(flags, task)
-    found = None
+    answers = None
     if flags.split == FOLDS:
         from apps import folds  # runs up: it repeats the training of this script, part by part
 
-        found = folds.cross_validate(flags, task)
-        task.stop = found.epoch
+        answers = folds.cross_validate(flags, task)
+        task.stop = answers.epoch
     run, epoch = finetune(flags, task)
-    write_results(flags, task, run, epoch, found or measure(task))
+    write_results(flags, task, run, epoch, answers or measure(task))
 
 
 if __name__ == "__main__":

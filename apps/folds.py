@@ -21,6 +21,7 @@ import copy
 import json
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -93,7 +94,7 @@ def sets_of(every, classes, of_character, of_picture, fold):
     names = every.split["header"]["classes"]
     fit = relabelled("all", every.split, [names.index(classes[c]) for c in learned])
     known = torch.isin(labels, learned)
-    dev = SimpleNamespace(**vars(fit) | {"rows": every.rows[held & known]})
+    dev = replace(fit, rows=every.rows[held & known])
     fit.rows = every.rows[~held & known]
     return fit, dev, every.rows[left_out], learned
 
@@ -407,7 +408,7 @@ def minutes_of(flags, encoder, pictures, device, autocast):
 
 
 def cross_validate(flags, task):
-    """Train the networks of the folds -> a namespace as finetune_lora.measure returns, with `epoch`, too.
+    """Train the networks of the folds -> the Answers of all of them, for every picture.
 
     Writes promise.json, whose "calibration" apps/recognize.py takes for the gallery.
     """
@@ -428,13 +429,20 @@ def cross_validate(flags, task):
     # The head's logits have no part in these similarities: those of a network that learned few
     # pictures say less of unknown characters than colours do, and mixed in they made it worse.
     numbers |= {"lift": [0.0, 0.0], "colours": COLOURS}
-    found.groups = groups[found.rows]
-    for name in MEASURED:
-        setattr(found, f"{name}_top1", 100 * getattr(found, name).double().mean().item())
-    found.curve = curves_of(folds)
-    found.epoch = epoch_of(found.curve, len(found.labels))
-    row = promise(found, numbers, task.sizes()) | {"folds": count, "epoch": found.epoch}
+    curve = curves_of(folds)
+    epoch = epoch_of(curve, len(found.labels))
+    row = promise(found, numbers, task.sizes()) | {"folds": count, "epoch": epoch}
     row |= {"calibration": numbers, "command": flags.command, "commit": train.commit()}
     save_json(row, task.out / PROMISE)
-    found.lines = promised(row)
-    return found
+    of_controls = {
+        f"{name}_top1": 100 * getattr(found, name).double().mean().item() for name in MEASURED
+    }
+    return finetune_lora.Answers(
+        found.logits,
+        found.labels,
+        groups[found.rows],
+        **of_controls,
+        curve=curve,
+        epoch=epoch,
+        lines=promised(row),
+    )

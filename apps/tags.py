@@ -55,7 +55,7 @@ from common.command import (
     run_name,
     set_defaults,
 )
-from common.features import name_of, open_rows, split_suffix
+from common.features import Subset, name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import (
     UserError,
@@ -415,9 +415,9 @@ class Task:
     net: MFDN
     classes: list  # names of the characters
     words: list  # the tags
-    train: SimpleNamespace  # sets of common.features.open_rows
-    dev: SimpleNamespace
-    report: SimpleNamespace
+    train: Subset
+    dev: Subset
+    report: Subset
     device: torch.device
     autocast: partial
 

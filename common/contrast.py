@@ -110,13 +110,14 @@ class Contrast(nn.Module):
         h = F.normalize(self.projector(summaries.float()), dim=1)  # (m + b, E)
         groups = torch.cat([groups[:m], groups])
         settings = self.settings
-        loss, found = contrastive_loss(h, groups, m, settings["temperature"], settings["dcl"])
-        return settings["weight"] * loss, torch.stack([loss.detach(), found])
+        T, dcl = settings["temperature"], settings["dcl"]
+        loss, pairs_found = contrastive_loss(h, groups, m, T, dcl)
+        return settings["weight"] * loss, torch.stack([loss.detach(), pairs_found])
 
-    def statistics(self, found):
+    def statistics(self, numbers):
         """The second result of `forward`, or None -> numbers for the log."""
         names = "contrastive_loss", "pairs_found"
-        return {} if found is None else dict(zip(names, found.tolist(), strict=True))
+        return {} if numbers is None else dict(zip(names, numbers.tolist(), strict=True))
 
 
 def contrastive_loss(h, groups, m, temperature, dcl):
@@ -130,8 +131,8 @@ def contrastive_loss(h, groups, m, temperature, dcl):
     positive = logits.gather(1, pair)  # (2m, 1)
     same = groups[: 2 * m, None] == groups  # a view is of its own group, too
     negatives = logits.masked_fill(same, -1e4)
-    found = (positive > negatives.amax(1, keepdim=True)).float().mean()
+    pairs_found = (positive > negatives.amax(1, keepdim=True)).float().mean()
     among = negatives if dcl else torch.cat([positive, negatives], 1)
     loss = among.logsumexp(1) - positive[:, 0]
     # A view whose batch is all of its own group has nothing to be told from.
-    return loss.where(~same.all(1), 0).mean(), found
+    return loss.where(~same.all(1), 0).mean(), pairs_found

@@ -1,7 +1,7 @@
 """Controls of a recogniser: accuracy by colours alone, without a network; pictures without colour."""
 
 import functools
-from types import SimpleNamespace
+from dataclasses import replace
 
 import torch
 
@@ -33,14 +33,14 @@ def features_of(extract, images, rows):
 
 
 def thumbnail_top1(train, dev, report):
-    """Sets of `open_rows` -> Top-1 in percent of a ridge regression on thumbnails, chosen on dev."""
+    """Three Subsets -> Top-1 in percent of a ridge regression on thumbnails, chosen on dev."""
     sets = train, dev, report
     small = [features_of(functools.partial(thumbnails, side=8), x, x.rows) for x in sets]
     labels = [images.labels[images.rows] for images in sets]
-    x, choose, found = standardise(*small)
+    x, choose, judged = standardise(*small)
     fits = [ridge(x, labels[0], int(labels[0].max()) + 1, penalty) for penalty in PENALTIES]
     W, b = max(fits, key=lambda fit: topk(choose @ fit[0] + fit[1], labels[1], 1))
-    return 100 * topk(found @ W + b, labels[2], 1)
+    return 100 * topk(judged @ W + b, labels[2], 1)
 
 
 def thumbnail_scores(train, rows):
@@ -48,10 +48,10 @@ def thumbnail_scores(train, rows):
     small = [
         features_of(functools.partial(thumbnails, side=8), train, x) for x in (train.rows, rows)
     ]
-    x, found = standardise(*small)
+    x, judged = standardise(*small)
     labels = train.labels[train.rows]
     W, b = ridge(x, labels, int(labels.max()) + 1, PENALTIES[2])
-    return found @ W + b
+    return judged @ W + b
 
 
 def histogram_svms(train):
@@ -80,9 +80,9 @@ def histogram_top1(train, dev, report):
 def histogram_scores(train, rows):
     """The same with a fixed cost: scores (m, C) of rows (m,) of the split, 0 on a border."""
     fit = histogram_svms(train)[1]
-    found = torch.from_numpy(fit.decision_function(features_of(histograms, train, rows)))
+    scores = torch.from_numpy(fit.decision_function(features_of(histograms, train, rows)))
     # Of two characters scikit-learn gives one number: above 0 it is the second.
-    return found if found.ndim > 1 else torch.stack([-found, found], 1)
+    return scores if scores.ndim > 1 else torch.stack([-scores, scores], 1)
 
 
 class Gray:
@@ -102,6 +102,6 @@ class Gray:
 
 
 def in_gray(images):
-    """A set of `open_rows` -> the same without colour."""
+    """A Subset -> the same without colour."""
     split = images.split | {"images": Gray(images.split["images"])}
-    return SimpleNamespace(**vars(images) | {"name": f"{images.name} in gray", "split": split})
+    return replace(images, name=f"{images.name} in gray", split=split)

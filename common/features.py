@@ -5,10 +5,9 @@ A set of features is a dict {"train": (n, D), "dev": ..., "val": ...} of fp16 te
 
 import contextlib
 from argparse import ArgumentTypeError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -131,6 +130,16 @@ def open_all(folder):
     return relabelled("all", every, enough), [classes[c] for c in enough]
 
 
+@dataclass
+class Subset:
+    """Some pictures of a split, with labels."""
+
+    name: str  # of the split
+    split: dict  # as data.open_split returns it
+    rows: torch.Tensor  # (n,): which pictures of the split
+    labels: torch.Tensor  # of all pictures of the split: the class among the learned ones, or -1
+
+
 def open_others(folder):
     """Pictures of nobody that data.py packed -> the split and at most OTHERS of its rows; None without."""
     if not (Path(folder) / "unknown.safetensors").exists():
@@ -150,13 +159,13 @@ def learnable(labels, classes, folder):
 
 
 def relabelled(name, split, learned):
-    """A split and the numbers of the learned classes -> a set of `open_rows`."""
+    """A split and the numbers of the learned classes -> the Subset of their pictures."""
     # The last of them is what the label -1 reads: a picture without a label.
     new_label = torch.full((len(split["header"]["classes"]) + 1,), -1)
     new_label[learned] = torch.arange(len(learned))
     labels = new_label[split["labels"]]
     rows = (labels >= 0).nonzero()[:, 0]
-    return SimpleNamespace(name=name, split=split, rows=rows, labels=labels)
+    return Subset(name, split, rows, labels)
 
 
 def hold_out(splits, rows=None, seed=0):
@@ -211,11 +220,10 @@ def numbers_of(left_out, classes):
 
 
 def open_rows(folder, held, left_out):
-    """-> labelled pictures to learn from, to choose by and to report; the learned classes.
+    """-> Subsets with labels to learn from, to choose by and to report; the learned classes.
 
-    Each set is a namespace: name, split, rows, labels. A label is an image's class among the
-    learned, -1 of others. left_out, as of `some_characters`, are not learned, and neither are classes
-    with fewer than two pictures in train.
+    left_out, as of `some_characters`, are not learned, and neither are classes with fewer than two
+    pictures in train.
     """
     splits = open_splits(folder, held)
     classes = splits["train"]["header"]["classes"]
@@ -228,7 +236,7 @@ def open_rows(folder, held, left_out):
     train = sets["train"]
     seed, _ = part_of(left_out)  # each part has a held-out tenth of its own
     train.rows, chosen, where = hold_out(splits, train.rows, seed)
-    dev = sets["dev"] if where == "dev" else SimpleNamespace(**vars(train) | {"rows": chosen})
+    dev = sets["dev"] if where == "dev" else replace(train, rows=chosen)
     for name, some in {"dev": dev, held: sets[held]}.items():
         if not len(some.rows):
             fix = "data.py needs more pictures, or a larger share for it: --split .6,.2,.2"

@@ -58,6 +58,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{PRE} --mask attn_high --contrast none --attention pooler", "--attention pooler"),
     (f"{PRE} --data=", "--data gives no"),
     ("pretrain.py --resume images", "state.pt"),
+    ("pretrain.py --resume runs/a --teacher maps", "beside --resume"),
     (f"{TUNE} --method lora:r=0", "from 1 to"),
     (f"{TUNE} --keep .2:.5:1", "--keep"),
     (f"{TUNE} --keep .5:2", "between 0.01 and 1"),
