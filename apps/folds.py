@@ -39,12 +39,13 @@ from apps.recognize import (
     decided,
     enrolled_threshold,
     make_gallery,
+    open_others,
     outputs_of,
 )
 from apps.unknown import reliability
-from common import controls, metrics, train
+from common import controls, metrics, readout, train
 from common.command import progress, started_as
-from common.features import evenly_of_each, open_others, relabelled
+from common.features import evenly_of_each, relabelled
 from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from common.locks import reserve
 from common.stats import least_error
@@ -184,7 +185,7 @@ def answers_of(task, left_out, learned, C, folds, others=None):
         some, embeddings = outputs(asked)
         logits = torch.full((len(asked), C), -torch.inf)
         logits[:, learned] = some
-        colours = controls.histogram_scores(task.train, asked)
+        colours = histogram_scores(task.train, asked)
         said = {"logits": logits, "similarity": grown(embeddings, gallery, galleries)}
         said |= {"colours": colours.amax(1), "unit": compared(embeddings, gallery)}
         return said, embeddings, colours.argmax(1)
@@ -195,7 +196,7 @@ def answers_of(task, left_out, learned, C, folds, others=None):
         _, shown = outputs_of(task.net.eval(), *others, autocast=task.autocast)
         known["others_similarity"] = grown(shown, gallery, smaller_yet)
     gray, _ = finetune_lora.predict(task, controls.in_gray(task.dev))
-    thumbnails = controls.thumbnail_scores(task.train, task.dev.rows)
+    thumbnails = thumbnail_scores(task.train, task.dev.rows)
     return known | {
         **{f"unknown_{name}": x for name, x in unknown.items()},
         "enrolled_threshold": torch.tensor(enrolled_threshold(gallery, embeddings, labels)),
@@ -264,6 +265,28 @@ def epoch_of(rows, pictures):
     best = curve.max()
     standard_error = (best * (100 - best) / pictures).sqrt()
     return int((curve >= best - standard_error).nonzero()[-1]) + 1
+
+
+# ---- controls, without a dev to choose on --------------------------------------------------------
+
+
+def thumbnail_scores(train, rows):
+    """A ridge regression on thumbnails, its penalty fixed: scores (m, C) of rows (m,) of the split."""
+    small_side = partial(readout.thumbnails, side=8)
+    small = [controls.features_of(small_side, train, some) for some in (train.rows, rows)]
+    x, judged = readout.standardise(*small)
+    labels = train.labels[train.rows]
+    W, b = readout.ridge(x, labels, int(labels.max()) + 1, controls.PENALTIES[2])
+    return judged @ W + b
+
+
+def histogram_scores(train, rows):
+    """An SVM on histograms of colours, its cost fixed: scores (m, C) of rows (m,), 0 on a border."""
+    fit = controls.histogram_svms(train)[1]
+    x = controls.features_of(controls.histograms, train, rows)
+    scores = torch.from_numpy(fit.decision_function(x))
+    # Of two characters scikit-learn gives one number: above 0 it is the second.
+    return scores if scores.ndim > 1 else torch.stack([-scores, scores], 1)
 
 
 # ---- what follows from their answers -------------------------------------------------------------

@@ -42,7 +42,7 @@ from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
 from common.features import FOLDS as BY_FOLDS
-from common.features import evenly_of_each, open_all, open_others, open_rows
+from common.features import evenly_of_each, open_all, open_rows
 from common.io import UserError, quoted, read_json, read_safetensors, reading, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
@@ -61,6 +61,7 @@ LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
 MOST_REJECTED = 0.09  # share of known faces on dev called unknown; on new ones a tenth
 OTHERS = 0.05  # share of other faces that may pass for one enrolled character
+OF_UNKNOWN = 2000  # pictures of unknown characters that fit a threshold, at most
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
@@ -449,6 +450,14 @@ def outputs_of(net, split, rows, autocast, name="", colours=True):
         return logits, embeddings
     views = data.whole_views(split["images"], rows, net.encoder.image_size, torch.device("cpu"))
     return logits, torch.cat([embeddings, torch.cat([histograms(view) for _, view in views])], 1)
+
+
+def open_others(folder):
+    """-> the split of unknown characters that data.py packed, and some of its rows; None without."""
+    if not (Path(folder) / "unknown.safetensors").exists():
+        return None
+    split = data.open_split(folder, "unknown")
+    return split, data.evenly_spaced(len(split["labels"]), OF_UNKNOWN)
 
 
 def faces_learned(run, device, dtype):

@@ -43,17 +43,6 @@ def thumbnail_top1(train, dev, report):
     return 100 * topk(judged @ W + b, labels[2], 1)
 
 
-def thumbnail_scores(train, rows):
-    """The same with a fixed penalty, where there is no dev: scores (m, C) of rows (m,) of the split."""
-    small = [
-        features_of(functools.partial(thumbnails, side=8), train, x) for x in (train.rows, rows)
-    ]
-    x, judged = standardise(*small)
-    labels = train.labels[train.rows]
-    W, b = ridge(x, labels, int(labels.max()) + 1, PENALTIES[2])
-    return judged @ W + b
-
-
 def histogram_svms(train):
     """-> support vector machines on histograms of colours, one for each of COSTS.
 
@@ -75,14 +64,6 @@ def histogram_top1(train, dev, report):
     judged = [(features_of(histograms, y, y.rows), y.labels[y.rows]) for y in (dev, report)]
     best = max(histogram_svms(train), key=lambda fit: fit.score(*judged[0]))
     return 100 * best.score(*judged[1])
-
-
-def histogram_scores(train, rows):
-    """The same with a fixed cost: scores (m, C) of rows (m,) of the split, 0 on a border."""
-    fit = histogram_svms(train)[1]
-    scores = torch.from_numpy(fit.decision_function(features_of(histograms, train, rows)))
-    # Of two characters scikit-learn gives one number: above 0 it is the second.
-    return scores if scores.ndim > 1 else torch.stack([-scores, scores], 1)
 
 
 class Gray:

@@ -23,7 +23,6 @@ from model import ViT
 
 POOLS = ("mean", "cls", "extremes")
 HEADLINE = "extremes"
-OTHERS = 2000  # pictures of nobody that fit a threshold, at most
 FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
 
 
@@ -138,14 +137,6 @@ class Subset:
     split: dict  # as data.open_split returns it
     rows: torch.Tensor  # (n,): which pictures of the split
     labels: torch.Tensor  # of all pictures of the split: the class among the learned ones, or -1
-
-
-def open_others(folder):
-    """Pictures of nobody that data.py packed -> the split and at most OTHERS of its rows; None without."""
-    if not (Path(folder) / "unknown.safetensors").exists():
-        return None
-    split = data.open_split(folder, "unknown")
-    return split, data.evenly_spaced(len(split["labels"]), OTHERS)
 
 
 def learnable(labels, classes, folder):
