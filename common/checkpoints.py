@@ -391,7 +391,7 @@ def check_readable(model):
     if not same:
         raise UserError(
             f"this network could not be read back from its file: {reason}; in model.py, put every "
-            "argument of ViT into self.config, and what is learned into a Parameter or a buffer"
+            "argument of ViT and MAE into their config, what is learned into a Parameter or a buffer"
         )
 
 
