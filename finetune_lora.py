@@ -802,6 +802,7 @@ def write_network(flags, task, folder, notes):
     digest = flags.fingerprint  # of the encoder as it was before training
     if task.method == "lora":
         write_adapter(encoder, task.keys, digest, folder, flags.encoder)
+    # Whatever else is trained in an encoder, and random weights, which no other file has.
     elif flags.from_scratch or any(name.startswith("encoder.") for name in task.trained.tensors):
         save_encoder(encoder, folder / "model.safetensors", notes)
         digest = fingerprint(encoder)

@@ -237,11 +237,11 @@ def build_contrast(encoder, flags, settings, train_set, figures):
     if not settings:
         return None
     name = flags.contrast.partition(":")[0]
-    if name not in ("pooler", "cls"):
-        raise UserError(f"--contrast {name}: Contrast has no branch for it; write one")
     with torch.random.fork_rng(devices=[]):
         if name == "pooler":
             encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
+        elif name != "cls":
+            raise UserError(f"--contrast {name}: build_contrast has no branch for it; write one")
         return Contrast(encoder, settings, train_set, figures, flags.min_crop)
 
 

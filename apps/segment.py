@@ -707,6 +707,7 @@ def parse_flags():
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-seg); for pictures a folder")
     train.add_flags(add)
     flags = parser.parse_intermixed_args()  # flags may stand between pictures
+    parse_keys(flags.network, NETWORKS, "--network")  # now, and not when pictures are packed
     training = {"data", "patches", "epochs", "lr", "learn_from", "network", "pixel_steps"}
     training |= {"batch_size", "split", "seed", "log"}
     useless = training if flags.pictures else {"mixed"}

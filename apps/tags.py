@@ -971,6 +971,7 @@ def read_flags():
     add("--escape", action="store_true", help="brackets in captions as \\( and \\)")
     train.add_flags(parser.add_argument_group("run and machine").add_argument)
     flags = parser.parse_intermixed_args()  # flags may stand between pictures
+    parse_keys(flags.arm, ARM_KEYS, "--arm")  # now, and not when pictures are packed
     refuse_flags(flags)
     train.take_saved_flags(flags, "split")
     return flags

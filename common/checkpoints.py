@@ -39,7 +39,7 @@ from common.io import (
     save_safetensors,
 )
 from kernels.loss import FLOOR
-from model import EPS, MAE, Pooler, ViT, check_sizes
+from model import EPS, MAE, Pooler, SimMIM, ViT, check_sizes
 
 ROOT = Path(__file__).resolve().parent.parent  # the program's folder
 BESIDE = ("encoder.pooler", "decoder.stats_head")  # parts of an MAE that have files of their own
@@ -203,7 +203,7 @@ def read_network(path):
         return read_checkpoint(path)
     check_fields(config, CONFIG, f"{file}: config", REMEDY)
     known = {key.removesuffix("?") for key in CONFIG}
-    known |= {name for kind in (ViT, MAE) for name in inspect.signature(kind).parameters}
+    known |= {name for kind in (ViT, MAE, SimMIM) for name in inspect.signature(kind).parameters}
     if odd := sorted(config.keys() - known):
         raise UserError(f"{file}: no network here has {', '.join(odd)}; {OTHER_CODE}")
     weights, header = read_safetensors(file, REMEDY)

@@ -31,7 +31,10 @@ HEADS = {
     "ifa": {},
 }
 MARGINS = ("arcface", "cosface", "curricularface")  # the heads that are a MarginHead
-POOLS = ("mean", "cls")  # patch tokens averaged, or the CLS token
+POOLS = {  # tokens (B, 1+K, D) -> (B, D): patch tokens averaged, or the CLS token
+    "mean": lambda tokens: tokens[:, 1:].mean(1),
+    "cls": lambda tokens: tokens[:, 0],
+}
 HIDDEN = 512  # width of the one hidden layer of mlp
 REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
 
@@ -118,14 +121,11 @@ class Classifier(nn.Module):
             self.head = nn.Linear(dim, classes)
         else:
             raise UserError(f"--head {head}: Classifier has no branch for it; write one")
-        if pool not in ("mean", "cls"):
-            raise UserError(f"--pool {pool}: Classifier.pooled has no branch for it; write one")
 
     def pooled(self, patches, ids):
         """patches (B, K, P) at places ids (B, K) -> fp32 (B, D); for ifa the CLS tokens (B, D, L)."""
         if self.config["head"] != "ifa":
-            tokens = self.encoder(patches, ids).float()
-            return tokens[:, 0] if self.config["pool"] == "cls" else tokens[:, 1:].mean(1)
+            return POOLS[self.config["pool"]](self.encoder(patches, ids).float())
         x = self.encoder.embed(patches, ids)
         every = self.encoder.run_blocks(x, every=True)  # L times (B, 1+K, D)
         return torch.stack([tokens[:, 0].float() for tokens in every], 2)
