@@ -511,6 +511,8 @@ def split_for(flags, encoder, device, autocast):
     """What is reported where nobody asks: folds of a small collection, val of other sets."""
     if flags.hold_out or not data.is_small(flags.data):
         return "val"
+    if (Path(flags.out) / FOLDS).exists():  # the command was stopped there, and is given again
+        return FOLDS
     from apps import folds  # runs up, as in main
 
     return FOLDS if folds.are_quick(flags, encoder, device, autocast) else "val"

@@ -38,6 +38,7 @@ from common.checkpoints import about_model, load_mae, place_of
 from common.classifier import is_recogniser
 from common.command import AT_END, Parser, between, cli, require
 from common.evaluate import filled_in, psnr
+from common.features import place_of_set
 from common.io import UserError, open_tensors
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
@@ -317,7 +318,7 @@ def recognise_page(run, picture):
         shares["confidence"] = row["confidence"]
     faces = [("the picture", image[0])]
     with contextlib.suppress(UserError):  # the data set that it learned from may be gone
-        split = data.open_split(place_of(header["data"], run), "train")
+        split = data.open_split(place_of_set(header["data"], run), "train")
         keys = split["header"].get("keys", [])
         for near in row["nearest"]:
             if near["picture"] in keys:

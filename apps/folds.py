@@ -19,6 +19,7 @@ name. Then one more network learns everything, and all pictures teach.
 
 import copy
 import json
+import math
 import sys
 import time
 from dataclasses import replace
@@ -45,7 +46,7 @@ from apps.recognize import (
 from apps.unknown import reliability
 from common import controls, metrics, readout, train
 from common.command import progress, started_as
-from common.features import evenly_of_each, relabelled
+from common.features import can_leave_out, evenly_of_each, relabelled
 from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from common.locks import reserve
 from common.stats import least_error
@@ -122,7 +123,9 @@ class FoldRun(train.Run):
         """Stop if asked to: folds before this one are kept."""
         if self.stop:
             self.bar.close()
-            print(f"stopped by {self.stop[0].name}; the same command goes on with this fold")
+            print(
+                f"stopped by {self.stop[0].name}; the same command goes on after the last whole fold"
+            )
             sys.exit(128 + self.stop[0])
 
 
@@ -132,7 +135,7 @@ def steps_of_epoch(flags, images):
 
 
 def train_fold(flags, whole, sets, learned, bar):
-    """Train without the pictures of a fold -> its Task and the log of its run."""
+    """Train without the pictures of a fold -> its Task and its run."""
     flags = copy.copy(flags)
     flags.resume, flags.log = None, ()
     # As many steps as when everything is learned, of smaller batches. With fewer, it would learn less,
@@ -148,7 +151,7 @@ def train_fold(flags, whole, sets, learned, bar):
     # A frozen encoder sees each picture once, and not once for each fold.
     task.features = whole.features
     run, _ = finetune_lora.finetune(flags, task, partial(FoldRun, bar=bar))
-    return task, run.rows
+    return task, run
 
 
 @torch.no_grad()
@@ -240,12 +243,13 @@ def answers_of_folds(flags, task, of_character, of_picture):
                 raise UserError(f"{path} is of another command; rm -r {quoted(path.parent)}")
             bar.update(steps)
         else:
-            trained, rows = train_fold(flags, task, (fit, dev), learned, bar)
+            trained, run = train_fold(flags, task, (fit, dev), learned, bar)
             some = others and (others[0], others[1][fold::count])  # each picture is asked once
             tensors = answers_of(trained, left_out, learned, len(classes), count, some)
             for name in CURVES:  # of each epoch
-                tensors[name] = torch.tensor([row[name] for row in rows if name in row])
+                tensors[name] = torch.tensor([row[name] for row in run.rows if name in row])
             save_safetensors(tensors, path, config)
+            run.save_if_due()  # somebody may have stopped it while the answers were made
         rows = {"rows": dev.rows, "labels": every.labels[dev.rows]}
         found.append(tensors | rows | {"unknown_labels": every.labels[left_out]})
     bar.close()
@@ -361,7 +365,7 @@ def auroc(known, unknown):
 
 
 def promised(row):
-    """promise.json -> the table that is printed, in lines."""
+    """promise.json -> what is printed, in lines."""
     known, new = row["known_unknown"], row["unknown"]
     share = "{mean:.0f} % (95 % interval {low:.0f} to {high:.0f})"
     few = row["least"] < ENOUGH[0] or row["characters"] < ENOUGH[1]
@@ -384,7 +388,10 @@ def promised(row):
         cells["names right, of confidence 80 % or more"] = right
     width = max(map(len, cells))
     lines = [f"         {name:<{width}}  {value}" for name, value in cells.items()]
-    return ["unknown" + lines[0][len("unknown") :], *lines[1:]]
+    C, folds = row["characters"], row["folds"]
+    among = f"{C - math.ceil(C / folds)} of the {C} characters at a time"
+    note = f"note: Top-1 was measured among {among}, so among all it may be lower"
+    return [note, "unknown" + lines[0][len("unknown") :], *lines[1:]]
 
 
 # ---- all of it -----------------------------------------------------------------------------------
@@ -392,16 +399,16 @@ def promised(row):
 
 def are_quick(flags, encoder, device, autocast):
     """Can this set be cross-validated in MINUTES? If not, a line names the command and the minutes."""
-    names = data.splits_in(flags.data)
-    labels = torch.cat([data.open_split(flags.data, name)["labels"] for name in names])
-    if (torch.bincount(labels[labels >= 0]) > 1).sum() < 3:
+    if not can_leave_out(flags.data):
         print(
             "note: of two characters none can be left out, to see what new ones look like; take three"
         )
         return False
-    if "val" not in names:  # there is no other way
+    if "val" not in data.splits_in(flags.data):  # there is no other way
         return True
-    pictures = len(labels)
+    pictures = sum(
+        len(data.open_split(flags.data, name)["labels"]) for name in data.splits_in(flags.data)
+    )
     linear = flags.method.startswith("linear")  # its encoder runs once
     minutes = 0 if linear else minutes_of(flags, encoder, pictures, device, autocast)
     if minutes > MINUTES:

@@ -12,7 +12,8 @@ Where something was moved or added, somebody has looked at the folders, so the p
 are right as well, and some of each character are learned, too: without them, a new character would
 take pictures from those that look like it. Pictures in a folder that is not known yet make a new
 character, three of them at least. One that was moved to unknown shows nobody who is known; it is
-taken out of the gallery. A new training learns from all of OUT: python data.py OUT packs it.
+taken out of the gallery. A new training learns from all of OUT: python data.py OUT --layout class
+packs it, whatever folders your pictures were in.
 
     n pictures   D width of an embedding
 """
@@ -45,7 +46,7 @@ from common.locks import lock_beside, locked, reserve
 from data import evenly_spaced
 from ingest.pictures import picture_files, tell_problems
 
-STAYED = 50  # pictures of a character that stayed in its folder and are learned, at most
+STAYED = 50  # pictures of a character that stayed in its folder and are learned at a time, at most
 UNNAMED = re.compile(r"group-\d{3,}")  # a folder of apps/sort.py --group that nobody gave a name
 
 
@@ -188,16 +189,16 @@ def main():
     print(
         f"names    of {len(stayed)} pictures that stayed, {len(agreed & stayed)} had the name of their "
         f"folder, and {len(agree & stayed)} have it now; of {len(moved)} that were moved, "
-        f"{len(agree & moved.keys())} have it now"
+        f"{len(agree & moved.keys())} have it now ({len(done)} of all were just learned)"
     )
     print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     tell_problems(problems, header["data"])
     if left := moved.keys() - {*done}:
         print(f"not learned: {len(left)}, such as {min(left)}")
-    words = quoted("python", "data.py", str(out), "--out", "datasets/NAME")
-    print(
-        f"next: {words} packs it for a new training; copy your older pictures into its folders first"
-    )
+    # Below a character are the folders that its pictures came from, which may look like classes.
+    pack = quoted("python", "data.py", str(out), "--layout", "class", "--out", "datasets/NAME")
+    first = "copy your older pictures into its folders first"
+    print(f"next: {pack} packs it for a new training; {first}")
 
 
 if __name__ == "__main__":

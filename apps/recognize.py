@@ -37,12 +37,11 @@ import torch.nn.functional as F
 import data
 from apps.groups import best_threshold, f1_curve
 from common import fields
-from common.checkpoints import place_of
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
 from common.features import FOLDS as BY_FOLDS
-from common.features import evenly_of_each, open_all, open_rows
+from common.features import evenly_of_each, open_all, open_rows, place_of_set
 from common.io import UserError, quoted, read_json, read_safetensors, reading, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
@@ -472,7 +471,7 @@ def faces_learned(run, device, dtype):
     A run that learned every picture has no held_out: its folds have measured (apps/folds.py).
     """
     net, header, autocast = open_network(run, device, dtype)
-    folder = place_of(header["data"], run)
+    folder = place_of_set(header["data"], run)
     held = header.get("split", "val")
     hold_out = header.get("hold_out", 0)
     by_folds = held == BY_FOLDS
@@ -716,7 +715,7 @@ def known_faces(run, net, header, autocast, gallery):
     own, what = gallery["group"][:trained], "pictures that were learned"
     with contextlib.suppress(UserError):
         held = header.get("split", "val")
-        sets, _ = open_rows(place_of(header["data"], run), held, header.get("hold_out", 0))
+        sets, _ = open_rows(place_of_set(header["data"], run), held, header.get("hold_out", 0))
         parts = []
         for some in sets[1:2] if held == "dev" else sets[1:]:  # there, both are the same pictures
             rows = some.rows[data.evenly_spaced(len(some.rows), ASKED)]

@@ -87,7 +87,7 @@ def sort(args, net, header, gallery, autocast):
         names = dict.fromkeys(row["name"] for row in found)
     elif args.images:
         found = all_answers(args, net, header, gallery, autocast, problems)
-    copy_all(found, args, wanted, folders_of(names), rows, out / SORTED)
+    copy_all(found, args, wanted, folders_of(names), rows, out / SORTED, problems)
     tell_problems(problems, header["data"])
 
 
@@ -125,8 +125,11 @@ def names_of(groups, names):
     return found
 
 
-def copy_all(found, args, wanted, folders, rows, table):
-    """Rows of `answers`, in the order of pictures -> copies, and a row of each in sorted.csv."""
+def copy_all(found, args, wanted, folders, rows, table, problems):
+    """Rows of `answers`, in the order of pictures -> copies, and a row of each in sorted.csv.
+
+    problems: (key, why) of pictures that can't be read, which fills while `found` is read.
+    """
 
     def file_of(row):
         return row["picture"].rpartition("[")[0] if args.detect else row["picture"]
@@ -138,8 +141,10 @@ def copy_all(found, args, wanted, folders, rows, table):
             rows += copies_of(file, faces, wanted[file], folders, table.parent)
             if count % SAVED_AFTER == 0:
                 save_csv(rows, table, COLUMNS)
-        without_copy = not_listed(wanted, rows)  # not to be read, or without a face
-        rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in without_copy]
+        # Of the others, those without a face are done. Those that can't be read may be mended.
+        unread = {key for key, _ in problems}
+        left = [file for file in not_listed(wanted, rows) if file not in unread]
+        rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in left]
     finally:  # Ctrl-C, too
         save_csv(rows, table, COLUMNS)
     copies = [row["copy"] != "" for row in rows]
@@ -156,7 +161,10 @@ def files_to_sort(paths, out, rows):
     No picture takes the name of another one, nor that of a copy that a row of sorted.csv lists.
     """
     wanted = {}  # absolute path: (path as given, name)
-    taken = {Path(*Path(row["copy"]).parts[1:]): row["picture"] for row in rows if row["copy"]}
+    copied = [(row["picture"], Path(row["copy"])) for row in rows if row["copy"]]
+    # A picture that somebody added to OUT, and apps/learn.py learned, is its own copy: it may have the
+    # name of another one.
+    taken = {Path(*copy.parts[1:]): x for x, copy in copied if x != str(out / copy)}
     for path in paths:
         if out.resolve().is_relative_to(Path(path).resolve()):
             raise UserError(f"{out} lies in {path}, which is copied; choose another folder")
@@ -183,7 +191,7 @@ def open_sorted(table):
         with reading(table, "table of apps/sort.py", "choose another --out"):
             _, *rows = csv.reader(io.StringIO(table.read_text("utf-8", "surrogateescape")))
             return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-    if any(path.name != ".lock" for path in table.parent.iterdir()):
+    if any(not path.name.startswith(".") for path in table.parent.iterdir()):  # .lock, .DS_Store
         raise UserError(f"{table.parent} has files, and no {SORTED}; choose a new folder")
     return []
 

@@ -860,8 +860,7 @@ def write_captions(flags, answer, header):
     The character is that of --names, where it is given: the network of the tags knows others.
     """
     without = {plain(word) for word in words_of(flags.without)}
-    first = words_of(flags.prepend)
-    escape = flags.escape
+    first = written(words_of(flags.prepend), flags.escape)
     files = caption_files(flags.pictures, flags.append)
     problems, done = [], []
     names = recognised(flags, files, problems) if flags.names else {}
@@ -874,10 +873,8 @@ def write_captions(flags, answer, header):
         if flags.names:
             row["name"] = names.get(row["picture"])
         words = [word for word in caption_words(row) if plain(word) not in without]
-        words = [*first, *words]
-        if escape:
-            words = [re.sub(r"(?<!\\)([()])", r"\\\1", word) for word in words]
-        done.append(add_caption(files[row["picture"]], words))
+        words = written(words, flags.escape)
+        done.append(add_caption(files[row["picture"]], words, first))
     tell_problems(problems, header.get("data"))
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
     if flags.names:
@@ -898,6 +895,11 @@ def plain(word):
 def readable(tag):
     """A tag with spaces for underscores, but for emoticons such as >_<."""
     return tag if is_emoticon(tag) else tag.replace("_", " ")
+
+
+def written(words, escape):
+    """Words as a caption has them; escape: \\( for (, which a prompt would take for a weight."""
+    return [re.sub(r"(?<!\\)([()])", r"\\\1", word) for word in words] if escape else words
 
 
 def caption_words(row):
@@ -925,17 +927,21 @@ def caption_files(paths, append):
     return found
 
 
-def add_caption(file, words):
-    """Write words behind a caption that lacks them; what is there stays -> was there anything to write?"""
+def add_caption(file, words, first=()):
+    """Write `first` before a caption, and words behind it, where it lacks them -> was there anything to write?"""
     old = ""
     with locked(lock_beside(file), wait=True):  # another process may write the same caption
         if file.exists():
             with reading(file, "caption in UTF-8", "save it as UTF-8"):
                 old = file.read_text("utf-8-sig").strip().rstrip(",")
+        if "_" in old and not re.search("[,\n]", old):  # tags between spaces, as boorus have them
+            old = ", ".join(old.split())
         seen = {plain(word) for word in words_of(old.replace("\n", ","))}
-        new = [word for word in dict.fromkeys(words) if plain(word) not in seen]
+        new = [word for word in dict.fromkeys([*first, *words]) if plain(word) not in seen]
         if new:
-            save_text(", ".join(filter(None, [old, *new])), file)
+            before = [word for word in new if word in first]
+            behind = [word for word in new if word not in first]
+            save_text(", ".join(filter(None, [*before, old, *behind])), file)
     return bool(new)
 
 

@@ -41,9 +41,8 @@ from apps.recognize import (
     parser_of,
 )
 from common import metrics
-from common.checkpoints import place_of
 from common.command import cli, command
-from common.features import FOLDS, results_folder
+from common.features import FOLDS, place_of_set, results_folder
 from common.io import UserError, save_json
 from common.locks import reserve
 from common.train import commit, machine
@@ -210,8 +209,9 @@ def measure(asked, own, learned, least=ALIKE):
     known = own.true >= 0
     enrolled = own.true >= learned
     to_group = is_unknown & labelled
-    if len(asked.labels[to_group].unique()) > 1:
-        row["groups"] = grouping(asked.unit[to_group], asked.labels[to_group], least)
+    labels = asked.labels[to_group]
+    if 1 < len(labels.unique()) < len(labels):  # else no two faces belong together, or all of them
+        row["groups"] = grouping(asked.unit[to_group], labels, least)
     if known.any():
         row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
     of_head = known & ~enrolled
@@ -222,7 +222,7 @@ def measure(asked, own, learned, least=ALIKE):
 
 def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
-    learned = place_of(header["data"], args.run)
+    learned = place_of_set(header["data"], args.run)
     by_folds = header.get("split") == FOLDS
     folder = Path(data.open_or_pack(args.data or learned))
     if by_folds and folder.resolve() == learned.resolve():
@@ -231,7 +231,7 @@ def measure_run(args, net, header, gallery, autocast):
     home = results_folder(args.run, folder, args.split, learned)
     reserve([home / "recognize.json"], fix="choose another --data or --split")
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
-    if (asked.true < 0).all() and learned.exists() and not by_folds:
+    if (asked.true < 0).all() and data.splits_in(learned) and not by_folds:
         own = faces_of(net, gallery, learned, header.get("split", "val"), autocast)
     found = measure(asked, own, gallery["learned"], gallery.get("alike", ALIKE))
     if not found:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import data
-from common.checkpoints import flags_of
+from common.checkpoints import flags_of, places_of
 from common.command import at_least, between
 from common.fields import check_finite
 from common.io import UserError
@@ -109,6 +109,18 @@ def open_alike(folder, names):
                 odd = f"({', '.join(odd)}, ...); pack both in one run of data.py"
                 raise UserError(f"{folder}: {name} has other {key} than {first} {odd}")
     return splits
+
+
+def can_leave_out(folder):
+    """Does a packed folder have three characters with two pictures or more, as folds need?"""
+    splits = [data.open_split(folder, name) for name in data.splits_in(folder)]
+    labels = torch.cat([split["labels"] for split in splits])
+    return int((torch.bincount(labels[labels >= 0]) > 1).sum()) >= 3
+
+
+def place_of_set(name, run):
+    """Where the packed set that a run names lies now (see `places_of`); the name if it is nowhere."""
+    return next(filter(data.splits_in, places_of(name, run)), Path(name))
 
 
 def open_all(folder):

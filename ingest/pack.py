@@ -45,7 +45,7 @@ from common.command import (
     refuse_useless,
     set_defaults,
 )
-from common.features import open_rows
+from common.features import can_leave_out, open_rows
 from common.io import UserError, aside, one_line, open_tensors, quoted, save_csv
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
@@ -93,7 +93,7 @@ def open_images(flags, size):
     """Pictures, cut as --crop says; their alpha is the foreground where most have some."""
     records, fetch, notes = sources.find(flags.path, flags.layout, flags.names)
     if flags.unknown:
-        records, fetch, told = with_others(records, fetch, flags.unknown)
+        records, fetch, told = with_others(records, fetch, flags.unknown, flags.path)
         notes += told
     crop, margin = flags.crop
     found, tried = count_alpha(records, fetch)
@@ -110,8 +110,11 @@ def open_images(flags, size):
     return Source(records, notes, dims, fetch, partial(decode_records, fetch=fetch, work=work))
 
 
-def with_others(records, fetch, path):
-    """Records and fetch of two sources: all pictures of the second one show nobody; and a line."""
+def with_others(records, fetch, path, source):
+    """Records and fetch of two sources: all pictures of `path` show nobody; and a line.
+
+    path may lie in the folder `source`, whose records hold its pictures, too, under other keys.
+    """
     found, fetch_others, *_ = sources.find(path, layout=())
     own = {str(Path(path, r.key)): r for r in found}
     others = [r._replace(key=key, label=UNKNOWN) for key, r in own.items()]
@@ -120,7 +123,8 @@ def with_others(records, fetch, path):
         yield from fetch([r for r in some if r.key not in own])
         yield from fetch_others([r for r in some if r.key in own])
 
-    stay = [r for r in records if r.key not in own]
+    inside = files.nfc(Path(os.path.relpath(path, sources.folder_of(source))).as_posix())
+    stay = [r for r in records if r.key not in own and not r.key.startswith(f"{inside}/")]
     return stay + others, fetch_both, [f"--unknown {path}: {len(others)} pictures"]
 
 
@@ -526,6 +530,8 @@ def to_learn(out):
     tensors = open_tensors(Path(out) / "train.safetensors")
     if "boxes" in tensors:
         return quoted("python", "-m", "apps.detect", "weights/toon", "--data", str(out))
+    if is_small(out) and can_leave_out(out):  # it is cross-validated, over all splits
+        return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"
@@ -537,8 +543,7 @@ def to_learn(out):
         open_rows(out, have[0], 0)  # as finetune_lora.py will open them
     except UserError as found:
         problem = f"; finetune_lora.py can't learn from it: {found}"
-    if is_small(out) and not problem:
-        # It is cross-validated, over all splits.
+    if is_small(out) and not problem:  # two characters: val is reported
         return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []

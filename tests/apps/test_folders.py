@@ -34,11 +34,18 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
     captions(fresh, "--append --threshold 0 --prepend my_style", check=0)
     pictures = sorted((fresh / FOLDER).glob("*.png"))
     texts = [path.with_suffix(".txt").read_text() for path in pictures]
-    assert texts[0].startswith("a sentence.\nSolo, Blue_Hair, my_style, ")
+    assert texts[0].startswith("my_style, a sentence.\nSolo, Blue_Hair, ")
     assert all(text.startswith("my_style, ") for text in texts[1:])
     after = files_of(fresh / FOLDER)
     assert "wrote 0 captions" in captions(fresh, "--append --threshold 0", check=0).stdout
     assert files_of(fresh / FOLDER) == after
+
+
+def test_tags_between_spaces_stay_apart(tmp_path):
+    file = tmp_path / "x.txt"
+    file.write_text("1girl blue_hair solo\n")
+    assert tags.add_caption(file, ["blue hair", "smile"])
+    assert file.read_text() == "1girl, blue_hair, solo, smile"
 
 
 def test_a_caption_says_what_json_says(fresh):

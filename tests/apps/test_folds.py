@@ -1,7 +1,9 @@
 """apps/folds.py: who is held out of which fold, what is promised, and a run that learns every picture."""
 
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -121,6 +123,8 @@ def test_after_the_folds_every_picture_teaches(learned):
     said = read_json(home / OUT / folds.PROMISE)
     assert said["pictures"] == len(every.rows)
     assert row["best_epoch"] == said["epoch"] <= 6
+    fewest = len(classes) - max(np.bincount(np.arange(len(classes)) % said["folds"]))
+    assert f"among {fewest} of the {len(classes)} characters" in printed
     assert "folds    Top-1" in printed and "AUROC" in printed and "too few to say" in printed
     net, _ = load_classifier(home / OUT)
     assert not net.training
@@ -203,6 +207,24 @@ def test_it_is_the_default_where_it_is_quick(learned, monkeypatch):
     printed = run_line(line, home, check=0).stdout
     assert len(seen) == 1 and "--split folds" in printed and "7 minutes" in printed
     assert read_json(home / "runs/default/metrics.json")["evaluated_on"] == "val"
+    # where folds were stopped, the same command goes on with them, however long it takes
+    (home / "runs/begun/folds").mkdir(parents=True)
+    run_line(line.replace("default", "begun"), home, check=0)
+    assert len(seen) == 2
+
+
+def test_a_stop_after_the_last_step_of_a_fold_is_heard(learned, monkeypatch):
+    home, _ = learned
+    told = folds.answers_of
+
+    def asked(*words):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return told(*words)
+
+    monkeypatch.setattr(folds, "answers_of", asked)
+    line = f"{TRAIN} --split folds --epochs 1 --out runs/stopped"
+    assert run_line(line, home).returncode == 128 + signal.SIGTERM
+    assert [path.name for path in (home / "runs/stopped/folds").iterdir()] == ["1.safetensors"]
 
 
 def test_two_characters_are_too_few_for_folds(learned):

@@ -9,6 +9,7 @@ from conftest import draw_folder, json_of, refused, run_line
 from made import CPU
 from PIL import Image
 
+import data
 from apps import detect, recognize
 
 LEARN = f"apps.learn runs/a-lora {CPU}"
@@ -75,6 +76,33 @@ def test_what_stayed_beside_a_correction_is_learned_too(fresh):
     gallery = recognize.load_gallery("runs/a-lora")
     assert count + len(known) - 1 == len(gallery["keys"])
     assert f"of {len(known) - 1} pictures that stayed" in told and "of them new" in told
+
+
+def test_after_a_picture_was_copied_to_a_second_folder_more_can_be_sorted(fresh):
+    line = f"{SORT} images/class0 --threshold 2 --out out"
+    run_line(line, fresh, check=0)
+    first = min(table(fresh))
+    (fresh / "out/class0").mkdir()
+    shutil.copy(fresh / "out" / first, fresh / "out/class0")
+    assert "1 added -> class0" in learned(fresh)
+    assert "of them done" in run_line(line, fresh, check=0).stdout
+
+
+def test_the_command_that_is_told_packs_the_corrected_folders(fresh):
+    """Whatever folders the pictures came from, which are kept below the characters."""
+    for year in ("2018", "2019", "2020", "2021"):
+        draw_folder(fresh / year, 1, 4, seed=int(year))
+        shutil.move(fresh / year, fresh / "new" / year)
+    run_line(f"{SORT} new --threshold 2 --out out", fresh, check=0)
+    copies = sorted(table(fresh))
+    move(fresh, *copies[::3], to="Ann")
+    move(fresh, *copies[1::3], to="Bea")
+    told = learned(fresh)
+    command = told[told.index("next: python ") :].split("python ")[1].split(" packs it")[0]
+    run_line(command, fresh, check=0)
+    split = data.open_split(fresh / "datasets/NAME", "train")
+    assert split["header"]["classes"] == ["Ann", "Bea"]
+    assert len(data.open_split(fresh / "datasets/NAME", "unknown")["labels"]) == len(copies[2::3])
 
 
 def test_too_few_of_somebody_new_and_groups_without_a_name_are_not_learned(fresh):

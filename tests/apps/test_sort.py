@@ -85,6 +85,19 @@ def test_no_copy_is_replaced_by_another_folder_s_picture(fresh):
     assert "4 pictures" in run_line(f"{SORT} a {fresh}/a --out twice", fresh, check=0).stdout
 
 
+def test_a_broken_picture_is_sorted_once_it_is_mended(fresh):
+    whole = (fresh / FOLDER / "illust0_0.png").read_bytes()
+    (fresh / FOLDER / "illust0_0.png").write_bytes(b"broken")
+    (fresh / "out").mkdir()
+    (fresh / "out/.DS_Store").write_bytes(b"of a Mac")
+    run_line(f"{SORT} images --out out", fresh, check=0)
+    assert "class0/illust0_0.png" not in {row["picture"][-20:] for row in table(fresh)}
+    (fresh / FOLDER / "illust0_0.png").write_bytes(whole)
+    assert "1 copies" in run_line(f"{SORT} images --out out", fresh, check=0).stdout
+    (row,) = [row for row in table(fresh) if row["picture"] == f"{FOLDER}/illust0_0.png"]
+    assert (fresh / "out" / row["copy"]).read_bytes() == whole
+
+
 def test_faces_that_look_alike_are_one_group():
     sizes = torch.tensor([5, 7, 1])
     centres = torch.eye(3, 16).repeat_interleave(sizes, 0)

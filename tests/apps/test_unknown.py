@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from apps.unknown import (
     verification,
 )
 from common import metrics
+from common.features import place_of_set
 from common.io import read_safetensors
 from common.train import seeded
 
@@ -89,6 +91,16 @@ def test_a_picture_without_a_label_may_show_anybody():
     )  # nothing has a label: all are strangers
     own = SimpleNamespace(**vars(asked) | {"true": true})
     assert measure(asked, own, 2)["open_set"]["strangers"] == 4
+
+
+def test_a_set_is_found_where_pictures_are_and_not_where_a_network_has_its_name(fresh, monkeypatch):
+    monkeypatch.chdir(fresh)
+    (fresh / "runs/toon").mkdir()
+    (fresh / "runs/toon/model.safetensors").write_bytes(b"a network")
+    assert place_of_set("datasets/toon", "runs/a") == Path("datasets/toon")
+    shutil.copytree(fresh / "datasets/packed", fresh / "moved/datasets/toon")
+    shutil.copytree(fresh / "runs/a", fresh / "moved/runs/a")
+    assert place_of_set("datasets/toon", "moved/runs/a").samefile("moved/datasets/toon")
 
 
 @pytest.mark.parametrize(

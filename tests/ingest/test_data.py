@@ -254,6 +254,10 @@ NEXT = {  # flags: the command that comes next, and words of what is said
         "python finetune_lora.py weights/toon --data OUT",
         "test 12",
     ),
+    "images --split 1,0,0": (
+        "python finetune_lora.py weights/toon --data OUT",
+        "train 60, 3 classes",
+    ),
     "images/class0": ("python pretrain.py --data OUT", "finetune_lora.py can't learn from it"),
     "clear --split .8,0,.2 --dedupe off": (
         "python pretrain.py --data OUT --mask fg_heavy --split test",

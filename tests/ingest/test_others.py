@@ -73,7 +73,13 @@ def by_flag_of_a_zip(folder, _):
     return "images --unknown more.zip"
 
 
+def by_flag_inside(folder, _):
+    shutil.move(folder / "more", folder / "images/spare")
+    return "images --unknown images/spare"
+
+
 WAYS = (as_folder, below_a_series, with_subfolders, as_zip, as_table, by_flag, by_flag_of_a_zip)
+WAYS += (by_flag_inside,)
 
 
 @pytest.mark.parametrize("name", ["unknown", "Others"])
