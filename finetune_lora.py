@@ -403,9 +403,10 @@ class TrainedWeights:
     def __init__(self, net):
         self.tensors = {}
         # A frozen encoder is in a file of its own, so checkpoints of LoRA stay small. What is outside the
-        # encoder is saved whole: the statistics of the neck are no parameters, but are part of it.
+        # encoder is saved whole: the statistics of the neck are no parameters, but are part of it. So
+        # are those of a BatchNorm inside the encoder.
         for name, w in net.state_dict(keep_vars=True).items():
-            if w.requires_grad or not name.startswith("encoder."):
+            if w.requires_grad or not name.startswith("encoder.") or "running_" in name:
                 self.tensors[name] = w.detach()
 
     def state_dict(self):

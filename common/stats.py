@@ -3,6 +3,8 @@
 Intervals are of 95 %. scipy is imported where a result is judged, not where a stage starts.
 """
 
+import math
+
 import numpy as np
 
 LEAST_SEEDS = 3  # of an interval: two give a t of 12.7, and tie by chance
@@ -71,8 +73,9 @@ def to_bits(right):
 
 
 def from_bits(text, n):
-    """The text of `to_bits` -> (n,) bool."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n).astype(bool)
+    """The text of `to_bits` -> (n,) bool; None if it is of fewer or more images (by whole bytes)."""
+    bits = np.frombuffer(bytes.fromhex(text), np.uint8)
+    return np.unpackbits(bits, count=n).astype(bool) if len(bits) == math.ceil(n / 8) else None
 
 
 def bootstrap(differences, groups, draws=2000):

@@ -6,6 +6,7 @@ Plain functions, no trainer: a stage's loop stays in the stage, where it can be 
 import contextlib
 import ctypes
 import functools
+import hashlib
 import json
 import math
 import os
@@ -170,14 +171,16 @@ def machine(device):
 
 
 def commit(checkout=Path(__file__).parent.parent):
-    """The commit that this code is at, with a + if code was changed since: results name it."""
+    """The commit that this code is at: results name it. After an edit, a + and a digest of the edit follow."""
     git = ["git", "-C", os.fspath(checkout)]
     try:
         name = subprocess.check_output([*git, "describe", "--always"], stderr=subprocess.DEVNULL)
         changed = subprocess.check_output([*git, "status", "--porcelain", "--", "*.py"])
+        changed += subprocess.check_output([*git, "diff", "HEAD", "--", "*.py"])
     except (OSError, subprocess.CalledProcessError):
         return "no git"
-    return name.decode().strip() + "+" * bool(changed)
+    edit = f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else ""
+    return name.decode().strip() + edit
 
 
 def peak_memory_mb(device):

@@ -16,8 +16,8 @@ from torch.autograd import DeviceType
 
 import pretrain
 from common import train
-from common.command import cli
-from common.io import save_text
+from common.command import cli, refuse_useless
+from common.io import UserError, save_text
 from lab import bench
 
 DEFAULT = "--mask attn_high:start=0 --ratio 0.75"
@@ -43,7 +43,7 @@ def watched(found):
     class Watched(train.Run):
         def resume_or_begin(self):
             super().resume_or_begin()
-            warm, timed, profiled = COUNTS[self.device.type]
+            warm, timed, profiled = COUNTS["cpu" if self.device.type == "cpu" else "cuda"]
             self.marks = {
                 0: 0.0,
                 1: 0.0,
@@ -98,16 +98,18 @@ def kernels_of(profile, steps):
 
 def main():
     args, flags = bench.parser_of(__doc__).parse_known_args()
+    refuse_useless(args.given & {"turns"}, "here, where one run is timed")
     flags = flags or (SMALL if args.small else DEFAULT).split()
     found = {"flags": " ".join(flags), "commit": train.commit()}
     train.Run = watched(found)
     pretrain.log_evaluation = pretrain.draw_masks = lambda *args: None
     folder = Path(tempfile.mkdtemp())
-    sys.argv = ["pretrain.py", *flags, "--out", str(folder / "run")]
+    sys.argv = ["pretrain.py", *flags, "--device", args.device, "--out", str(folder / "run")]
     try:
         pretrain.main()
+        raise UserError("the run ended before its steps were timed; give it more --epochs")
     except Enough:
-        found["machine"] = train.machine(train.pick_device("auto"))
+        found["machine"] = train.machine(train.pick_device(args.device))
         save_text(json.dumps(found, indent=1) + "\n", args.out / "parts.json")
         print(json.dumps({k: v for k, v in found.items() if k != "slowest"}))
     finally:

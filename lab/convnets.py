@@ -89,6 +89,7 @@ def load_any(path, image_size=None):
         return checkpoints.load_encoder(path, image_size)
     network = config.get("network", str(path))
     side = image_size or config.get("image_size", 64)
+    torch.manual_seed(0)  # a bare name has no weights: random ones, the same in each call
     net = ConvNet(network, side)
     if model_file(path).exists():
         load_exactly(net, read_safetensors(model_file(path))[0], model_file(path))

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 import data
-from common.command import Parser, at_least, cli, refuse_overwrite
+from common.command import Parser, at_least, cli
 from common.io import UserError, aside, save_csv
+from common.locks import reserve
 from ingest.scenes import FACE, MOST, VISIBLE, backdrop, corners, panels
 
 PAGE = 256  # pixels on a side
@@ -81,7 +82,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    refuse_overwrite([args.out])
+    reserve([args.out])
     train = data.open_split(args.data, "train")
     if "fg" not in train or not data.has_labels(train):
         raise UserError(f"{args.data} needs foreground and two people; pack pictures with alpha")

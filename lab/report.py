@@ -127,10 +127,9 @@ def measure(test, study):
         return row | stats.epochs_saved(curves, limit, claim, what == "log_epochs")
     columns = what, test.get("against_what", what)
     margin = test.get("margin", study.plan["margin"])
-    bits = [[right_of(r, c) for r, c in zip(pair, columns, strict=True)] for pair in pairs]
-    if study.groups is not None and pairs and all(None not in pair for pair in bits):
-        n = len(study.groups)
-        each = [100.0 * from_bits(a, n) - 100.0 * from_bits(b, n) for a, b in bits]
+    right = [[right_of(r, c, study) for r, c in zip(pair, columns, strict=True)] for pair in pairs]
+    if pairs and all(answers is not None for pair in right for answers in pair):
+        each = [100.0 * ours - 100.0 * theirs for ours, theirs in right]
         row["over"] = "seeds and illustrations"
         return row | stats.paired(np.array(each), study.groups, claim, margin)
     known = [(a["metrics"].get(columns[0]), b["metrics"].get(columns[1])) for a, b in pairs]
@@ -138,10 +137,14 @@ def measure(test, study):
     return row | stats.paired(each, None, claim, margin)
 
 
-def right_of(row, column):
-    """Which test images a run got right, as text; "logistic" is the name of top1 in older rows."""
+def right_of(row, column, study):
+    """Which of the test images a run got right, (n,) bool; None where this is not known of each.
+
+    A run that left some characters out was asked for fewer. "logistic" is the name of top1 in older rows.
+    """
     right = row.get("right") or {}
-    return right.get(column) or (right.get("logistic") if column == "top1" else None)
+    text = right.get(column) or (right.get("logistic") if column == "top1" else None)
+    return from_bits(text, len(study.groups)) if text and study.groups is not None else None
 
 
 def judged(studies):

@@ -51,7 +51,8 @@ OF_ALL = {"--epochs"}  # no arm has this flag for itself: a longer run learns mo
 OF_PLAN = {"--data", "--seed", "--split", "--out"}
 READING = (
     "How to read it: the true difference may lie anywhere in the brackets. Where 0 is inside, these\n"
-    "runs can't tell the two apart (undecided). More --seeds make the interval narrower."
+    "runs can't tell the two apart (undecided). More --seeds make the interval narrower. But fix their\n"
+    "number before you look: who adds seeds until a verdict comes gets one by chance."
 )
 IN_PLACE = {"probe": "probe*.json", "unknown": "recognize.json", "stress": "stress-*.json"}
 IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
@@ -345,7 +346,7 @@ def check_flags(arm, args):
         everyone = shlex.quote(f"recipe={args.set['recipe']} {flag} ...")
         raise UserError(f"--arms {arm}: {flag} has to be equal in all arms: --set {everyone}")
     source = source_of(arm)
-    if "--source=" in arm or not (source / "pretrain.py").exists():
+    if ("--source" in given) != (SOURCE in arm) or not (source / "pretrain.py").exists():
         raise UserError(f"--arms {arm}: end it with --source DIR, a checkout of this repository")
     if SOURCE in arm and any(command.startswith("-m") for command in args.plan["template"]):
         raise UserError(f"--arms {arm}: plan {args.name} can't run another checkout; plan mine can")
@@ -427,7 +428,9 @@ def save_plan(args, arms, seeds, folder):
         plan |= {"plan": args.name, "data": args.data.name, "split": args.set["split"]}
         plan["columns"] = {name: column[0] for name, column in args.plan["columns"].items()}
         plan["arms"] = old["arms"] | {arm: against(args.plan, arm) for arm in arms}
-        plan["seeds"] = sorted({*old["seeds"], *seeds})
+        # Those that the plan names are planned also where fewer were asked for: until all of them are
+        # there, nothing is decided.
+        plan["seeds"] = sorted({*old["seeds"], *seeds, *args.plan["seeds"]})
         plan |= {k: old.get(k, {}) | table for k, table in tables.items()}
         save_json(plan, path, None)
         if args.plan.get("right"):

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 import data
-from common.command import Parser, at_least, between, cli, refuse_overwrite
+from common.command import Parser, at_least, between, cli
 from common.io import UserError, aside, read_safetensors, save_safetensors
+from common.locks import reserve
 from ingest.layouts import ORDER
 
 THINNED = ("train", "dev")
@@ -40,13 +41,14 @@ def pictures_of(labels, keys, count, draw):
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         chosen += sorted(rows, key=lambda row: order_of(keys[row], draw))[:count]
-    return np.sort(chosen)
+    return np.sort(np.array(chosen, int))
 
 
 def thinned(tensors, header, classes, pictures, draw):
     """A split -> the same with these classes, and of each at most so many pictures (None: all)."""
     old = header["classes"]
-    new_label = np.array([classes.index(name) if name in classes else -1 for name in old])
+    # The last one is of pictures without a label, -1.
+    new_label = np.array([*(classes.index(x) if x in classes else -1 for x in old), -1])
     labels = new_label[tensors["labels"]]
     rows = np.flatnonzero(labels >= 0)
     if pictures is not None:
@@ -92,7 +94,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    refuse_overwrite([args.out])  # lab.run holds the lock beside it
+    reserve([args.out])
     train = data.open_split(args.data, "train")
     if not data.has_labels(train):
         raise UserError(f"{args.data} has no labels, or one character; choose another set")

@@ -83,7 +83,7 @@ def simclr(flags, net, rows, images, generator, t, autocast):
 
 def dino(flags, net, rows, images, generator, t, autocast):
     """Cross-entropy of the student's answers with the teacher's, of pairs of different crops."""
-    small = flags.image_size // 2 // flags.patch_size * flags.patch_size
+    small = max(1, flags.image_size // 2 // flags.patch_size) * flags.patch_size
     large = [crops(images, generator, flags.image_size) for _ in range(LARGE)]
     views = large + [crops(images, generator, small, 0.5) for _ in range(SMALL)]
     follow(net, 1 - (1 - MOMENTUM) * (1 - t))

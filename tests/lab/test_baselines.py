@@ -8,6 +8,7 @@ import torch
 from conftest import call
 
 from common.checkpoints import load_encoder
+from common.io import read_safetensors
 from common.lora import fingerprint
 from common.train import seeded
 from lab import views
@@ -98,6 +99,14 @@ def test_it_learns_and_recognises_as_a_vit_does(small, tmp_path, no_pictures):
     pictures = sorted((small.parent / "images").rglob("*.png"))[:4]
     lines = call(stage, tmp_path / "run", *pictures, cwd=tmp_path, check=0).stdout.splitlines()
     assert len(lines) == 4 and all("confidence" in line or "unknown" in line for line in lines)
+    # Its statistics are part of what it learned: after a stop they are there again.
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    weights = read_safetensors(tmp_path / "run/model.safetensors")[0]
+    running = {k: w for k, w in weights.items() if "running_" in k}
+    for part in (state["model"], state["best"]["weights"]):
+        assert running.keys() <= {name.removeprefix("encoder.") for name in part}
+    (tmp_path / "run/metrics.json").unlink()
+    call(stage, "--resume", tmp_path / "run", cwd=tmp_path, check=0)
     call(stage, tmp_path / "run", "--device", "cpu", cwd=tmp_path, check=0)
     row = json.loads((tmp_path / "run/recognize.json").read_text())
     assert row["verification"]["positive_pairs"] > 0 and row["open_set"]["known"] > 0

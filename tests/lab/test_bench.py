@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, call
 
 from common.io import UserError, save_csv
+from common.train import commit
 from lab import bench
 from lab import bench_kernels as kernels
 from lab import bench_latency as latency
@@ -139,3 +140,18 @@ def test_a_whole_recogniser_is_sent_to_the_device():
     answer, side, _ = latency.torch_answer(ROOT / "weights/toon-lora", torch.device("meta"))
     found = answer(torch.zeros(1, side, side, 3, dtype=torch.uint8))
     assert {x.device.type for x in found.values()} == {"meta"}
+
+
+def test_two_edits_of_one_commit_are_told_apart(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "a.py").write_text("x = 1\n")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "one")
+    found = [commit(tmp_path)]
+    for text in ("x = 2\n", "x = 3\n"):
+        (tmp_path / "a.py").write_text(text)
+        found.append(commit(tmp_path))
+    assert len({*found}) == 3 and all(name.startswith(f"{found[0]}+") for name in found[1:])

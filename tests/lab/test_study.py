@@ -178,6 +178,11 @@ def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small, m
     assert "by other settings" in refused(study(small, MINE, check=2))
     plan = json.loads((folder_of(home) / "PLAN.json").read_text())
     assert list(plan["arms"]) == ["random", "block", "green"] and plan["seeds"][-1] == 2003
+    study(small, "look --arms random --seeds 1")
+    (folder,) = home.glob("runs/lab/look-*")
+    assert json.loads((folder / "PLAN.json").read_text())["seeds"] == [
+        *plans.PLANS["look"]["seeds"]
+    ]
 
 
 def test_an_arm_of_edited_code_is_compared_with_the_same_arm_of_this_code(home, small):
@@ -203,7 +208,7 @@ def test_an_arm_of_edited_code_is_compared_with_the_same_arm_of_this_code(home, 
 
 
 @pytest.mark.parametrize(
-    "flags", ["--epochs 2", "--data x", "--source nowhere", "--source=nowhere"]
+    "flags", ["--epochs 2", "--data x", "--source nowhere", "--source=nowhere", "--source"]
 )
 def test_what_an_arm_may_not_have_is_refused_before_the_first_run(home, small, flags):
     line = refused(study(small, f"mine --arms 'block {flags}'", check=2))

@@ -15,14 +15,16 @@ from common.io import UserError
 from common.locks import lock_beside, locked
 from common.lora import save_encoder
 from lab import report
+from lab.subset import thinned
 from model import ViT
 
 
 def subset(small, tmp_path, name, *flags):
-    """-> {split: a split of the new set}; as in a plan, lab.run holds the lock beside it."""
+    """-> {split: a split of the new set}."""
     words = ["lab.subset", small, "--out", tmp_path / name, *flags]
-    with locked(lock_beside(tmp_path / name)):
-        call(*words, cwd=tmp_path, check=0)
+    with locked(lock_beside(tmp_path / name)):  # of a second call with this --out
+        assert "is being written" in refused(call(*words, cwd=tmp_path))
+    call(*words, cwd=tmp_path, check=0)
     found = [path.stem for path in (tmp_path / name).glob("*.safetensors")]
     return {split: data.open_split(tmp_path / name, split) for split in found}
 
@@ -40,6 +42,15 @@ def test_few_pictures_are_among_the_more_and_test_stays_whole(small, tmp_path):
     assert sets["few"]["train"]["labels"].bincount().tolist() == [3, 3, 3]
     assert len(more) == 18 and few.items() < more.items() and few.keys() != other.keys()
     assert pictures_of(sets["few"]["test"]) == pictures_of(data.open_split(small, "test"))
+
+
+def test_pictures_without_a_label_and_splits_without_a_character_stay_so():
+    tensors = {"images": torch.zeros(4, 2, 2, 3), "labels": torch.tensor([0, 1, -1, -1])}
+    header = {"classes": ["a", "b"], "keys": list("wxyz")}
+    for classes, kept in ((["a"], ["w"]), (["b"], ["x"]), ([], [])):
+        for pictures in (None, 5):
+            found, about = thinned(tensors, header, classes, pictures, draw=0)
+            assert about["keys"] == kept and found["labels"].tolist() == [0] * len(kept)
 
 
 def test_characters_who_leave_are_in_no_split(small, tmp_path):
