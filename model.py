@@ -421,9 +421,9 @@ class SimMIM(nn.Module):
     works on all N tokens, and learns from mask tokens, which it never meets again when it is used.
     """
 
-    def __init__(self, decoder_dim=0, decoder_depth=0, **vit):
+    def __init__(self, **sizes):
         super().__init__()
-        self.encoder = ViT(**vit)
+        self.encoder = ViT(**{k: v for k, v in sizes.items() if not k.startswith("decoder_")})
         self.config = self.encoder.config
         self.decoder = LinearDecoder(self.encoder.patch_size, self.encoder.cls_token.shape[2])
 

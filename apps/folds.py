@@ -389,7 +389,8 @@ def promised(row):
     width = max(map(len, cells))
     lines = [f"         {name:<{width}}  {value}" for name, value in cells.items()]
     C, folds = row["characters"], row["folds"]
-    among = f"{C - math.ceil(C / folds)} of the {C} characters at a time"
+    count = " to ".join(str(k) for k in dict.fromkeys((C - math.ceil(C / folds), C - C // folds)))
+    among = f"{count} of the {C} characters at a time"
     note = f"note: Top-1 was measured among {among}, so among all it may be lower"
     return [note, "unknown" + lines[0][len("unknown") :], *lines[1:]]
 

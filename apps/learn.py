@@ -18,7 +18,6 @@ packs it, whatever folders your pictures were in.
     n pictures   D width of an embedding
 """
 
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -44,10 +43,10 @@ from common.command import cli, refuse_useless
 from common.io import UserError, quoted, save_csv
 from common.locks import lock_beside, locked, reserve
 from data import evenly_spaced
+from ingest.layouts import UNNAMED
 from ingest.pictures import picture_files, tell_problems
 
 STAYED = 50  # pictures of a character that stayed in its folder and are learned at a time, at most
-UNNAMED = re.compile(r"group-\d{3,}")  # a folder of apps/sort.py --group that nobody gave a name
 
 
 def parse_args():
@@ -185,11 +184,12 @@ def main():
     save_csv(rows, table, COLUMNS)
     after = load_gallery(args.run)
     stayed = shows.keys() - moved.keys()
+    taught = sum(shows[file] != "" for file in done)
     agreed, agree = (agreeing(gallery, shows, faces) for gallery in (before, after))
     print(
         f"names    of {len(stayed)} pictures that stayed, {len(agreed & stayed)} had the name of their "
         f"folder, and {len(agree & stayed)} have it now; of {len(moved)} that were moved, "
-        f"{len(agree & moved.keys())} have it now ({len(done)} of all were just learned)"
+        f"{len(agree & moved.keys())} have it now ({taught} of all were just learned)"
     )
     print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     tell_problems(problems, header["data"])

@@ -145,6 +145,10 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
         unread = {key for key, _ in problems}
         left = [file for file in not_listed(wanted, rows) if file not in unread]
         rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in left]
+    except UserError:
+        # After an earlier call, perhaps nothing is left but what can't be read.
+        if not before or {*args.images} - {key for key, _ in problems}:
+            raise
     finally:  # Ctrl-C, too
         save_csv(rows, table, COLUMNS)
     copies = [row["copy"] != "" for row in rows]
@@ -162,9 +166,10 @@ def files_to_sort(paths, out, rows):
     """
     wanted = {}  # absolute path: (path as given, name)
     copied = [(row["picture"], Path(row["copy"])) for row in rows if row["copy"]]
-    # A picture that somebody added to OUT, and apps/learn.py learned, is its own copy: it may have the
-    # name of another one.
-    taken = {Path(*copy.parts[1:]): x for x, copy in copied if x != str(out / copy)}
+    # A picture that somebody added to OUT, and apps/learn.py learned, may have the name of another one.
+    inside = out.resolve()
+    copied = [row for row in copied if not Path(row[0]).resolve().is_relative_to(inside)]
+    taken = {Path(*copy.parts[1:]): file for file, copy in copied}
     for path in paths:
         if out.resolve().is_relative_to(Path(path).resolve()):
             raise UserError(f"{out} lies in {path}, which is copied; choose another folder")

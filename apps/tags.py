@@ -108,6 +108,7 @@ FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
 BINS = 10_000  # of scores, for the threshold of rare tags
 NAMED = 15  # tags of a picture that are printed at most
 MOST_UNKNOWN = 0.09  # share of known faces on dev whose best name is so unsure that it is "unknown"
+OF_SENTENCES = {"a", "an", "the", "of", "in", "on", "with", "and", "is"}  # no tags
 LIKELY = 0.5  # the least confidence of a name where a run has measured none
 
 REMEDY = "python -m apps.tags ENCODER --data DIR makes it"
@@ -934,15 +935,25 @@ def add_caption(file, words, first=()):
         if file.exists():
             with reading(file, "caption in UTF-8", "save it as UTF-8"):
                 old = file.read_text("utf-8-sig").strip().rstrip(",")
-        if "_" in old and not re.search("[,\n]", old):  # tags between spaces, as boorus have them
-            old = ", ".join(old.split())
-        seen = {plain(word) for word in words_of(old.replace("\n", ","))}
-        new = [word for word in dict.fromkeys([*first, *words]) if plain(word) not in seen]
+        spaced = is_spaced(old)
+        known = {plain(x) for x in (old.split() if spaced else words_of(old.replace("\n", ",")))}
+        every = {}  # by what its spellings have in common, and the first of them
+        for word in [*first, *words]:
+            every.setdefault(plain(word), word)
+        new = [word for key, word in every.items() if key not in known]
         if new:
             before = [word for word in new if word in first]
-            behind = [word for word in new if word not in first]
-            save_text(", ".join(filter(None, [*before, old, *behind])), file)
+            parts = [*before, old, *(word for word in new if word not in first)]
+            if spaced:
+                parts = [part if part is old else part.replace(" ", "_") for part in parts]
+            save_text((" " if spaced else ", ").join(filter(None, parts)), file)
     return bool(new)
+
+
+def is_spaced(caption):
+    """1girl long_hair solo: tags between spaces, as boorus have them, and no sentence."""
+    words = caption.casefold().split()
+    return "_" in caption and not re.search("[,\n]", caption) and not {*words} & OF_SENTENCES
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -202,6 +202,9 @@ class Teacher:
         old = list(self.encoder.parameters())
         new = list(encoder.parameters())
         torch._foreach_lerp_(old, new, 1 - momentum)
+        # Of buffers, such as the statistics of a BatchNorm, there is no average worth having.
+        for mine, theirs in zip(self.encoder.buffers(), encoder.buffers(), strict=True):
+            mine.copy_(theirs)
 
     def write_maps(self, images, path, autocast):
         """Write the attention to all images as f16 (n, g, g): memory does not grow with the data."""

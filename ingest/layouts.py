@@ -48,10 +48,16 @@ VAGUE = (
     "nobody",
     "none",
 )
+UNNAMED = re.compile(r"group-\d{3,}")  # of apps/sort.py --group, until somebody names it
 
 
 def shows_nobody(label):
     return label is not None and label.casefold() in NOBODY
+
+
+def is_vague(label):
+    """Does a folder's name say that nobody knows who is in it? misc, group-001."""
+    return label.casefold() in VAGUE or bool(UNNAMED.fullmatch(label))
 
 
 def parse_layout(text):

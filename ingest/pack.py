@@ -115,6 +115,11 @@ def with_others(records, fetch, path, source):
 
     path may lie in the folder `source`, whose records hold its pictures, too, under other keys.
     """
+
+    def files_of(some, folder):
+        root = os.path.realpath(sources.folder_of(folder))
+        return [os.path.normpath(os.path.join(root, str(r.place))) for r in some]
+
     found, fetch_others, *_ = sources.find(path, layout=())
     own = {str(Path(path, r.key)): r for r in found}
     others = [r._replace(key=key, label=UNKNOWN) for key, r in own.items()]
@@ -123,8 +128,12 @@ def with_others(records, fetch, path, source):
         yield from fetch([r for r in some if r.key not in own])
         yield from fetch_others([r for r in some if r.key in own])
 
-    inside = files.nfc(Path(os.path.relpath(path, sources.folder_of(source))).as_posix())
-    stay = [r for r in records if r.key not in own and not r.key.startswith(f"{inside}/")]
+    twice = {*files_of(found, path)}
+    stay = [
+        r
+        for r, file in zip(records, files_of(records, source), strict=True)
+        if r.key not in own and file not in twice
+    ]
     return stay + others, fetch_both, [f"--unknown {path}: {len(others)} pictures"]
 
 
@@ -272,7 +281,7 @@ def others_apart(records):
     labels = {r.label for r in records} - {None}
     names = {label for label in labels if layouts.shows_nobody(label)}
     people = [r for r in records if r.label not in names]
-    vague = sorted(label for label in labels if label.casefold() in layouts.VAGUE)
+    vague = sorted(filter(layouts.is_vague, labels))
     fix = f"name the folder {UNKNOWN} if it shows nobody who should be known"
     notes = [f"learned as a character: {layouts.first(vague)}; {fix}"] * bool(vague)
     if not names or not labels - names:
@@ -530,12 +539,15 @@ def to_learn(out):
     tensors = open_tensors(Path(out) / "train.safetensors")
     if "boxes" in tensors:
         return quoted("python", "-m", "apps.detect", "weights/toon", "--data", str(out))
-    if is_small(out) and can_leave_out(out):  # it is cross-validated, over all splits
+    of_frames = {*hybrid.PURE} <= {*tensors["header"]["classes"]}
+    if (
+        is_small(out) and can_leave_out(out) and not of_frames
+    ):  # it is cross-validated, over all splits
         return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"
-    if {*hybrid.PURE} <= {*tensors["header"]["classes"]}:
+    if of_frames:
         words = ["python", "-m", "apps.segment", "weights/toon", "--data", str(out)]
         return quoted(*words + of_split)
     problem = ""

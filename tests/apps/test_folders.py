@@ -13,6 +13,7 @@ from PIL import Image
 from apps import export, tags
 from common.io import UserError, read_safetensors, save_safetensors
 from ingest import sources
+from ingest import tags as packing
 
 FOLDER = "images/class0"
 
@@ -44,8 +45,13 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
 def test_tags_between_spaces_stay_apart(tmp_path):
     file = tmp_path / "x.txt"
     file.write_text("1girl blue_hair solo\n")
-    assert tags.add_caption(file, ["blue hair", "smile"])
-    assert file.read_text() == "1girl, blue_hair, solo, smile"
+    assert tags.add_caption(file, ["blue hair", "short skirt"], ["my style"])
+    assert file.read_text() == "my_style 1girl blue_hair solo short_skirt"
+    assert len(packing.words_of(file.read_text())) == 5
+    sentence = "a photo of ohwx_girl standing in a park"
+    file.write_text(sentence)
+    assert tags.add_caption(file, ["my style", "short skirt", "Solo"], ["my_style", "solo"])
+    assert file.read_text() == f"my_style, solo, {sentence}, short skirt"
 
 
 def test_a_caption_says_what_json_says(fresh):

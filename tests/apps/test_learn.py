@@ -84,7 +84,10 @@ def test_after_a_picture_was_copied_to_a_second_folder_more_can_be_sorted(fresh)
     first = min(table(fresh))
     (fresh / "out/class0").mkdir()
     shutil.copy(fresh / "out" / first, fresh / "out/class0")
-    assert "1 added -> class0" in learned(fresh)
+    assert "1 added -> class0" in run_line(f"{LEARN} {fresh}/out", fresh, check=0).stdout
+    assert "of them done" in run_line(line, fresh, check=0).stdout
+    move(fresh, f"class0/{first.split('/', 1)[1]}", to="class1")
+    learned(fresh)
     assert "of them done" in run_line(line, fresh, check=0).stdout
 
 

@@ -92,6 +92,7 @@ def test_a_broken_picture_is_sorted_once_it_is_mended(fresh):
     (fresh / "out/.DS_Store").write_bytes(b"of a Mac")
     run_line(f"{SORT} images --out out", fresh, check=0)
     assert "class0/illust0_0.png" not in {row["picture"][-20:] for row in table(fresh)}
+    assert "0 copies" in run_line(f"{SORT} images --out out", fresh, check=0).stdout
     (fresh / FOLDER / "illust0_0.png").write_bytes(whole)
     assert "1 copies" in run_line(f"{SORT} images --out out", fresh, check=0).stdout
     (row,) = [row for row in table(fresh) if row["picture"] == f"{FOLDER}/illust0_0.png"]

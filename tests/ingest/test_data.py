@@ -263,6 +263,7 @@ NEXT = {  # flags: the command that comes next, and words of what is said
         "python pretrain.py --data OUT --mask fg_heavy --split test",
         "finetune_lora.py can't learn from it",
     ),
+    "frames": ("python -m apps.segment weights/toon --data OUT", "mixed"),
     "images --split 0,0,1": (
         "python -m apps.unknown RUN --data OUT --split test",
         "no train: stages can measure",
@@ -295,6 +296,9 @@ def test_the_next_line_is_right_and_for_a_shell(tmp_path, images, line):
     quoted = shlex.quote("it's")
     command = command.replace("OUT", quoted)
     draw_folder(tmp_path / "few", classes=3, each=1)
+    draw_folder(tmp_path / "frames", classes=3, each=20)
+    for i, kind in enumerate(("drawn", "photographed", "mixed")):
+        (tmp_path / f"frames/class{i}").rename(tmp_path / f"frames/{kind}")
     (tmp_path / "clear").mkdir()
     for i in range(20):  # their alpha is a foreground
         Image.new("RGBA", (16, 16), (9 * i, 0, 0, i)).save(tmp_path / f"clear/{i}.png")

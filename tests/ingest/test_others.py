@@ -75,7 +75,8 @@ def by_flag_of_a_zip(folder, _):
 
 def by_flag_inside(folder, _):
     shutil.move(folder / "more", folder / "images/spare")
-    return "images --unknown images/spare"
+    (folder / "link").symlink_to("images")
+    return "link --unknown images/spare"
 
 
 WAYS = (as_folder, below_a_series, with_subfolders, as_zip, as_table, by_flag, by_flag_of_a_zip)
@@ -124,7 +125,9 @@ def test_vague_folders_are_hinted_at_and_lonely_ones_are_characters(people, monk
     assert (
         "misc" in splits["train"]["header"]["classes"] and "misc; name the folder unknown" in said
     )
-    shutil.move(people / "images/misc", people / "alone/unknown")
+    shutil.move(people / "images/misc", people / "images/group-002")
+    assert "group-002; name the folder unknown" in packed(people, "images", "grouped")[0]
+    shutil.move(people / "images/group-002", people / "alone/unknown")
     _, splits = packed(people, "alone", "alone-packed")
     assert "unknown" not in splits and splits["train"]["header"]["classes"] == ["unknown"]
     assert "--unknown" in refused(run_line("data.py toon --out toon --unknown images", people))

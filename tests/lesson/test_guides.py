@@ -47,12 +47,14 @@ def test_a_teacher_makes_new_maps_while_it_learns_fast(epochs, start, expected, 
 def test_the_teacher_is_the_moving_average_of_the_encoder():
     """In float64 and by hand; momentum rises to 1 by half a cosine, from a half-life of 1.5 %."""
     encoder = ViT(32, 8, 32, 1, 1)
+    encoder.register_buffer("count", torch.zeros(()))  # a student's own
     teacher = guidance.average_of(encoder, "cls", 10, 0.1)
     mean = [w.detach().double() for w in teacher.encoder.parameters()]
     for step in range(12):
         with torch.no_grad():
             for w in encoder.parameters():
                 w.add_(torch.randn_like(w))
+        encoder.count += 1
         teacher.update(encoder, step, 100)
         new = (1 - 0.5 ** (1 / 1.5)) * (math.cos(math.pi * step / 100) + 1) / 2
         assert guidance.ema_momentum(step, 100) == pytest.approx(1 - new)
@@ -60,6 +62,7 @@ def test_the_teacher_is_the_moving_average_of_the_encoder():
     for expected, found in zip(mean, teacher.encoder.parameters(), strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
         assert not found.requires_grad
+    assert teacher.encoder.count == 12
 
 
 @pytest.mark.parametrize("total", [30, 2000, 100_000])

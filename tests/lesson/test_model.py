@@ -321,3 +321,7 @@ def test_second_views_are_of_the_first_pictures_in_front_of_other_backgrounds():
     assert corners[0] > 0.5 > corners[1]  # of pictures 1 and 0; their own are 0.08 and 0.7
     again = contrast.draw(images, torch.arange(4), seeded(3))
     assert all(torch.equal(a, b) for a, b in zip([*drawn, groups], again, strict=True))
+
+
+def test_simmim_takes_no_size_of_a_decoder_also_of_a_students_own():
+    assert small_mae(M.SimMIM, decoder_of_mine=1).config == small_mae(M.SimMIM).config
