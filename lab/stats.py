@@ -189,35 +189,35 @@ def judge(hypotheses, family):
     """Hypotheses {"id", "parts": tests} -> the same with p, holm_p, holm_claim and verdict.
 
     family {id: number of parts}: all that were planned; one without rows counts with p = 1.
-    Supported: every part holds, and the largest p of its parts is under 0.05 after Holm. Refuted:
-    one part excludes its claim, after Holm over all parts. Equivalent: every part lies within its
-    margin. All else is undecided, and so is what lacks a planned run.
+    Supported: every part holds, and the largest p of its parts is under 0.05 after Holm. Equivalent:
+    every part lies within its margin, in the same way. Refuted: one part excludes its claim, after Holm
+    over all parts. All else is undecided, and so is what lacks a planned run.
     """
-    p = []
+    p, equal = [], []
     for h in hypotheses:
         right_way = [x["p"] if whole(x) and x["effect"] > 0 else 1.0 for x in h["parts"]]
         p.append(max(right_way))
+        equal.append(max(1.0 if x.get("p_equal") is None else x["p_equal"] for x in h["parts"]))
     absent = [family[name] for name in family.keys() - {h["id"] for h in hypotheses}]
-    holm_p = holm(p + [1.0] * len(absent))
+    holm_p, holm_equal = (holm(each + [1.0] * len(absent)) for each in (p, equal))
     tests = [test for h in hypotheses for test in h["parts"]]
     against = [test["p_against"] if whole(test) else 1.0 for test in tests]
     against += [1.0] * sum(absent)
     for test, adjusted in zip(tests, holm(against), strict=False):
         test["holm_against"] = None if test["p"] is None else adjusted
-    of_each = zip(hypotheses, p, holm_p, strict=False)
-    return [h | verdict(h["parts"], own, adjusted) for h, own, adjusted in of_each]
+    of_each = zip(hypotheses, p, holm_p, holm_equal, strict=False)
+    return [h | verdict(h["parts"], *numbers) for h, *numbers in of_each]
 
 
-def verdict(tests, p, holm_p):
+def verdict(tests, p, holm_p, holm_equal):
     """-> {"p", "holm_p", "holm_claim": the smallest p of a claim, "verdict"} of one hypothesis."""
     claims = [test["holm_against"] for test in tests if test["holm_against"] is not None]
-    equal = [test.get("p_equal") for test in tests]
     name = "undecided"
     if all(test["n"] == test["planned"] for test in tests):
         if any(whole(test) and test["holm_against"] < LEVEL for test in tests):
             name = "refuted"
         elif all(map(holds, tests)) and holm_p < LEVEL:
             name = "supported"
-        elif None not in equal and max(holm(equal)) < LEVEL:
+        elif holm_equal < LEVEL:
             name = "equivalent"
     return {"p": p, "holm_p": holm_p, "holm_claim": min(claims, default=1.0), "verdict": name}

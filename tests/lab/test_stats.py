@@ -256,7 +256,8 @@ VERDICTS = [  # of hypothesis A; its parts, and the parts of B, of which there i
     ([{"p_against": 0.012}], 3, "refuted"),  # times four
     ([{"p_against": 0.0125}], 3, "supported"),
     ([{"p_against": 0.001, "n": 4}], 3, "undecided"),
-    ([SMALL | {"p_equal": 0.04}], 3, "equivalent"),
+    ([SMALL | {"p_equal": 0.04}], 0, "equivalent"),
+    ([SMALL | {"p_equal": 0.04}], 3, "undecided"),  # times two: one hypothesis more was planned
     ([SMALL | {"p_equal": 0.05}], 3, "undecided"),
     ([SMALL | {"p_equal": None}], 3, "undecided"),
     # a hypothesis is as strong as its weakest part
@@ -267,7 +268,7 @@ VERDICTS = [  # of hypothesis A; its parts, and the parts of B, of which there i
     ([{"p_against": 0.0249}, {"p_against": 0.2}], 0, "refuted"),
     ([{"p_against": 0.001, "n": 4}, {"p_against": 0.001}], 0, "undecided"),  # one lacks a run
     ([SMALL, SMALL | {"p_equal": 0.04}], 0, "equivalent"),
-    ([SMALL | {"p_equal": 0.03}, SMALL | {"p_equal": 0.04}], 0, "undecided"),  # times two
+    ([SMALL | {"p_equal": 0.03}, SMALL | {"p_equal": 0.06}], 0, "undecided"),  # both have to be
 ]
 
 
