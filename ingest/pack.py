@@ -540,9 +540,8 @@ def to_learn(out):
     if "boxes" in tensors:
         return quoted("python", "-m", "apps.detect", "weights/toon", "--data", str(out))
     of_frames = {*hybrid.PURE} <= {*tensors["header"]["classes"]}
-    if (
-        is_small(out) and can_leave_out(out) and not of_frames
-    ):  # it is cross-validated, over all splits
+    small = is_small(out) and not of_frames
+    if small and can_leave_out(out):  # it is cross-validated, over all splits
         return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
@@ -555,7 +554,7 @@ def to_learn(out):
         open_rows(out, have[0], 0)  # as finetune_lora.py will open them
     except UserError as found:
         problem = f"; finetune_lora.py can't learn from it: {found}"
-    if is_small(out) and not problem:  # two characters: val is reported
+    if small and not problem:  # two characters: val is reported
         return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []
