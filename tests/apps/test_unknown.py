@@ -95,12 +95,13 @@ def test_a_picture_without_a_label_may_show_anybody():
 
 def test_a_set_is_found_where_pictures_are_and_not_where_a_network_has_its_name(fresh, monkeypatch):
     monkeypatch.chdir(fresh)
-    (fresh / "runs/toon").mkdir()
-    (fresh / "runs/toon/model.safetensors").write_bytes(b"a network")
-    assert place_of_set("datasets/toon", "runs/a") == Path("datasets/toon")
-    shutil.copytree(fresh / "datasets/packed", fresh / "moved/datasets/toon")
+    (fresh / "runs/toon-of-mine").mkdir()
+    (fresh / "runs/toon-of-mine/model.safetensors").write_bytes(b"a network")
+    assert place_of_set("datasets/toon-of-mine", "runs/a") == Path("datasets/toon-of-mine")
+    shutil.copytree(fresh / "datasets/packed", fresh / "moved/datasets/toon-of-mine")
     shutil.copytree(fresh / "runs/a", fresh / "moved/runs/a")
-    assert place_of_set("datasets/toon", "moved/runs/a").samefile("moved/datasets/toon")
+    found = place_of_set("datasets/toon-of-mine", "moved/runs/a")
+    assert found.samefile("moved/datasets/toon-of-mine")
 
 
 @pytest.mark.parametrize(
