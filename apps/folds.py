@@ -405,11 +405,10 @@ def are_quick(flags, encoder, device, autocast):
             "note: of two characters none can be left out, to see what new ones look like; take three"
         )
         return False
-    if "val" not in data.splits_in(flags.data):  # there is no other way
+    names = data.splits_in(flags.data)
+    if "val" not in names:  # there is no other way
         return True
-    pictures = sum(
-        len(data.open_split(flags.data, name)["labels"]) for name in data.splits_in(flags.data)
-    )
+    pictures = sum(len(data.open_split(flags.data, name)["labels"]) for name in names)
     linear = flags.method.startswith("linear")  # its encoder runs once
     minutes = 0 if linear else minutes_of(flags, encoder, pictures, device, autocast)
     if minutes > MINUTES:

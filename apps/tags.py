@@ -935,18 +935,19 @@ def add_caption(file, words, first=()):
         if file.exists():
             with reading(file, "caption in UTF-8", "save it as UTF-8"):
                 old = file.read_text("utf-8-sig").strip().rstrip(",")
-        spaced = is_spaced(old)
-        known = {plain(x) for x in (old.split() if spaced else words_of(old.replace("\n", ",")))}
+        if is_spaced(old):
+            there, join, space = old.split(), " ", "_"
+        else:
+            there, join, space = words_of(old.replace("\n", ",")), ", ", " "
+        known = set(map(plain, there))
         every = {}  # by what its spellings have in common, and the first of them
         for word in [*first, *words]:
             every.setdefault(plain(word), word)
         new = [word for key, word in every.items() if key not in known]
         if new:
-            before = [word for word in new if word in first]
-            parts = [*before, old, *(word for word in new if word not in first)]
-            if spaced:
-                parts = [part if part is old else part.replace(" ", "_") for part in parts]
-            save_text((" " if spaced else ", ").join(filter(None, parts)), file)
+            before = [word.replace(" ", space) for word in new if word in first]
+            behind = [word.replace(" ", space) for word in new if word not in first]
+            save_text(join.join(filter(None, [*before, old, *behind])), file)
     return bool(new)
 
 

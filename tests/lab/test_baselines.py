@@ -107,6 +107,8 @@ def test_it_learns_and_recognises_as_a_vit_does(small, tmp_path, no_pictures):
         assert running.keys() <= {name.removeprefix("encoder.") for name in part}
     (tmp_path / "run/metrics.json").unlink()
     call(stage, "--resume", tmp_path / "run", cwd=tmp_path, check=0)
+    again = read_safetensors(tmp_path / "run/model.safetensors")[0]
+    assert all(torch.equal(again[name], w) for name, w in running.items())
     call(stage, tmp_path / "run", "--device", "cpu", cwd=tmp_path, check=0)
     row = json.loads((tmp_path / "run/recognize.json").read_text())
     assert row["verification"]["positive_pairs"] > 0 and row["open_set"]["known"] > 0

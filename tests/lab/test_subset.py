@@ -22,8 +22,6 @@ from model import ViT
 def subset(small, tmp_path, name, *flags):
     """-> {split: a split of the new set}."""
     words = ["lab.subset", small, "--out", tmp_path / name, *flags]
-    with locked(lock_beside(tmp_path / name)):  # of a second call with this --out
-        assert "is being written" in refused(call(*words, cwd=tmp_path))
     call(*words, cwd=tmp_path, check=0)
     found = [path.stem for path in (tmp_path / name).glob("*.safetensors")]
     return {split: data.open_split(tmp_path / name, split) for split in found}
@@ -42,6 +40,12 @@ def test_few_pictures_are_among_the_more_and_test_stays_whole(small, tmp_path):
     assert sets["few"]["train"]["labels"].bincount().tolist() == [3, 3, 3]
     assert len(more) == 18 and few.items() < more.items() and few.keys() != other.keys()
     assert pictures_of(sets["few"]["test"]) == pictures_of(data.open_split(small, "test"))
+
+
+def test_of_two_calls_with_one_out_the_second_is_refused(small, tmp_path):
+    with locked(lock_beside(tmp_path / "few")):
+        refusal = refused(call("lab.subset", small, "--out", tmp_path / "few", cwd=tmp_path))
+    assert "is being written" in refusal and not (tmp_path / "few").exists()
 
 
 def test_pictures_without_a_label_and_splits_without_a_character_stay_so():
