@@ -83,7 +83,6 @@ def test_of_temporary_files_those_of_dead_processes_go_and_no_others(tmp_path):
 SEGMENT = f"apps.segment runs/a-seg images/class0/illust0_0.png images/class1 --out new {CPU}"
 MAPS = "apps.maps --data datasets/packed --map saliency --device cpu --out new"
 KILLED = {  # a call, and where it is killed: the module, its function, and how often that is called before
-    "hf": ("apps.export runs/a --to hf --out new", export, "save_json", 0),
     "half": ("apps.export runs/a-lora --to half --out new", export, "save_safetensors", 2),
     "maps": (MAPS, maps, "draw_sheet", 0),
     "masks": (SEGMENT, segment, "overlay", 1),
@@ -186,8 +185,9 @@ def test_a_folder_of_any_name_is_packed_under_a_name_that_is_text():
 @pytest.mark.parametrize("name", ["back\\slash", "new\nline", "zero\u200bwidth", 'it\'s "it"'])
 def test_the_line_that_loads_an_export_has_its_path(base, name):
     out = base / f"{name}.safetensors"
-    said = call("apps.export", "runs/a", "--to", "mae", "--out", out, cwd=base, check=0).stdout
-    path = ast.literal_eval(re.search(r"load_file\((.*)\)", said)[1])
+    words = ["apps.export", "runs/a-lora", "--to", "merged", "--out"]
+    said = call(*words, out, cwd=base, check=0).stdout
+    path = ast.literal_eval(re.search(r"load_encoder\((.*)\)", said)[1])
     assert path == str(out) and out.exists()
     out.unlink()
     out.with_suffix(".md").unlink()
