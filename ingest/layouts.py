@@ -35,7 +35,7 @@ def split_of(name):
     return found and WORDS[found[1]]
 
 
-# of folders and labels: pictures of nobody who should be known
+# of folders and labels: pictures of characters that are not to be learned
 NOBODY = ("unknown", "others")
 VAGUE = (
     "misc",

@@ -10,7 +10,7 @@ Writes: datasets/NAME/duplicates.csv, the near-duplicates that were found, by th
         tags i32 (n, T)           ids of words of the header's "tags", -1 fills up. The demo set's
                                   are thinned out, as people file pictures; all_tags is the truth
         boxes f32 (n, K, 4)       faces, x1, y1, x2, y2 in shares of the picture, -1 fills up
-        unknown.safetensors has pictures of nobody, from a folder unknown/ or others/, or --unknown
+        unknown.safetensors has pictures of other characters: folders unknown/, others/, --unknown
         The header holds classes, keys, groups, tags, style, what was skipped, and how it was made.
 
 Packing streams: memory holds what is known of each picture, and some 250 bytes more while copies
@@ -292,7 +292,7 @@ def others_apart(records):
     use = "they are no character, but fit what is called unknown"
     notes.append(f"{len(stay)} pictures show nobody ({', '.join(sorted(names))}): {use}")
     copies = [r.key for r in others if r.group in groups]
-    told = f"{len(copies)} pictures of nobody are copies of somebody's, and left out"
+    told = f"{len(copies)} unknown pictures are copies of somebody's, and left out"
     return people + stay, notes + [f"{told}: {layouts.first(copies)}"] * bool(copies)
 
 
@@ -573,7 +573,7 @@ def parse_flags(words=None):
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--layout", type=layouts.parse_layout, help="split/-/class; -: no labels (default: found)")
     add("--names", type=code_page, help="code page of a zip's names, as cp949 (default: guessed)")
-    add("--unknown", metavar="DIR", help="pictures of nobody (also read: folders unknown, others)")
+    add("--unknown", metavar="DIR", help="of other characters (also read: folders unknown, others)")
     add("--size", type=side, help=f"side in pixels (default: {PACKED}; pages {LARGE})")
     centre = {"type": parse_crop, "default": parse_crop("centre")}
     add("--crop", help="centre (default), or figure:margin=0.1 by box, alpha or colours", **centre)

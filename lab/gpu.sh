@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a machine with a GPU can say about this repository, in ten minutes and in order of value:
+# What a machine with a GPU can say about this repository, in ten to twenty minutes and in order of value:
 #
 #     bash lab/gpu.sh [--small] [FOLDER]           (FOLDER: runs/gpu)
 #
