@@ -139,7 +139,8 @@ def init_weights(module):
     """Xavier uniform for every nn.Linear, however its class began it, and 0 for its bias."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def shrink_branches(blocks):

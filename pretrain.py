@@ -385,7 +385,7 @@ def finish(run, model, source, held_set, target_options, autocast):
     """Write what the next stages read, and the pictures."""
     if not run.writes:
         return
-    notes = {"step": run.step, "commit": train.commit(), "run": run.config, **target_options}
+    notes = {"step": run.step, "commit": run.commit, "run": run.config, **target_options}
     save_model(model, run.out / "model.safetensors", notes)
     draw_run(run.out, model.eval(), held_set, target_options, autocast)
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(source.file)}:

@@ -36,6 +36,7 @@ from common import controls, fields, train
 from common.checkpoints import (
     blank_encoder,
     check_size,
+    epsilon_of,
     load_encoder,
     load_exactly,
     resize_positions,
@@ -94,7 +95,7 @@ class Detector(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         D = encoder.config["dim"]
-        self.config = {"encoder": encoder.config, "norm_eps": encoder.norm.eps}  # for load
+        self.config = {"encoder": encoder.config, "norm_eps": epsilon_of(encoder)}  # for load
         self.encoder = encoder
         self.patch = encoder.patch_size
         maps = nn.ConvTranspose2d(D, WIDTH, 2, 2), nn.Conv2d(D, WIDTH, 1), nn.Conv2d(D, WIDTH, 2, 2)

@@ -95,7 +95,9 @@ def check_plain(encoder, weights, source):
     view = checkpoints.fixed_view(encoder.image_size)
     patches, _ = encoder.all_patches(view)
     try:
-        theirs = plain_tokens(encoder.state_dict(), encoder.config, encoder.norm.eps, patches)
+        theirs = plain_tokens(
+            encoder.state_dict(), encoder.config, checkpoints.epsilon_of(encoder), patches
+        )
         same = torch.allclose(encoder.features(view), theirs, rtol=1e-2, atol=1e-3)
     except RuntimeError:  # the same names, and other shapes
         same = False

@@ -40,6 +40,7 @@ from common.checkpoints import (
     about_model,
     blank_encoder,
     check_size,
+    epsilon_of,
     load_encoder,
     load_exactly,
 )
@@ -59,7 +60,7 @@ from kernels.gather import masked_patch_gather
 from model import ViT
 
 KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
-NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours alone
+NETWORKS = {"unet": {"hint": True}, "segformer": {"hint": True}}  # hint=0: colours alone
 WEIGHT_DECAY = 0.05
 BETAS = (0.9, 0.999)  # of AdamW
 CLIP = 1.0  # largest norm of the gradient
@@ -88,7 +89,10 @@ class Patches(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         dim = encoder.config["dim"]
-        self.config = {"encoder": encoder.config, "norm_eps": encoder.norm.eps}  # for blank_patches
+        self.config = {
+            "encoder": encoder.config,
+            "norm_eps": epsilon_of(encoder),
+        }  # for blank_patches
         self.encoder = encoder
         self.head = nn.Linear(dim, 1)
         self.register_buffer("centroids", torch.zeros(2, dim))

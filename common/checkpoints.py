@@ -53,6 +53,9 @@ def as_convolution(weights):
     if PATCH_EMBED not in weights:  # a stem of your own, which no public ViT has
         return weights
     matrix = weights[PATCH_EMBED]
+    if matrix.dim() != 2:
+        fix = "put what you made in its place into an nn.Sequential"
+        raise UserError(f"{PATCH_EMBED} is a matrix in our files; {fix}")
     p = math.isqrt(matrix.shape[1] // 3)
     kernel = matrix.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
     return weights | {PATCH_EMBED: kernel}
@@ -300,6 +303,11 @@ def blank_encoder(facts, norm_eps):
     return encoder
 
 
+def epsilon_of(encoder):
+    """norm_eps for a file. A norm of your own may have none, or None, as nn.RMSNorm."""
+    return getattr(encoder.norm, "eps", None) or EPS
+
+
 def set_epsilon(encoder, norm_eps):
     for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
         norm.eps = norm_eps
@@ -418,22 +426,27 @@ def check_registered(network):
 def init_from(model, path):
     """Start an MAE from a checkpoint -> a line that says what was loaded.
 
-    The encoder has to fit. So has the decoder, where both have one; else the model's stays as it
-    is. Positions are resized to the model's grid.
+    The encoder has to fit, and every argument of ViT but image_size. So has the decoder, where both
+    have one; else the model's stays as it is. Positions are resized to the model's grid.
     """
     weights, facts = read_network(path)
     config = model.config
     size = config["image_size"]
     config = {"decoder_heads": config.get("decoder_dim", 0) // 32} | config
     decoder = "decoder_dim" in config and facts["decoder_depth"] > 0  # SimMIM's has no blocks
-    keys = ["dim", "depth", "heads", "patch_size"]
-    keys += ["decoder_dim", "decoder_depth", "decoder_heads"] if decoder else []
-    if odd := [key for key in keys if config[key] != facts[key]]:
-        here, there = (", ".join(f"{k} {shape[k]}" for k in odd) for shape in (config, facts))
-        fix = ",".join(f"{k}={facts[k]}" for k in keys if k != "decoder_heads")
+    known = {}
+    for kind in (ViT, MAE) if decoder else (ViT,):
+        known |= inspect.signature(kind).parameters
+    # A file that does not know an argument was written before there was one: then it had its default.
+    theirs = {name: argument.default for name, argument in known.items()} | facts
+    keys = [name for name in known if name in config and name != "image_size"]
+    if odd := [key for key in keys if config[key] != theirs[key]]:
+        here, there = (", ".join(f"{k} {shape[k]}" for k in odd) for shape in (config, theirs))
+        fix = ",".join(f"{k}={theirs[k]}" for k in keys if k != "decoder_heads")
         raise UserError(f"--init {path} has {there}, this run {here}; give --model nano:{fix}")
-    weights, _ = at_size(weights if decoder else encoder_of(weights), facts, size, path)
+    weights, now = at_size(weights if decoder else encoder_of(weights), facts, size, path)
     load_mae_weights(model, weights, path, stays=BESIDE if decoder else (*BESIDE, "decoder."))
+    warn_of_other_code(model.encoder, now.get("fixed_picture"), path)
     line = f"{path}: encoder{' and decoder' if decoder else ', the decoder starts anew'}"
     if facts["image_size"] != size:
         line += f"; positions resized from {facts['image_size']} px"

@@ -15,15 +15,17 @@ from common.io import UserError
 LETTERS = 100  # of a name
 LARGEST = 1e6  # absolute value of a weight: a network of larger ones overflows
 # The lowest and the highest value of a key, on the command line and in a file: first those of a
-# network, then of --method, --head and --crop, of a loss, of a mask. Others may be any number.
+# network, then of --method, --head and --crop, of a loss, of a mask. Others may be any number. Bounds of
+# whole numbers are whole, as 1, and those of others are not, as 1.0.
 BOUNDS = {"image_size": (1, 4096), "patch_size": (1, 512), "dim": (4, 2**14), "depth": (1, 1000)}
 BOUNDS |= {"heads": (1, 1000), "decoder_dim": (1, 2**14), "decoder_depth": (0, 1000)}
-BOUNDS |= {"decoder_heads": (1, 1000), "simmim": (0, 1), "r": (1, 2**14), "alpha": (0, LARGEST)}
-BOUNDS |= {"layer_decay": (0, 1), "margin": (0, 2), "scale": (1e-6, LARGEST), "weight": (0, 1000)}
-BOUNDS |= {"temperature": (1e-3, 100), "dcl": (0, 1), "every": (1, 10**6), "share": (1e-3, 1)}
-BOUNDS |= {"shuffle": (0, 1), "throw": (0, 1), "start": (0, 1), "ramp_for": (0, 1), "hint": (0, 1)}
-BOUNDS |= {"size": (0, 1), "unit": (1, 512), "power": (0, 100), "spare": (0, 10**6)}
-BOUNDS |= {"fine": (1e-3, 100), "coarse": (1e-3, 100), "whole": (-1, 1)}
+BOUNDS |= {"decoder_heads": (1, 1000), "simmim": (0, 1), "r": (1, 2**14), "alpha": (0.0, LARGEST)}
+BOUNDS |= {"layer_decay": (0.0, 1.0), "margin": (0.0, 2.0), "scale": (1e-6, LARGEST)}
+BOUNDS |= {"weight": (0.0, 1e3), "temperature": (1e-3, 100.0), "dcl": (0.0, 1.0)}
+BOUNDS |= {"every": (1, 10**6), "share": (1e-3, 1.0), "shuffle": (0, 1), "throw": (0.0, 1.0)}
+BOUNDS |= {"start": (0.0, 1.0), "ramp_for": (0.0, 1.0), "hint": (0.0, 1.0), "size": (0.0, 1.0)}
+BOUNDS |= {"unit": (1, 512), "power": (0.0, 100.0), "spare": (0, 10**6), "whole": (-1.0, 1.0)}
+BOUNDS |= {"fine": (1e-3, 100.0), "coarse": (1e-3, 100.0)}
 
 
 def shown(text):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from common.checkpoints import as_convolution, of_fixed_picture
+from common.checkpoints import as_convolution, epsilon_of, of_fixed_picture
 from common.fields import (
     BOUNDS,
     SIDE,
@@ -53,7 +53,7 @@ PLAIN = (
 
 def save_encoder(encoder, path, notes):
     """Write an encoder without a decoder; `notes` join the header."""
-    config = encoder.config | {"norm_eps": encoder.norm.eps}
+    config = encoder.config | {"norm_eps": epsilon_of(encoder)}
     notes = {"config": config, "fixed_picture": of_fixed_picture(encoder), **notes}
     save_safetensors(as_convolution(encoder.state_dict()), path, notes)
 

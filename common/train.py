@@ -341,6 +341,7 @@ class Run:
         self.losses, self.norms = [], []  # since the last row of the log
         self.start = self.saved = self.since = time.perf_counter()
         self.resumes = bool(flags.resume)
+        self.commit = commit()
         self.log_to = flags.log
         self.trackers = []
         self.stop = catch_signals()
@@ -365,7 +366,11 @@ class Run:
     def load(self):
         """Put what state.pt holds in its place."""
         state = load_state(self.path)
-        with reading(self.path, "state of such a run", ANEW):
+        code = "take the code that wrote it, or choose another --out"
+        if (began := state.pop("commit", self.commit)) != self.commit:
+            told = f"the code of {began} wrote it, and that of {self.commit} goes on"
+            print(f"warning  {self.path}: {told}; if that should not be, {code}", file=sys.stderr)
+        with reading(self.path, "state of such a run", code):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step = state["step"]
@@ -391,6 +396,7 @@ class Run:
     def save(self):
         """Write state.pt, atomically."""
         state = {"config": self.config, "step": self.step, "seconds": self.seconds()}
+        state["commit"] = self.commit
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         # Into another file, which then takes the name: a kill at this moment leaves the old one whole.
         with atomic(self.path) as temporary, open(temporary, "wb") as file:

@@ -67,6 +67,26 @@ CHANGES = {  # name: [(file, old text, new text)]
         ),
     ],
     "relu": [("model.py", "F.gelu(self.fc1(x))", "F.relu(self.fc1(x))")],
+    "nothing has a bias": [
+        (
+            "model.py",
+            "class Block(nn.Module):",
+            "class RMSNorm(nn.Module):\n"
+            "    def __init__(self, dim):\n"
+            "        super().__init__()\n"
+            "        self.weight = nn.Parameter(torch.ones(dim))\n\n"
+            "    def forward(self, x):\n"
+            "        return F.rms_norm(x, x.shape[-1:], self.weight, EPS)\n\n\n"
+            "class Block(nn.Module):",
+        ),
+        ("model.py", "self.norm2 = nn.LayerNorm(dim, eps=EPS)", "self.norm2 = nn.RMSNorm(dim)"),
+        ("model.py", "self.norm = nn.LayerNorm(dim, eps=EPS)", "self.norm = RMSNorm(dim)"),
+        (
+            "model.py",
+            "self.fc1 = nn.Linear(dim, hidden)",
+            "self.fc1 = nn.Linear(dim, hidden, bias=False)",
+        ),
+    ],
     "learned positions": [
         (
             "model.py",
@@ -183,7 +203,15 @@ def test_a_change_works_to_the_end(tmp_path, name):
     assert read_json(tmp_path / "runs/lora/metrics.json")["top1"] > 0
     # Public formats hold a plain ViT alone. What is none is refused by name, before a file is there.
     status, said = run(tmp_path, "apps.export runs/a --to timm")
-    plain = name not in ("registers", "layer scale", "swiglu", "relu", "a stem of two layers")
+    other = (
+        "registers",
+        "layer scale",
+        "swiglu",
+        "relu",
+        "a stem of two layers",
+        "nothing has a bias",
+    )
+    plain = name not in other
     assert (status == 0) == plain, said
     assert (tmp_path / "runs/a/timm.safetensors").exists() == plain
     if not plain:

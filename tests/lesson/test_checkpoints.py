@@ -352,6 +352,33 @@ def test_what_no_optimizer_would_train_is_refused(kept):
         C.check_readable(model)
 
 
+class Waving(M.ViT):
+    """With an argument that adds no weight."""
+
+    def __init__(self, image_size, patch_size, dim, depth, heads, wave=0):
+        super().__init__(image_size, patch_size, dim, depth, heads)
+        self.config["wave"] = wave
+
+
+def test_init_asks_every_argument_of_the_network(tmp_path, monkeypatch):
+    """Also one that no weight tells of. A file that does not know it has its default."""
+    C.save_model(small_mae(), tmp_path / "old.safetensors", {})
+    for module in (M, C):
+        monkeypatch.setattr(module, "ViT", Waving)
+    C.save_model(small_mae(wave=1), tmp_path / "model.safetensors", {})
+    for path, wave in ((tmp_path, 1), (tmp_path / "old.safetensors", 0)):
+        assert "encoder and decoder" in C.init_from(small_mae(wave=wave), path)
+        with pytest.raises(
+            UserError, match=f"wave {wave}, this run wave {1 - wave}; .*wave={wave}"
+        ):
+            C.init_from(small_mae(wave=1 - wave), path)
+
+
+def test_a_convolution_of_ones_own_is_no_matrix():
+    with pytest.raises(UserError, match="patch_embed.proj.weight is a matrix"):
+        C.as_convolution({C.PATCH_EMBED: torch.zeros(32, 3, 8, 8)})
+
+
 def test_an_argument_that_this_code_does_not_know_is_refused(tmp_path):
     model = small_mae()
     model.config |= {"registers": 4}
@@ -372,6 +399,9 @@ def test_code_that_makes_other_features_of_a_file_says_so(tmp_path, monkeypatch,
 
     monkeypatch.setattr(M.MLP, "forward", forward)
     C.load_encoder(tmp_path)
+    assert capsys.readouterr().err.startswith("warning")
+    C.warn_once.cache_clear()
+    C.init_from(small_mae(), tmp_path)
     assert capsys.readouterr().err.startswith("warning")
     with pytest.raises(UserError, match="plain ViT"):
         export(tmp_path, "timm")

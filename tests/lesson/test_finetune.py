@@ -72,7 +72,7 @@ def test_learning_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_t
     for group in optimizer.param_groups:
         rate |= {id(p): group["peak"] for p in group["params"]}
     expected = {"head.weight": 1e-2, "encoder.norm.weight": 1e-3, "encoder.cls_token": 1.25e-4}
-    expected |= {"encoder.blocks.1.mlp.fc1.weight": 5e-4, "encoder.blocks.0.attn.qkv.bias": 2.5e-4}
+    expected |= {"encoder.blocks.1.norm2.weight": 5e-4, "encoder.blocks.0.attn.qkv.bias": 2.5e-4}
     named = dict(net.named_parameters())
     assert {name: rate[id(named[name])] for name in expected} == expected
     firsts = {0: "norm", 1: "norm", 2: "blocks.1", 4: "blocks.0", 6: "cls_token"}

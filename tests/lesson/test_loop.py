@@ -1,5 +1,6 @@
 """What surrounds every loop: flags that know who read them, the schedule, a run after a kill, two processes."""
 
+import functools
 import math
 import os
 import subprocess
@@ -139,6 +140,24 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     rows = [train.read_log(folder / "log.jsonl") for folder in (whole.out, run.out)]
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
     assert [r["step"] for r in rows[1]] == [10, 20, 30, 40]
+
+
+def test_a_run_that_goes_on_by_other_code_says_so(tmp_path, monkeypatch, capsys):
+    """What fits may still compute something else. Advice to remove the run would lose it."""
+    out = str(tmp_path / "run")
+    again = flags_of("--resume", out, "--out", out)
+    steps(flags_of("--out", out), 20)
+    AT_END.close()
+    steps(again, 30)
+    AT_END.close()
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(train, "commit", lambda: "edited")
+    steps(again, 40)
+    AT_END.close()
+    assert "that of edited goes on" in capsys.readouterr().err
+    monkeypatch.setattr(nn, "Linear", functools.partial(nn.Linear, bias=False))
+    with pytest.raises(UserError, match="take the code that wrote it"):
+        steps(again, 40)
 
 
 def test_a_run_never_goes_on_with_a_loss_that_is_not_finite(tmp_path):

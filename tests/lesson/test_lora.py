@@ -15,6 +15,7 @@ from common.checkpoints import load_encoder
 from common.io import UserError
 from common.lora import fingerprint, save_encoder
 from finetune_lora import (
+    LAYERS,
     METHODS,
     LoRA,
     add_lora,
@@ -73,7 +74,7 @@ def test_it_starts_as_nothing_and_trains_alone():
     assert 0.95 * bound < A.abs().max() <= bound and abs(A.std() / bound - 3**-0.5) < 0.03
     vit.train().features(view).square().mean().backward()
     trained = {name for name, w in vit.named_parameters() if w.grad is not None}
-    assert len(trained) == 2 * 2 * 4 and all(n.endswith((".A", ".B")) for n in trained)
+    assert len(trained) == 2 * 2 * len(LAYERS) and all(n.endswith((".A", ".B")) for n in trained)
 
 
 @plain_lora
@@ -85,20 +86,25 @@ def test_the_fused_layer_does_what_three_adapters_would():
 
 
 def count(size, rank):
-    """-> (parameters that LoRA trains, parameters of the encoder); shapes alone, nothing is filled."""
+    """-> what LoRA should train and trains, and the encoder's parameters; shapes alone, nothing is filled."""
     with torch.device("meta"):
         encoder = M.ViT(**{k: M.SIZES[size][k] for k in SHAPE})
     whole = sum(w.numel() for w in encoder.parameters())
+    # r (in + out) of each layer, and of the fused one of each of its three.
+    sizes = [
+        (chunks, block.get_submodule(name).weight)
+        for block in encoder.blocks
+        for name, chunks in LAYERS.items()
+    ]
+    expected = sum(rank * (chunks * w.shape[1] + w.shape[0]) for chunks, w in sizes)
     add_lora(encoder, rank)
-    return sum(w.numel() for w in encoder.parameters() if w.requires_grad), whole
+    return expected, sum(w.numel() for w in encoder.parameters() if w.requires_grad), whole
 
 
 @plain_lora
 def test_lora_trains_few_parameters():
-    """r (in + out) of each layer: q, k, v and o of D to D, and two of the MLP."""
-    D, H = 768, 768 * M.MLP_RATIO
-    trained, whole = count("base", 8)
-    assert trained == 12 * 8 * (4 * 2 * D + 2 * (D + H)) < 0.02 * whole
+    expected, trained, whole = count("base", 8)
+    assert trained == expected < 0.02 * whole
 
 
 def made_by_peft(kind=True, **options):
@@ -220,7 +226,7 @@ def test_half_an_adapter_is_refused(tmp_path):
     save_adapted(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     weights = load_file(path)
-    del weights["base_model.model.blocks.0.mlp.fc1.lora_A.weight"]
+    del weights[f"base_model.model.blocks.0.{[*LAYERS][-1]}.lora_A.weight"]
     save_file(weights, path)
     with pytest.raises(UserError, match="lora_A"):
         loaded(tmp_path)

@@ -279,8 +279,12 @@ def test_a_grid_keeps_one_of_four_and_squares_hide_all_four():
 
 
 def test_a_key_of_ones_own_may_have_the_name_of_another():
-    """BOUNDS are those of the keys here; a default outside of them says that it is another key."""
-    choices = {"mine": {"size": 3.0, "share": 0.5}}
+    """BOUNDS are those of the keys here; a default outside of them says that it is another key.
+
+    So does a whole number in place of a share.
+    """
+    choices = {"mine": {"size": 3.0, "share": 0.5, "start": 1}}
     assert parse_keys("mine:size=7", choices, "--mask")[1]["size"] == 7
+    assert parse_keys("mine:start=2", choices, "--mask")[1]["start"] == 2
     with pytest.raises(UserError, match="share=2"):
         parse_keys("mine:share=2", choices, "--mask")
