@@ -110,7 +110,7 @@ CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray (of stres
 # sure of itself (Szegedy et al. 2016, arXiv:1512.00567, section 7).
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
 NEXT = "python -m apps.recognize"  # lab.convnets names its own
-NECK_OF_CLASS = 20  # pictures of each character give the neck its statistics at the end
+NECK_OF_CLASS = 20  # pictures of each character give the neck, a norm, its statistics at the end
 NECK_IN_ALL = 256  # at most so many of these pictures do so after an epoch
 
 
@@ -664,7 +664,7 @@ def finetune(flags, task, make_run=train.Run):
 
     best = Best()
     state = {"model": task.trained, "optimizer": optimizer, "best": best}
-    # The learning rate falls to 0 at `total`, also where the run stops earlier.
+    # The schedule is that of `total` steps, so a run that stops earlier ends with a rate above 0.
     last = task.stop or flags.epochs
     run = make_run(flags, state, per_epoch * last, per_epoch, device)
     run.resume_or_begin()
@@ -714,9 +714,8 @@ def finetune(flags, task, make_run=train.Run):
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)
-            if (
-                run.step == 1 and task.head != "ifa"
-            ):  # which reads no token behind the encoder's norm
+            # ifa reads tokens before the encoder's last norm, whose weights would be named as unused.
+            if run.step == 1 and task.head != "ifa":
                 train.name_unused(net, optimizer)
 
             # 5. log, evaluate, save

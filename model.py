@@ -237,8 +237,8 @@ class ViT(nn.Module):
 
     def run_blocks(self, x, begin=0, end=None, bias=None, every=False):
         """x (B, N, D) through blocks[begin:end] -> (B, N, D); every: a list, x after each block."""
-        # This is the only loop over an encoder's blocks. What is added to it, such as register tokens,
-        # is then there in pre-training and in every head. (Maps read the last block by themselves.)
+        # Only here do tokens go through an encoder's blocks. What is added, such as register tokens, is
+        # then in pre-training and in every head. (The two maps below compute attention by themselves.)
         outputs = []
         for block in self.blocks[begin:end]:
             x = block(x, bias=bias)
@@ -325,7 +325,7 @@ def check_sizes(image_size, patch_size, dim, depth, heads):
 
 
 class Decoder(nn.Module):
-    """Predicts hidden pixels. Its parts are called decoder_..., so that files do not mix them up."""
+    """Predicts hidden pixels. By its names, decoder_... and mask_token, files tell it from the encoder."""
 
     def __init__(self, encoder, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()

@@ -123,7 +123,8 @@ def open_task(flags):
     if task.labelled:
         open_labels(task)
     for folder in folders.values():
-        refuse_overwrite([folder / task.filename], "choose another --headline, --data or --split")
+        fix = "choose another --data or --split, or add or leave out --headline"
+        refuse_overwrite([folder / task.filename], fix)
     if out:
         refuse_overwrite([out / "compare.json"])
     return task

@@ -39,8 +39,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
 UNSAVED = {"log", "resume", "given", "could_give"}  # of one start, and not of the run
+# Flags that are never None in a saved run: the user gives them, or the stage sets them.
 FILLED = {"data", "model", "mask", "ratio", "contrast", "epochs", "batch_size", "eval_every"}
-FILLED |= {"lr", "blr", "head_lr", "keep", "encoder"}  # that somebody gives, or a stage
+FILLED |= {"lr", "blr", "head_lr", "keep", "encoder"}
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
 MOVE_AWAY = "move it away: a run goes on without its rows, and no epochs are counted"
@@ -156,7 +157,7 @@ def pick_dtype(name, device):
 def autocast_of(device, dtype):
     """-> autocast(), a context in which matrix products run in "bf16"; "fp32" changes nothing.
 
-    With bf16 on CUDA, products that stay in fp32 are rounded to TF32, which is less than bf16 does.
+    With bf16 on CUDA, products that stay in fp32 are rounded to TF32, which keeps more digits than bf16.
     """
     is_bf16 = dtype == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = is_bf16
@@ -345,7 +346,7 @@ class Run:
         self.log_to = flags.log
         self.trackers = []
         self.stop = catch_signals()
-        # Asked of torch, and not of RANK, which may be left over in a shell. pretrain.py alone starts it.
+        # Asked of torch, and not of RANK, which may be left over in a shell. Only pretrain.py starts it.
         self.writes = not distributed.is_initialized() or distributed.get_rank() == 0
 
     def resume_or_begin(self):
@@ -472,7 +473,7 @@ class Run:
                 start = f"torchrun --nproc-per-node {distributed.get_world_size()}"
             print(f"  {start} {quoted(*started_as(), '--resume', str(self.out))}", flush=True)
             sys.exit(128 + self.stop[0])
-        self.since = time.perf_counter()  # nor is the saving
+        self.since = time.perf_counter()  # nor is the saving part of their time
 
     def seconds(self):
         """Of the whole run, the time before it was resumed included."""
