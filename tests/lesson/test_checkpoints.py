@@ -429,6 +429,10 @@ def test_an_mae_comes_back_whole(tmp_path):
     attention = copy.encoder.patch_attention(view, "pooler")
     close(attention, model.encoder.patch_attention(view, "pooler"))
     assert header["norm_pix"] is False
+
+
+def test_a_public_file_tells_what_was_predicted(tmp_path):
+    C.save_model(small_mae(), tmp_path / "model.safetensors", {"norm_pix": False})
     (tmp_path / "hf").mkdir()
-    save_hf(tmp_path, tmp_path / "hf", None)  # a public file tells it, too
+    save_hf(tmp_path, tmp_path / "hf", None)
     assert C.load_mae(tmp_path / "hf")[1]["norm_pix"] is False
