@@ -5,8 +5,8 @@
     python data.py --show datasets/NAME         a sheet of what was packed
 
 Reads:  images in any layout that ingest/sources.py knows
-Writes: datasets/NAME/{train,val,test}.safetensors, dev with --dev, and unknown, of pictures of other characters
-        (ingest/pack.py)
+Writes: datasets/NAME/{train,val,test}.safetensors, dev with --dev, and unknown, which has pictures
+        of other characters (ingest/pack.py)
 
     n images of a split   B of a batch   S side of an image   s of a view   G of a map
 

@@ -325,7 +325,7 @@ def check_sizes(image_size, patch_size, dim, depth, heads):
 
 
 class Decoder(nn.Module):
-    """Predicts hidden pixels. By its names, decoder_... and mask_token, files tell it from the encoder."""
+    """Predicts hidden pixels. In a file, decoder_... and mask_token are names of its parts alone."""
 
     def __init__(self, encoder, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()

@@ -122,8 +122,8 @@ def open_task(flags):
     task = Task(**vars(task), pool=flags.pool, headline=headline, folders=folders, out=out)
     if task.labelled:
         open_labels(task)
+    fix = "choose another --data or --split, or add or leave out --headline"
     for folder in folders.values():
-        fix = "choose another --data or --split, or add or leave out --headline"
         refuse_overwrite([folder / task.filename], fix)
     if out:
         refuse_overwrite([out / "compare.json"])

@@ -94,10 +94,9 @@ def check_plain(encoder, weights, source):
         raise UserError(f"{source}: {', '.join(odd[:3])} is not as in MAE, timm and HF; {advice}")
     view = checkpoints.fixed_view(encoder.image_size)
     patches, _ = encoder.all_patches(view)
+    eps = checkpoints.epsilon_of(encoder)
     try:
-        theirs = plain_tokens(
-            encoder.state_dict(), encoder.config, checkpoints.epsilon_of(encoder), patches
-        )
+        theirs = plain_tokens(encoder.state_dict(), encoder.config, eps, patches)
         same = torch.allclose(encoder.features(view), theirs, rtol=1e-2, atol=1e-3)
     except RuntimeError:  # the same names, and other shapes
         same = False

@@ -89,10 +89,8 @@ class Patches(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         dim = encoder.config["dim"]
-        self.config = {
-            "encoder": encoder.config,
-            "norm_eps": epsilon_of(encoder),
-        }  # for blank_patches
+        # for blank_patches
+        self.config = {"encoder": encoder.config, "norm_eps": epsilon_of(encoder)}
         self.encoder = encoder
         self.head = nn.Linear(dim, 1)
         self.register_buffer("centroids", torch.zeros(2, dim))

@@ -275,13 +275,8 @@ class MFDN(nn.Module):
         shape = encoder.config
         dim, heads = shape["dim"], shape["heads"]
         few = max(1, shape["depth"] // 6)
-        self.config = {
-            "encoder": shape,
-            "norm_eps": checkpoints.epsilon_of(encoder),
-            "C": C,
-            "V": V,
-        }
-        self.config |= {"arm": arm, "length": length}
+        self.config = {"encoder": shape, "norm_eps": checkpoints.epsilon_of(encoder)}
+        self.config |= {"C": C, "V": V, "arm": arm, "length": length}
         self.encoder = encoder
         self.half = shape["depth"] // 2
         self.arm, self.V, self.length = arm, V, length

@@ -434,12 +434,11 @@ def init_from(model, path):
     size = config["image_size"]
     config = {"decoder_heads": config.get("decoder_dim", 0) // 32} | config
     decoder = "decoder_dim" in config and facts["decoder_depth"] > 0  # SimMIM's has no blocks
-    known = {}
-    for kind in (ViT, MAE) if decoder else (ViT,):
-        known |= inspect.signature(kind).parameters
+    kinds = (ViT, MAE) if decoder else (ViT,)
+    known = [one for kind in kinds for one in inspect.signature(kind).parameters.values()]
     # A file that does not know an argument was written before there was one: then it had its default.
-    theirs = {name: argument.default for name, argument in known.items()} | facts
-    keys = [name for name in known if name in config and name != "image_size"]
+    theirs = {one.name: one.default for one in known} | facts
+    keys = [one.name for one in known if one.name in config and one.name != "image_size"]
     if odd := [key for key in keys if config[key] != theirs[key]]:
         here, there = (", ".join(f"{k} {shape[k]}" for k in odd) for shape in (config, theirs))
         fix = ",".join(f"{k}={theirs[k]}" for k in keys if k != "decoder_heads")

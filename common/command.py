@@ -213,8 +213,8 @@ def parse_keys(text, choices, flag):
         default = values[key]
         kind = {bool: int, type(None): float}.get(type(default), type(default))  # bool("0") is True
         low, high = BOUNDS.get(key, (-MOST, MOST))
-        mine = isinstance(default, int | float) and not low <= default <= high
-        if mine or (type(default) is int and type(low) is float):
+        outside = isinstance(default, int | float) and not low <= default <= high
+        if outside or (type(default) is int and type(low) is float):
             low, high = -MOST, MOST  # a key of your own, which means something else
         try:
             values[key] = value if kind is str else between(low, high, kind)(value)

@@ -31,7 +31,7 @@ from common.command import (
     refuse_useless,
     started_as,
 )
-from common.fields import check_fields, number, whole
+from common.fields import TEXT, check_fields, number, shown, whole
 from common.io import UserError, atomic, parse_table, quoted, read_torch, reading, save_text
 
 LOG_EVERY = 10  # steps
@@ -42,7 +42,7 @@ UNSAVED = {"log", "resume", "given", "could_give"}  # of one start, and not of t
 # Flags that are never None in a saved run: the user gives them, or the stage sets them.
 FILLED = {"data", "model", "mask", "ratio", "contrast", "epochs", "batch_size", "eval_every"}
 FILLED |= {"lr", "blr", "head_lr", "keep", "encoder"}
-STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
+STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9), "commit?": TEXT}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
 MOVE_AWAY = "move it away: a run goes on without its rows, and no epochs are counted"
 TOGETHER = {"step": ["seconds"], "loss": ["images_per_s", "memory_mb"]}
@@ -367,11 +367,12 @@ class Run:
     def load(self):
         """Put what state.pt holds in its place."""
         state = load_state(self.path)
-        code = "take the code that wrote it, or choose another --out"
-        if (began := state.pop("commit", self.commit)) != self.commit:
-            told = f"the code of {began} wrote it, and that of {self.commit} goes on"
-            print(f"warning  {self.path}: {told}; if that should not be, {code}", file=sys.stderr)
-        with reading(self.path, "state of such a run", code):
+        fix = "take the code that wrote it, or choose another --out"
+        wrote = state.get("commit") or self.commit
+        if wrote != self.commit:
+            told = f"the code of {shown(wrote)} wrote it, and that of {self.commit} goes on"
+            print(f"warning  {self.path}: {told}; if that should not be, {fix}", file=sys.stderr)
+        with reading(self.path, "state of such a run", fix):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step = state["step"]
@@ -397,8 +398,8 @@ class Run:
     def save(self):
         """Write state.pt, atomically."""
         state = {"config": self.config, "step": self.step, "seconds": self.seconds()}
-        state["commit"] = self.commit
         state |= {name: part.state_dict() for name, part in self.parts.items()}
+        state["commit"] = self.commit  # `load` tells if other code goes on
         # Into another file, which then takes the name: a kill at this moment leaves the old one whole.
         with atomic(self.path) as temporary, open(temporary, "wb") as file:
             try:

@@ -573,7 +573,11 @@ def parse_flags(words=None):
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--layout", type=layouts.parse_layout, help="split/-/class; -: no labels (default: found)")
     add("--names", type=code_page, help="code page of a zip's names, as cp949 (default: guessed)")
-    add("--unknown", metavar="DIR", help="of other characters (also read: folders unknown, others)")
+    add(
+        "--unknown",
+        metavar="DIR",
+        help="pictures of other characters (also: folders unknown, others)",
+    )
     add("--size", type=side, help=f"side in pixels (default: {PACKED}; pages {LARGE})")
     centre = {"type": parse_crop, "default": parse_crop("centre")}
     add("--crop", help="centre (default), or figure:margin=0.1 by box, alpha or colours", **centre)

@@ -147,15 +147,10 @@ def with_blocks_of_timm(net, attention):
 
 
 def make_network(case, folder):
-    """The candidate's network with the weights that all start with, and what computes its loss.
-
-    A UserError if the peer is transformers, and model.py is no plain ViT any more.
-    """
+    """The candidate's network with the weights that all start with, and what computes its loss."""
     if case.candidate == "transformers":
         from transformers import ViTMAEForPreTraining
 
-        if not (folder / "hf").exists():
-            export(folder / "model.safetensors", "hf", folder / "hf")
         how = {"attn_implementation": "sdpa" if case.attention == "fused" else "eager"}
         net = ViTMAEForPreTraining.from_pretrained(folder / "hf", **how)
         net.config.norm_pix_loss = True
@@ -271,8 +266,10 @@ def add_row(table, case, turn, *, folder, reference, counts):
     keys = {"turn": turn} | asdict(case)
     if not table.find(**keys):
         try:
+            if case.candidate == "transformers" and not (folder / "hf").exists():
+                export(folder / "model.safetensors", "hf", folder / "hf")
             found = bench.alone(measured, case, folder, *counts)
-        except UserError as problem:  # killed, as it is where memory is full, or no plain ViT
+        except UserError as problem:  # killed, as it is where memory is full; or no plain ViT
             found = {"note": str(problem)}
         problem = found.get("note") or agree(found["losses"], reference, case.dtype)
         if problem and case.candidate == "AniMask":

@@ -8,7 +8,15 @@ import pytest
 from conftest import ROOT, call, draw_folder, refused
 from made import CPU, QUICK, files_of, home
 
-from common.io import read_safetensors, save_safetensors
+import finetune_lora
+import mask
+import pretrain
+from apps import segment, tags
+from common.classifier import HEADS
+from common.command import parse_keys
+from common.fields import BOUNDS
+from common.io import UserError, read_safetensors, save_safetensors
+from ingest import pack
 
 PRE = f"pretrain.py --data datasets/packed --out new {CPU} --epochs 1 --batch-size 8"
 TUNE = f"finetune_lora.py runs/a --data datasets/packed --out new {CPU} --epochs 1 --batch-size 8"
@@ -278,3 +286,17 @@ def test_a_missing_library_is_named(base, command, library, monkeypatch):
     monkeypatch.delenv("CI", raising=False)  # where each library has to be there
     with pytest.raises(pytest.skip.Exception, match=library):  # a test that wants it to work
         call(*shlex.split(command), cwd=base, check=0)
+
+
+OF_FLAGS = {"--mask": mask.PARAMS, "--method": finetune_lora.METHODS, "--head": HEADS}
+OF_FLAGS |= {"--contrast": pretrain.SETTINGS, "--arm": tags.ARM_KEYS}
+OF_FLAGS |= {"--network": segment.NETWORKS, "--crop": pack.CROPS}
+
+
+@pytest.mark.parametrize("flag", OF_FLAGS)
+def test_no_key_of_ours_is_taken_for_one_of_your_own(flag):
+    """Its default is a number of the kind of its BOUNDS, and inside of them."""
+    for name, keys in OF_FLAGS[flag].items():
+        for key in keys.keys() & BOUNDS.keys():
+            with pytest.raises(UserError, match="must be a"):
+                parse_keys(f"{name}:{key}={BOUNDS[key][1] + 1:.0f}", OF_FLAGS[flag], flag)

@@ -149,6 +149,8 @@ CHANGES = {  # name: [(file, old text, new text)]
         ),
     ],
 }
+NOT_PLAIN = ("registers", "layer scale", "swiglu", "relu", "a stem of two layers")
+NOT_PLAIN += ("nothing has a bias",)
 TINY = "--device cpu --dtype fp32 --batch-size 8 --epochs 2"
 NANO = "nano:dim=32,depth=2,heads=2,image_size=32,decoder_dim=32"
 STAGES = (
@@ -203,15 +205,7 @@ def test_a_change_works_to_the_end(tmp_path, name):
     assert read_json(tmp_path / "runs/lora/metrics.json")["top1"] > 0
     # Public formats hold a plain ViT alone. What is none is refused by name, before a file is there.
     status, said = run(tmp_path, "apps.export runs/a --to timm")
-    other = (
-        "registers",
-        "layer scale",
-        "swiglu",
-        "relu",
-        "a stem of two layers",
-        "nothing has a bias",
-    )
-    plain = name not in other
+    plain = name not in NOT_PLAIN
     assert (status == 0) == plain, said
     assert (tmp_path / "runs/a/timm.safetensors").exists() == plain
     if not plain:
