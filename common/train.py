@@ -171,6 +171,7 @@ def machine(device):
     return f"{device.type} {name}, {torch.get_num_threads()} threads, {versions}"
 
 
+@functools.cache  # an edit after the first call is not what this process runs
 def commit(checkout=Path(__file__).parent.parent):
     """The commit that this code is at: results name it. After an edit, a + and a digest of the edit follow."""
     git = ["git", "-C", os.fspath(checkout)]

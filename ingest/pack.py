@@ -157,7 +157,8 @@ def drawn(records, draw, size, planes, **more):
 
 
 def open_toon(flags, size):
-    items = toon.plan(n=flags.drawings or toon.COUNT, seed=flags.seed, tail=flags.tail)
+    drawings, characters = flags.drawings or toon.COUNT, flags.characters or toon.CHARACTERS
+    items = toon.plan(drawings, characters, flags.seed, flags.tail)
     records = [
         sources.Record(i["key"], i, i["who"]["name"], tags=toon.describe(i)["tags"]) for i in items
     ]
@@ -184,6 +185,7 @@ def open_scenes(flags, size):
 
 
 DRAWN = {"toon": open_toon, "hybrid": open_hybrid, "scenes": open_scenes}
+OF_TOON = {"drawings", "characters"}
 OF_DRAWN = {"path", "out", "size", "split", "dev", "test", "seed", "min_per_class"}
 
 
@@ -191,11 +193,11 @@ def open_source(flags, size):
     """What is drawn, or the pictures at the path, with or without boxes."""
     path = flags.path
     if path in DRAWN:
-        usable = OF_DRAWN | ({"tail", "drawings"} if path == "toon" else set())
+        usable = OF_DRAWN | ({"tail"} | OF_TOON if path == "toon" else set())
         refuse_useless(flags.given - usable, f"on {path}, which is drawn")
         return DRAWN[path](flags, size)
     reader, name = (None, "boxes") if flags.detect else sources.reader_of(path, flags.layout)
-    useless = {"drawings"} if name is None else {"drawings", "layout"}
+    useless = OF_TOON if name is None else OF_TOON | {"layout"}
     useless |= {"names"} if reader is not files.open_zip else set()
     useless |= {"crop", "unknown"} if flags.detect else set()
     refuse_useless(flags.given & useless, "on these pictures")
@@ -591,6 +593,8 @@ def parse_flags(words=None):
     add("--min-per-class", type=at_least(0), default=0, help="leave out classes of fewer images")
     add("--tail", type=between(0, 5), default=0.0, help="class sizes in train follow rank^-TAIL")
     add("--drawings", type=at_least(1), help=f"toon only: how many (default: {toon.COUNT})")
+    many = between(2, toon.MOST, int)  # more can't all differ by three attributes
+    add("--characters", type=many, help=f"toon only: of how many (default: {toon.CHARACTERS})")
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     words = iter(sys.argv[1:] if words is None else words)  # argparse takes -/class for a flag
     joined = [f"--layout={next(words, '')}" if w == "--layout" else w for w in words]

@@ -23,7 +23,8 @@ from common.command import Parser, at_least, between, cli
 from common.io import atomic
 from common.locks import reserve
 
-COUNT = 2400  # drawings in the demo set
+COUNT, CHARACTERS = 2400, 48  # of the demo set: its drawings, and whom they show
+MOST = 500  # characters: with many more, `cast` looks for long until each differs from each
 SS = 4  # supersampling: everything is drawn four times too large and then reduced
 PARTS = ("background", "hair", "face", "eyes", "mouth", "clothes", "accessory")  # id = position
 # fmt: off
@@ -108,7 +109,7 @@ STRATA |= {"shading": ("flat", "cel", "soft"), "yaw": tuple(TURNS)}
 # ---- who is in the data set ----------------------------------------------------------------------
 
 
-def cast(characters=48, seed=0):
+def cast(characters=CHARACTERS, seed=0):
     """-> list of dicts: a name and one value per attribute. Every value is shared by several characters."""
     rng = np.random.default_rng([seed, 48])
     ends = ("ka", "ko", "mi", "na", "ne", "ri")
@@ -130,7 +131,7 @@ def deal(values, characters, rng):
     return rng.permutation(np.resize(deck[: max(2, characters // 2)], characters)).tolist()
 
 
-def plan(n=COUNT, characters=48, seed=0, tail=0.0):
+def plan(n=COUNT, characters=CHARACTERS, seed=0, tail=0.0):
     """-> n items {key, label, seed, who} for draw(). Class sizes follow rank^-tail, at least 5 where n allows."""
     floor, weights = min(5, n // characters), np.arange(1, characters + 1) ** -float(tail)
     sizes = (floor + (n - floor * characters) * weights / weights.sum()).astype(int)

@@ -571,6 +571,57 @@ PLANS["pays"] = OF_RECOGNITION | {
     },
 }
 
+# ---- from what should weights/toon have learned? ---------------------------------------------------
+
+# Each encoder differs by one thing from the recipe of weights/toon, and sees 100,000 views. The recogniser has the
+# flags that plan pays chose. The data is the train split of faces20 alone, so that this choice sees
+# no picture of its val, and is judged by half of it, 3,600 pictures that the recognisers don't see:
+# python -m lab.subset datasets/faces20-val --pictures 10000 --folders --out pictures, and
+# python data.py pictures --split .5,.5,0 --dev .1 --out datasets/faces20-choose.
+LIKE_TOON = (
+    "pretrain.py --seed {seed} --model nano:image_size=96,decoder_depth=2 --contrast none "
+    "--flat-weight 1 --batch-size 16 --blr 5e-3 --epochs 15 --eval-every 1000 --mask random"
+)
+RAW = "--data {toon9600} --no-norm-pix"
+TOONS = {
+    "as it is": RAW,
+    "normalised patches": "--data {toon9600}",
+    "flat patches weigh less": f"{RAW} --flat-weight 0.1",
+    "masks by true maps": f"{RAW} --mask attn_high --teacher maps --maps {{true}}",
+    "five times the drawings": f"{RAW} --data {{toon48000}} --epochs 3",
+    "and 480 characters": f"{RAW} --data {{cast480}} --epochs 3",
+    "half the rate": f"{RAW} --blr 2.5e-3",
+    "twice the rate": f"{RAW} --blr 1e-2",
+    "views of 128 px": f"{RAW} --model nano:image_size=128,decoder_depth=2",
+    "tiny": f"{RAW} --model tiny:decoder_depth=2",
+}
+LEARN = f"{FINE_TUNED['full']} --lr 1e-3 --seed {{seed}} --split {{split}}"
+WITH_LABELS = {
+    "20 labels": "--data {few20} --image-size 64 --epochs 30",
+    "all labels": "--data {data} --image-size 96 --epochs 6",
+}
+CHANGED = {f"{name}, {label}": (name, label) for label, name in product(WITH_LABELS, TOONS)}
+PLANS["weights"] = PLANS["pays"] | {
+    "question": "From what should weights/toon have learned, to recognise fan art?",
+    "seeds": range(9300, 9303),
+    "made": {
+        "toon9600": ["data.py toon --drawings 9600"],
+        "toon48000": ["data.py toon --drawings 48000"],
+        "cast480": ["data.py toon --drawings 48000 --characters 480"],
+        "true": ["-m lab.true_maps {toon9600}"],
+        "few20": PLANS["pays"]["made"]["few20"],
+    }
+    | {name: [f"{LIKE_TOON} {flags}"] for name, flags in TOONS.items()},
+    "arms": {
+        arm: [f"finetune_lora.py {{{name}}} {WITH_LABELS[label]} {LEARN}"]
+        for arm, (name, label) in CHANGED.items()
+    },
+    "against": {arm: f"as it is, {label}" for arm, (_, label) in CHANGED.items()},
+    "differences": [],
+    "trials": {},
+    "axes": {},
+}
+
 # ---- who is unknown? Four characters that no part of a recogniser has seen ------------------------
 
 DRAW = "-m lab.subset {data} --draw {seed} --characters"

@@ -238,11 +238,12 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
     monkeypatch.setattr(toon, "describe", lambda item: {"tags": ()})  # of 2,400 pictures: seconds
     monkeypatch.setattr(pack, "write_all", noted)
     monkeypatch.setattr(pack, "to_learn", lambda out: "")
-    for words in ("", " --drawings 480", " --tail 1.2"):
+    for words in ("", " --drawings 480", " --tail 1.2", " --characters 60"):
         run_line(f"data.py toon --out {tmp_path}/packed{words}", tmp_path, check=0)
     data.open_or_pack(tmp_path / "toon")
     assert {shares for shares, _ in found} == {pack.TOON_SHARES}
-    assert [len(labels) for _, labels in found] == [2400, 480, 2400, 2400]
+    assert [len(labels) for _, labels in found] == [2400, 480, 2400, 2400, 2400]
+    assert [len({*labels}) for _, labels in found] == [48, 48, 48, 60, 48]
     assert max(Counter(found[2][1]).values()) > 400  # a long tail, as of toon.plan
 
 

@@ -154,5 +154,7 @@ def test_two_edits_of_one_commit_are_told_apart(tmp_path):
     found = [commit(tmp_path)]
     for text in ("x = 2\n", "x = 3\n"):
         (tmp_path / "a.py").write_text(text)
+        assert commit(tmp_path) == found[-1]  # this process runs what it has read
+        commit.cache_clear()
         found.append(commit(tmp_path))
     assert len({*found}) == 3 and all(name.startswith(f"{found[0]}+") for name in found[1:])
