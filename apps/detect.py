@@ -20,6 +20,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,7 @@ COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
 LOWEST = 0.1  # the lowest threshold of a detector
 SENSIBLE = 1 / 3  # of the largest face's side: smaller ones are not the one of --largest
+EPOCHS, LEAST_VIEWS = 16, 3200  # with few pages more epochs, until so many pages were seen
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
 RECIPE = ("data", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
 REMEDY = "python -m apps.detect ENCODER makes it"
@@ -533,7 +535,8 @@ def learn(task, net, optimizer, run, lr):
 def fit(flags, device, autocast):
     """Train a detector, or go on with it, then evaluate it and write its files."""
     task = open_task(flags, device, autocast)
-    set_defaults(flags, lr=RATES[flags.method])
+    enough = math.ceil(LEAST_VIEWS / len(task.rows))
+    set_defaults(flags, lr=RATES[flags.method], epochs=max(EPOCHS, enough))
     flags.batch_size = min(flags.batch_size, len(task.rows))
     epochs, lr = flags.epochs, flags.lr
     net = build(task, flags.method)
@@ -631,7 +634,7 @@ def parse_flags():
     add("--data", default="datasets/scenes", metavar="DIR", help="packed set with boxes")
     add("--method", default="full", choices=RATES, help="what learns; scratch: from random weights")
     add("--view", type=between(16, 2048, int), default=128, metavar="PX", help="side of crops")
-    add("--epochs", type=at_least(1), default=16, help="passes over the pages")
+    add("--epochs", type=at_least(1), help=f"passes over the pages ({EPOCHS}, with few pages more)")
     add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
     add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
     add = parser.add_argument_group("pictures").add_argument

@@ -182,6 +182,18 @@ def test_the_last_quarter_of_the_epochs_learns_from_nearly_whole_pages(base, mon
     assert sides == 6 * [48] + 2 * [64]  # two steps an epoch; pages of 80
 
 
+def test_few_pages_are_seen_for_more_epochs(base, monkeypatch):
+    seen, line = [], f"apps.detect runs/a --data datasets/scenes --view 48 {CPU} --out runs/few"
+    monkeypatch.setattr(detect, "learn", lambda task, net, optimizer, run, lr: seen.append(run))
+    monkeypatch.setattr(detect, "write_results", lambda *written: None)
+    for least, epochs in ((500, 32), (100, 16)):  # there are 16 pages
+        monkeypatch.setattr(detect, "LEAST_VIEWS", least)
+        run_line(line + str(least), base, check=0)
+        assert seen[-1].total == epochs
+    run_line(f"{line} --epochs 3", base, check=0)
+    assert seen[-1].total == 3
+
+
 def test_a_detector_goes_on_with_all_of_its_weights(base):
     more = f"apps.detect runs/a-det --data datasets/scenes --epochs 1 {CPU} --lr 0 --batch-size 8"
     run_line(f"{more} --view 48 --out runs/more", base, check=0)
