@@ -95,7 +95,10 @@ def check_split(split, path, advice):
 
 
 def open_or_pack(path, image_size=128, pages=False):
-    """The packed folder that --data names; if needed drawn or packed first, pages with boxes."""
+    """The packed folder that --data names. Without one, the demo set is drawn, or pictures are packed.
+
+    pages: they are whole pages, whose boxes are packed, too.
+    """
     path = Path(path)
     if splits_in(path):
         return path
@@ -391,7 +394,7 @@ def swap_backgrounds(view, fg):
     """Views u8 (B, s, s, 3), each with the background of the view before it in the batch.
 
     fg (B, s, s, 1) is 1 on the figure. Where the other view has its figure, its mean background
-    colour is taken (BG_Random; Ryali et al. 2021, arXiv:2103.12719).
+    colour is taken, or black where all of it is figure (BG_Random; Ryali et al. 2021, arXiv:2103.12719).
     """
     # Two drawings are most easily told apart by their backgrounds. If both views of a picture had
     # the same one, the contrastive loss would be solved by it, and attention would go there.

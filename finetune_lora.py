@@ -13,6 +13,9 @@ The kept epoch is chosen on dev, or on a held-out tenth of train, and results ar
 A small collection has no picture to spare for either. There, cross-validation chooses and measures
 (apps/folds.py), if it is quick or --split folds asks for it, and then every picture is learned.
 
+The tokens of a picture are pooled to one vector. The neck, a batch norm, makes the embedding of it, by
+which pictures are compared, and the head a logit for each character (common/classifier.py).
+
     B batch   N patches   K of them shown   S side of a view   D width   C characters
 """
 
@@ -491,8 +494,7 @@ def open_task(flags, device, autocast):
         every, classes = open_all(flags.data)
         sets = every, None, None
     else:
-        # Where there is no dev, a tenth of train is held out, in whole illustrations: two faces of one
-        # drawing are so alike that one of them in train would give away the other.
+        # Where there is no dev, a tenth of train is held out (common/features.py).
         sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
     pictures = len(sets[0].rows)
     flags.batch_size = min(flags.batch_size, pictures)
@@ -530,8 +532,7 @@ def task_of(flags, encoder, sets, classes, device, autocast):
     encoder.requires_grad_(method == "full")
     if method == "lora":
         add_lora(encoder, **keys)
-    pool = "mean" if head == "ifa" else flags.pool
-    net = classifier.Classifier(encoder, len(classes), head, pool, **head_keys).to(device)
+    net = classifier.Classifier(encoder, len(classes), head, flags.pool, **head_keys).to(device)
     return Task(
         method=method,
         head=head,
@@ -647,10 +648,9 @@ def finetune(flags, task, make_run=train.Run):
     total = per_epoch * flags.epochs
 
     linear = task.method == "linear"
-    unfreeze_every = flags.unfreeze_every if task.method == "full" else 0
     optimizer = classifier.make_optimizer(
         net,
-        lr=0.0 if linear else flags.lr,
+        lr=flags.lr,
         head_lr=flags.head_lr,
         weight_decay=WEIGHT_DECAY[task.method],
         layer_decay=task.keys.get("layer_decay", 1.0),
@@ -675,8 +675,7 @@ def finetune(flags, task, make_run=train.Run):
     hits = []  # share of each batch that is recognised, since the last row of the log
     for epoch in range(run.step // per_epoch, last):
         net.train()
-        # It changes something only for --method full with --unfreeze-every.
-        unfreeze(net, task.trained.tensors, epoch, unfreeze_every)
+        unfreeze(net, task.trained.tensors, epoch, flags.unfreeze_every)
         order = draw_order(train_index, labels, flags.balanced, seed, epoch)
         for index, batch in data.batches(images, order, B, device, run.step % per_epoch):
             # 1. views

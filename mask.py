@@ -41,6 +41,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from kernels.gather import all_places
 from kernels.loss import patch_detail
 
 START = 0.1  # share of the run before guidance starts: until then the teacher's attention is noise
@@ -233,16 +234,15 @@ def detail(patches, noise, t, hidden, beta=1.0):
     # Flat colour is easy: its neighbours tell it. The sign of beta turns halfway, so that the
     # hidden patches go from what can be copied to what has to be understood.
     view = patches["view"]
-    B, N = noise.shape
-    every = torch.arange(N, device=view.device).expand(B, N).contiguous()  # places of all patches
-    contrast = patch_detail(view, every, patch_side(view, N))  # (B, N)
+    p = patch_side(view, noise.shape[1])
+    contrast = patch_detail(view, all_places(view, p), p)  # (B, N)
     return guided(contrast, beta * (2 * t - 1), noise)
 
 
 def learned(patches, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
     """By the loss that a small network predicts, from easy to hard.
 
-    CL-MAE (Madan et al. 2024, arXiv:2308.14572) turns the sign during the run. HPM (Wang et al.
+    CL-MAE (Madan et al. 2023, arXiv:2308.16572) turns the sign during the run. HPM (Wang et al.
     2023, arXiv:2304.05919) predicts losses by ranking them. No gradient passes through the mask.
     """
     # CL-MAE trains the mask against the MAE. Hidden patches are dropped, which has no gradient, so
@@ -389,7 +389,8 @@ def kept(N, ratio, throw=0.0):
 def sample(priority, K, T=0):
     """priority (B, N) -> ids_keep (B, K), ids_mask (B, N - K - T), both contiguous; exact numbers.
 
-    The T patches of the lowest priority are thrown: they are in neither (AMT, arXiv:2211.15362).
+    The T patches of the lowest priority are thrown: they are in neither. AMT (Liu et al. 2022,
+    arXiv:2211.15362) throws those in the middle, and shows the lowest.
     """
     # A threshold on the priorities would leave another number of patches visible in each image,
     # which no tensor (B, K) holds. A sort gives exactly K. It is stable, so that ties are hidden

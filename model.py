@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import LARGEST
-from kernels.gather import MEAN, STD, masked_patch_gather
+from kernels.gather import MEAN, STD, all_places, masked_patch_gather
 
 # The decoders are narrow. MAE's decoder, 512 wide and 8 blocks deep, would cost 4.7 times as much
 # as a ViT-S encoder (224 px, ratio 0.75), and it is thrown away after pre-training. How deep it is
@@ -177,8 +177,11 @@ class Pooler(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
         nn.init.xavier_uniform_(self.kv.weight)
 
-    def keys_and_values(self, tokens):
-        """tokens (B, 1+K, D) -> attention (B, H, K), values (B, H, K, d); in autocast rounded to bf16."""
+    def attention_and_values(self, tokens):
+        """tokens (B, 1+K, D) -> attention (B, H, K), values (B, H, K, d).
+
+        In autocast they are rounded to bf16, which is less than the noise that a mask adds.
+        """
         # Without the detach, the pooler would learn by changing the encoder, and not by reading it.
         # A mere 0.03 of its gradient took a linear classifier from 37.5 to 28.0 % on the demo set:
         # telling one drawing from the next is easy by its light and colours, which say nothing of
@@ -190,7 +193,7 @@ class Pooler(nn.Module):
 
     def forward(self, tokens):
         """tokens (B, 1+K, D) -> (B, D). The CLS token comes first, and is not read."""
-        A, v = self.keys_and_values(tokens)
+        A, v = self.attention_and_values(tokens)
         return torch.einsum("bhn,bhnd->bhd", A, v).flatten(1)
 
 
@@ -262,7 +265,7 @@ class ViT(nn.Module):
             raise ValueError(
                 f"views of {size} px, but the encoder reads {S}: resize them to {S} px"
             )
-        ids = torch.arange(self.side**2, device=view.device).expand(view.shape[0], -1).contiguous()
+        ids = all_places(view, self.patch_size)
         return masked_patch_gather(view, ids, self.patch_size), ids
 
     def features(self, view):
@@ -281,7 +284,7 @@ class ViT(nn.Module):
                     "this encoder has no pooler: load_mae or load_teacher of common/checkpoints.py "
                     "read the one of a run; without one, take the source cls or rollout"
                 )
-            return self.pooler.keys_and_values(self.features(view))[0]
+            return self.pooler.attention_and_values(self.features(view))[0]
         if source == "rollout":
             return self.rollout(view)
         if source != "cls":
@@ -305,7 +308,8 @@ class ViT(nn.Module):
         for block, x in zip(self.blocks, inputs, strict=True):
             A = block.attn.probabilities(block.norm1(x), x.shape[1]).mean(1)  # (B, 1+N, 1+N)
             # The identity in (A + I) / 2 is the residual connection, by which a token stays itself.
-            path = (A @ path + path) / 2
+            with torch.autocast(x.device.type, enabled=False):  # in fp32, as A is
+                path = (A @ path + path) / 2
         return path[:, None, 0, 1:]
 
 

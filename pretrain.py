@@ -6,12 +6,13 @@
 
 Reads:  datasets/NAME (drawn or packed first if it is not there), maps/NAME (apps/maps.py makes them)
 Writes: runs/NAME/ state.pt and attn-*.safetensors (what a resumed run needs), model.safetensors,
-        pooler.safetensors, stats_head.safetensors, log.jsonl, pictures
+        pooler.safetensors (whose attention can guide masks), stats_head.safetensors (which restores
+        the colours of predicted patches), log.jsonl, pictures
 
 Random numbers are drawn on the CPU from (seed, epoch, step, process). So two masks with one seed see
 the same images with the same crops. On a CPU, a run resumed by the same code ends with the same bits.
 
-    b images of a step, of one process (helpers write B)   m of them have a second view
+    b images of a step, of one process (helpers write B)   m of them have a second view (contrast.py)
     S side of a stored image   s side of a view   p side of a patch, which has p*p*3 numbers
     N patches of a view   K visible   M hidden   D width of the encoder
 """
@@ -89,7 +90,7 @@ def parse_flags():
     add("--model", metavar="NAME[:key=value,...]", help=f"{', '.join(SIZES)}; simmim=1: SimMIM")
     add("--init", metavar="PATH", help="start from a run, or from a checkpoint of MAE or DINO")
     add("--mask", metavar="NAME[:key=value,...]", help=", ".join(masking.STRATEGIES))
-    add("--ratio", metavar="R", help="share of hidden patches; 0.5:0.9 rises, 0.5-0.9 is drawn")
+    add("--ratio", metavar="R", help="share that is not seen; 0.5:0.9 rises, 0.5-0.9 is drawn")
     add("--teacher", default="self", metavar="self|maps|PATH", help="its attention guides")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--maps", default="auto", metavar="auto|truth|DIR", help="maps of foreground and parts")
@@ -418,9 +419,10 @@ def main():
     # Twice the batch means half the steps, so the learning rate grows with it (Goyal et al. 2017).
     peak_lr = flags.blr * flags.batch_size / 256
 
-    # network: the model, with the same weights, as the loop calls it: its gradients are averaged over
-    # processes. build_contrast then adds model.encoder.pooler, which that average must not know: it
-    # waits for a gradient of every weight in every step, and the pooler has none in some.
+    # network: the model as the loop calls it. With several processes, it also averages their gradients
+    # (DistributedDataParallel), and for that it waits in each step for the gradient of every weight that
+    # it knows. So build_contrast adds model.encoder.pooler only afterwards: the pooler has no gradient
+    # in steps without the contrastive loss.
     compiling = compiles(flags, device)
     if compiling:
         # torch compiles a function only a few times in a process, and a notebook may start many runs.

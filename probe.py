@@ -141,9 +141,8 @@ def comparison_folder(flags, folders):
 def open_labels(task):
     """Pictures to fit on and to choose on, class sizes, few-shot episodes."""
     # The reported split is for reporting alone. What is chosen on it looks better than it is, so the
-    # regularisation has other pictures: dev, or a tenth of train. That tenth is of whole illustrations,
-    # because two faces of one drawing are so alike that one would give away the other. (With --split
-    # dev, both are dev: it is for choices between runs, and not for results.)
+    # regularisation has other pictures: dev, or a tenth of train. (With --split dev, both are dev: it
+    # is for choices between runs, and not for results.)
     task.fit, task.choose, task.choose_in = features.hold_out(task.splits)
     if not len(task.choose):
         fix = "data.py needs more pictures, or a dev split: --dev 0.1"

@@ -6,8 +6,9 @@ an attention that means something:
 
     pooler   a small network reads the patch tokens (model.Pooler). No gradient passes from it to
              the encoder, which stays a plain MAE's, to the bit
-    cls      the CLS token itself, and with it the encoder (CAN, Mishra et al. 2022,
-             arXiv:2210.16870; MAE-CT, Lehner et al. 2023, arXiv:2304.10520)
+    cls      the CLS token itself, and with it the encoder. CAN (Mishra et al. 2022,
+             arXiv:2210.16870) trains both losses at once, MAE-CT (Lehner et al. 2023,
+             arXiv:2304.10520) one after the other
 
 The first view of a picture is the one that the MAE reconstructs. A share of the pictures gets a
 second one, on another background and in other colours, of which only the visible patches are read.
@@ -45,7 +46,7 @@ SETTINGS = {
 class Contrast(nn.Module):
     """The second views, the pooler, the projector and the loss.
 
-    figures: u8 (n, S, S) of all training pictures, or None where they are not known. Pictures of one
+    figures: foreground masks u8 (n, S, S) of all training pictures, or None. Pictures of one
     group are not each other's negatives.
     """
 

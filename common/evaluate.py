@@ -3,7 +3,6 @@
 import contextlib
 import functools
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -77,7 +76,7 @@ def pooled_tokens(encoder, autocast, split, rows):
 
 def small_thumbnails(split, rows):
     """The control: what colour alone tells, (n, 4*4*3), for both classifiers."""
-    small = thumbnails(torch.from_numpy(np.array(split["images"][rows.numpy()])), 4)
+    small = thumbnails(data.take(split["images"], rows, rows.device), 4)
     return small, small
 
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common.checkpoints import beside
+from common.checkpoints import beside, model_file
 from common.command import progress
 from common.io import UserError
-from kernels.gather import masked_patch_gather
+from kernels.gather import all_places, masked_patch_gather
 from model import Block, init_weights, sincos_positions
 
 IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # score: the map of apps/maps.py
@@ -98,7 +98,7 @@ class PredictedScore(Source):
         return {"predictor": self.predictor}
 
     def scores(self, index, boxes, flip, view):
-        patches = masked_patch_gather(view, all_places(view, self.side), self.patch)
+        patches = masked_patch_gather(view, all_places(view, self.patch), self.patch)
         with self.autocast():
             self.predicted = self.predictor(patches).float()  # (B, N)
         score = self.predicted.detach()
@@ -158,11 +158,6 @@ class TeacherScore(MapScore):
         if not self.teacher.learns:
             return {}
         return {"teacher_initial": round(initial_share(step, total), 4)}
-
-
-def all_places(view, side):
-    """The places of all patches of views (B, S, S, 3): (B, N)."""
-    return torch.arange(side**2, device=view.device).expand(len(view), -1).contiguous()
 
 
 def as_pictures(scores):
@@ -228,7 +223,10 @@ def average_of(encoder, attention_kind, epochs, start):
 
 
 def ema_momentum(step, total):
-    """The share of the teacher that stays at a step, or at steps: half a cosine to 1 (arXiv:2203.12719)."""
+    """The momentum of the average: which share of the old teacher is kept at a step, or at an array of steps.
+
+    It rises to 1 by half a cosine (arXiv:2203.12719).
+    """
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
     return 1 - new * (np.cos(np.pi * step / total) + 1) / 2
 
@@ -246,7 +244,8 @@ def default_attention(flags, teacher):
     has_pooler = teacher != "self" and beside(teacher, "pooler").exists()
     if has_pooler or (teacher == "self" and contrast.startswith("pooler")):
         return "pooler"
-    is_public = not flags and Path(teacher).is_file()  # DINO trained its CLS token
+    # As DINO, which trained its CLS token. MAE did not: for its file, give --attention outlier.
+    is_public = not flags and model_file(teacher).is_file()
     return "cls" if is_public else "outlier"
 
 
@@ -263,8 +262,9 @@ def check_attention(kind, encoder):
 def attention(encoder, images, rows, source, autocast):
     """Yield (index, (b, N) fp32): an encoder's attention to the patches of whole images `rows`.
 
-    pooler, rollout and cls are means over heads of ViT.patch_attention. outlier is the distance of
-    a token from the mean of its place: a plain MAE has no loss on its CLS token.
+    pooler, rollout and cls are means over heads of ViT.patch_attention. outlier needs no trained
+    attention: it is the distance of a patch token from the mean token at its place. It is for a
+    plain MAE, which has no loss on its CLS token.
     """
     if source == "outlier":
         some = data.evenly_spaced(len(images), SAMPLE)

@@ -14,6 +14,7 @@ from common.readout import standardise, topk
 def retrieval(features, labels, groups, most=5000):
     """Each image queries all others for its class: {"map", "recall1", "recall5"} in [0, 1].
 
+    Of more than `most` images so many are taken, evenly spaced, because their number counts squared.
     features (n, D) are compared by cosine; images of one of the groups (n) never answer each other.
     Queries without a right answer are left out; {} if all are. Recall@k: a right answer is among
     the first k. map: mean over queries of the mean precision at the rank of each right answer.
@@ -93,13 +94,13 @@ def macro_f1(predicted, labels):
     return float(f1_score(labels.numpy(), predicted.numpy(), average="macro"))
 
 
-def by_frequency(confusion, counts, many=100, few=20):
-    """Accuracy in classes with > many, between, and < few training images; None of no images.
+def by_frequency(confusion, counts):
+    """Accuracy in classes with > 100, between, and < 20 training images; None of no images.
 
     The bounds are those of ImageNet-LT (Liu et al. 2019, arXiv:1904.05160).
     """
-    head = counts > many
-    tail = counts < few
+    head = counts > 100
+    tail = counts < 20
     shares = {}
     for name, rows in {"head": head, "mid": ~(head | tail), "tail": tail}.items():
         images = confusion[rows].sum().item()

@@ -94,6 +94,6 @@ def bootstrap(differences, groups, draws=2000):
         times_group = np.bincount(rng.integers(len(size), size=len(size)), minlength=len(size))
         times_seed = np.bincount(rng.integers(len(d), size=len(d)), minlength=len(d)) / len(d)
         means[i] = times_seed @ sums @ times_group / (size @ times_group)
-    low, high = np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     side = min((means <= 0).mean(), (means >= 0).mean())
     return {"mean": d.mean(), "low": low, "high": high, "p": min(1.0, 2 * max(side, 1 / draws))}

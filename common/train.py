@@ -225,7 +225,8 @@ def name_unused(network, optimizer):
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
     # Adam divides by the root of a mean of squared gradients, which rests on few of them at first. Full
-    # steps could go far astray then (Liu et al. 2019, arXiv:1908.03265). step + 1, or the first is lost.
+    # steps could go far astray then (Liu et al. 2019, arXiv:1908.03265). step + 1, or the first
+    # step would have a rate of 0.
     if step < warmup:
         return peak * min(1, (step + 1) / warmup)  # warmup need be no whole number
     # Large steps find the way and small ones settle. A cosine (Loshchilov and Hutter 2016,
@@ -234,7 +235,10 @@ def lr_at(step, total, warmup, peak):
 
 
 def seeded(*numbers):
-    """A CPU generator for (seed, epoch, step, purpose): independent draws, but (1, 0) is as (1,)."""
+    """A CPU generator for numbers such as (seed, epoch, step): other numbers give independent draws.
+
+    But zeros at the end do not count: (1, 0) gives the draws of (1,).
+    """
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1
     return torch.Generator().manual_seed(int(seed))
 

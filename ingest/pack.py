@@ -157,8 +157,8 @@ def drawn(records, draw, size, planes, **more):
 
 
 def open_toon(flags, size):
-    drawings, characters = flags.drawings or toon.COUNT, flags.characters or toon.CHARACTERS
-    items = toon.plan(drawings, characters, flags.seed, flags.tail)
+    n, characters = flags.drawings or toon.COUNT, flags.characters or toon.CHARACTERS
+    items = toon.plan(n=n, characters=characters, seed=flags.seed, tail=flags.tail)
     records = [
         sources.Record(i["key"], i, i["who"]["name"], tags=toon.describe(i)["tags"]) for i in items
     ]

@@ -57,6 +57,12 @@ def check_patches(view, ids, patch):
 # ---- the reference -------------------------------------------------------------------------------
 
 
+def all_places(view, patch):
+    """The places of all patches of views (B, S, S, 3): (B, N)."""
+    N = (view.shape[1] // patch) ** 2
+    return torch.arange(N, device=view.device).expand(view.shape[0], -1).contiguous()
+
+
 def patch_bytes(view, ids, patch):
     """view u8 (B, S, S, 3), ids i64 (B, K) -> the bytes of those patches, u8 (B, K, P).
 

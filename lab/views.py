@@ -28,7 +28,7 @@ from common.command import Parser, at_least, between, cli
 from common.contrast import Contrast
 from common.io import UserError
 from common.lora import save_encoder
-from kernels.gather import masked_patch_gather
+from kernels.gather import all_places, masked_patch_gather
 from model import SIZES, ViT
 
 PROTOTYPES, BOTTLENECK, HIDDEN = 1024, 128, 512
@@ -56,7 +56,7 @@ class Head(nn.Module):
 def cls_of(encoder, view):
     """view u8 (B, s, s, 3) of any side -> CLS tokens (B, D): the positions are resized to it."""
     side = view.shape[1] // encoder.patch_size
-    ids = torch.arange(side**2, device=view.device).expand(len(view), -1).contiguous()
+    ids = all_places(view, encoder.patch_size)
     patches = masked_patch_gather(view, ids, encoder.patch_size)
     return encoder(patches, ids, resize_positions(encoder.pos_embed, side))[:, 0].float()
 

@@ -60,7 +60,7 @@ def base(tmp_path_factory):
     """A demo set of six characters (12 in val), with true parts and styles, and a run on it."""
     base, plan = tmp_path_factory.mktemp("drawn"), toon.plan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toon, "plan", lambda **kw: plan(**kw | {"n": 120}, characters=6))
+        patch.setattr(toon, "plan", lambda **kw: plan(**kw | {"n": 120, "characters": 6}))
         pack.pack("toon", base / "toon", size=32)
         size = {"dim": 32, "depth": 2, "heads": 2}
         patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | size)

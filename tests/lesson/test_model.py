@@ -201,7 +201,7 @@ def test_the_pooler_is_attention_with_one_query_a_head():
     expected = F.scaled_dot_product_attention(query, k, v).flatten(1)
     torch.testing.assert_close(pooler(tokens), expected)
     assert torch.equal(pooler(torch.cat([torch.randn(3, 1, 64), tokens[:, 1:]], 1)), pooler(tokens))
-    attention, _ = pooler.keys_and_values(tokens)
+    attention, _ = pooler.attention_and_values(tokens)
     torch.testing.assert_close(attention.sum(2), torch.ones(3, 4))
 
 
