@@ -197,7 +197,7 @@ def open_source(flags, size):
         refuse_useless(flags.given - usable, f"on {path}, which is drawn")
         return DRAWN[path](flags, size)
     reader, name = (None, "boxes") if flags.detect else sources.reader_of(path, flags.layout)
-    useless = OF_TOON if name is None else OF_TOON | {"layout"}
+    useless = OF_TOON | (set() if name is None else {"layout"})
     useless |= {"names"} if reader is not files.open_zip else set()
     useless |= {"crop", "unknown"} if flags.detect else set()
     refuse_useless(flags.given & useless, "on these pictures")
