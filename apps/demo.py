@@ -128,8 +128,10 @@ def choose_run(name):
 
 def made_of(run, fits):
     """The first that fits: the given run, this one, the newest made of it, one that ships; or None."""
-    near = [name for folder in {"runs", str(Path(run).parent)} for name in newest(folder)]
-    made = (name for name in near if base_of(name) == run)
+    folders = dict.fromkeys(["runs", str(Path(run).parent)])  # one's own first
+    near = [name for folder in folders for name in newest(folder)]
+    here = os.path.realpath(run)
+    made = (name for name in near if (base := base_of(name)) and os.path.realpath(base) == here)
     return next(filter(fits, itertools.chain([MACHINE.given, run], made, newest("weights"))), None)
 
 

@@ -586,11 +586,12 @@ def learn_patches(task, run, one):
     fit(task, run, one)
     set_centroids(task, one.net)
     row = {name: judge_frames(task, one.net, some) for name, some in task.judged.items()}
-    row["seconds"] = run.seconds()
+    row["seconds"] = run.seconds() if run.step == one.steps else None  # None: stopped in stage 3
     run.save()
     header = {"patches": one.net.config}
     save_safetensors(one.net.state_dict(), run.out / "patches.safetensors", header)
-    print(f"stage 1  {row[task.held]} % of the frames of one kind in {task.held} are right")
+    if row[task.held] is not None:
+        print(f"stage 1  {row[task.held]} % of the frames of one kind in {task.held} are right")
     return row
 
 
@@ -602,14 +603,14 @@ def learn_pixels(task, run, one, three):
         task.masks = proxies_of(task, one.net)
     else:
         task.masks = np.zeros((len(task.train.kind), 1, 1), np.uint8)
-    start = run.seconds()
+    start = run.seconds() if run.step == three.first else None  # None: it was stopped in this stage
     fit(task, run, three)
     run.save()
     header = {"network": three.network, "patches": three.net.patches and one.net.config}
     header |= {"image_size": task.S}
     header["run"] = {"data": task.data, "encoder": run.config["encoder"]}
     save_safetensors(three.net.state_dict(), run.out / "model.safetensors", header)
-    return run.seconds() - start
+    return None if start is None else run.seconds() - start
 
 
 def run_stages(flags, device, autocast):

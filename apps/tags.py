@@ -954,7 +954,8 @@ def add_caption(file, words, first=()):
 def is_spaced(caption):
     """1girl long_hair solo: tags between spaces, as boorus have them, and no sentence."""
     words = caption.casefold().split()
-    return "_" in caption and not re.search("[,\n]", caption) and not {*words} & OF_SENTENCES
+    spaced = len(words) > 1 and "_" in caption and not re.search("[,\n]", caption)
+    return spaced and not {*words} & OF_SENTENCES
 
 
 # ---- the command ---------------------------------------------------------------------------------

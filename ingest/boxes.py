@@ -37,13 +37,26 @@ FLIPS = {5: [], 6: [0], 7: [0, 1], 8: [1]}
 # ---- records -------------------------------------------------------------------------------------
 
 
+def of_their_own(pages):
+    """Pages -> the same. Of two that found one picture, it is of that which names its path.
+
+    The other, of a picture that is not there, found it because nothing else has its name.
+    """
+    by_path = [bool(p.place) and labels.one_ends(nfc(p.place), nfc(p.name)) for p in pages]
+    taken = {p.place for p, named in zip(pages, by_path, strict=True) if named}
+    return [
+        p._replace(place=None) if p.place in taken and not named else p
+        for p, named in zip(pages, by_path, strict=True)
+    ]
+
+
 def find(path):
     """-> (records, fetch, notes, are boxes shares): as sources.find, but `box` is a list of boxes."""
     path = Path(path)
     reader, layout = choose(path, labels.READERS, labels.KNOWN)
     root = labels.root_of(path)
     odd = []
-    pages = list(reader(path, list(walk(root)), odd))
+    pages = of_their_own(list(reader(path, list(walk(root)), odd)))
     refuse_odd(path, [page.name for page in pages])
     faces = [face for page in pages for face in page.faces]
     count = len({page.place or page.name for page in pages})

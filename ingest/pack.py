@@ -6,7 +6,7 @@ Writes: datasets/NAME/duplicates.csv, the near-duplicates that were found, by th
         datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
         images u8 (n, S, S, 3)    labels i64 (n), -1 without label
         fg u8 (n, S, S)           opacity of the foreground, where it is known
-        parts u8 (n, S, S)        of the demo set; style u8 (n, 3), its strata
+        parts u8 (n, S, S)        of the demo set; style u8 (n, 4), its strata
         tags i32 (n, T)           ids of words of the header's "tags", -1 fills up. The demo set's
                                   are thinned out, as people file pictures; all_tags is the truth
         boxes f32 (n, K, 4)       faces, x1, y1, x2, y2 in shares of the picture, -1 fills up
@@ -120,7 +120,7 @@ def with_others(records, fetch, path, source):
         root = os.path.realpath(sources.folder_of(folder))
         return [os.path.normpath(os.path.join(root, str(r.place))) for r in some]
 
-    found, fetch_others, *_ = sources.find(path, layout=())
+    found, fetch_others, told = sources.find(path, layout=())
     own = {str(Path(path, r.key)): r for r in found}
     others = [r._replace(key=key, label=UNKNOWN) for key, r in own.items()]
 
@@ -134,7 +134,8 @@ def with_others(records, fetch, path, source):
         for r, file in zip(records, files_of(records, source), strict=True)
         if r.key not in own and file not in twice
     ]
-    return stay + others, fetch_both, [f"--unknown {path}: {len(others)} pictures"]
+    notes = [f"--unknown {path}: {line}" for line in (f"{len(others)} pictures", *told[1:])]
+    return stay + others, fetch_both, notes
 
 
 def open_boxes(flags, size):
@@ -413,7 +414,7 @@ def write_split(path, rows, dims, records, labels, about):
     return skipped
 
 
-def write_all(out, records, dims, stream, about, copies=()):
+def write_all(out, records, dims, stream, about, copies):
     """One file per split, all or none; stops where too many pictures, or a whole split, are broken.
 
     copies: rows of duplicates.csv.

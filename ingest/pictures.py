@@ -10,14 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.command import refuse_overwrite
 from common.fields import shown
 from common.io import UserError, atomic
 from common.locks import reserve
+from data import DRAWN
 from ingest import files, sources
 from ingest.decode import decode, decode_records, reason, whole
 
-DEMO_SETS = ("toon", "scenes", "hybrid")  # drawn by this project's own program
 LONGEST = 255 - len("-overlay.png")  # bytes of a picture's name: a file's has 255, with its ending
 FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
 DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
@@ -121,7 +120,7 @@ def demo_note(trained_on):
 
     trained_on: the folder of the data set that the file of the network names.
     """
-    if Path(trained_on or "").name in DEMO_SETS:
+    if Path(trained_on or "").name in DRAWN:
         return "trained on the demo set alone: of other pictures, answers are guesses"
     return None
 
@@ -153,7 +152,10 @@ def save_pngs(out, key, pictures, in_folders=False):
         Image.fromarray(pixels).save(png, "PNG")
         if path.is_file() and path.read_bytes() == png.getvalue():
             continue  # of a call that was killed, and is given again
-        refuse_overwrite([path])
+        if os.path.lexists(path):  # perhaps the picture itself, so nobody is told to remove it
+            raise UserError(
+                f"{path} is there already, and is another picture; choose another --out"
+            )
         with atomic(path) as temporary:
             temporary.write_bytes(png.getvalue())
 

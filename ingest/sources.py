@@ -61,6 +61,8 @@ def find(path, layout=None, names=None):
     if not found:
         looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
         fix = "give an archive itself; data.py reads a file of boxes with --detect"
+        if reader is from_danbooru:
+            fix = "no line of its metadata names one; --layout class reads the folders alone"
         told = [f"no image found in {path}", *notes[1:], f"looked for {looked}", fix]
         raise UserError("; ".join(told))
     records = {}
@@ -77,7 +79,7 @@ def find(path, layout=None, names=None):
 
 
 def reader_of(path, layout=None):
-    """-> the function that reads this path, and its name, None where only folders tell of pictures.
+    """-> the function that reads this path, and its name, None where folders tell of pictures.
 
     With a layout they alone do, whatever else lies in a folder; but pictures in parquet have none.
     """
@@ -552,7 +554,7 @@ def record_of_post(post, have):
 
 # ---- metadata beside class folders ---------------------------------------------------------------
 
-READ = {"file_name", "path", "label", "tags", "id", "md5", "parent_id"}  # fields of such lines
+READ = {"file_name", "path", "label", "tags", "id", "md5"}  # fields of such lines
 
 
 def first_post(path):
@@ -608,8 +610,8 @@ def holds(name):
     return lambda path: (path / name).exists()
 
 
-# Does it fit, the reader, what the path is taken for (None: only folders tell split and class, and
-# the reader is one of ingest/files.py). Published data sets, by files that only they have, come first.
+# Does it fit, the reader, what the path is taken for (None: folders tell split and class, where no
+# metadata beside them do). Published data sets, by files that only they have, come first.
 READERS = (
     (lambda path: str(path) == "-", open_list, None),
     (holds("labels/train.csv"), from_dafre, "DAF:re"),

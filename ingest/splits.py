@@ -154,7 +154,8 @@ def large_enough(records, least):
     small = {label for label, n in count.items() if label is None or n < least}
     kept = [r for r in records if not least or r.label not in small]
     if not kept:
-        largest = f"the largest class has {max(count.values())} images"
+        most = max((n for label, n in count.items() if label is not None), default=0)
+        largest = f"the largest class has {most} images"
         raise UserError(f"--min-per-class {least} leaves nothing: {largest}")
     why = f"images of {{}} have no class of {least} or more"
     refuse_gone(records, kept, why, "give a smaller --min-per-class")

@@ -44,14 +44,8 @@ def watched(found):
         def resume_or_begin(self):
             super().resume_or_begin()
             warm, timed, profiled = COUNTS["cpu" if self.device.type == "cpu" else "cuda"]
-            self.marks = {
-                0: 0.0,
-                1: 0.0,
-                warm: 0.0,
-                warm + timed: 0.0,
-                warm + timed + profiled: 0.0,
-            }
-            self.marks[0] = bench.now(self.device)
+            steps = 0, 1, warm, warm + timed, warm + timed + profiled
+            self.marks = dict.fromkeys(steps, bench.now(self.device))
             self.profile = profiler.profile()
 
         def update(self, loss, grad_norm):

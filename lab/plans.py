@@ -855,8 +855,8 @@ PLANS["tags"] = OF_STAGE | {
         ("mfdn.true_map", "l2l.true_map", "mAP: MFDN against a query for each tag"),
         ("mfdn.true_micro_f1", "bce.true_micro_f1", "micro F1: against the head"),
         ("mfdn.true_macro_f1", "bce.true_macro_f1", "macro F1: against the head"),
-        ("mfdn.true_error_top", "l2l.true_error_top", "error, top 25: against l2l"),
-        ("mfdn.true_error", "l2l.true_error", "error, all tags: against l2l"),
+        ("l2l.true_error_top", "mfdn.true_error_top", "error, top 25: that of l2l is higher by"),
+        ("l2l.true_error", "mfdn.true_error", "error, all tags: that of l2l is higher by"),
     ),
 }
 

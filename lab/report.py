@@ -194,11 +194,12 @@ def differences(study):
     for family, pairs in [*families, (study.plan["differences"], 0)]:
         found = [measure(test, study) for test in family]
         unasked = [None] * (pairs - len(found))
-        p, equal = (stats.holm([test[k] for test in found] + unasked) for k in ("p", "p_equal"))
+        whole = [test if stats.whole(test) else {"p": None, "p_equal": None} for test in found]
+        p, equal = (stats.holm([test[k] for test in whole] + unasked) for k in ("p", "p_equal"))
         for test, holm_p, q in zip(found, p, equal, strict=False):
             if test["n"]:
                 verdict = stats.word(test["effect"], holm_p, q)
-                if verdict != "undecided" and not stats.whole(test):
+                if test["n"] < test["planned"]:
                     verdict = "open: runs are missing"  # or a look could decide when to stop
                 tests.append(test | {"holm_p": holm_p, "verdict": verdict})
     return tests

@@ -171,10 +171,9 @@ def filled(text, args, folders, seed, budget):
     """A template -> the command: what it names in braces is made first."""
     words = args.set | {"data": shlex.quote(str(args.data)), "seed": seed}
     folders = [shlex.quote(str(folder)) for folder in folders]
-    for name in re.findall(r"\{([a-z]\w*)\}", text):
-        if name in args.plan.get("made", {}):
-            flags = best_flags(name, args)
-            made = chain(args.plan["made"][name], args, seed, flags)
+    for name, commands in args.plan.get("made", {}).items():
+        if f"{{{name}}}" in text:
+            made = chain(commands, args, seed, best_flags(name, args))
             words[name] = shlex.quote(str(made[-1].parent))
     if "{epochs}" in text:
         words["epochs"] = epochs_in(text.format(*folders, **words | {"epochs": 1}), args, *budget)
@@ -243,7 +242,7 @@ def value_at(path, keys):
 
 def found_in(folder, file, keys, args):
     """The value in a file of a run; results of another split are in a folder of its name."""
-    other = folder / f"{args.data.name}-{args.set['split']}" / file
+    other = folder / f"{args.data.resolve().name}-{args.set['split']}" / file
     return value_at(other if other.exists() else folder / file, keys)
 
 

@@ -197,7 +197,8 @@ def judge(hypotheses, family):
     for h in hypotheses:
         right_way = [x["p"] if whole(x) and x["effect"] > 0 else 1.0 for x in h["parts"]]
         p.append(max(right_way))
-        equal.append(max(1.0 if x.get("p_equal") is None else x["p_equal"] for x in h["parts"]))
+        known = [x.get("p_equal") if whole(x) else None for x in h["parts"]]
+        equal.append(max(1.0 if q is None else q for q in known))
     absent = [family[name] for name in family.keys() - {h["id"] for h in hypotheses}]
     holm_p, holm_equal = (holm(each + [1.0] * len(absent)) for each in (p, equal))
     tests = [test for h in hypotheses for test in h["parts"]]

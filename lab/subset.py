@@ -117,7 +117,8 @@ def main():
                 save_pictures(*split, folder)
             else:
                 save_safetensors(split[0], folder / path.name, split[1])
-            print(f"{args.out}/{path.name}: {len(split[0]['labels']):,} images")
+            where = args.out if args.folders else args.out / path.name
+            print(f"{where}: {len(split[0]['labels']):,} images")
     print(f"{len(classes)} of {len(names)} characters: {', '.join(classes)}")
 
 

@@ -449,6 +449,14 @@ def test_every_plan_is_whole(name, home, small, monkeypatch):
         words = text.replace("{recipe}", plan["set"].get("recipe", "")).split()
         stage = words[1] if words[0] == "-m" else words[0]
         assert {word for word in words if word.startswith("--")} <= flags_of(stage), text
+    monkeypatch.setattr(run, "chain", lambda templates, *of: [home / "made/file"])
+    monkeypatch.setattr(run, "best_flags", lambda name, args: "")
+    monkeypatch.setattr(run, "epochs_in", lambda *of: 1)
+    args = SimpleNamespace(
+        plan=plan, set={"recipe": ""} | plan["set"] | {"arm": "random"}, data=small
+    )
+    for text in commands:  # every word in braces is filled in
+        assert "{" not in run.filled(text, args, [home], 0, ("minutes", 1))
     parts = [hypothesis["parts"] for hypothesis in plan.get("hypotheses", [])]
     for test in chain(plan.get("differences", []), *parts):
         assert {test["arm"], test["against"]} <= plan["arms"].keys()
