@@ -123,6 +123,9 @@ def shares(text):
     return tuple(map(between(0.01, 1), (first, last or first)))
 
 
+shares.__name__ = "share"  # what argparse calls a value that is none
+
+
 def read_flags():
     """The flags: for a new run those of its method's recipe, for a resumed one the saved ones."""
     parser = Parser(__doc__)

@@ -3,7 +3,7 @@
     python -m apps.export ENCODER --to mae|timm|hf|merged|onnx|half|wd [--out FILE] [--image-size PX]
 
 Reads:  ENCODER: runs/NAME, or a checkpoint that apps/formats.py lists
-Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the folder
+Writes: into the folder of ENCODER, or to --out, with a card: FILE.md, or README.md in the folder
         mae     mae.safetensors, names of the public MAE, decoder included
         timm    timm.safetensors, the encoder for timm's VisionTransformer
         hf      hf/, a folder for transformers
@@ -448,10 +448,9 @@ def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
     if is_recogniser(source):
         header = read_head(source)[1]
-        flags = {"encoder": header.get("base")} | header["config"]
+        flags = {"encoder": header["base"]} | header["config"]
         flags |= {"data": header["data"], "method": header["method"]}
-        base = checkpoints.place_of(header["base"], source)
-        before = checkpoints.flags_of(base) if header["base"] else {}
+        before = checkpoints.flags_of(checkpoints.place_of(header["base"], source))
         return flags | {
             f"{name} of its encoder": before[name] for name in MADE_BY if name in before
         }
@@ -481,7 +480,7 @@ def export(source, to, out=None, image_size=None):
     source = Path(source)
     write, name, library = FORMATS[to]
     out = Path(out or checkpoints.model_file(source).parent / name)
-    card = out / "README.md" if to in ("hf", "wd", "half") else out.with_suffix(".md")
+    card = out / "README.md" if to in ("hf", "wd", "half") else out.parent / f"{out.stem}.md"
     if card == out:
         raise UserError(f"--out {out} would be the card, too; choose another name")
     reserve([out, card])
@@ -496,7 +495,7 @@ def main():
     add = parser.add_argument
     add("encoder", type=Path, metavar="ENCODER", help="runs/NAME, or a checkpoint file")
     add("--to", required=True, choices=list(FORMATS), help="the format")
-    add("--out", metavar="FILE", help="where to (default: beside ENCODER); hf, wd, half: a folder")
+    add("--out", metavar="FILE", help="where to (default: its folder); hf, wd, half: a folder")
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: as it is)")
     args = parser.parse_args()
     out, use = export(args.encoder, args.to, args.out, args.image_size)

@@ -64,7 +64,7 @@ SHARE = 0.6  # what a fold costs: it learns 4/5 of the characters, and of these 
 # ---- who learns what -----------------------------------------------------------------------------
 
 
-def draw_folds(labels, groups, count, seed=0):
+def draw_folds(labels, groups, count):
     """labels (n,) and groups (n,) -> the fold of each character, (C,), and of each picture, (n,).
 
     The network of a fold learns neither its characters nor its pictures. So the pictures of a
@@ -72,7 +72,7 @@ def draw_folds(labels, groups, count, seed=0):
     """
     labels, groups = np.asarray(labels), np.asarray(groups)
     C = labels.max() + 1
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     of_character = np.empty(C, int)
     of_character[rng.permutation(C)] = np.arange(C) % count
     of_picture = np.full(len(labels), -1)
@@ -148,7 +148,7 @@ def train_fold(flags, whole, sets, learned, bar):
     )
     # Pictures that choose an epoch can't measure it, so each fold keeps its last one.
     task.stop = flags.epochs
-    # A frozen encoder sees each picture once, and not once for each fold.
+    # For training, a frozen encoder sees each picture once, and not once for each fold.
     task.features = whole.features
     run, _ = finetune_lora.finetune(flags, task, partial(FoldRun, bar=bar))
     return task, run
@@ -223,11 +223,12 @@ def answers_of_folds(flags, task, of_character, of_picture):
     """Train the folds, or read those that are finished -> a list of `answers_of` with rows and labels."""
     every, classes, count = task.train, task.classes, int(of_picture.max()) + 1
     parts = [sets_of(every, classes, of_character, of_picture, fold) for fold in range(count)]
-    if not all(len(dev.rows) for _, dev, _, _ in parts):
+    if not all(len(dev.rows) and len(learned) > 1 for _, dev, _, learned in parts):
         fix = "give two illustrations or more of each character, or --split val"
-        raise UserError(f"a part of {flags.data} has no picture of a learned character; {fix}")
-    config = {k: v for k, v in vars(flags).items() if k not in train.UNSAVED}
-    config |= {"digest": data.fingerprint(every.split), "command": ""}
+        raise UserError(f"a part of {flags.data} has too few pictures or characters; {fix}")
+    of_start = train.UNSAVED | {"out", "device", "command"}  # others, where a run goes on
+    config = {k: v for k, v in vars(flags).items() if k not in of_start}
+    config["digest"] = data.fingerprint(every.split)
     config = json.loads(json.dumps(config))  # as it will be read back
     others = open_others(flags.data)
     others = others if others and len(others[1]) >= count else None
@@ -239,7 +240,7 @@ def answers_of_folds(flags, task, of_character, of_picture):
         path = task.out / "folds" / f"{fold + 1}.safetensors"
         if path.exists():
             tensors, header = read_safetensors(path)
-            if header != config:
+            if not config.items() <= header.items():
                 raise UserError(f"{path} is of another command; rm -r {quoted(path.parent)}")
             bar.update(steps)
         else:
@@ -409,8 +410,7 @@ def are_quick(flags, encoder, device, autocast):
     if "val" not in names:  # there is no other way
         return True
     pictures = sum(len(data.open_split(flags.data, name)["labels"]) for name in names)
-    linear = flags.method.startswith("linear")  # its encoder runs once
-    minutes = 0 if linear else minutes_of(flags, encoder, pictures, device, autocast)
+    minutes = minutes_of(flags, encoder, pictures, device, autocast)
     if minutes > MINUTES:
         words = quoted(*started_as(), *sys.argv[1:])
         print(
@@ -422,17 +422,22 @@ def are_quick(flags, encoder, device, autocast):
 
 def minutes_of(flags, encoder, pictures, device, autocast):
     """How long the folds of so many pictures will take, by two passes through the encoder."""
-    encoder = copy.deepcopy(encoder).to(device).requires_grad_().train()
+    learns = not flags.method.startswith("linear")
+    encoder = copy.deepcopy(encoder).to(device).requires_grad_(learns).train()
     B, S = min(flags.batch_size, pictures), encoder.image_size
     view = torch.full((B, S, S, 3), finetune_lora.GRAY, dtype=torch.uint8, device=device)
     shown = partial(finetune_lora.drop_patches, encoder=encoder, keep=np.mean(flags.keep))
     for _ in range(2):
         start = time.perf_counter()
         with autocast():
-            encoder(*shown(view, generator=train.seeded(0))).float().sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            loss = encoder(*shown(view, generator=train.seeded(0))).float().sum()
+        if learns:
+            loss.backward()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds = time.perf_counter() - start  # of the second one, when all is warm
+    if not learns:  # but each fold asks every picture and its mirror image
+        return FOLDS * 2 * pictures / B * seconds / 60
     steps = max(finetune_lora.LEAST_STEPS, flags.epochs * pictures / B)
     return FOLDS * SHARE * steps * seconds / 60
 

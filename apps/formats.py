@@ -77,7 +77,10 @@ def encoder_file(given):
         return path
     if (given / "adapter_config.json").exists():
         raise UserError(f"{given} holds only an adapter: python -m apps.export {given} --to merged")
-    run = given.parent if given.suffix else given
+    if any((given / f"{name}.safetensors").exists() for name in ("head", "detector")):
+        raise UserError(f"{given} has no encoder of its own; give the one that it was made of")
+    is_file = given.suffix[1:2].isalpha() and not given.is_dir()  # runs/lr-0.001 is none
+    run = given.parent if is_file else given
     raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
 
 

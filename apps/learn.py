@@ -43,7 +43,7 @@ from common.command import cli, refuse_useless
 from common.io import UserError, quoted, save_csv
 from common.locks import lock_beside, locked, reserve
 from data import evenly_spaced
-from ingest.layouts import UNNAMED
+from ingest.layouts import UNNAMED, shows_nobody
 from ingest.pictures import picture_files, tell_problems
 
 STAYED = 50  # pictures of a character that stayed in its folder and are learned at a time, at most
@@ -81,7 +81,8 @@ def by_hand(out, rows, names):
         if len(copy.parts) < 2 or UNNAMED.fullmatch(folder):
             continue
         if folder not in who_of:
-            who_of[folder] = name_of(folder, "the folder")
+            nobody = shows_nobody(folder)  # unknown/ and others/, as for data.py
+            who_of[folder] = "" if nobody else name_of(folder, "the folder")
         shows[str(file)] = who_of[folder]
         if copy not in copies:
             added = dict.fromkeys(COLUMNS, "") | {"picture": str(file)}
@@ -138,7 +139,7 @@ def forget(run, embeddings):
         stay = ~same_pictures(embeddings, gallery["embeddings"]).any(0)
         stay[: gallery["trained"]] = True
         gallery = only(gallery, stay)
-        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
+        save_gallery(path, gallery)
     gone = f"{int((~stay).sum())} of them left the gallery"
     return [
         f"unknown: {len(embeddings)} pictures, {gone}; a new training sets its threshold by them"

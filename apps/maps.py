@@ -137,7 +137,7 @@ def geodesic(colours):
     return distance
 
 
-def boundary_connectivity(colours, scale=10.0):
+def boundary_connectivity(colours):
     """Colours (B, G, G, C) -> (B, G, G): a region's length on the border over the root of its area.
 
     It is high for background, and low for foreground even where that touches the border (Zhu et al.
@@ -145,12 +145,12 @@ def boundary_connectivity(colours, scale=10.0):
     lower edge is no border, and a step of colour costs only what goes beyond NOISE.
     """
     G = colours.shape[1]
-    region = likeness(geodesic(colours).square(), scale)  # (B, N, N): that j is in i's region
+    region = likeness(geodesic(colours).square(), 10.0)  # (B, N, N): that j is in i's region
     length = region[:, :, border(G)].sum(2)
     return (length / region.sum(2).sqrt()).unflatten(1, (G, G))
 
 
-def diffuse(values, colours, steps=6):
+def diffuse(values, colours):
     """values (B, G, G), averaged with neighbours of like colour (B, G, G, C). Edges stay."""
     down = (colours[:, 1:] - colours[:, :-1]).square().sum(3)  # (B, G-1, G)
     right = (colours[:, :, 1:] - colours[:, :, :-1]).square().sum(3)
@@ -158,7 +158,7 @@ def diffuse(values, colours, steps=6):
     below = above.roll(-1, 1)
     before = F.pad(likeness(right, BANDWIDTH), (1, 0))
     after = before.roll(-1, 2)
-    for _ in range(steps):
+    for _ in range(6):
         column = above * values.roll(1, 1) + below * values.roll(-1, 1)
         row = before * values.roll(1, 2) + after * values.roll(-1, 2)
         values = (values + column + row) / (1 + above + below + before + after)

@@ -82,7 +82,7 @@ def parser_of(manual):
     add("--threshold", type=between(-2, 2), metavar="LEAST", help="similarity of a known face")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    parser.set_defaults(json=False)  # `predictions` reads it; apps/recognize.py alone has the flag
+    parser.set_defaults(json=False)  # `faces` reads it; sort and learn have no such flag
     return parser
 
 
@@ -408,7 +408,7 @@ def build_gallery(run, device, dtype):
             header |= read_json(promise)["calibration"]
             fields.check_fields(header, HEADER, promise, FOLDS_REMEDY)
     header["trained"] = len(faces.keys)
-    save_gallery(path, faces.embeddings, faces.labels, header)
+    save_gallery(path, header | {"embeddings": faces.embeddings, "labels": faces.labels})
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
     print(f"wrote {path}: {count}", file=sys.stderr)
     if faces.others:
@@ -498,11 +498,11 @@ def faces_learned(run, device, dtype):
     return found
 
 
-def save_gallery(path, embeddings, labels, header):
-    """embeddings (n, D), labels (n,); header: the fields of HEADER, and perhaps others."""
-    tensors = {"embeddings": embeddings.float(), "labels": labels}
+def save_gallery(path, gallery):
+    """gallery: embeddings (n, D), labels (n,), the fields of HEADER, and perhaps others."""
+    tensors = {"embeddings": gallery["embeddings"].float(), "labels": gallery["labels"]}
     names = [key.removesuffix("?") for key in HEADER]
-    save_safetensors(tensors, path, {name: header[name] for name in names if name in header})
+    save_safetensors(tensors, path, {name: gallery[name] for name in names if name in gallery})
 
 
 def load_gallery(run):
@@ -670,7 +670,7 @@ def add_faces(run, who, keys, embeddings):
         gallery = with_faces(
             only(gallery, stay), who, [*itertools.compress(keys, new)], embeddings[new]
         )
-        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
+        save_gallery(path, gallery)
     count = len(gallery["names"])
     if gallery["names"].index(who) < gallery["learned"]:
         told = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
@@ -751,7 +751,7 @@ def take_out(run, who):
             how = "was learned in training" if who in gallery["names"] else "is not enrolled"
             raise UserError(f"{who} {how}; only enrolled ones can be forgotten, see --list")
         gallery = only(gallery, ~named)
-        save_gallery(path, gallery["embeddings"], gallery["labels"], gallery)
+        save_gallery(path, gallery)
     if who in gallery["names"]:
         return (
             f"{who} is known from training alone; {int(named.sum())} added pictures are forgotten"

@@ -134,7 +134,7 @@ def detection_rate(known, right, unknown, far):
     return ((known > threshold) & right).double().mean().item()
 
 
-def reliability(known, is_right, unknown, bins=10):
+def reliability(known, is_right, unknown):
     """How true are confidences? In percent, where half of all pictures are unknown.
 
     known (n,), unknown (m,); is_right (n,), of the names of known ones. Those of enrolled ones have
@@ -147,6 +147,7 @@ def reliability(known, is_right, unknown, bins=10):
     weights = torch.cat([torch.ones(len(x)).double() / len(x) for x in (known, unknown)])
     there = ~sure.isnan()
     sure, right, weights = (x[there] for x in (sure, right, weights))
+    bins = 10
     place = (sure * bins).long().clamp(0, bins - 1)
     gaps = torch.bincount(place, weights * (sure.double() - right))
     error = gaps.abs().sum() / weights.sum()

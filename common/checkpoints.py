@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +150,7 @@ def places_of(name, run):
     """
     run = Path(run).resolve()
     tried = [Path(name), *(folder / name for folder in run.parents)]
-    tried += [run.parent / Path(name).name, ROOT / name]
+    tried += [run.parent / PureWindowsPath(name).name, ROOT / name]  # it knows both slashes
     there = {}  # each once, by the name that was tried first
     for place in tried:
         if os.path.exists(place):

@@ -175,7 +175,7 @@ class Parser(argparse.ArgumentParser):
         return True
 
 
-def refuse_useless(names, where="here"):
+def refuse_useless(names, where):
     """Nothing that was given is ignored. names: the given flags that nothing would read."""
     for name in sorted(names):
         raise UserError(f"--{name.replace('_', '-')} has no effect {where}; leave it out")

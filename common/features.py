@@ -202,6 +202,9 @@ def some_characters(text):
     return f"{between(1, at_least(2)(parts), int)(part)}/{parts}"
 
 
+some_characters.__name__ = "number of characters"  # what argparse calls a value that is none
+
+
 def is_left_out(value):
     """A rule of a header's field: is it a value of `some_characters`?"""
     with contextlib.suppress(ValueError, ArgumentTypeError):

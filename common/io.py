@@ -36,6 +36,8 @@ def regular(path):
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"a device or a pipe is not read: {path}; give a file or a folder")
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise UserError(f"{path} may not be read by you; its owner can change that (chmod)")
     return path
 
 
@@ -56,7 +58,7 @@ def reading(path, what, remedy):
     regular(path)
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):  # of full memory: the file may be whole
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
@@ -108,12 +110,13 @@ def read_safetensors(path, remedy="remove it and make it again"):
         return {name: f.get_tensor(name).clone() for name in f.keys()}, header  # noqa: SIM118
 
 
-def open_tensors(path, remedy="remove it and make it again"):
+def open_tensors(path):
     """The same file as {name: memory map}, and our dict as "header".
 
     Its first 8 bytes are the length of the head. The head is JSON. Then come the tensors.
     """
     tensors = {}
+    remedy = "remove it and make it again"
     with reading(path, "file of tensors", remedy), open(path, "rb") as f:
         room = int.from_bytes(f.read(8), "little")
         entries = parse_table(f.read(room) if room < os.path.getsize(path) else "")

@@ -20,7 +20,7 @@ HELD = set()  # paths of the locks that this command holds until it ends
 
 
 def reserve(paths, lock=None, fix="choose another --out"):
-    """What a command writes is its own until it ends: others wait, and what is there is refused.
+    """What a command writes is its own until it ends: others are refused, and so is what is there.
 
     lock: the lock file, `.lock` in a folder that is the command's own; default: beside the first path.
     """
@@ -51,15 +51,13 @@ def locked(path, wait=False):
     except (FileExistsError, NotADirectoryError) as problem:
         name = problem.filename
         raise UserError(f"{name} is a file, or lies under one; give another folder") from None
-    if fcntl is None:
-        yield None
-        return
-    file = open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file = fcntl and open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield file
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
-        os.close(file)
+        if fcntl:
+            path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
+            os.close(file)
         with contextlib.suppress(OSError):  # one holds something by now
             for folder in made:
                 folder.rmdir()
@@ -74,7 +72,7 @@ def open_locked(path, how):
         except BlockingIOError:
             os.close(file)
             who = f"another process ({path.name})"
-            fix = "wait, or choose another --out"
+            fix = "wait, or write elsewhere"
             raise UserError(f"{path.parent} is being written by {who}; {fix}") from None
         except OSError:  # a file system without locks locks nothing
             return file

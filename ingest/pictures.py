@@ -93,8 +93,12 @@ def picture_files(path):
     """-> {key: the file} of the pictures at a path, a picture or a folder; keys as above, of one path."""
     folder = Path(path)
     if folder.is_dir():
+        pairs, _, *notes = files.open_folder(folder)
+        for note in notes:
+            print(f"note: {path}: {note}", file=sys.stderr)
         found = {}
-        for name in sorted(files.walk(folder), key=lambda name: sources.nfc(name) != name):
+        names = [name for name, _ in pairs]
+        for name in sorted(names, key=lambda name: sources.nfc(name) != name):
             key = sources.nfc(name)
             found[name if key in found else key] = folder / name
         return found

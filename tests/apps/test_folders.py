@@ -47,6 +47,7 @@ def test_tags_between_spaces_stay_apart(tmp_path):
     file.write_text("1girl blue_hair solo\n")
     assert tags.add_caption(file, ["blue hair", "short skirt"], ["my style"])
     assert file.read_text() == "my_style 1girl blue_hair solo short_skirt"
+    assert not tags.is_spaced("ohwx_girl") and tags.is_spaced("1girl blue_hair")
     assert len(packing.words_of(file.read_text())) == 5
     sentence = "a photo of ohwx_girl standing in a park"
     file.write_text(sentence)

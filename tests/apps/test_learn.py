@@ -43,13 +43,18 @@ def test_moved_and_added_pictures_are_learned_and_the_others_are_not(fresh):
     ones = [copy for copy in copies if "zoe" not in copy]
     move(fresh, *zoe[:4], to="Zoë")
     move(fresh, ones[0], to="class1")
+    move(fresh, *ones[1:4], to="others")  # which data.py takes for nobody, too
     shutil.copy(fresh / "new" / "/".join(zoe[4].split("/")[1:]), fresh / "out/Zoë/more.png")
     told = learned(fresh)
     for words in ("4 unknown -> Zoë", "1 unknown -> class1", "1 added -> Zoë"):
         assert words in told
     assert "Zoë is enrolled with 5 pictures" in told and "change their name" in told
     gallery = recognize.load_gallery("runs/a-lora")
-    assert gallery["names"][-1] == "Zoë" and len(gallery["keys"]) <= len(before) + 6
+    assert (
+        gallery["names"][-1] == "Zoë"
+        and "others" not in gallery["names"]
+        and len(gallery["keys"]) <= len(before) + 6
+    )
     rows = json_of(f"apps.recognize runs/a-lora {CPU} new --json --threshold -1", fresh)
     assert np.mean([row["name"] == "Zoë" for row in rows]) >= 0.75
     names = table(fresh)

@@ -29,8 +29,11 @@ def table(fresh):
 
 def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh):
     before = files_of(fresh / "images")
+    other = fresh / "images/photo.heic"
+    other.write_bytes(b"not read")
     line = f"{SORT} images --out out"
-    run_line(line, fresh, check=0)
+    assert "1 .heic" in run_line(line, fresh, check=0).stderr
+    other.unlink()
     rows = table(fresh)
     answers = json_of(f"apps.recognize runs/a-lora {CPU} images --json", fresh)
     names = {r["picture"]: r["name"] or "" for r in answers}

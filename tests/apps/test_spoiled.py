@@ -386,6 +386,13 @@ def test_tensors_fill_their_file_without_gaps_and_overlaps(one, what, spare):
         open_tensors(path)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_broken(one, monkeypatch):
+    path = one("datasets/packed/train.safetensors")
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may read all
+    with pytest.raises(UserError, match="may not be read by you"):
+        open_tensors(path)
+
+
 @pytest.mark.parametrize("method", ["LoRA", "x", "full", "linear", ""])
 def test_no_header_hides_an_adapter(one, home, method):
     net, _ = finetune_lora.load_classifier("runs/a-lora")

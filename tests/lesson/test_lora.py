@@ -272,6 +272,11 @@ def test_an_encoder_is_found_wherever_its_run_was_made(tmp_path, monkeypatch, pl
     assert fingerprint(load_base(name, tmp_path / PLACES[place], None, digest)) == digest
 
 
+def test_a_path_of_windows_is_read_anywhere(tmp_path):
+    put(tmp_path / "x")
+    assert load_base("runs\\x", tmp_path / "x-lora", None).image_size == 32
+
+
 def test_an_encoder_that_is_nowhere_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/x", str(tmp_path / "gone.pth")):
