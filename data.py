@@ -143,8 +143,15 @@ def has_labels(split):
 
 def groups_of(split):
     """Numbers of the images' groups, (n,) i64: images of one illustration share a number."""
-    names = split["header"].get("groups") or range(len(split["labels"]))
-    return torch.from_numpy(np.unique(np.asarray(names), return_inverse=True)[1]).reshape(-1)
+    names = split["header"].get("groups")
+    return torch.from_numpy(numbered(names)) if names else torch.arange(len(split["labels"]))
+
+
+def numbered(names):
+    """A number for each name, in the order of the names, (n,) i64."""
+    # numpy would give every name the room of the longest.
+    number = {name: i for i, name in enumerate(sorted(set(names)))}
+    return np.array([number[name] for name in names])
 
 
 def hold_apart(groups, labels, share, seed=0):
@@ -156,16 +163,20 @@ def hold_apart(groups, labels, share, seed=0):
     label_of = np.unique(np.asarray(labels), return_inverse=True)[1]
     remaining = np.bincount(label_of)  # images of each class that stay
     held_out = np.zeros(len(label_of), bool)
+    count, most = 0, share * len(label_of)
     ends = np.cumsum(np.bincount(group_of))
     members = np.split(np.argsort(group_of, kind="stable"), ends[:-1])  # images of each group
     # Whole groups: with one face of an illustration here and another one there, a choice would be
     # made by how well a picture is remembered, and not by how well a new one is recognised.
     for group in np.random.default_rng(seed).permutation(len(members)):
-        counts = np.bincount(label_of[members[group]], minlength=len(remaining))
-        fits = held_out.sum() + counts.sum() <= share * len(label_of)
-        if fits and (remaining - counts)[counts > 0].min() > 1:
-            held_out[members[group]] = True
-            remaining -= counts
+        if count + 1 > most:
+            break  # it is full; of a million groups, most need not be asked
+        own = members[group]
+        kinds, counts = np.unique(label_of[own], return_counts=True)
+        if count + len(own) <= most and (remaining[kinds] - counts).min() > 1:
+            held_out[own] = True
+            remaining[kinds] -= counts
+            count += len(own)
     return held_out
 
 

@@ -134,13 +134,14 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
     def file_of(row):
         return row["picture"].rpartition("[")[0] if args.detect else row["picture"]
 
-    before = len(rows)
+    before = saved = len(rows)
     save_csv(rows, table, COLUMNS)  # from now on the folder is known as ours
     try:
-        for count, (file, faces) in enumerate(itertools.groupby(found, file_of), 1):
+        for file, faces in itertools.groupby(found, file_of):
             rows += copies_of(file, faces, wanted[file], folders, table.parent)
-            if count % SAVED_AFTER == 0:
+            if len(rows) > 1.02 * saved + SAVED_AFTER:  # all of it is written each time
                 save_csv(rows, table, COLUMNS)
+                saved = len(rows)
         # Of the others, those without a face are done. Those that can't be read may be mended.
         unread = {key for key, _ in problems}
         left = [file for file in not_listed(wanted, rows) if file not in unread]

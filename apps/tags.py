@@ -69,7 +69,7 @@ from common.io import (
 from common.locks import lock_beside, locked
 from common.readout import topk
 from ingest.pictures import demo_note, picture_files, pictures, tell_problems
-from ingest.tags import captions_of, is_emoticon
+from ingest.tags import are_numbers, captions_of, is_emoticon
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shrink_branches
 
@@ -922,6 +922,10 @@ def caption_files(paths, append):
     if twice:
         raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")
     there = sorted(file for file in found.values() if file.exists())
+    boxes = [x for x in there if are_numbers(x.read_text("utf-8", "replace").split())]
+    if boxes:
+        why = "hold numbers alone, as boxes of YOLO do; move them elsewhere first"
+        raise UserError(f"{len(boxes)} texts beside pictures {why}, the first: {boxes[0]}")
     if there and not append:
         fix = "--append keeps what they say and adds new tags"
         raise UserError(f"{len(there)} captions are there already, such as {there[0]}; {fix}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import BOUNDS, is_text, shown
-from common.io import UserError, one_line, quoted
+from common.io import UserError, one_line, quoted, temporary_files
 
 NO_MEMORY = (
     "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
@@ -49,6 +49,7 @@ def cli(main):
         sys.exit(2)
     finally:
         AT_END.close()
+        temporary_files.cache_clear()
 
 
 def open_streams():

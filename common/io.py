@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import csv
-import glob
+import functools
 import json
 import os
 import re
@@ -144,10 +144,15 @@ def start_of(path):
     return f".{path.name[:40]}"
 
 
+@functools.cache  # listed once by a command: a folder may hold a million pictures
+def temporary_files(folder):
+    return [*Path(folder).glob(".*.tmp")]
+
+
 def remove_leftovers(path):
     """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
     start = start_of(path)
-    for old in path.parent.glob(f"{glob.escape(start)}.*.tmp") if os.name == "posix" else ():
+    for old in temporary_files(os.path.abspath(path.parent)) if os.name == "posix" else ():
         # Whatever else lies there is somebody's own. A process has a number as we write it.
         number = re.fullmatch(r"\.([1-9][0-9]{0,8})\.tmp", old.name.removeprefix(start))
         try:

@@ -37,12 +37,23 @@ FLIPS = {5: [], 6: [0], 7: [0, 1], 8: [1]}
 # ---- records -------------------------------------------------------------------------------------
 
 
+def split_of(page):
+    """By the folders of its picture, or else by its label file."""
+    folders = map(layouts.split_of, Path(page.place).parts[:-1])
+    return next(filter(None, folders), page.split)
+
+
 def of_their_own(pages):
     """Pages -> the same. Of two that found one picture, it is of that which names its path.
 
     The other, of a picture that is not there, found it because nothing else has its name.
     """
-    by_path = [bool(p.place) and labels.one_ends(nfc(p.place), nfc(p.name)) for p in pages]
+    by_path = [
+        bool(p.place)
+        and labels.one_ends(nfc(p.place), nfc(p.name))
+        and p.split in (None, split_of(p))
+        for p in pages
+    ]
     taken = {p.place for p, named in zip(pages, by_path, strict=True) if named}
     return [
         p._replace(place=None) if p.place in taken and not named else p
@@ -69,6 +80,11 @@ def find(path):
         notes.append("no box reaches beyond 1, so all are taken for shares of the picture")
     pages, absent = present(pages, path)
     notes += absent
+    bare = [page.place for page in pages if not page.faces]
+    if 2 * len(bare) > len(pages):
+        fix = "where nobody has boxed them yet, give the boxed ones alone"
+        few = f"{len(bare)} pictures have no box, and count as pages without a face"
+        notes.append(f"{few}, the first: {bare[0]}; {fix}")
     if len(kinds) > 1:
         notes.append(f"{len(kinds)} classes are taken as one: {', '.join(kinds[:5])}")
     pages, empty = without_empty(pages)
@@ -123,8 +139,7 @@ def records_of(pages):
     boxes, splits = {}, {}
     for page in pages:
         boxes.setdefault(page.place, []).extend(map(tuple, page.faces))
-        folders = map(layouts.split_of, Path(page.place).parts[:-1])
-        splits[page.place] = next(filter(None, folders), page.split)
+        splits[page.place] = split_of(page)
     records, twice = [], []
     for place, found in boxes.items():
         own = list(dict.fromkeys(found))

@@ -215,6 +215,8 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
     with open_image(data, least) as (img, scale):
         if crop == "figure":
             box = [scale * x for x in box] if box else foreground_box(img)
+            if box[0] >= img.width or box[1] >= img.height or min(box[2:]) <= 0:
+                raise ValueError("its box lies outside of the picture")
         area = square(img, box if crop == "figure" else None, margin)
         img = resized(img, area, size)
     found = {"images": np.asarray(on_paper(img))}

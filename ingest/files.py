@@ -144,10 +144,10 @@ def open_folder(root):
 
 
 def as_it_lies(name, root=""):
-    """A name in a list, with slashes for the backslashes of Windows where only so it is there."""
+    """A name in a list as it is there: with slashes for the backslashes of Windows, accents as on a Mac."""
     slashed = name.replace("\\", "/")
-    there = [x for x in (name, slashed) if os.path.exists(os.path.join(root, x))]
-    return there[0] if there else name
+    likely = name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))
+    return next((x for x in likely if os.path.exists(os.path.join(root, x))), name)
 
 
 def open_list(_):

@@ -125,9 +125,9 @@ def from_coco(path, pictures, odd):
     root = root_of(path)
     needs = "it needs images with id and file_name, and annotations with image_id and bbox"
     for file in coco_files(path):
-        words = re.split(r"[\W_]+", file.stem)  # instances_train2017
-        split = next(filter(None, map(split_of, words)), None)
         folder = file.absolute().parent.relative_to(root.absolute())
+        words = re.split(r"[\W_]+", file.stem)  # instances_train2017, or train/_annotations.coco
+        split = next(filter(None, map(split_of, [*words, *folder.parts])), None)
         with reading(file, "COCO file", needs):
             for image, faces in coco_images(file, odd):
                 name = image["file_name"]
@@ -180,7 +180,8 @@ def from_csv(path, pictures, odd):
         with noting(odd):
             box = box_of(cells, where)
             size = size_of(cells.get("width"), cells.get("height"))
-            page = pages.setdefault(name, Page(name, find(name), [], size))
+            split = split_of(cells.get("split", ""))
+            page = pages.setdefault(name, Page(name, find(name, split), [], size, split))
             if box:
                 page.faces.append((cells.get("label", "face"), box))
     yield from pages.values()
@@ -212,7 +213,8 @@ def from_voc(root, pictures, odd):
             # file's own with a suffix, or where no picture is called like the file.
             if not place or Path(said).stem == own.name:
                 place = find((own.parent / said).as_posix()) or find(said) or place
-            if place and (place in seen or nfc(Path(place).stem) in stems - {nfc(own.name)}):
+            stem = nfc(Path(place or "").stem)
+            if place and (place in seen or (stem != nfc(own.name) and stem in stems)):
                 raise ValueError(f"{place} is another file's picture")
             seen.add(place)
             faces, wrong = [], []
@@ -312,5 +314,5 @@ READERS = (
     (holds_voc, from_voc, "Pascal VOC"),
     (yolo_files, from_yolo, "YOLO"),
 )
-KNOWN = "set of boxes: give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a folder with "
+KNOWN = "set of boxes: unpack archives; give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a folder with "
 KNOWN += "pictures and such files, with *.xml (Pascal VOC) or *.txt (YOLO)"

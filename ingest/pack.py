@@ -52,7 +52,14 @@ from common.rows import write_rows
 from data import PACKED, evenly_spaced, is_small, open_split
 from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import count_alpha, decode, decode_records, reason
-from ingest.splits import assign_splits, hold_out_test, large_enough, long_tailed, without_copies
+from ingest.splits import (
+    assign_splits,
+    hold_out_test,
+    join_groups,
+    large_enough,
+    long_tailed,
+    without_copies,
+)
 
 SHARES = (0.7, 0.1, 0.2)  # of train, val, test
 TOON_SHARES = (0.7, 0.15, 0.15)  # the demo set has small classes
@@ -259,6 +266,7 @@ def deal(source, pairs, how, shares):
     splits = hold_out_test(splits, [r.group for r in records], how["test"])
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
     records, others = others_apart(records)
+    splits = {r.split for r in records}
     notes = dropped + few + others
     if "train" not in splits:
         fix = "to have them dealt, give a --layout with - for split"
@@ -315,7 +323,7 @@ def spelled_alike(records):
     """-> a line on classes that differ in case, spaces and underscores alone."""
     alike = defaultdict(list)
     for label in sorted({r.label for r in records} - {None}):
-        alike[re.sub(r"[\s_-]+", " ", label.casefold())].append(label)
+        alike[re.sub(r"[\s_-]+", " ", label.casefold()).strip()].append(label)
     twice = [" and ".join(names) for names in alike.values() if len(names) > 1]
     told = f"classes that are spelled alike: {layouts.first(twice)}; give one character one name"
     return [told] * bool(twice)
@@ -355,6 +363,9 @@ def write_splits(flags):
     refuse_flags_of_deal(flags, source)
     how = vars(flags)
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
+    # Mistakes show now, and not after the search for copies, which reads every picture.
+    class_names(large_enough(source.records, how["min_per_class"])[0])
+    join_groups(source.records, how["group_by"], [])
     pairs, told = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
     records, more = deal(source, pairs, how, shares)
     told += more

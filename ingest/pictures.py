@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -51,13 +52,14 @@ def each_picture(paths, work, problems, at_once=16):
     Where nothing can be read, it is an error.
     """
     count = 0
-    for path in paths:
+    # Pictures that are named one by one are one source: threads decode them side by side.
+    for path, some in itertools.groupby(paths, lambda x: x if is_source(x) else None):
         try:
-            records, fetch, notes = found_at(path)
+            records, fetch, notes = found_at(path, some)
             for note in notes:
                 print(f"note: {path}: {shown(note)}", file=sys.stderr)
             # files of two folders may have one name; a list on standard input holds paths
-            below = len(paths) > 1 and path != "-" and not is_picture(Path(path))
+            below = len(paths) > 1 and path not in (None, "-")
             for record, row in decode_records(records, fetch, work, at_once):
                 key = str(Path(path, record.key)) if below else record.key
                 if isinstance(row, Exception):
@@ -67,18 +69,27 @@ def each_picture(paths, work, problems, at_once=16):
                     count += 1
                     yield key, row
         except UserError as problem:  # a hostile or broken archive, a path that is not there
+            if path is None:  # memory is full: the others have not been looked at
+                raise
             problems.append((path, str(problem)))
     if not count:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise UserError(problems[0][1] + more if problems else "no picture was given")
 
 
-def found_at(path):
-    """-> records and fetch of a path on the command line, and lines on what was left out of it."""
-    if path == "-" or not is_picture(Path(path)):
-        records, fetch, notes = sources.find(path, layout=())
-        return records, fetch, notes[1:]  # the first says that folders are not read
-    return [sources.Record(path, str(Path(path).resolve()))], files.fetch_files, []
+def is_source(path):
+    return path == "-" or not is_picture(Path(path))
+
+
+def found_at(path, some):
+    """-> records and fetch of a path on the command line, and lines on what was left out of it.
+
+    path None: of `some` pictures.
+    """
+    if path is None:
+        return [sources.Record(x, str(Path(x).resolve())) for x in some], files.fetch_files, []
+    records, fetch, notes = sources.find(path, layout=())
+    return records, fetch, notes[1:]  # the first says that folders are not read
 
 
 def is_picture(path):

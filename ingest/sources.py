@@ -56,12 +56,16 @@ def find(path, layout=None, names=None):
         told = []
         if layout is None:
             found, told = with_metadata(found, Path(path))
+            if Path(path, "metadata.csv").is_file():
+                told += ["metadata.csv is not read; give that file itself if it has the labels"]
         found, more = tags.with_captions(found, folder_of(path))
         notes += told + more
     if not found:
         looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
-        fix = "give an archive itself; data.py reads a file of boxes with --detect"
-        if reader is from_danbooru:
+        fix = "data.py reads a file of boxes with --detect"
+        if reader is not from_danbooru:
+            fix = f"give an archive itself; {fix}"
+        elif Path(path).is_dir():
             fix = "no line of its metadata names one; --layout class reads the folders alone"
         told = [f"no image found in {path}", *notes[1:], f"looked for {looked}", fix]
         raise UserError("; ".join(told))
@@ -276,6 +280,9 @@ def read_names(path, columns):
 def from_table(path):
     """csv or tsv of path,label[,split][,tags][,group][,x1,y1,x2,y2]; paths relative to its folder."""
     records = read_table(path)
+    boxes = [r.box for r in records if r.box]
+    if boxes and max(map(max, boxes)) <= 1:
+        raise UserError(f"{path}: no box reaches beyond 1; write {', '.join(BOX)} in pixels")
     named = [is_image(r.place) for r in records[:2]]
     if named == [False, True]:
         fix = f"name the columns {', '.join(KNOWN)}"
@@ -463,7 +470,7 @@ def from_danbooru(path):
     have = {}
     for name in walk(root):
         for alias in (Path(name).stem, name):
-            have.setdefault(alias, name)  # of 512px/ and original/ the first
+            have.setdefault(nfc(alias), name)  # of 512px/ and original/ the first
     records, notes = read_posts(path, have)
     return records, files_below(root), *notes
 
@@ -539,7 +546,9 @@ def tags_of_post(post):
 
 def record_of_post(post, have):
     """None where its picture is not in have."""
-    keys = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
+    keys = [
+        nfc(str(post[k])) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None
+    ]
     keys += [key.replace("\\", "/") for key in keys]
     place = next((have[key] for key in keys if key in have), None)
     if place is None:

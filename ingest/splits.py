@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from common.io import UserError
-from data import hold_apart
+from data import hold_apart, numbered
 from ingest import duplicates
 from ingest.layouts import ORDER, shows_nobody
 
@@ -44,7 +44,10 @@ def copies_to_drop(records, pairs, within):
     ranks = [(*ORDER, None).index(r.split) for r in records]
     roots = duplicates.join(len(records), pairs)
     first = {}
-    for i in sorted(range(len(records)), key=ranks.__getitem__):
+    nameless = [
+        r.label is None or shows_nobody(r.label) for r in records
+    ]  # of copies, they go first
+    for i in sorted(range(len(records)), key=lambda i: (ranks[i], nameless[i])):
         first.setdefault(roots[i], i)
     kept = [first[root] for root in roots]
     return {i for i, k in enumerate(kept) if ranks[i] != ranks[k] or (within and i != k)}
@@ -119,7 +122,7 @@ def assign_splits(given, rows, shares, dev, seed):
         splits = [next(dealt) if s == "train" else s for s in splits]
     if dev and "train" in splits and "dev" not in splits:
         labels, groups = zip(*[map(str, row) for row in train_of(rows, splits)], strict=True)
-        apart = iter(hold_apart(groups, labels, dev, seed))
+        apart = iter(hold_apart(numbered(groups), labels, dev, seed))
         splits = ["dev" if s == "train" and next(apart) else s for s in splits]
     return splits
 

@@ -33,9 +33,14 @@ def word(text):
 
 def words_of(text):
     """ "solo, brown hair" -> solo, brown_hair: at commas and ends of lines, else at spaces."""
-    parts = re.split(r"[,\n]", text.strip())
+    parts = re.split(r"[,，、\n]", text.strip())
     parts = parts if len(parts) > 1 else text.split()
     return tuple(word("_".join(part.split())) for part in parts if part.strip())
+
+
+def are_numbers(words):
+    """Is it no caption, but boxes as YOLO writes them?"""
+    return bool(words) and all(map(NUMBER.fullmatch, words))
 
 
 def unescaped(text):
@@ -72,7 +77,7 @@ def with_captions(records, root):
                 words = words_of(unescaped(captions[r.place].read_text("utf-8-sig")))
             except UnicodeDecodeError:
                 unread.append(r.key)
-        if words and all(map(NUMBER.fullmatch, words)):  # as YOLO writes them
+        if are_numbers(words):
             boxes.append(r.key)
         elif words:
             tagged.append(r.key)
@@ -95,7 +100,7 @@ def with_captions(records, root):
 
 def bare(name):
     """What spellings of a name have in common: its words in any order, without a series in brackets."""
-    plain = unescaped(name).casefold()
+    plain = unescaped(name).casefold().removeprefix("character:")  # Hydrus writes it
     plain = re.sub(r"[\s_]*\([^()]*\)$", "", plain) or plain
     return frozenset(re.split(r"[\s_-]+", plain))
 

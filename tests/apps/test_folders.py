@@ -55,6 +55,14 @@ def test_tags_between_spaces_stay_apart(tmp_path):
     assert file.read_text() == f"my_style, solo, {sentence}, short skirt"
 
 
+def test_boxes_of_yolo_are_not_taken_for_captions(fresh):
+    picture = next((fresh / FOLDER).glob("*.png"))
+    boxes = picture.with_suffix(".txt")
+    boxes.write_text("0 .5 .5 .2 .2\n")
+    assert "boxes of YOLO" in refused(captions(fresh, "--append"))
+    assert boxes.read_text() == "0 .5 .5 .2 .2\n"
+
+
 def test_a_caption_says_what_json_says(fresh):
     captions(fresh, "--threshold 0 --without blue,Class0", check=0)
     for row in json_of(f"apps.tags runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh):

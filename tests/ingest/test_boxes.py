@@ -542,6 +542,35 @@ def test_boxes_of_a_picture_that_is_not_there_are_of_no_other_one(tmp_path):
     assert any("two/a.png" in note for note in notes)
 
 
+def test_a_missing_picture_of_val_gives_no_boxes_to_train(tmp_path):
+    """Two COCO files whose pictures have one name, and that of val is not there."""
+    for split in ("train", "valid"):
+        write_pictures(tmp_path / split, {"a.png": (40, 40), f"{split}.png": (40, 40)})
+        images = [{"id": i, "file_name": x} for i, x in enumerate(("a.png", f"{split}.png"))]
+        side = 10 if split == "train" else 20
+        faces = [{"image_id": i, "bbox": [1, 1, side, side], "category_id": 1} for i in (0, 1)]
+        text = json.dumps({"images": images, "annotations": faces})
+        write_texts(tmp_path, {f"{split}/_annotations.coco.json": text})
+    (tmp_path / "valid/a.png").unlink()
+    records, _, notes, _ = boxes.find(tmp_path)
+    assert {r.place: r.box for r in records} == {
+        "train/a.png": [(1, 1, 11, 11)],
+        "train/train.png": [(1, 1, 11, 11)],
+        "valid/valid.png": [(1, 1, 21, 21)],
+    }
+    assert any("1 pictures are not there" in note for note in notes)
+
+
+def test_a_table_of_boxes_may_tell_the_split_and_bare_pictures_are_told(tmp_path):
+    names = [f"{i}.png" for i in range(5)]
+    write_pictures(tmp_path, dict.fromkeys(names, (40, 40)))
+    rows = ["0.png,1,1,9,9,train", "1.png,1,1,9,9,val", *(f"{x},,,,,train" for x in names[2:])]
+    text = "\n".join(["path,x1,y1,x2,y2,split", *rows])
+    records, _, notes, _ = boxes.find(write_texts(tmp_path, {"boxes.csv": text}))
+    assert {r.place: r.split for r in records}["1.png"] == "val"
+    assert any("3 pictures have no box" in note for note in notes)
+
+
 def test_the_sheet_shows_the_boxes_of_pages(tmp_path):
     for place, stem in MANY.items():
         draw(tmp_path / place, stem)

@@ -11,7 +11,8 @@ from conftest import refused, run_line, shared_file
 from PIL import Image, ImageOps
 
 import data
-from ingest import duplicates, toon
+from ingest import duplicates, splits, toon
+from ingest.sources import Record
 
 KINDS = {
     "reencoded": 1,
@@ -213,3 +214,10 @@ def test_on_real_fan_art_joins_are_copies():
     classes = [name.split("/")[1] for name in sorted(names)]
     same = np.mean([classes[i] == classes[j] for i, j in pairs])
     assert len(pairs) >= 5 and same > 0.8, (len(pairs), same)
+
+
+def test_of_two_copies_the_labelled_one_stays():
+    records = [
+        Record(key, key, label) for key, label in (("a", None), ("b", "unknown"), ("c", "x"))
+    ]
+    assert splits.copies_to_drop(records, [(0, 1), (1, 2)], within=True) == {0, 1}

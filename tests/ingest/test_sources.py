@@ -246,6 +246,28 @@ def test_what_a_zip_says_of_its_names_goes_before_a_guess(tmp_path):
     assert names_in(tmp_path, data)[0] == {name, "하츠네미쿠/2.png"}
 
 
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_however_their_accents_are_written(tmp_path, forms):
+    """A Mac writes an accent as a letter of its own."""
+    there, listed = (unicodedata.normalize(form, "caf\u00e9/\u30ac.png") for form in forms)
+    lay(tmp_path / "a", {there: None, "list.csv": f"path,label\n{listed},miku\n"})
+    assert list(told(tmp_path / "a/list.csv").values()) == ["-/miku"]
+    lay(tmp_path / "b", {there: None})
+    lay(tmp_path / "b", {"metadata.jsonl": json.dumps({"file_name": listed, "label": "miku"})})
+    assert list(told(tmp_path / "b").values()) == ["-/miku"]
+
+
+def test_what_would_be_lost_in_silence_is_told(tmp_path):
+    lay(tmp_path / "a", {"x/1.png": None, "x/2.png": None, "metadata.csv": "file_name,label\n"})
+    assert any("metadata.csv is not read" in note for note in sources.find(tmp_path / "a")[2])
+    rows = "path,label,x1,y1,x2,y2\n1.png,miku,.1,.1,.5,.5\n"
+    lay(tmp_path / "b", {"1.png": None, "list.csv": rows})
+    with pytest.raises(UserError, match="in pixels"):
+        sources.find(tmp_path / "b/list.csv")
+    with pytest.raises(ValueError, match="outside"):
+        decode.decode(png(), 16, False, (30, 30, 60, 60), "figure")
+
+
 def test_a_flag_overrules_the_guess(tmp_path):
     russian = ["Аска/1.png".encode("cp866"), "Рей/2.png".encode("cp866")]
     found, notes = names_in(tmp_path, zip_of_raw(russian), names="cp866")
@@ -870,7 +892,7 @@ def test_brackets_lose_their_backslash_and_boxes_are_no_captions(tmp_path):
 
 OWN_NAME = {  # a class: spellings of it that no picture of the set keeps as a tag
     "aoka": "aoka Aoka AOKA",
-    "hatsune miku": "hatsune_miku Miku_Hatsune hatsune-miku",
+    "hatsune miku": "hatsune_miku Miku_Hatsune hatsune-miku character:hatsune_miku",
     "saber_(fate)": "saber saber_(fate) saber_(arthur)",
     "Rin": "rin rin_(series)",
 }
