@@ -501,6 +501,8 @@ def open_task(flags, device, autocast):
         sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
     pictures = len(sets[0].rows)
     flags.batch_size = min(flags.batch_size, pictures)
+    most = encoder.side**2 * max(flags.keep) if flags.method != "linear" else 0
+    train.warn_of_metal(round(flags.batch_size * (most + 1)), device)
     # Thirty epochs of 35 pictures are thirty steps, in which a new head learns little.
     least = math.ceil(LEAST_STEPS / (pictures // flags.batch_size))
     set_defaults(flags, epochs=max(flags.epochs, least))
@@ -671,9 +673,9 @@ def finetune(flags, task, make_run=train.Run):
     last = task.stop or flags.epochs
     run = make_run(flags, state, per_epoch * last, per_epoch, device)
     run.resume_or_begin()
-    images = data.resident(task.train.split["images"], device)
-    if linear:
-        images = pooled_of(task, task.train, torch.arange(len(images)))
+    images = task.train.split["images"]
+    every = torch.arange(len(images))
+    images = pooled_of(task, task.train, every) if linear else data.resident(images, device)
 
     hits = []  # share of each batch that is recognised, since the last row of the log
     for epoch in range(run.step // per_epoch, last):

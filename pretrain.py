@@ -75,7 +75,6 @@ WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first p
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
 DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
-MPS_ROWS = 32_766  # tokens of a step on a Mac; set_length says why
 RECIPES = {
     "mae": {"mask": "random", "ratio": "0.75", "contrast": "pooler"},
     "simmim": {"mask": "squares", "ratio": "0.6", "contrast": "none"},
@@ -131,11 +130,10 @@ def flags_of_mask(flags):
 
 def start_processes(device):
     """The number of this process, how many torchrun started, and this one's device."""
-    if not launched():
+    if not launched() or os.environ["WORLD_SIZE"] == "1":  # one alone, whoever started it
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        device = train.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     distributed.init_process_group(timeout=WAIT)
     if distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -151,11 +149,12 @@ def share_gradients(network):
 
 def stop_together(run):
     """A signal that one process got stops all of them after the same step."""
+    # One that comes after this question waits for the next step: who stopped alone would leave the
+    # others waiting for it.
     if distributed.is_initialized():
-        number = torch.tensor(run.stop[0] if run.stop else 0)
+        number = torch.tensor(run.caught[0] if run.caught else 0)
         distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        if number > 0 and not run.stop:
-            run.stop.append(signal.Signals(number.item()))
+        run.stop = [signal.Signals(number.item())] if number > 0 else []
 
 
 # ---- before the loop -----------------------------------------------------------------------------
@@ -199,15 +198,14 @@ def set_length(flags, n_images, N, device, world):
     defaults = DEFAULTS[device.type]
     batch = defaults["batch"]
     if device.type == "mps":
-        # On an M1 or M2, torch 2.13 adds up 32,767 rows or more wrongly, as the gradient of a weight does
-        # over all tokens of a step (github.com/pytorch/pytorch/issues/177116, 195163).
-        while batch * (N + 1) > MPS_ROWS:
+        while batch * (N + 1) > train.METAL_ROWS:
             batch //= 2
     set_defaults(flags, batch_size=batch)
     b = min(flags.batch_size, n_images) // world
     if b < (1 if flags.contrast == "none" else 2):  # the contrastive loss compares images
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; raise it")
     flags.batch_size = b * world
+    train.warn_of_metal(flags.batch_size * (N + 1), device)
     steps = n_images // flags.batch_size  # the images that fill no batch wait for another epoch
     set_defaults(flags, epochs=max(1, round(defaults["views"] / (steps * flags.batch_size))))
     # An evaluation of the demo set takes about as long as an epoch, so there are five epochs or more
@@ -400,6 +398,10 @@ def main():
     flags = parse_flags()
     rank, world, device = start_processes(train.pick_device(flags.device))
     flags.dtype, reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
+    if world > 1:  # each has timed its own machine: the choice of the first counts
+        chosen = [flags.dtype]
+        distributed.broadcast_object_list(chosen)
+        flags.dtype = chosen[0]
     dtype = train.DTYPES[flags.dtype]
     autocast = train.autocast_of(device, flags.dtype)
     kind, size, contrast_settings = parse_model(flags, device)  # {} for --contrast none
@@ -411,6 +413,10 @@ def main():
     mask = parse_mask(flags, N)
 
     train_set, held_set = open_data(flags, s, rank)
+    digest = data.fingerprint(train_set)
+    if getattr(flags, "digest", digest) != digest:  # a resumed run has one
+        raise UserError(f"{flags.data} has changed since {flags.out} began; put the old one back")
+    flags.digest = digest
     images = data.resident(train_set["images"], device)  # on the GPU, if it has room for them
     # Foreground masks u8 (n, S, S), or None: second views get the background of another image.
     figures = data.resident(train_set.get("fg") if contrast_settings else None, device)

@@ -5,6 +5,7 @@ handed to apps/formats.py, which knows the names of MAE, DINO, timm and Hugging 
 in part is refused.
 """
 
+import copy
 import functools
 import inspect
 import json
@@ -120,10 +121,9 @@ def of_fixed_picture(encoder):
     They travel in the file. If this code computes others from the same weights, model.py has changed
     in a way that no name and no shape tells, such as another activation.
     """
-    view = fixed_view(encoder.image_size)
-    training = encoder.training
-    tokens = encoder.eval().features(view.to(encoder.cls_token.device))
-    encoder.train(training)
+    # On the CPU: a GPU may round products to TF32.
+    encoder = copy.deepcopy(encoder).cpu().eval()
+    tokens = encoder.features(fixed_view(encoder.image_size))
     return [round(x, 4) for x in tokens.float().mean(1)[0, :16].tolist()]
 
 

@@ -40,6 +40,9 @@ SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
 UNSAVED = {"log", "resume", "given", "could_give"}  # of one start, and not of the run
 # Flags that are never None in a saved run: the user gives them, or the stage sets them.
+# On an M1 or M2, torch 2.13 adds up 32,767 rows or more wrongly, as the gradient of a weight does over
+# all tokens of a step (github.com/pytorch/pytorch/issues/177116, 195163).
+METAL_ROWS = 32_766
 FILLED = {"data", "model", "mask", "ratio", "contrast", "epochs", "batch_size", "eval_every"}
 FILLED |= {"lr", "blr", "head_lr", "keep", "encoder"}
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9), "commit?": TEXT}
@@ -119,8 +122,17 @@ def pick_device(name):
     with contextlib.suppress(RuntimeError):  # torch's, at a word that names no device
         device = torch.device(there[0] if name == "auto" else name)
         if (device.index or 0) < counts.get(device.type, 0):
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # for all that names no device, such as a stream
             return device
     raise UserError(f"--device {name} is not on this machine; there is: {', '.join(there)}")
+
+
+def warn_of_metal(rows, device):
+    """A line where a step has more tokens than the gradients on an M1 or M2 can add up."""
+    if device.type == "mps" and rows > METAL_ROWS:
+        fix = "give a smaller --batch-size"
+        print(f"warning  a step has {rows} tokens: on an M1 or M2, gradients are wrong; {fix}")
 
 
 def keep_freed_memory(heaps=None):
@@ -350,7 +362,7 @@ class Run:
         self.commit = commit()
         self.log_to = flags.log
         self.trackers = []
-        self.stop = catch_signals()
+        self.stop = self.caught = catch_signals()  # with several processes, `stop` is what all know
         # Asked of torch, and not of RANK, which may be left over in a shell. Only pretrain.py starts it.
         self.writes = not distributed.is_initialized() or distributed.get_rank() == 0
 
@@ -377,6 +389,12 @@ class Run:
         if wrote != self.commit:
             told = f"the code of {shown(wrote)} wrote it, and that of {self.commit} goes on"
             print(f"warning  {self.path}: {told}; if that should not be, {fix}", file=sys.stderr)
+        before = state["config"].get("batch_size", self.batch_size)
+        if before != self.batch_size:
+            again = "start as many processes as before, on the same pictures"
+            raise UserError(
+                f"{self.path} had steps of {before} pictures, now {self.batch_size}; {again}"
+            )
         with reading(self.path, "state of such a run", fix):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
@@ -436,8 +454,10 @@ class Run:
 
     @property
     def logs_now(self):
-        """Whether this step gets a row: every tenth, an epoch's last, and the last before a stop."""
-        return self.step % LOG_EVERY == 0 or self.step % self.per_epoch == 0 or bool(self.stop)
+        """Whether this step gets a row: every tenth, the last before an evaluation, a stop or the end."""
+        every = self.per_epoch * self.config.get("eval_every", 1)
+        due = self.step % LOG_EVERY == 0 or self.step % every == 0 or self.step == self.total
+        return due or bool(self.stop)
 
     def log_step(self, **more):
         """A row with the mean loss and gradient norm since the last one, and the speed."""

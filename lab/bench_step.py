@@ -133,7 +133,7 @@ class TimmBlock(nn.Module):
         self.block = Block(width, ours.attn.heads, qkv_bias=True, norm_layer=norm)
         self.block.load_state_dict(ours.state_dict())
 
-    def forward(self, x, start=0):
+    def forward(self, x, start=0, bias=None):  # bias: of apps/tags.py alone
         return self.block(x)[:, start:]
 
 
@@ -219,10 +219,9 @@ def make_step(case, folder, device):
 
 def measured(case, folder, warmup, steps, impl="auto"):
     """-> losses of the warm-up, then seconds of a step, memory, and both peaks of the roofline."""
-    train.keep_freed_memory()
+    device = train.pick_device(case.device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions, too
     kernels.IMPL = impl
-    device = torch.device(case.device)
     try:
         step = make_step(case, folder, device)
         losses = [step(i).item() for i in range(warmup)]
@@ -347,7 +346,7 @@ def main():
     lines = []
     for dtype in dtypes:
         for decoder in decoders:
-            case = Case(**sizes, dtype=dtype, decoder=decoder, device=device.type)
+            case = Case(**sizes, dtype=dtype, decoder=decoder, device=str(device))
             settings = [case.settings(name, args.small) for name in ("AniMask", *there)]
             lines += compare(table, settings, args.turns, counts)
     print(*lines, f"wrote    {table.path}", sep="\n")

@@ -87,7 +87,7 @@ fi
 step machine 30 bash -c facts
 # A speed is never reported where the kernels are wrong.
 for dtype in fp32 bf16 fp16; do
-    step "gate-$dtype" 60 env TRITON_INTERPRET=$((1 - gpu)) python3 -m lab.bench_kernels --gate --dtype $dtype || {
+    step "gate-$dtype" 180 env TRITON_INTERPRET=$((1 - gpu)) python3 -m lab.bench_kernels --gate --dtype $dtype || {
         echo "error: the gate is red, so nothing is timed. Send $folder/send" >&2
         exit 2
     }

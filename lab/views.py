@@ -15,7 +15,6 @@ dino    of each large crop a teacher says which of K prototypes it is like; the 
 """
 
 import copy
-import shlex
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from common import train
 from common.checkpoints import resize_positions
 from common.command import Parser, at_least, between, cli
 from common.contrast import Contrast
-from common.io import UserError
+from common.io import UserError, quoted
 from common.lora import save_encoder
 from kernels.gather import all_places, masked_patch_gather
 from model import SIZES, ViT
@@ -188,7 +187,7 @@ def main():
     encoder = net["teacher" if flags.method == "dino" else "student"]
     save_encoder(encoder, run.out / "model.safetensors", {"step": run.step, "run": run.config})
     print(f"wrote    {run.out}/model.safetensors after {run.seconds():.0f} s")
-    print(f"next: python probe.py {shlex.quote(str(run.out))}")
+    print(f"next: python probe.py {quoted(run.out)}")
 
 
 if __name__ == "__main__":

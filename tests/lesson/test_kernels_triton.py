@@ -113,7 +113,7 @@ def test_a_run_with_the_kernels_agrees_step_by_step(small, tmp_path):
     rows = {}
     for impl in ("torch", "triton"):
         words = ["--data", small, "--out", impl, "--model", "nano:image_size=32", "--epochs", 5]
-        words += ["--batch-size", 512, "--device", "cpu", "--dtype", "fp32"]
+        words += ["--batch-size", 512, "--device", "cpu", "--dtype", "fp32", "--eval-every", 1]
         env = {"TRITON_INTERPRET": "1"} if impl == "triton" else {}
         text = python("-c", PRETRAIN, impl, *words, cwd=tmp_path, **env)
         assert f"kernels in {impl}" in text

@@ -228,6 +228,26 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"state.pt", running.name}
 
 
+def test_a_run_goes_on_with_steps_of_the_same_size_alone(tmp_path):
+    out = str(tmp_path / "run")
+    steps(flags_of("--out", out), 20)
+    AT_END.close()
+    flags = flags_of("--resume", out, "--out", out)
+    flags.batch_size -= 1  # as with fewer processes
+    with pytest.raises(UserError, match="as many processes as before"):
+        steps(flags, 40)
+
+
+def test_a_row_comes_every_tenth_step_and_before_each_evaluation(tmp_path):
+    flags = flags_of("--out", str(tmp_path / "run"))
+    for flags.eval_every, due in ((1, [3, 6, 9, 10, 12, 14]), (2, [6, 10, 12, 14]), (9, [10, 14])):
+        run = train.Run(flags, {}, 14, 3, CPU)
+        rows = []
+        for run.step in range(1, 15):
+            rows += [run.step] * run.logs_now
+        assert rows == due
+
+
 def test_the_cost_of_a_step_is_read_off_the_log(tmp_path):
     rows = [{"images_per_s": s, "memory_mb": m, "loss": 1} for s, m in ((50, 7), (100, 9), (80, 8))]
     (tmp_path / "log.jsonl").write_text("\n".join(map(str, rows)).replace("'", '"') + '\n{"cut')

@@ -34,6 +34,11 @@ def drawn(monkeypatch):
     plots.plt.close("all")
 
 
+def test_a_log_whose_first_rows_were_moved_away_is_drawn(drawn):
+    rows = [{k: v for k, v in row.items() if "thumbnail" not in k} for row in log(1)]
+    assert len(drawn(rows).axes) == len(drawn([*log(1)]).axes)
+
+
 @pytest.mark.parametrize("most", [0.001, 100])
 def test_a_legend_covers_no_curve_and_no_label(drawn, most):
     figure = drawn([*log(most)])

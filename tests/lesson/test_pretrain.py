@@ -1,11 +1,12 @@
 """pretrain.py as a user runs it, on a small packed set, and what its loop promises."""
 
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, draw_folder, equal, state_of
+from conftest import call, draw_folder, equal, refused, state_of
 from safetensors.torch import load_file
 
 import data
@@ -13,7 +14,7 @@ import mask as masking
 import pretrain
 from common import train
 from common.checkpoints import is_decoder
-from common.io import UserError
+from common.io import UserError, read_safetensors, save_safetensors
 from common.train import read_log
 
 QUICK = ["--device", "cpu", "--batch-size", 16, "--epochs", 2]
@@ -147,6 +148,18 @@ def test_what_no_loss_reaches_is_named_and_a_priority_without_an_order_is_refuse
     with pytest.raises(UserError, match="--mask random: a priority is not finite"):
         pretrain.main()
     assert "no loss reaches encoder.lost_token:" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_other_pictures(small, tmp_path):
+    """Maps of the teacher, and the order of an epoch, are of the set with which it began."""
+    shutil.copytree(small, tmp_path / "set")
+    words = ["--data", "set", "--out", "run", *QUICK, "--model", "nano:image_size=32"]
+    call("pretrain.py", *words, "--epochs", 1, cwd=tmp_path, check=0)
+    path = tmp_path / "set/train.safetensors"
+    tensors, header = read_safetensors(path)
+    save_safetensors(tensors, path, header | {"pixels": "other"})
+    told = refused(call("pretrain.py", "--resume", "run", cwd=tmp_path))
+    assert "set has changed since run began" in told
 
 
 def test_what_is_random_in_training_is_not_in_evaluations(monkeypatch):
