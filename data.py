@@ -151,7 +151,7 @@ def numbered(names):
     """A number for each name, in the order of the names, (n,) i64."""
     # numpy would give every name the room of the longest.
     number = {name: i for i, name in enumerate(sorted(set(names)))}
-    return np.array([number[name] for name in names])
+    return np.array([number[name] for name in names], np.int64)
 
 
 def hold_apart(groups, labels, share, seed=0):

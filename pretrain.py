@@ -133,7 +133,12 @@ def start_processes(device):
     if not launched() or os.environ["WORLD_SIZE"] == "1":  # one alone, whoever started it
         return 0, 1, device
     if device.type == "cuda":
-        device = train.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= there:
+            raise UserError(
+                f"{number + 1} processes and {there} GPUs; give --nproc-per-node {there}"
+            )
+        device = train.pick_device(f"cuda:{number}")
     distributed.init_process_group(timeout=WAIT)
     if distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -43,7 +43,7 @@ from ingest.pictures import file_name, picture_files, tell_problems
 
 SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
 COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
-SAVED_AFTER = 100  # pictures
+SAVED_AFTER = 100  # rows, and a fiftieth of those that are saved
 
 
 def parse_args():

@@ -69,7 +69,7 @@ from common.io import (
 from common.locks import lock_beside, locked
 from common.readout import topk
 from ingest.pictures import demo_note, picture_files, pictures, tell_problems
-from ingest.tags import are_numbers, captions_of, is_emoticon
+from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shrink_branches
 
@@ -885,7 +885,7 @@ def write_captions(flags, answer, header):
 
 def words_of(text):
     """ "solo, long hair" -> its words."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+    return [word.strip() for word in SEPARATOR.split(text) if word.strip()]
 
 
 def plain(word):
@@ -942,7 +942,7 @@ def add_caption(file, words, first=()):
         if is_spaced(old):
             there, join, space = old.split(), " ", "_"
         else:
-            there, join, space = words_of(old.replace("\n", ",")), ", ", " "
+            there, join, space = words_of(old), ", ", " "
         known = set(map(plain, there))
         every = {}  # by what its spellings have in common, and the first of them
         for word in [*first, *words]:
@@ -958,7 +958,7 @@ def add_caption(file, words, first=()):
 def is_spaced(caption):
     """1girl long_hair solo: tags between spaces, as boorus have them, and no sentence."""
     words = caption.casefold().split()
-    spaced = len(words) > 1 and "_" in caption and not re.search("[,\n]", caption)
+    spaced = len(words) > 1 and "_" in caption and not SEPARATOR.search(caption)
     return spaced and not {*words} & OF_SENTENCES
 
 

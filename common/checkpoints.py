@@ -5,7 +5,6 @@ handed to apps/formats.py, which knows the names of MAE, DINO, timm and Hugging 
 in part is refused.
 """
 
-import copy
 import functools
 import inspect
 import json
@@ -121,9 +120,12 @@ def of_fixed_picture(encoder):
     They travel in the file. If this code computes others from the same weights, model.py has changed
     in a way that no name and no shape tells, such as another activation.
     """
-    # On the CPU: a GPU may round products to TF32.
-    encoder = copy.deepcopy(encoder).cpu().eval()
-    tokens = encoder.features(fixed_view(encoder.image_size))
+    view = fixed_view(encoder.image_size).to(encoder.cls_token.device)
+    training, matmul = encoder.training, torch.backends.cuda.matmul
+    rounds, matmul.allow_tf32 = matmul.allow_tf32, False  # TF32 would round to ten bits on a GPU
+    tokens = encoder.eval().features(view)
+    encoder.train(training)
+    matmul.allow_tf32 = rounds
     return [round(x, 4) for x in tokens.float().mean(1)[0, :16].tolist()]
 
 

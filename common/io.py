@@ -63,6 +63,8 @@ def reading(path, what, remedy):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
     except Exception as problem:  # half a dozen kinds for a truncated or foreign file
+        if re.search("can't allocate memory|out of memory", str(problem)):
+            raise  # torch's words for full memory
         code = re.search(r"GLOBAL (\S+)", str(problem))  # torch's, of what it did not run
         reason = f"it wants to run {code[1]}" if code else one_line(problem)
         raise UserError(f"{path} is not a whole {what} ({reason}); {remedy}") from None

@@ -137,9 +137,8 @@ def recognition(axis, held):
     """Top-1 of kNN and of a linear probe (ridge regression) by epoch, each with what a thumbnail has."""
     for key, mark, colour, name in (("linear", "s-", GREEN, "ridge"), ("knn", "o-", BLUE, "kNN")):
         plot_rows(axis, held, "epoch", key, mark, color=colour, label=name, markersize=5)
-        control = held[0].get(
-            f"{key}_thumbnail"
-        )  # in the row of step 0, which may have been moved away
+        # It is in the row of step 0, which may have been moved away.
+        control = held[0].get(f"{key}_thumbnail")
         if control is not None:
             axis.axhline(control, color=colour, ls=":", label=f"4x4 thumbnails, {name}")
     axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %")

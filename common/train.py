@@ -39,10 +39,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
 UNSAVED = {"log", "resume", "given", "could_give"}  # of one start, and not of the run
-# Flags that are never None in a saved run: the user gives them, or the stage sets them.
 # On an M1 or M2, torch 2.13 adds up 32,767 rows or more wrongly, as the gradient of a weight does over
 # all tokens of a step (github.com/pytorch/pytorch/issues/177116, 195163).
 METAL_ROWS = 32_766
+# Flags that are never None in a saved run: the user gives them, or the stage sets them.
 FILLED = {"data", "model", "mask", "ratio", "contrast", "epochs", "batch_size", "eval_every"}
 FILLED |= {"lr", "blr", "head_lr", "keep", "encoder"}
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9), "commit?": TEXT}
@@ -119,13 +119,14 @@ def pick_device(name):
     driver = Path("/proc/driver/nvidia/version").exists() or os.name == "nt" and which("nvidia-smi")
     if there == ["cpu"] and name == "auto" and driver:
         print(f"warning  {NO_CUDA}: torch {torch.__version__}")
+    device = None
     with contextlib.suppress(RuntimeError):  # torch's, at a word that names no device
         device = torch.device(there[0] if name == "auto" else name)
-        if (device.index or 0) < counts.get(device.type, 0):
-            if device.type == "cuda" and device.index is not None:
-                torch.cuda.set_device(device)  # for all that names no device, such as a stream
-            return device
-    raise UserError(f"--device {name} is not on this machine; there is: {', '.join(there)}")
+    if device is None or (device.index or 0) >= counts.get(device.type, 0):
+        raise UserError(f"--device {name} is not on this machine; there is: {', '.join(there)}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # for all that names no device, such as a stream
+    return device
 
 
 def warn_of_metal(rows, device):

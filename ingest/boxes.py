@@ -44,13 +44,13 @@ def split_of(page):
 
 
 def of_their_own(pages):
-    """Pages -> the same. Of two that found one picture, it is of that which names its path.
+    """Pages -> the same. Where two found one picture, it belongs to the one that names its path.
 
-    The other, of a picture that is not there, found it because nothing else has its name.
+    The other names a picture that is not there, and found this one because nothing else has its name.
     """
     by_path = [
         bool(p.place)
-        and labels.one_ends(nfc(p.place), nfc(p.name))
+        and labels.one_ends(nfc(p.place), nfc(p.name.replace("\\", "/")))
         and p.split in (None, split_of(p))
         for p in pages
     ]

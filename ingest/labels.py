@@ -7,7 +7,7 @@ below root_of(path); what can't be read of a label file becomes a line of the li
     place   of the picture below the folder, or None, where no such picture is there
     faces   [(class, (x1, y1, x2, y2))], in pixels, YOLO's in shares of the picture
     size    (width, height) of the picture whose pixels these are, or None, if the file has no size
-    split   train, val, test, dev or None, as the label file is called
+    split   train, val, test, dev or None, as the label file, its folder or its column `split` says
 """
 
 import contextlib
@@ -180,7 +180,10 @@ def from_csv(path, pictures, odd):
         with noting(odd):
             box = box_of(cells, where)
             size = size_of(cells.get("width"), cells.get("height"))
-            split = split_of(cells.get("split", ""))
+            given = cells.get("split", "")
+            split = split_of(given)
+            if given and not split:
+                raise UserError(f"{where}: split {given!r} is none of train, val, test, dev")
             page = pages.setdefault(name, Page(name, find(name, split), [], size, split))
             if box:
                 page.faces.append((cells.get("label", "face"), box))

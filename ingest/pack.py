@@ -605,7 +605,7 @@ def parse_flags(words=None):
     add("--min-per-class", type=at_least(0), default=0, help="leave out classes of fewer images")
     add("--tail", type=between(0, 5), default=0.0, help="class sizes in train follow rank^-TAIL")
     add("--drawings", type=at_least(1), help=f"toon only: how many (default: {toon.COUNT})")
-    many = between(2, toon.MOST, int)  # more can't all differ by three attributes
+    many = between(2, toon.MOST, int)  # of more, toon.cast would look for long
     add("--characters", type=many, help=f"toon only: of how many (default: {toon.CHARACTERS})")
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     words = iter(sys.argv[1:] if words is None else words)  # argparse takes -/class for a flag

@@ -282,7 +282,9 @@ def from_table(path):
     records = read_table(path)
     boxes = [r.box for r in records if r.box]
     if boxes and max(map(max, boxes)) <= 1:
-        raise UserError(f"{path}: no box reaches beyond 1; write {', '.join(BOX)} in pixels")
+        raise UserError(
+            f"{path}: no box reaches beyond 1; write {', '.join(BOX)} in pixels, or remove them"
+        )
     named = [is_image(r.place) for r in records[:2]]
     if named == [False, True]:
         fix = f"name the columns {', '.join(KNOWN)}"

@@ -23,6 +23,7 @@ LEAST = 2  # pictures of train that have a tag: nothing is learned from one
 KEPT = 0.5  # of the demo set: share of a picture's tags that it gets
 WITHOUT = 0.1  # of the demo set: share of pictures that get none
 CAPTIONS = (".txt", ".caption")  # suffixes of texts beside pictures; the first counts most
+SEPARATOR = re.compile(r"[,，、\n]")  # of tags; the wide ones are of Chinese and Japanese keyboards
 NUMBER = re.compile(r"[-+.\de]+")
 
 
@@ -33,7 +34,7 @@ def word(text):
 
 def words_of(text):
     """ "solo, brown hair" -> solo, brown_hair: at commas and ends of lines, else at spaces."""
-    parts = re.split(r"[,，、\n]", text.strip())
+    parts = SEPARATOR.split(text.strip())
     parts = parts if len(parts) > 1 else text.split()
     return tuple(word("_".join(part.split())) for part in parts if part.strip())
 

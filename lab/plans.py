@@ -573,7 +573,8 @@ PLANS["pays"] = OF_RECOGNITION | {
 
 # ---- from what should weights/toon have learned? ---------------------------------------------------
 
-# Each encoder differs by one thing from the recipe of weights/toon, and sees 100,000 views. The recogniser has the
+# Each encoder differs by one thing from the recipe of weights/toon, or that of 480 characters from that of more
+# drawings, and sees 100,000 views. The recogniser has the
 # flags that plan pays chose. The data is the train split of faces20 alone, so that this choice sees
 # no picture of its val, and is judged by half of it, 3,600 pictures that the recognisers don't see:
 # python -m lab.subset datasets/faces20-val --pictures 10000 --folders --out pictures, and
@@ -589,7 +590,7 @@ TOONS = {
     "flat patches weigh less": f"{RAW} --flat-weight 0.1",
     "masks by true maps": f"{RAW} --mask attn_high --teacher maps --maps {{true}}",
     "five times the drawings": f"{RAW} --data {{toon48000}} --epochs 3",
-    "and 480 characters": f"{RAW} --data {{cast480}} --epochs 3",
+    "and ten times the characters": f"{RAW} --data {{cast480}} --epochs 3",
     "half the rate": f"{RAW} --blr 2.5e-3",
     "twice the rate": f"{RAW} --blr 1e-2",
     "views of 128 px": f"{RAW} --model nano:image_size=128,decoder_depth=2",
@@ -616,7 +617,10 @@ PLANS["weights"] = PLANS["pays"] | {
         arm: [f"finetune_lora.py {{{name}}} {WITH_LABELS[label]} {LEARN}"]
         for arm, (name, label) in CHANGED.items()
     },
-    "against": {arm: f"as it is, {label}" for arm, (_, label) in CHANGED.items()},
+    "against": {
+        arm: f"{'five times the drawings' if 'ten times' in name else 'as it is'}, {label}"
+        for arm, (name, label) in CHANGED.items()
+    },
     "differences": [],
     "trials": {},
     "axes": {},

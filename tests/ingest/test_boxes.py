@@ -532,14 +532,16 @@ def test_two_files_of_one_picture_are_not_mixed(tmp_path):
         (tmp_path / copied).unlink()
 
 
-def test_boxes_of_a_picture_that_is_not_there_are_of_no_other_one(tmp_path):
+@pytest.mark.parametrize("slash", "/\\")
+def test_boxes_of_a_picture_that_is_not_there_are_of_no_other_one(tmp_path, slash):
     """A list of two folders with pictures of one name, and only one of them is there."""
     write_pictures(tmp_path / "one", {"a.png": (40, 40)})
     rows = "one/a.png,1,1,9,9\ntwo/a.png,20,20,30,30\n"
+    rows = rows.replace("/", slash)
     write_texts(tmp_path, {"boxes.csv": f"path,x1,y1,x2,y2\n{rows}"})
     records, _, notes, _ = boxes.find(tmp_path / "boxes.csv")
     assert [r.box for r in records] == [[(1, 1, 9, 9)]]
-    assert any("two/a.png" in note for note in notes)
+    assert any(f"two{slash}a.png" in note for note in notes)
 
 
 def test_a_missing_picture_of_val_gives_no_boxes_to_train(tmp_path):
