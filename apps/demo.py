@@ -123,7 +123,11 @@ def choose_run(name):
     name = str(Path(name or next(encoders, "runs/NAME")))
     if not Path(name).is_dir():
         raise UserError(f"{name} is no run; python pretrain.py makes one")
-    return name if has_decoder(name) else base_of(name) or name
+    if has_decoder(name):
+        return name
+    base = base_of(name)  # what ships may name a digest, and a detector may come from a detector
+    known = base and os.path.exists(base) and not detect.is_detector(base)
+    return base if known else next(encoders, name)
 
 
 def made_of(run, fits):
@@ -415,12 +419,17 @@ def gate(app, names):
     return guarded
 
 
+def reads_pictures(run):
+    """Is it a run of apps/tags.py that sees the picture, and not its tags alone?"""
+    return about_model(run).get("tags", {}).get("arm", "tags") != "tags"
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 TABS = {  # its function, the runs that it takes, the command that makes such a run, its minutes
     "Mask": (mask_page, has_decoder, "pretrain.py --mask attn_high --out {}", 5),
     "Recognise": (recognise_page, is_recogniser, "finetune_lora.py {} --method lora", 7),
-    "Tags": (tags_page, tags.is_tagger, "-m apps.tags {}", 4),
+    "Tags": (tags_page, reads_pictures, "-m apps.tags {}", 4),
     "Drawn or photographed": (segment_page, segment.is_segmenter, "-m apps.segment {}", 15),
     "Pages": (pages_page, detect.is_detector, "-m apps.detect {}", 15),
 }

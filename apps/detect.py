@@ -414,6 +414,8 @@ def open_task(flags, device, autocast):
     for name, (split, some) in parts.items():
         if "boxes" not in split or (boxes_of(split, some) < 0).all():
             fix = "python data.py scenes draws pages with some, python data.py PATH --detect packs others"
+            if "boxes" in split:
+                fix = "box more pages, or pack more of them for it: --split .7,.3,0 --dev .2"
             raise UserError(f"{flags.data} has no boxes on pages of {name}; {fix}")
     two = 2 * load_start(flags.encoder)[0].patch_size  # a cell of the coarsest map
     if flags.view % two:
@@ -569,7 +571,11 @@ def write_results(flags, task, net, run):
     header = {"detector": net.config, "base": flags.encoder, "run": recipe}
     header |= {"page": task.page, "threshold": row["threshold"]}
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
-    notes = {"command": command(), "machine": train.machine(task.device), "commit": train.commit()}
+    notes = {
+        "command": flags.command,
+        "machine": train.machine(task.device),
+        "commit": train.commit(),
+    }
     notes |= {"evaluated_on": flags.split, "seconds": run.seconds(), "config": recipe}
     notes |= {"run": out.name, "data": flags.data, "seed": task.seed}
     save_json(notes | row, out / f"metrics{split_suffix(flags.split)}.json")
@@ -663,7 +669,7 @@ def main():
         return use(flags, device, autocast)
     require("detect", "pycocotools")  # found out now, not after the training
     name = f"{name_of(flags.encoder)}-det" + (f"-s{flags.seed}" if flags.seed else "")
-    set_defaults(flags, out=f"runs/{name}")
+    set_defaults(flags, out=f"runs/{name}", command=command())
     print(machine)
     load_start(flags.encoder)  # before a data set is made
     flags.data = str(data.open_or_pack(flags.data, pages=True))

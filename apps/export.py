@@ -366,6 +366,8 @@ def save_wd(source, folder, image_size=None):
     graph, notes = graph_of(source, image_size)
     if notes["is"] == "encoder":
         raise UserError(f"{source} names nothing; give a run of apps/tags.py or finetune_lora.py")
+    if notes.get("crop") == "figure":
+        print(f"note: {source} learned from figures, and such programs give whole pictures")
     tags = notes.get("tags", [])
     names = notes["names"]
     # Readers take the first four outputs for the ratings, whatever selected_tags.csv says. Without
@@ -398,7 +400,8 @@ FORMATS = {  # --to: what writes it, the name of the file or folder, the library
 MADE_BY = ("data", "mask", "epochs", "seed", "command")  # flags of the encoder under an adapter
 OURS = {"datasets/toon", "datasets/scenes"}  # pictures that the project's own program drew
 RESULTS = ("probe.json", "metrics.json", "recognize.json")
-NUMBERS = ("headline", "top1", "macro_f1", "ap", "ap50", "map", "roc_auc", "eer")  # of these files
+NUMBERS = ("headline", "top1", "without_top1", "macro_f1", "ap", "ap50", "map", "miou", "roc_auc")
+NUMBERS += ("eer",)  # of these files
 
 
 def sets_behind(source, later=()):
@@ -468,7 +471,8 @@ def measured(folder):
             reading(folder / name, "file of results", ""),
         ):  # or none
             row = read_json(folder / name)
-            row |= row.get("verification", {}) | row.get("tags", {})
+            row |= row.get("verification", {}) | row.get("tags", {}) | row.get("end", {})
+            row |= row.get("pixels", {}).get(row.get("evaluated_on"), {}).get("mixed", {})
             numbers = [f"{k} {row[k]:.4g}" for k in NUMBERS if isinstance(row.get(k), float)]
             where = f"{row.get('evaluated_on', row.get('split'))} of {row['data']}"
             if numbers:

@@ -184,11 +184,13 @@ def answers_of(task, left_out, learned, C, folds, others=None):
     smaller = [gallery_of(fewer)]
     smaller_yet = [gallery_of(fewer & (numbers % folds != part)) for part in range(folds)]
 
+    colour_scores = histogram_scorer(task.train)
+
     def answer(asked, galleries):
         some, embeddings = outputs(asked)
         logits = torch.full((len(asked), C), -torch.inf)
         logits[:, learned] = some
-        colours = histogram_scores(task.train, asked)
+        colours = colour_scores(asked)
         said = {"logits": logits, "similarity": grown(embeddings, gallery, galleries)}
         said |= {"colours": colours.amax(1), "unit": compared(embeddings, gallery)}
         return said, embeddings, colours.argmax(1)
@@ -285,13 +287,17 @@ def thumbnail_scores(train, rows):
     return judged @ W + b
 
 
-def histogram_scores(train, rows):
-    """An SVM on histograms of colours, its cost fixed: scores (m, C) of rows (m,), 0 on a border."""
-    fit = controls.histogram_svms(train)[1]
-    x = controls.features_of(controls.histograms, train, rows)
-    scores = torch.from_numpy(fit.decision_function(x))
-    # Of two characters scikit-learn gives one number: above 0 it is the second.
-    return scores if scores.ndim > 1 else torch.stack([-scores, scores], 1)
+def histogram_scorer(train):
+    """An SVM on histograms of colours, its cost fixed -> a function of rows (m,): scores (m, C), 0 on a border."""
+    [fit] = controls.histogram_svms(train, controls.COSTS[1:2])
+
+    def scores(rows):
+        x = controls.features_of(controls.histograms, train, rows)
+        found = torch.from_numpy(fit.decision_function(x))
+        # Of two characters scikit-learn gives one number: above 0 it is the second.
+        return found if found.ndim > 1 else torch.stack([-found, found], 1)
+
+    return scores
 
 
 # ---- what follows from their answers -------------------------------------------------------------

@@ -176,25 +176,25 @@ def main():
     print(told(shows, moved))
     problems = []
     faces = embedded(args, net, header, autocast, shows, problems)
-    done = learn(args.run, shows, moved, faces)
-    for file, row in moved.items():
-        if file not in done:
-            continue
-        rows = [other for other in rows if other is not row]
+    done = {*learn(args.run, shows, moved, faces)}
+    taken = {file: row for file, row in moved.items() if file in done}
+    gone = {id(row) for row in taken.values()}
+    rows = [row for row in rows if id(row) not in gone]
+    for file, row in taken.items():
         rows.append(row | {"name": shows[file], "copy": str(Path(file).relative_to(out))})
     save_csv(rows, table, COLUMNS)
     after = load_gallery(args.run)
-    stayed = shows.keys() - moved.keys()
+    stayed, asked = faces.keys() - moved.keys(), faces.keys() & moved.keys()
     taught = sum(shows[file] != "" for file in done)
     agreed, agree = (agreeing(gallery, shows, faces) for gallery in (before, after))
     print(
         f"names    of {len(stayed)} pictures that stayed, {len(agreed & stayed)} had the name of their "
-        f"folder, and {len(agree & stayed)} have it now; of {len(moved)} that were moved, "
-        f"{len(agree & moved.keys())} have it now ({taught} of all were just learned)"
+        f"folder, and {len(agree & stayed)} have it now; of {len(asked)} that were moved, "
+        f"{len(agree & asked)} have it now ({taught} of all were just learned)"
     )
     print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     tell_problems(problems, header["data"])
-    if left := moved.keys() - {*done}:
+    if left := moved.keys() - done:
         print(f"not learned: {len(left)}, such as {min(left)}")
     # Below a character are the folders that its pictures came from, which may look like classes.
     pack = quoted("python", "data.py", str(out), "--layout", "class", "--out", "datasets/NAME")

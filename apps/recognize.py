@@ -715,7 +715,10 @@ def known_faces(run, net, header, autocast, gallery):
     own, what = gallery["group"][:trained], "pictures that were learned"
     with contextlib.suppress(UserError):
         held = header.get("split", "val")
-        sets, _ = open_rows(place_of_set(header["data"], run), held, header.get("hold_out", 0))
+        place = place_of_set(header["data"], run)
+        sets, classes = open_rows(place, held, header.get("hold_out", 0))
+        if classes != header["classes"]:
+            raise UserError("another set lies there")  # nobody reads it: the gallery's are asked
         parts = []
         for some in sets[1:2] if held == "dev" else sets[1:]:  # there, both are the same pictures
             rows = some.rows[data.evenly_spaced(len(some.rows), ASKED)]

@@ -197,11 +197,13 @@ def set_centroids(task, net):
 @torch.no_grad()
 def judge_frames(task, net, frames):
     """Accuracy on frames of one kind, in percent; None without such frames."""
+    if not len(frames.plain):
+        return None
     right = []
     for rows, view in views(task, frames, frames.plain):
         with task.autocast():
             right.append((net.scores(view)[0] > 0).cpu() == (frames.kind[rows] == 1))
-    return round(100 * torch.cat(right).float().mean().item(), 2) if right else None
+    return round(100 * torch.cat(right).float().mean().item(), 2)
 
 
 # ---- stage 2: proxy masks ------------------------------------------------------------------------
@@ -632,7 +634,7 @@ def run_stages(flags, device, autocast):
     row["proxies"] = judge(task, lambda view: proxy_masks(one.net, view, autocast))
     row["pixel_seconds"] = learn_pixels(task, run, one, three)
     row["pixels"] = judge(task, lambda view: pixel_masks(three.net.eval(), view, autocast))
-    row |= {"config": run.config, "command": command()}
+    row |= {"config": run.config, "command": flags.command}
     row |= {"machine": train.machine(device), "commit": train.commit()}
     save_json(row, run.out / f"metrics{split_suffix(task.held)}.json")
     for stage, name in (("stage 2", "proxies"), ("stage 3", "pixels")):
@@ -679,10 +681,11 @@ def use(flags, device, autocast):
     table.writerow(["picture", "drawn"])
     for key, picture in whole_pictures(flags.pictures, problems):
         found = mask_of(net, picture, header["image_size"], autocast, mixed)
-        table.writerow([key, f"{found.mean():.4f}"])
+        drawn = found > 0.5
+        table.writerow([key, f"{drawn.mean():.4f}"])
         if out:
-            mask = np.uint8(255 * (found > 0.5))  # white is drawn
-            save_pngs(out, key, {"-mask": mask, "-overlay": overlay(picture, found > 0.5)})
+            mask = np.uint8(255 * drawn)  # white is drawn
+            save_pngs(out, key, {"-mask": mask, "-overlay": overlay(picture, drawn)})
     tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
@@ -726,7 +729,7 @@ def main():
     if flags.pictures:
         return use(flags, device, autocast)
     name = f"{name_of(flags.encoder)}-seg" + (f"-s{flags.seed}" if flags.seed else "")
-    set_defaults(flags, out=f"runs/{name}")
+    set_defaults(flags, out=f"runs/{name}", command=command())
     print(machine)
     load_encoder(flags.encoder)  # before a data set is made
     flags.data = str(data.open_or_pack(flags.data))

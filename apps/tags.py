@@ -922,7 +922,11 @@ def caption_files(paths, append):
     if twice:
         raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")
     there = sorted(file for file in found.values() if file.exists())
-    boxes = [x for x in there if are_numbers(x.read_text("utf-8", "replace").split())]
+    boxes = []
+    for file in there:  # now, and not in the middle of the work
+        with reading(file, "caption in UTF-8", "save it as UTF-8"):
+            text = file.read_text("utf-8-sig", "strict" if append else "replace")
+        boxes += [file] * are_numbers(text.split())
     if boxes:
         why = "hold numbers alone, as boxes of YOLO do; move them elsewhere first"
         raise UserError(f"{len(boxes)} texts beside pictures {why}, the first: {boxes[0]}")

@@ -231,6 +231,10 @@ def measure_run(args, net, header, gallery, autocast):
         raise UserError(f"{args.run} learned every picture of {folder}; {fix}")
     home = results_folder(args.run, folder, args.split, learned)
     reserve([home / "recognize.json"], fix="choose another --data or --split")
+    crop = data.open_split(folder, args.split)["header"].get("crop")
+    if crop != header["crop"]:
+        fix = f"{args.run} learned from --crop {header['crop']}: pack it so"
+        print(f"note: {folder} was packed by --crop {crop}, and {fix}", file=sys.stderr)
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and data.splits_in(learned) and not by_folds:
         own = faces_of(net, gallery, learned, header.get("split", "val"), autocast)

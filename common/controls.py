@@ -43,8 +43,8 @@ def thumbnail_top1(train, dev, report):
     return 100 * topk(judged @ W + b, labels[2], 1)
 
 
-def histogram_svms(train):
-    """-> support vector machines on histograms of colours, one for each of COSTS.
+def histogram_svms(train, costs=COSTS):
+    """-> support vector machines on histograms of colours, one for each of the costs.
 
     If there are more than SVM_IMAGES pictures, they learn so many of them at most, because their time
     grows with the square: equally many of each character, as far as it has them.
@@ -56,7 +56,7 @@ def histogram_svms(train):
         share = max(1, SVM_IMAGES // len(labels.unique()))
         some = some[torch.cat(evenly_of_each(labels, share))]
     x = features_of(histograms, train, some)
-    return [SVC(C=cost).fit(x, train.labels[some]) for cost in COSTS]
+    return [SVC(C=cost).fit(x, train.labels[some]) for cost in costs]
 
 
 def histogram_top1(train, dev, report):

@@ -121,8 +121,11 @@ SWEEPS = {  # name: (function, levels, what a level is, the level of --only)
 
 def fit_probe(task):
     """The headline of probe.py on clean features: task.scores(features (n, D)) -> (n, C)."""
-    found = features.of_encoder(task.encoder, task)[task.args.pool]
     fit, choose, where = features.hold_out(task.splits)
+    if not len(choose):
+        fix = "data.py needs more pictures, or a dev split: --dev 0.1"
+        raise UserError(f"{task.folder} has no picture to choose the regularisation on; {fix}")
+    found = features.of_encoder(task.encoder, task)[task.args.pool]
     y = task.train["labels"][fit]
     truth = task.splits[where]["labels"][choose]
     classes = len(task.train["header"]["classes"])

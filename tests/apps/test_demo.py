@@ -168,10 +168,14 @@ def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(at):
 
 
 def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at, tmp_path, monkeypatch):
+    base_of = demo.base_of
     assert demo.choose_run(None) == demo.choose_run("runs/a") == "runs/a"
     for made in ("runs/a-lora", "runs/a-tags/", "runs/a-seg", "runs/a-det"):
         assert demo.choose_run(made) == "runs/a"
     assert demo.made_of("runs/a", demo.is_recogniser) == "runs/a-lora"
+    monkeypatch.setattr(demo, "base_of", lambda run: "d4df7a6c05a8")  # a digest, as of what ships
+    assert demo.choose_run("runs/a-det") == "runs/a"
+    monkeypatch.setattr(demo, "base_of", base_of)
     shutil.copytree("runs/a-lora", tmp_path / "names")
     monkeypatch.setattr(demo.MACHINE, "given", str(tmp_path / "names"))
     assert demo.choose_run(tmp_path / "names") == "runs/a"  # as its file says

@@ -63,6 +63,13 @@ def test_boxes_of_yolo_are_not_taken_for_captions(fresh):
     assert boxes.read_text() == "0 .5 .5 .2 .2\n"
 
 
+def test_a_caption_in_another_code_page_is_named_before_the_work(fresh):
+    picture = sorted((fresh / FOLDER).glob("*.png"))[-1]
+    picture.with_suffix(".txt").write_bytes("初音".encode("cp932"))
+    assert "save it as UTF-8" in refused(captions(fresh, "--append"))
+    assert len(list((fresh / FOLDER).glob("*.txt"))) == 1
+
+
 def test_a_caption_says_what_json_says(fresh):
     captions(fresh, "--threshold 0 --without blue,Class0", check=0)
     for row in json_of(f"apps.tags runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh):

@@ -244,19 +244,21 @@ def test_three_stages_leave_their_files_and_numbers(base):
     assert masks[train.mixed].any((1, 2)).all()
 
 
+@pytest.mark.parametrize("mixed", ["", " --mixed"])
 @pytest.mark.parametrize(("width", "height"), [(90, 40), (1, 1), (32, 32)])
-def test_a_picture_gets_a_mask_an_overlay_and_its_share(base, width, height):
+def test_a_picture_gets_a_mask_an_overlay_and_its_share(base, width, height, mixed):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(base / "own.png")
     (base / "none.png").write_text("no picture")
-    out = f"masks-{width}"
-    use = f"apps.segment runs/a-seg own.png none.png --out {out} {CPU}"
+    out = f"masks-{width}{mixed.strip()}"
+    use = f"apps.segment runs/a-seg own.png none.png --out {out} {CPU}{mixed}"
     done = run_line(use, base, check=0)
     (row,) = csv.DictReader(done.stdout.splitlines())
-    assert row["picture"] == "own.png" and 0 <= float(row["drawn"]) <= 1
+    assert row["picture"] == "own.png"
     assert "none.png is not a picture" in done.stderr
     mask = np.asarray(Image.open(base / out / "own-mask.png"))
     assert mask.shape == (height, width) and set(mask.flat) <= {0, 255}
+    assert float(row["drawn"]) == pytest.approx((mask == 255).mean(), abs=1e-4)
     assert (base / out / "own-overlay.png").exists()
 
 

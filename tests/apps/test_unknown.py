@@ -180,6 +180,13 @@ def pack_with(fresh, name, classes):
     return f"--data datasets/{name} --split train", f"{name}-train"
 
 
+def test_pictures_that_were_cut_otherwise_are_told(fresh):
+    line = "data.py images --out datasets/figures --size 32 --crop figure"
+    run_line(line, fresh, check=0)
+    told = run_line(f"{MEASURE} --data datasets/figures --split train", fresh, check=0).stderr
+    assert "was packed by --crop figure" in told and "--crop centre" in told
+
+
 def test_unknown_characters_are_measured_and_counted_apart_once_enrolled(fresh):
     shutil.copytree(fresh / "images", fresh / "more")
     place = pack_with(fresh, "more", ["somebody"])
