@@ -25,7 +25,6 @@ import torch
 
 from apps.recognize import (
     GALLERY,
-    add_faces,
     decide,
     known_faces,
     load_gallery,
@@ -37,6 +36,7 @@ from apps.recognize import (
     renamed,
     same_pictures,
     save_gallery,
+    with_named,
 )
 from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted
 from common.command import cli, refuse_useless
@@ -112,38 +112,40 @@ def embedded(args, net, header, autocast, files, problems):
 
 def learn(run, shows, moved, faces):
     """Change the gallery by what the folders say -> the files that it has taken."""
-    done = []
-    for who in sorted({*shows.values()}):
-        own = [file for file in shows if shows[file] == who and file in faces]
-        files = [file for file in own if file in moved]
-        stayed = [file for file in own if file not in moved]
-        if who:
-            files += [stayed[i] for i in evenly_spaced(len(stayed), STAYED)]
-        if not files:
-            continue
-        embeddings = torch.stack([faces[file][1] for file in files])
-        try:
-            lines = add_faces(run, who, files, embeddings) if who else forget(run, embeddings)
-        except UserError as problem:  # too few of a new character; the others go on
-            lines, files = [f"note: {problem}"], []
-        print("\n".join(lines))
-        done += files
+    path, done, told = Path(run) / GALLERY, [], []
+    with locked(lock_beside(path), wait=True):
+        gallery = load_gallery(run)
+        for who in sorted({*shows.values()}):
+            own = [file for file in shows if shows[file] == who and file in faces]
+            files = [file for file in own if file in moved]
+            stayed = [file for file in own if file not in moved]
+            if who:
+                files += [stayed[i] for i in evenly_spaced(len(stayed), STAYED)]
+            if not files:
+                continue
+            embeddings = torch.stack([faces[file][1] for file in files])
+            try:
+                if who:
+                    gallery, lines = with_named(gallery, who, files, embeddings)
+                else:
+                    gallery, lines = without(gallery, embeddings)
+            except UserError as problem:  # too few of a new character; the others go on
+                lines, files = [f"note: {problem}"], []
+            told += lines
+            done += files
+        save_gallery(path, gallery)
+    for line in told:
+        print(line)
     return done
 
 
-def forget(run, embeddings):
-    """Take pictures (n, D) that show nobody known out of a gallery that they were added to -> lines."""
-    path = Path(run) / GALLERY
-    with locked(lock_beside(path), wait=True):
-        gallery = load_gallery(run)
-        stay = ~same_pictures(embeddings, gallery["embeddings"]).any(0)
-        stay[: gallery["trained"]] = True
-        gallery = only(gallery, stay)
-        save_gallery(path, gallery)
+def without(gallery, embeddings):
+    """-> the gallery without pictures (n, D) that were added and show nobody known, and a line."""
+    stay = ~same_pictures(embeddings, gallery["embeddings"]).any(0)
+    stay[: gallery["trained"]] = True
     gone = f"{int((~stay).sum())} of them left the gallery"
-    return [
-        f"unknown: {len(embeddings)} pictures, {gone}; a new training sets its threshold by them"
-    ]
+    fix = "a new training sets its threshold by them"
+    return only(gallery, stay), [f"unknown: {len(embeddings)} pictures, {gone}; {fix}"]
 
 
 def agreeing(gallery, shows, faces):

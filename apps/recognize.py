@@ -644,39 +644,43 @@ def name_of(text, source):
 
 
 def add_faces(run, who, keys, embeddings):
-    """Add embeddings (n, D) of pictures `keys`, each once, to the run's gallery -> lines that say so.
+    """Add embeddings (n, D) of pictures `keys` to the run's gallery -> lines that say so."""
+    path = Path(run) / GALLERY
+    with locked(lock_beside(path), wait=True):
+        gallery, lines = with_named(load_gallery(run), who, keys, embeddings)
+        save_gallery(path, gallery)
+    return lines
+
+
+def with_named(gallery, who, keys, embeddings):
+    """-> the gallery with embeddings (n, D) of pictures `keys`, each once, and lines that say so.
 
     A picture that was added under another name leaves that one; one that was learned stays there.
     """
-    path = Path(run) / GALLERY
     lines = []
-    with locked(lock_beside(path), wait=True):
-        gallery = load_gallery(run)
-        names, labels, trained = gallery["names"], gallery["labels"], gallery["trained"]
-        embeddings = embeddings[:, : gallery["embeddings"].shape[1]]  # some have no colours
-        same = same_pictures(embeddings, gallery["embeddings"])  # (n, faces)
-        has_name = torch.tensor([name == who for name in names])[labels]
-        twins = same_pictures(embeddings, embeddings)
-        new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
-        for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
-            there = "was learned as" if face < trained else "was added as"
-            now = "it stays there, too" if face < trained else f"it is {who} now"
-            lines.append(f"note: {fields.shown(keys[i])} {there} {names[labels[face]]}; {now}")
-        stay = ~(same & ~has_name).any(0)
-        stay[:trained] = True
-        total = int(has_name.sum() + new.sum())
-        if total < LEAST:
-            raise UserError(f"{total} pictures of {who} are too few; give {LEAST} to {SHOTS}")
-        gallery = with_faces(
-            only(gallery, stay), who, [*itertools.compress(keys, new)], embeddings[new]
-        )
-        save_gallery(path, gallery)
+    names, labels, trained = gallery["names"], gallery["labels"], gallery["trained"]
+    embeddings = embeddings[:, : gallery["embeddings"].shape[1]]  # some have no colours
+    same = same_pictures(embeddings, gallery["embeddings"])  # (n, faces)
+    has_name = torch.tensor([name == who for name in names])[labels]
+    twins = same_pictures(embeddings, embeddings)
+    new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
+    for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
+        there = "was learned as" if face < trained else "was added as"
+        now = "it stays there, too" if face < trained else f"it is {who} now"
+        lines.append(f"note: {fields.shown(keys[i])} {there} {names[labels[face]]}; {now}")
+    stay = ~(same & ~has_name).any(0)
+    stay[:trained] = True
+    total = int(has_name.sum() + new.sum())
+    if total < LEAST:
+        raise UserError(f"{total} pictures of {who} are too few; give {LEAST} to {SHOTS}")
+    kept = [*itertools.compress(keys, new)]
+    gallery = with_faces(only(gallery, stay), who, kept, embeddings[new])
     count = len(gallery["names"])
     if gallery["names"].index(who) < gallery["learned"]:
         told = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
     else:
         told = f"{who} is enrolled with {total} pictures"
-    return [*lines, f"{told}; the gallery knows {count} characters"]
+    return gallery, [*lines, f"{told}; the gallery knows {count} characters"]
 
 
 def same_pictures(embeddings, others):
