@@ -501,8 +501,9 @@ def open_task(flags, device, autocast):
         sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
     pictures = len(sets[0].rows)
     flags.batch_size = min(flags.batch_size, pictures)
-    most = encoder.side**2 * max(flags.keep) if flags.method != "linear" else 0
-    train.warn_of_metal(round(flags.batch_size * (most + 1)), device)
+    if flags.method != "linear":  # there, no gradient passes through the encoder
+        tokens = encoder.side**2 * max(flags.keep) + 1  # of a view, at most
+        train.warn_of_metal(round(flags.batch_size * tokens), device)
     # Thirty epochs of 35 pictures are thirty steps, in which a new head learns little.
     least = math.ceil(LEAST_STEPS / (pictures // flags.batch_size))
     set_defaults(flags, epochs=max(flags.epochs, least))

@@ -145,6 +145,15 @@ def start_processes(device):
     return distributed.get_rank(), distributed.get_world_size(), device
 
 
+def of_first(value):
+    """The value of the first process: each may have measured another one, such as the faster dtype."""
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def share_gradients(network):
     """The network for the loop; with several processes, their gradients are averaged."""
     if network is not None and distributed.is_initialized():
@@ -186,13 +195,21 @@ def parse_model(flags, device):
 
 
 def open_data(flags, image_size, rank):
-    """The training split, and that of the evaluations. Process 0 packs images first."""
+    """The training split, and that of the evaluations. Process 0 packs images first.
+
+    A resumed run needs the pictures with which it began: its teacher's maps are of these.
+    """
     if rank == 0:
         data.open_or_pack(flags.data, image_size)
     if distributed.is_initialized():
         distributed.barrier()
     flags.data = str(data.open_or_pack(flags.data, image_size))
-    return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
+    train_set = data.open_split(flags.data, "train")
+    digest = data.fingerprint(train_set)
+    if getattr(flags, "digest", digest) != digest:  # a resumed run has one
+        raise UserError(f"{flags.data} has changed since {flags.out} began; put the old one back")
+    flags.digest = digest
+    return train_set, data.open_split(flags.data, flags.split)
 
 
 def set_length(flags, n_images, N, device, world):
@@ -403,10 +420,7 @@ def main():
     flags = parse_flags()
     rank, world, device = start_processes(train.pick_device(flags.device))
     flags.dtype, reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
-    if world > 1:  # each has timed its own machine: the choice of the first counts
-        chosen = [flags.dtype]
-        distributed.broadcast_object_list(chosen)
-        flags.dtype = chosen[0]
+    flags.dtype = of_first(flags.dtype)
     dtype = train.DTYPES[flags.dtype]
     autocast = train.autocast_of(device, flags.dtype)
     kind, size, contrast_settings = parse_model(flags, device)  # {} for --contrast none
@@ -418,10 +432,6 @@ def main():
     mask = parse_mask(flags, N)
 
     train_set, held_set = open_data(flags, s, rank)
-    digest = data.fingerprint(train_set)
-    if getattr(flags, "digest", digest) != digest:  # a resumed run has one
-        raise UserError(f"{flags.data} has changed since {flags.out} began; put the old one back")
-    flags.digest = digest
     images = data.resident(train_set["images"], device)  # on the GPU, if it has room for them
     # Foreground masks u8 (n, S, S), or None: second views get the background of another image.
     figures = data.resident(train_set.get("fg") if contrast_settings else None, device)

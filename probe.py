@@ -143,10 +143,7 @@ def open_labels(task):
     # The reported split is for reporting alone. What is chosen on it looks better than it is, so the
     # regularisation has other pictures: dev, or a tenth of train. (With --split dev, both are dev: it
     # is for choices between runs, and not for results.)
-    task.fit, task.choose, task.choose_in = features.hold_out(task.splits)
-    if not len(task.choose):
-        fix = "data.py needs more pictures, or a dev split: --dev 0.1"
-        raise UserError(f"{task.folder} has no picture to choose the regularisation on; {fix}")
+    task.fit, task.choose, task.choose_in = features.hold_out_to_choose(task)
     labels = task.labels["train"]
     queries = task.labels[task.held]
     task.counts = torch.bincount(labels[task.fit], minlength=len(task.names))

@@ -108,6 +108,11 @@ def has_decoder(run):
     return "decoder_dim" in about_model(run).get("config", {})
 
 
+def reads_pictures(run):
+    """Is it a tagger that sees the picture? The one of --arm tags sees its tags alone."""
+    return tags.is_tagger(run) and about_model(run)["tags"].get("arm") != "tags"
+
+
 def base_of(run):
     """The encoder that a run was made of, as its file says, or None."""
     for stem in ("head", "detector", "model"):
@@ -417,11 +422,6 @@ def gate(app, names):
         await handler(scope, receive, send)
 
     return guarded
-
-
-def reads_pictures(run):
-    """Is it a run of apps/tags.py that sees the picture, and not its tags alone?"""
-    return about_model(run).get("tags", {}).get("arm", "tags") != "tags"
 
 
 # ---- the page ------------------------------------------------------------------------------------

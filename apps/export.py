@@ -400,8 +400,8 @@ FORMATS = {  # --to: what writes it, the name of the file or folder, the library
 MADE_BY = ("data", "mask", "epochs", "seed", "command")  # flags of the encoder under an adapter
 OURS = {"datasets/toon", "datasets/scenes"}  # pictures that the project's own program drew
 RESULTS = ("probe.json", "metrics.json", "recognize.json")
-NUMBERS = ("headline", "top1", "without_top1", "macro_f1", "ap", "ap50", "map", "miou", "roc_auc")
-NUMBERS += ("eer",)  # of these files
+NUMBERS = ("headline", "top1", "without_top1", "macro_f1", "ap", "ap50", "map", "miou")
+NUMBERS += ("roc_auc", "eer")  # of these files, as far as one has them
 
 
 def sets_behind(source, later=()):

@@ -11,9 +11,9 @@ Writes: runs/NAME/gallery.safetensors, which gets the pictures;
 Where something was moved or added, somebody has looked at the folders, so the pictures that stayed
 are right as well, and some of each character are learned, too: without them, a new character would
 take pictures from those that look like it. Pictures in a folder that is not known yet make a new
-character, three of them at least. One that was moved to unknown or others shows nobody who is known; it is
-taken out of the gallery. A new training learns from all of OUT: python data.py OUT --layout class
-packs it, whatever folders your pictures were in.
+character, three of them at least. One that was moved to unknown or others shows nobody who is
+known; it is taken out of the gallery. A new training learns from all of OUT: python data.py OUT
+--layout class packs it, whatever folders your pictures were in.
 
     n pictures   D width of an embedding
 """
@@ -133,7 +133,8 @@ def learn(run, shows, moved, faces):
                 lines, files = [f"note: {problem}"], []
             told += lines
             done += files
-        save_gallery(path, gallery)
+        if done:
+            save_gallery(path, gallery)
     for line in told:
         print(line)
     return done

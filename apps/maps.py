@@ -62,6 +62,7 @@ def parse_args():
 GRID = 32  # cells a side of every saliency map, whatever the encoder's grid
 CONNECTIVITY_GRID = 12  # shortest paths of N cells cost N^3: 2 ms an image; at 16, 8 ms, equal AUC
 BANDWIDTH = 8.0  # of a colour, in Lab units; about 2.3 are a just noticeable difference
+SPREAD, STEPS = 10.0, 6  # of a colour, over a whole region (the paper's sigma_clr); of `diffuse`
 NOISE = 2.0  # Lab units by which neighbours may differ at no cost: grain is no edge
 # Weights of a logistic fit on portraits with drawn backgrounds and on train of the demo set.
 # Results are reported on other images. The threshold 0.5 depends on their share of foreground.
@@ -145,7 +146,7 @@ def boundary_connectivity(colours):
     lower edge is no border, and a step of colour costs only what goes beyond NOISE.
     """
     G = colours.shape[1]
-    region = likeness(geodesic(colours).square(), 10.0)  # (B, N, N): that j is in i's region
+    region = likeness(geodesic(colours).square(), SPREAD)  # (B, N, N): that j is in i's region
     length = region[:, :, border(G)].sum(2)
     return (length / region.sum(2).sqrt()).unflatten(1, (G, G))
 
@@ -158,7 +159,7 @@ def diffuse(values, colours):
     below = above.roll(-1, 1)
     before = F.pad(likeness(right, BANDWIDTH), (1, 0))
     after = before.roll(-1, 2)
-    for _ in range(6):
+    for _ in range(STEPS):
         column = above * values.roll(1, 1) + below * values.roll(-1, 1)
         row = before * values.roll(1, 2) + after * values.roll(-1, 2)
         values = (values + column + row) / (1 + above + below + before + after)

@@ -13,11 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import BOUNDS, is_text, shown
-from common.io import UserError, one_line, quoted, temporary_files
+from common.io import FULL, UserError, one_line, quoted, temporary_files
 
-NO_MEMORY = (
-    "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
-)
+NO_MEMORY = f"{FULL}|OutOfMemory|MemoryError|alloc_cpu|calculation overflowed"
 QUIET = 10  # seconds between two states of a bar where output is piped
 AT_END = contextlib.ExitStack()  # what a command lets go of when it ends, as its locks
 

@@ -188,6 +188,15 @@ def hold_out(splits, rows=None, seed=0):
     return rows[~apart], rows[apart], "train"
 
 
+def hold_out_to_choose(task):
+    """`hold_out` of a task's splits; a UserError if no picture is left to choose the regularisation on."""
+    fit, choose, where = hold_out(task.splits)
+    if not len(choose):
+        fix = "data.py needs more pictures, or a dev split: --dev 0.1"
+        raise UserError(f"{task.folder} has no picture to choose the regularisation on; {fix}")
+    return fit, choose, where
+
+
 def evenly_of_each(labels, most):
     """labels (n,) -> a list of rows for each label: at most so many, evenly spaced."""
     rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]

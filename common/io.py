@@ -24,6 +24,9 @@ from safetensors.torch import save
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 
 
+FULL = "can't allocate memory|out of memory"  # torch's words for full memory
+
+
 class UserError(Exception):
     """A mistake of the user, in one line with the value and the fix. `cli` exits with status 2."""
 
@@ -63,8 +66,8 @@ def reading(path, what, remedy):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
     except Exception as problem:  # half a dozen kinds for a truncated or foreign file
-        if re.search("can't allocate memory|out of memory", str(problem)):
-            raise  # torch's words for full memory
+        if re.search(FULL, str(problem)):
+            raise
         code = re.search(r"GLOBAL (\S+)", str(problem))  # torch's, of what it did not run
         reason = f"it wants to run {code[1]}" if code else one_line(problem)
         raise UserError(f"{path} is not a whole {what} ({reason}); {remedy}") from None

@@ -130,10 +130,12 @@ def pick_device(name):
 
 
 def warn_of_metal(rows, device):
-    """A line where a step has more tokens than the gradients on an M1 or M2 can add up."""
+    """A line where a step has more tokens, its `rows`, than an M1 or M2 adds up rightly."""
     if device.type == "mps" and rows > METAL_ROWS:
         fix = "give a smaller --batch-size"
-        print(f"warning  a step has {rows} tokens: on an M1 or M2, gradients are wrong; {fix}")
+        print(
+            f"warning  a step has {rows} tokens, over {METAL_ROWS}: on an M1 or M2, gradients are wrong; {fix}"
+        )
 
 
 def keep_freed_memory(heaps=None):

@@ -37,8 +37,8 @@ FLIPS = {5: [], 6: [0], 7: [0, 1], 8: [1]}
 # ---- records -------------------------------------------------------------------------------------
 
 
-def split_of(page):
-    """By the folders of its picture, or else by its label file."""
+def split_of_page(page):
+    """Its split, by the folders of its picture or else by its label file."""
     folders = map(layouts.split_of, Path(page.place).parts[:-1])
     return next(filter(None, folders), page.split)
 
@@ -51,7 +51,7 @@ def of_their_own(pages):
     by_path = [
         bool(p.place)
         and labels.one_ends(nfc(p.place), nfc(p.name.replace("\\", "/")))
-        and p.split in (None, split_of(p))
+        and p.split in (None, split_of_page(p))
         for p in pages
     ]
     taken = {p.place for p, named in zip(pages, by_path, strict=True) if named}
@@ -139,7 +139,7 @@ def records_of(pages):
     boxes, splits = {}, {}
     for page in pages:
         boxes.setdefault(page.place, []).extend(map(tuple, page.faces))
-        splits[page.place] = split_of(page)
+        splits[page.place] = split_of_page(page)
     records, twice = [], []
     for place, found in boxes.items():
         own = list(dict.fromkeys(found))

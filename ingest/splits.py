@@ -37,16 +37,14 @@ def join_groups(records, pattern, pairs):
 
 
 def copies_to_drop(records, pairs, within):
-    """Of near-duplicates the first in the order of ORDER stays, in one split a labelled one.
+    """Of near-duplicates the first in the order of ORDER stays -> indices of those to drop.
 
-    -> indices of those to drop.
-
-    Those of other splits than the first: what train holds is no test. within: all but one.
+    Those of other splits than the first: what train holds is no test. within: all but one, which is
+    a labelled one where there is one in that split.
     """
     ranks = [(*ORDER, None).index(r.split) for r in records]
     roots = duplicates.join(len(records), pairs)
     first = {}
-    # Of two copies in one split, the one that says who it shows stays.
     nameless = [r.label is None or shows_nobody(r.label) for r in records]
     for i in sorted(range(len(records)), key=lambda i: (ranks[i], nameless[i])):
         first.setdefault(roots[i], i)

@@ -573,10 +573,10 @@ PLANS["pays"] = OF_RECOGNITION | {
 
 # ---- from what should weights/toon have learned? ---------------------------------------------------
 
-# Each encoder differs by one thing from the recipe of weights/toon, or that of 480 characters from that of more
-# drawings, and sees 100,000 views. The recogniser has the
-# flags that plan pays chose. The data is the train split of faces20 alone, so that this choice sees
-# no picture of its val, and is judged by half of it, 3,600 pictures that the recognisers don't see:
+# Each encoder sees 100,000 views, and differs by one thing from the recipe of weights/toon (that with
+# more characters from that with more drawings). The recogniser has the flags that plan pays chose.
+# The data is the train split of faces20 alone, so that this choice sees no picture of its val. Half
+# of it judges, about 3,600 pictures that the recognisers don't see:
 # python -m lab.subset datasets/faces20-val --pictures 10000 --folders --out pictures, and
 # python data.py pictures --split .5,.5,0 --dev .1 --out datasets/faces20-choose.
 LIKE_TOON = (
@@ -590,12 +590,13 @@ TOONS = {
     "flat patches weigh less": f"{RAW} --flat-weight 0.1",
     "masks by true maps": f"{RAW} --mask attn_high --teacher maps --maps {{true}}",
     "five times the drawings": f"{RAW} --data {{toon48000}} --epochs 3",
-    "and ten times the characters": f"{RAW} --data {{cast480}} --epochs 3",
+    "with ten times the characters": f"{RAW} --data {{cast480}} --epochs 3",
     "half the rate": f"{RAW} --blr 2.5e-3",
     "twice the rate": f"{RAW} --blr 1e-2",
     "views of 128 px": f"{RAW} --model nano:image_size=128,decoder_depth=2",
     "tiny": f"{RAW} --model tiny:decoder_depth=2",
 }
+COMPARED_WITH = {"with ten times the characters": "five times the drawings"}  # others: as it is
 LEARN = f"{FINE_TUNED['full']} --lr 1e-3 --seed {{seed}} --split {{split}}"
 WITH_LABELS = {
     "20 labels": "--data {few20} --image-size 64 --epochs 30",
@@ -618,7 +619,7 @@ PLANS["weights"] = PLANS["pays"] | {
         for arm, (name, label) in CHANGED.items()
     },
     "against": {
-        arm: f"{'five times the drawings' if 'ten times' in name else 'as it is'}, {label}"
+        arm: f"{COMPARED_WITH.get(name, 'as it is')}, {label}"
         for arm, (name, label) in CHANGED.items()
     },
     "differences": [],

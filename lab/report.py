@@ -176,8 +176,8 @@ def differences(study):
     """Every difference of a plan -> its tests with holm_p and verdict.
 
     Holm's families: each compared column over its arms, and the plan's further differences. Those
-    that lack rows count, too, with p = 1, and stay open. The best arm is chosen by the runs that are tested: any pair
-    could have been asked about, so all pairs count.
+    that lack rows count, too, with p = 1, and stay open. The best arm is chosen by the runs that are
+    tested: any pair could have been asked about, so all pairs count.
     """
     families = []
     for column in study.plan["compare"]:

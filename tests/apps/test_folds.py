@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import data
 from apps import export, folds, groups, recognize
 from common import features
 from common.classifier import read_head
-from common.io import read_json, read_safetensors
+from common.io import UserError, read_json, read_safetensors
 from finetune_lora import load_classifier
 
 TRAIN = f"finetune_lora.py runs/a --data datasets/packed --keep 1 --batch-size 16 {CPU}"
@@ -195,6 +196,15 @@ def test_finished_folds_are_not_trained_again(learned, monkeypatch):
     rows = [read_json(home / out / "metrics.json") for out in (OUT, "runs/again")]
     assert rows[0]["right"] == rows[1]["right"]
     refused(run_line(line.replace("--epochs 6", "--epochs 5").replace("again", "folds"), home))
+
+
+def test_a_part_of_one_character_is_refused_before_it_is_trained(monkeypatch):
+    """A gallery without it would be one of nobody."""
+    some = SimpleNamespace(rows=[0])
+    monkeypatch.setattr(folds, "sets_of", lambda *_: (some, some, some, [0]))
+    task = SimpleNamespace(train=None, classes=["a", "b", "c"])
+    with pytest.raises(UserError, match="too few pictures or characters"):
+        folds.answers_of_folds(SimpleNamespace(data="set"), task, None, torch.tensor([0, 1, 2]))
 
 
 def test_it_is_the_default_where_it_is_quick(learned, monkeypatch):

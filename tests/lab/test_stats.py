@@ -288,6 +288,12 @@ def test_a_test_that_lacks_a_run_counts_as_one_without_rows():
     assert [h["parts"][0]["holm_against"] for h in found] == [0.06, 1.0]
     assert of(found[0], ("p", "holm_p", "holm_claim")) == [0.01, 0.02, 0.06]
     assert of(found[1], ("p", "holm_p", "holm_claim")) == [1.0, 1.0, 1.0]
+    near_zero = [part(p_equal=0.03), part(p_equal=0.001, n=4)]
+    found = stats.judge([{"id": x, "parts": [y]} for x, y in zip("AB", near_zero, strict=True)], {})
+    assert [h["verdict"] for h in found] == ["supported", "undecided"]
+    near_zero[0] |= SMALL | {"p": 0.9, "p_equal": 0.03}
+    found = stats.judge([{"id": x, "parts": [y]} for x, y in zip("AB", near_zero, strict=True)], {})
+    assert found[0]["verdict"] == "undecided"  # 0.03 times two
     no_p = part(p=None, p_against=None, low=None, high=None)
     (found,) = stats.judge([{"id": "A", "parts": [no_p]}], {"A": 1})
     assert found["parts"][0]["holm_against"] is None
@@ -315,6 +321,24 @@ def test_where_the_best_arm_is_the_baseline_all_pairs_count():
     plan["arms"] = dict.fromkeys(means, "a")
     planned = {row["arm"]: row for row in report.differences(study)}
     assert planned[smallest["arm"]]["holm_p"] == pytest.approx(3 * smallest["p"])
+
+
+def test_a_difference_that_lacks_a_run_is_open_and_takes_no_rank():
+    """Of b and c, b has the smaller p. Without one of its runs, c has the smallest of two, and b no verdict."""
+    noise = np.random.default_rng(0).normal(0, 1, (3, 5))
+    rows = {
+        arm: {seed: {"metrics": {"top1": mean + x}} for seed, x in enumerate(some)}
+        for arm, mean, some in zip("abc", (50.0, 30.0, 45.0), noise, strict=True)
+    }
+    plan = {"compare": ["top1"], "differences": [], "seeds": range(5), "margin": 0.5}
+    plan["arms"] = dict.fromkeys("abc", "a")
+    study = SimpleNamespace(plan=plan, rows=rows, groups=None, thresholds={})
+    b, c = report.differences(study)
+    assert b["p"] < c["p"] and c["holm_p"] == max(c["p"], b["holm_p"]) and b["verdict"] == "worse"
+    del rows["b"][4]
+    b, again = report.differences(study)
+    assert b["verdict"] == "open: runs are missing" and b["holm_p"] is None
+    assert again["holm_p"] == pytest.approx(2 * c["p"])
 
 
 def test_two_studies_may_have_a_hypothesis_of_one_name():

@@ -3,15 +3,18 @@
 import functools
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import equal, python
 from torch import nn
 
+import pretrain
 from common import train
 from common.classifier import Classifier, make_optimizer
 from common.command import (
@@ -284,6 +287,30 @@ def finish(run, model, source, *rest):
 pretrain.finish = finish
 cli(pretrain.main)
 """
+
+
+def test_one_process_of_torchrun_is_alone(monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert pretrain.start_processes(CPU) == (0, 1, CPU)
+    assert not pretrain.distributed.is_initialized() and pretrain.of_first("bf16") == "bf16"
+
+
+def test_a_signal_counts_once_all_processes_know_it(monkeypatch):
+    """One that comes after they were asked waits for the next step."""
+    known = []
+    monkeypatch.setattr(pretrain.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(pretrain.distributed, "all_reduce", lambda x, _: known.append(x.item()))
+    run = SimpleNamespace(stop=[], caught=[])
+    pretrain.stop_together(run)
+    run.caught.append(signal.SIGTERM)
+    assert not run.stop
+    pretrain.stop_together(run)
+    assert run.stop == [signal.SIGTERM] and known == [0, signal.SIGTERM]
+    monkeypatch.setattr(pretrain.distributed, "all_reduce", lambda x, _: x.fill_(signal.SIGINT))
+    other = SimpleNamespace(stop=[], caught=[])
+    pretrain.stop_together(other)
+    assert other.stop == [signal.SIGINT]
 
 
 @pytest.mark.slow
