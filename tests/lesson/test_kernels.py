@@ -155,8 +155,13 @@ def test_flat_patches_have_no_detail_at_all():
     assert d[0, 0] == 0 and d[0, 1] == 0 and 0.45 < d[0, 2] <= 0.5  # black and white noise
     weight = L.detail_weight(d, 0.1)
     assert worst(weight[0, :2], 0.1) < 1e-7
+
+
+def test_the_weight_of_a_patch_rises_by_63_percent_at_tau():
+    """1 - exp(-detail / TAU), from the flat weight on: a change of detail_weight changes this test, too."""
+    d = torch.linspace(0, 0.5, 9, device=DEVICE)[None]
     expected = 0.1 + 0.9 * (1 - (-d / 0.05).exp())
-    assert worst(weight, expected) < 1e-7
+    assert worst(L.detail_weight(d, 0.1), expected) < 1e-7
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
