@@ -94,13 +94,15 @@ def check_split(split, path, advice):
     check_range(split["labels"], -1, len(header["classes"]), "labels", path, advice)
 
 
-def open_or_pack(path, image_size=128, pages=False):
+def open_or_pack(path, image_size=0, pages=False):
     """The packed folder that --data names. Without one, the demo set is drawn, or pictures are packed.
 
-    pages: they are whole pages, whose boxes are packed, too.
+    image_size: of the views that will be cut from them; pages: they are whole pages, whose boxes are
+    packed, too.
     """
     path = Path(path)
     if splits_in(path):
+        note_small(path, image_size, pages)
         return path
     # Runs up, because --data may name pictures: who reads a packed set loads no decoder.
     from ingest.pack import default_out, pack
@@ -119,7 +121,18 @@ def open_or_pack(path, image_size=128, pages=False):
     elif Path(open_split(out, files[0].stem)["header"]["source"]).resolve() != path.resolve():
         advice = f"python data.py {quoted(path)} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {advice}")
+    else:
+        print(f"note     {out} was packed before: to take new pictures of {path}, remove it")
+        note_small(out, image_size, pages)
     return out
+
+
+def note_small(folder, image_size, pages):
+    """A line if pictures are packed smaller than a network's views, which enlarge them."""
+    size = open_split(folder, splits_in(folder)[0])["header"]["size"]
+    if size < image_size and not pages:
+        fix = f"pack them again with --size {image_size}"
+        print(f"note     {folder} has pictures of {size} px, enlarged to {image_size}: {fix}")
 
 
 def is_small(folder):
@@ -130,9 +143,9 @@ def is_small(folder):
 
 
 def fingerprint(split):
-    """A hash of the header, which holds a digest of the pixels. The source does not count."""
-    # Where the pictures came from does not count: a moved folder is the same data set, and maps
-    # made of it must still fit.
+    """A hash of the header, which holds a digest of the pixels."""
+    # Where the pictures came from does not count, nor do notes about them: a moved folder is the same
+    # data set, and maps made of it must still fit.
     header = {k: v for k, v in split["header"].items() if k not in ("source", "notes")}
     return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=6).hexdigest()
 
@@ -191,8 +204,14 @@ def write_maps(path, name, chunks, shape, dtype, header=None):
     write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
 
 
+def maps_command(folder, name):
+    """The command that makes these maps; all but saliency read the tokens of a run."""
+    run = "" if name == "saliency" else " --run RUN"
+    return f"python -m apps.maps --data {quoted(folder)} --map {name}{run}"
+
+
 def open_map(path, name, split):
-    """The map `name` of this split's images, a memory map (n, G, G) of MAP_DTYPE.
+    """The map `name` of this split's images, a memory map (n, G, G) of MAP_DTYPE, and its header.
 
     path: the file or its folder. A UserError names the command that makes the map.
     """
@@ -200,9 +219,7 @@ def open_map(path, name, split):
     if path.suffix != ".safetensors":
         path = path / f"{name}.safetensors"
     folder = Path(split["images"].filename).parent
-    advice = f"python -m apps.maps --data {quoted(folder)} --map {name}"
-    if name != "saliency":
-        advice += " --run RUN"
+    advice = maps_command(folder, name)
     if not path.exists():
         raise UserError(f"no {name} maps at {path}: {advice} --out {path.parent} makes them")
     advice += f" --out OTHER makes those of {folder}"
@@ -212,7 +229,7 @@ def open_map(path, name, split):
     if arrays["header"].get("data_digest") != fingerprint(split):
         raise UserError(f"{path} holds maps of another data set; {advice}")
     check_arrays(arrays, {name: f"{MAP_DTYPE[name]} n G G"}, path, advice, n=len(split["images"]))
-    return arrays[name]
+    return arrays[name], arrays["header"]
 
 
 # ---- the loader ----------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ from common.lora import (
     save_encoder,
     save_own_adapter,
 )
+from common.stats import standard_error
 from kernels.gather import masked_patch_gather
 
 # The recipe. Learning rates were chosen on dev of faces20 in short runs (results/TRIED.md). With LoRA at
@@ -135,7 +136,12 @@ def read_flags():
     add("--out", metavar="RUN", help="run folder (default: runs/ENCODER-METHOD)")
     add("--method", default="lora", help="linear, lora:r=8,alpha=16 or full:layer_decay=0.9")
     add("--head", default="linear", help=", ".join(classifier.HEADS))
-    add("--pool", default="mean", choices=classifier.POOLS, help="mean patch token, or CLS token")
+    add(
+        "--pool",
+        default="mean",
+        choices=classifier.HEAD_POOLS,
+        help="mean patch token, or CLS token",
+    )
     add("--from-scratch", action="store_true", help="random weights in the encoder: the control")
     add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="epochs per block")
     add("--hold-out", type=some_characters, default=0, metavar="N", help="leave out N, or 1/3")
@@ -154,8 +160,12 @@ def read_flags():
         "--split", choices=splits, help="what is reported (a small set: folds, then all is learned)"
     )
     flags = parser.parse_args()
-    train.take_saved_flags(flags, "split")
+    saved = train.take_saved_flags(flags, "split")
     if flags.resume:
+        if FOLDS in (saved["split"], flags.split) and saved["split"] != flags.split:
+            fix = f"python -m apps.unknown {quoted(flags.out)} --data OTHER measures other pictures"
+            kind = "learned every picture" if saved["split"] == FOLDS else "holds pictures back"
+            raise UserError(f"--split {flags.split}: {flags.out} {kind}; leave it out, or {fix}")
         return flags
     method, _ = parse_keys(flags.method, METHODS, "--method")
     parse_keys(flags.head, classifier.HEADS, "--head")  # now, and not when pictures are packed
@@ -165,8 +175,8 @@ def read_flags():
     refuse_useless(flags.given & {"hold_out"} if flags.split == FOLDS else (), "with --split folds")
     refuse_useless(flags.given & {"pool"} if flags.head == "ifa" else (), "with --head ifa")
     set_defaults(flags, **RECIPE[method])
-    in_name = {"head", "from_scratch", "seed"}  # of the flags that were given
-    name = run_name(flags, name_of(flags.encoder), flags.method, leave_out=flags.given - in_name)
+    in_name = {"head", "from_scratch", "seed"}
+    name = run_name(flags, name_of(flags.encoder), flags.method, only=in_name)
     set_defaults(flags, out=f"runs/{name}", command=command())
     return flags
 
@@ -243,7 +253,6 @@ def equation_3(lora):
     return lora.base.weight + lora.scale * (B @ A)
 
 
-@torch.no_grad()
 def is_plain(encoder):
     """Is its adapter a LoRA as peft knows it: is nothing learned but A and B, and used as in eq. 3?"""
     layers = lora_layers(encoder)
@@ -252,12 +261,12 @@ def is_plain(encoder):
     return learned(encoder).keys() == {f"{name}.{factor}" for name in layers for factor in "AB"}
 
 
-def add_lora(encoder, r=8, alpha=None):
-    """Freeze the encoder and put LoRA on LAYERS of every block. alpha is 2r if None or 0.
+def add_lora(encoder, r=8, alpha=0.0):
+    """Freeze the encoder and put LoRA on LAYERS of every block. alpha is 2r if 0.
 
     The arguments are keys of --method lora. What is added here to be trained is saved and read back.
     """
-    dim = encoder.cls_token.shape[2]
+    dim = encoder.config["dim"]
     if not 1 <= r <= dim:
         raise UserError(f"--method lora:r={r}: the rank must lie in 1 to {dim}")
     encoder.requires_grad_(False)
@@ -436,9 +445,8 @@ class Best:
         self.macro_f1 = max(macro_f1, self.macro_f1)
         # Dev is small, so the single best of many epochs is the best by luck, too. Of those that can't be
         # told apart, the latest has learned most. It recognised more unknown characters as such
-        # (results/TRIED.md). The error is that of a share of the pictures, sqrt(p (1 - p) / n), in %.
-        standard_error = math.sqrt(self.macro_f1 * (100 - self.macro_f1) / pictures)
-        if macro_f1 >= self.macro_f1 - standard_error:
+        # (results/TRIED.md).
+        if macro_f1 >= self.macro_f1 - standard_error(self.macro_f1, pictures):
             self.epoch = epoch
             self.weights = {name: w.cpu().clone() for name, w in trained.state_dict().items()}
 
@@ -485,12 +493,7 @@ def open_task(flags, device, autocast):
     encoder = fresh_encoder(flags)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))
-    digest = fingerprint(encoder)
-    flags.fingerprint = getattr(flags, "fingerprint", digest)  # a resumed run has one
-    if flags.fingerprint != digest:
-        raise UserError(
-            f"{flags.encoder} has changed since {flags.out} began; put the old one back"
-        )
+    train.same_as_begun(flags, "fingerprint", fingerprint(encoder), flags.encoder)
     flags.split = flags.split or split_for(flags, encoder, device, autocast)
     if flags.split == FOLDS:
         # Folds choose the epoch and measure, so no picture has to be kept from training.
@@ -499,6 +502,7 @@ def open_task(flags, device, autocast):
     else:
         # Where there is no dev, a tenth of train is held out (common/features.py).
         sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
+    train.same_as_begun(flags, "digest", data.fingerprint(sets[0].split), flags.data)
     pictures = len(sets[0].rows)
     flags.batch_size = min(flags.batch_size, pictures)
     if flags.method != "linear":  # there, no gradient passes through the encoder
@@ -532,8 +536,8 @@ def task_of(flags, encoder, sets, classes, device, autocast):
     method, keys = parse_keys(flags.method, METHODS, "--method")
     head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
     # Random weights have nothing in their lower blocks that is worth keeping: no layer decay.
-    if flags.from_scratch:
-        keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
+    if flags.from_scratch and method == "full" and "layer_decay" not in flags.method:
+        keys["layer_decay"] = 1.0
     torch.manual_seed(flags.seed)
     encoder.requires_grad_(method == "full")
     if method == "lora":
@@ -856,7 +860,7 @@ def check_readable(flags, task):
             write_network(flags, task, Path(folder), {})
             again, _ = load_classifier(folder)
         # Both on one device: on another, products are rounded in another way.
-        ours, theirs = answer(task.net), answer(again.to(task.device))
+        ours, theirs = answer(task.net.eval()), answer(again.to(task.device))
         same = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
         reason = "its answers would differ"
     except (UserError, TypeError, ValueError, RuntimeError) as problem:
@@ -870,13 +874,9 @@ def check_readable(flags, task):
 
 
 def answer(net):
-    """The logits (1, C) of a network, in eval mode, for a fixed picture."""
-    training = net.training
-    net.eval()
+    """The logits (1, C) of a network in eval mode for a fixed picture."""
     view = fixed_view(net.encoder.image_size).to(net.encoder.cls_token.device)
-    logits = net(net.pooled(*net.encoder.all_patches(view)))
-    net.train(training)
-    return logits.cpu()
+    return net(net.pooled(*net.encoder.all_patches(view))).cpu()
 
 
 def draw_curves(path, rows, best, title):
@@ -945,11 +945,9 @@ def write_results(flags, task, run, best_epoch, answers):
 def main():
     flags = read_flags()
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
-    if flags.resume and flags.split != FOLDS and (done.parent / FOLDS).exists():
-        fix = f"python -m apps.unknown {flags.out} --data OTHER measures it on other pictures"
-        raise UserError(f"{flags.out} learned every picture of its set; {fix}")
     if flags.resume and done.exists():
-        return print(f"run      {flags.out} is finished: {done}; --split test measures it on test")
+        more = "" if flags.split in (FOLDS, "test") else "; --split test measures it on test"
+        return print(f"run      {flags.out} is finished: {done}{more}")
     device, autocast, machine = train.open_machine(flags)
     print(machine)
     task = open_task(flags, device, autocast)

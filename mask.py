@@ -152,7 +152,8 @@ def green(patches, noise, t, hidden, fine=1.0, coarse=2.0):
 def attn_high(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
     """Hides what the teacher attends to (AttMask, Kakogeorgiou et al. 2022, arXiv:2203.12719)."""
     # AttMask takes the top scores themselves, at every step, from a teacher that sees every crop.
-    # Here the maps of a picture are cached, and a mask is drawn around them. Until `start` beta is
+    # Here, as in AMT (Liu et al. 2022, arXiv:2211.15362), the maps of a picture are cached, and a mask
+    # is drawn with odds that follow them. Until `start` beta is
     # 0, because a teacher that has learned nothing attends to nothing in particular.
     return guided(log_attention(patches), beta * ramp(t, start, ramp_for), noise)
 
@@ -284,10 +285,10 @@ def keywords(strategy):
 
 
 PARAMS = {name: keywords(strategy) | {"throw": 0.0} for name, strategy in STRATEGIES.items()}
-# The control of every guided mask: it has the same shapes and areas, but of another picture. A
-# guided mask that is no better than its control has not profited from what its score says.
-for guided_strategy in NEEDS.keys() & PARAMS:  # --mask refuses one that STRATEGIES lacks
-    PARAMS[guided_strategy]["shuffle"] = 0
+for name in PARAMS.keys() & NEEDS:
+    # The control of every guided mask: it has the same shapes and areas, but of another picture. A
+    # guided mask that is no better than its control has not profited from what its score says.
+    PARAMS[name]["shuffle"] = 0
 
 
 # ---- helpers of the strategies -------------------------------------------------------------------

@@ -163,8 +163,9 @@ def shrink_branches(blocks):
 class Pooler(nn.Module):
     """Reads the patch tokens by one learned query per head. Its attention is a map of what matters.
 
-    A plain MAE has no loss on its CLS token, so that token's attention tells little but the place
-    of a patch. The pooler has one, the contrastive loss, and its gradient stops at the tokens.
+    A plain MAE has no loss of its own for the CLS token (the decoder only reads it), so that token's
+    attention tells little but the place of a patch. The pooler has one, the contrastive loss, and its
+    gradient stops at the tokens.
     """
 
     def __init__(self, dim, heads):
@@ -195,6 +196,11 @@ class Pooler(nn.Module):
         """tokens (B, 1+K, D) -> (B, D). The CLS token comes first, and is not read."""
         A, v = self.attention_and_values(tokens)
         return torch.einsum("bhn,bhnd->bhd", A, v).flatten(1)
+
+
+def pooler_of(encoder):
+    """A new pooler that fits an encoder."""
+    return Pooler(encoder.config["dim"], encoder.blocks[0].attn.heads)
 
 
 class ViT(nn.Module):
@@ -334,7 +340,7 @@ class Decoder(nn.Module):
     def __init__(self, encoder, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()
         side, patch_size = encoder.side, encoder.patch_size
-        dim = encoder.cls_token.shape[2]
+        dim = encoder.config["dim"]
         heads = decoder_heads or decoder_dim // 32  # heads of width 32, as in MAE
         if heads < 1 or decoder_dim % heads or decoder_dim % 32 or decoder_depth < 1:
             advice = "choose a width that 32 divides, and a depth of at least 1"
@@ -430,7 +436,7 @@ class SimMIM(nn.Module):
         super().__init__()
         self.encoder = ViT(**{k: v for k, v in sizes.items() if not k.startswith("decoder_")})
         self.config = self.encoder.config
-        self.decoder = LinearDecoder(self.encoder.patch_size, self.encoder.cls_token.shape[2])
+        self.decoder = LinearDecoder(self.encoder.patch_size, self.config["dim"])
 
     def forward(self, patches, ids_keep, ids_mask):
         """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats, None."""

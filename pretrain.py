@@ -35,7 +35,15 @@ import data
 import kernels
 import mask as masking
 from common import guidance, train
-from common.checkpoints import check_readable, flags_of, init_from, load_teacher, save_model
+from common.checkpoints import (
+    BESIDE,
+    check_readable,
+    check_registered,
+    flags_of,
+    init_from,
+    load_teacher,
+    save_model,
+)
 from common.command import (
     Parser,
     at_least,
@@ -61,11 +69,11 @@ from kernels.loss import (
     stats_loss,
     weighted_mean,
 )
-from model import MAE, SIZES, Pooler, SimMIM
+from model import MAE, SIZES, SimMIM, pooler_of
 
 WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
-UNCLIPPED = ("encoder.pooler", "decoder.stats_head")
+UNCLIPPED = BESIDE  # their losses are not the MAE's
 WARMUP = 0.1  # share of the run in which the learning rate rises
 RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those of processes
 SECOND_STREAM = 1  # seeds the second views, so that they change no other random number
@@ -181,7 +189,9 @@ def parse_model(flags, device):
     """
     defaults = DEFAULTS[device.type]
     set_defaults(flags, model=defaults["model"], blr=defaults["blr"])
-    more = {"decoder_depth": defaults["decoder_depth"], "simmim": 0}
+    # A run that goes on on another machine keeps its decoder.
+    flags.decoder_depth = getattr(flags, "decoder_depth", defaults["decoder_depth"])
+    more = {"decoder_depth": flags.decoder_depth, "simmim": 0}
     sizes = {name: more | size for name, size in SIZES.items()}
     _, size = parse_keys(flags.model, sizes, "--model")
     simmim = size.pop("simmim") != 0
@@ -200,15 +210,13 @@ def open_data(flags, image_size, rank):
     A resumed run needs the pictures with which it began: its teacher's maps are of these.
     """
     if rank == 0:
-        data.open_or_pack(flags.data, image_size)
+        flags.data = str(data.open_or_pack(flags.data, image_size))
     if distributed.is_initialized():
         distributed.barrier()
-    flags.data = str(data.open_or_pack(flags.data, image_size))
+    if rank > 0:
+        flags.data = str(data.open_or_pack(flags.data, image_size))
     train_set = data.open_split(flags.data, "train")
-    digest = data.fingerprint(train_set)
-    if getattr(flags, "digest", digest) != digest:  # a resumed run has one
-        raise UserError(f"{flags.data} has changed since {flags.out} began; put the old one back")
-    flags.digest = digest
+    train.same_as_begun(flags, "digest", data.fingerprint(train_set), flags.data)
     return train_set, data.open_split(flags.data, flags.split)
 
 
@@ -260,7 +268,8 @@ def build_contrast(encoder, flags, settings, train_set, figures):
     name = flags.contrast.partition(":")[0]
     with torch.random.fork_rng(devices=[]):
         if name == "pooler":
-            encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
+            encoder.pooler = pooler_of(encoder)
+            check_registered(encoder.pooler)
         elif name != "cls":
             raise UserError(f"--contrast {name}: build_contrast has no branch for it; write one")
         return Contrast(encoder, settings, train_set, figures, flags.min_crop)
@@ -269,7 +278,7 @@ def build_contrast(encoder, flags, settings, train_set, figures):
 def compiles(flags, device):
     """Whether the loop compiles its functions: --compile, or by default if they all have one shape."""
     can = device.type == "cuda" and kernels.why_not_triton(device) is None  # torch.compile needs it
-    default = can and not re.search("[:-]", flags.ratio)  # one ratio, one shape
+    default = can and not changes(flags.ratio)  # one ratio, one shape
     return default if flags.compile is None else flags.compile
 
 
@@ -279,22 +288,23 @@ def why_no_graph(flags, device, world, source):
         f"on this {device.type}": device.type != "cuda",
         "while processes share gradients": world > 1,
         f"with --mask {flags.mask}, which learns": source.predictor is not None,
-        f"with --ratio {flags.ratio}, which changes": re.search("[:-]", flags.ratio),
+        f"with --ratio {flags.ratio}, which changes": changes(flags.ratio),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def parse_mask(flags, N):
     """--mask and --ratio, for N patches: the name of the strategy, and its parameters."""
-    keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
-    for name, score in masking.NEEDS.items():
-        # A trained teacher is worth following at once, and not after a tenth of the run.
-        if score == "attn" and flags.teacher != "self":
-            keys[name] |= dict.fromkeys(keys[name].keys() & {"start", "ramp_for"}, 0.0)
+    # A trained teacher is worth following at once, and not after a tenth of the run.
+    at_once = {"start": 0.0, "ramp_for": 0.0} if flags.teacher != "self" else {}
+    keys = {
+        name: defaults | {k: at_once[k] for k in at_once.keys() & defaults}
+        for name, defaults in masking.PARAMS.items()
+    }
     name, params = parse_keys(flags.mask, keys, "--mask")
     try:
-        for word in re.split("[:-]", flags.ratio, maxsplit=1):
-            masking.kept(N, float(word), params["throw"])
+        for ratio in ends_of(flags.ratio):
+            masking.kept(N, ratio, params["throw"])
     except (ValueError, OverflowError) as problem:
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
     return name, params
@@ -352,15 +362,25 @@ def draw(generator, n, N, min_crop, device):
     return (data.send(x, device) for x in (boxes, flip, noise))
 
 
+def changes(ratio):
+    return ":" in ratio or "-" in ratio
+
+
+def ends_of(ratio):
+    """ "0.75" -> (0.75, 0.75); "0.5:0.9" and "0.5-0.9" -> (0.5, 0.9)."""
+    words = re.split("[:-]", ratio, maxsplit=1)
+    return float(words[0]), float(words[-1])
+
+
 def ratio_at(text, t, stream):
     """The ratio of a step: "0.75", "0.5:0.9" (it rises with t) or "0.5-0.9" (arXiv:2509.21650).
 
     The last is drawn for each step, uniformly, and all processes draw the same number.
     """
-    generator = train.seeded(*stream[:3], RATIO_STREAM)
-    at = torch.rand((), generator=generator).item() if "-" in text else t
-    ends = [float(word) for word in re.split("[:-]", text)]  # one or two
-    return ends[0] + (ends[-1] - ends[0]) * at
+    first, last = ends_of(text)
+    if "-" in text:
+        t = torch.rand((), generator=train.seeded(*stream[:3], RATIO_STREAM)).item()
+    return first + (last - first) * t
 
 
 def refresh_maps(source, epoch, run, images, autocast):
@@ -437,7 +457,9 @@ def main():
     figures = data.resident(train_set.get("fg") if contrast_settings else None, device)
     b, per_epoch = set_length(flags, len(images), N, device, world)  # and the flags of the length
     total = flags.epochs * per_epoch
-    # Twice the batch means half the steps, so the learning rate grows with it (Goyal et al. 2017).
+    # Twice the batch means half the steps, so the learning rate grows with it, as in MAE's code (after
+    # Goyal et al. 2017, for SGD). With AdamW this is too much: in short runs, four times the batch
+    # wanted less than four times the rate (results/TRIED.md).
     peak_lr = flags.blr * flags.batch_size / 256
 
     # network: the model as the loop calls it. With several processes, it also averages their gradients
@@ -445,13 +467,13 @@ def main():
     # it knows. So build_contrast adds model.encoder.pooler only afterwards: the pooler has no gradient
     # in steps without the contrastive loss.
     compiling = compiles(flags, device)
+    network = model
     if compiling:
         # torch compiles a function only a few times in a process, and a notebook may start many runs.
         torch.compiler.reset()
-    alone = world == 1  # then all losses are compiled, and the network with them
-    network = share_gradients(
-        torch.compile(model, mode="reduce-overhead") if compiling and not alone else model
-    )
+        if world > 1:  # alone, all losses are compiled below, and the network with them
+            network = torch.compile(model, mode="reduce-overhead")
+    network = share_gradients(network)
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
     strategy, source, throw = make_mask(*mask, flags, model.encoder, train_set, autocast)
     # All that learns has one optimizer. The run's own teacher is among the networks, because it is
@@ -487,10 +509,10 @@ def main():
     if run.writes and run.step == 0:
         log_evaluation(run, model, source.teacher, splits, target_options, autocast)
 
-    # A step has six parts. The loop below has 1, 2 and 6; parts 3 to 5 are the functions `losses` and
-    # `update`, because a GPU can compile the one, and replay the other as a recording. What changes
-    # from step to step, such as t or the learning rate, has to be an argument of theirs: a recording
-    # would keep the number that it has seen first.
+    # A step has six parts. The loop below (`for epoch`) has 1, 2 and 6: read it first. Parts 3 to 5 are
+    # the functions `losses` and `update`, because a GPU can compile the one, and replay the other as a
+    # recording. What changes from step to step, such as t or the learning rate, has to be an argument
+    # of theirs: a recording would keep the number that it has seen first.
 
     def losses(view, ids_keep, ids_mask, *second):
         """Parts 3 and 4 of a step.
@@ -558,7 +580,7 @@ def main():
     if compiling:
         cut_views = torch.compile(cut_views)
         no_graph = why_no_graph(flags, device, world, source)
-        if alone:
+        if world == 1:
             losses = torch.compile(losses, mode="reduce-overhead" if no_graph else None)
         if no_graph:
             print(f"note     no CUDA graph of the whole update {no_graph}")

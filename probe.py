@@ -28,16 +28,16 @@ import torch.nn.functional as F
 
 import data
 from common import features, metrics, readout, stats
-from common.checkpoints import flags_of, load_encoder
+from common.checkpoints import flags_of, load_teacher
 from common.command import (
     Parser,
     cli,
     command,
     drawing,
-    refuse_overwrite,
     refuse_useless,
 )
 from common.io import UserError, quoted, save_json
+from common.locks import reserve
 from common.train import commit, machine, read_log, seeded
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
@@ -79,7 +79,11 @@ def parse_args():
         action="store_true",
         help="one pool: no controls, no verification, no pictures",
     )
-    add("--out", metavar="DIR", help="of a comparison (default: compare/ next to the run)")
+    add(
+        "--out",
+        metavar="DIR",
+        help="of the results (default: the run; of several: compare/ next to the first)",
+    )
     add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
     return parser.parse_args()
@@ -115,18 +119,21 @@ def open_task(flags):
     task = features.open_task(flags, flags.runs[0])
     useless = set() if task.labelled else {"pool", "headline"}
     refuse_useless(flags.given & useless, "where pictures lack labels")
-    refuse_useless(flags.given & {"out"} if len(flags.runs) == 1 else (), "for one run")
     folders = {run: features.results_folder(run, task.folder, task.held) for run in flags.runs}
-    out = comparison_folder(flags, folders) if len(flags.runs) > 1 else None
+    out = None
+    if len(flags.runs) > 1:
+        out = comparison_folder(flags, folders)
+    elif flags.out:
+        folders = {flags.runs[0]: Path(flags.out)}
     headline = task.labelled and flags.headline
     task = Task(**vars(task), pool=flags.pool, headline=headline, folders=folders, out=out)
     if task.labelled:
         open_labels(task)
     fix = "choose another --data or --split, or add or leave out --headline"
     for folder in folders.values():
-        refuse_overwrite([folder / task.filename], fix)
+        reserve([folder / task.filename], fix=fix)  # where nothing can be written, it shows here
     if out:
-        refuse_overwrite([out / "compare.json"])
+        reserve([out / "compare.json"])
     return task
 
 
@@ -248,7 +255,7 @@ def control_rows(encoder, task):
     # An encoder of random weights is no blank: it mixes the pixels, and a linear probe reads colours and
     # edges from that. Only what a run gains over that row was learned. Thumbnails tell how far colours alone
     # lead. A character has its hair colour, so that is far: 82.5 % on faces20 (docs/results.md).
-    shape = tuple(encoder.config.items())
+    shape = json.dumps(encoder.config)
     if shape not in task.controls:
         untrained = features.untrained_like(encoder).to(task.device)
         pooled = features.of_encoder(untrained, task)
@@ -347,7 +354,7 @@ def efficiency_line(row, source):
 
 @torch.no_grad()
 def draw_attention(path, encoder, task, index):
-    """A line for each picture: each head of the last block, their mean, the rollout."""
+    """A line for each picture: each head of the last block, their mean, the rollout, the pooler."""
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
     _, view = next(data.whole_views(task.split["images"], index, encoder.image_size, task.device))
@@ -355,11 +362,14 @@ def draw_attention(path, encoder, task, index):
     # multiplies all blocks, so it tells which patches of the picture reached it (arXiv:2005.00928).
     heads = encoder.patch_attention(view)  # (B, heads, N)
     rollout = encoder.patch_attention(view, "rollout")  # (B, 1, N)
-    maps = torch.cat([heads, heads.mean(1, keepdim=True), rollout], 1)  # (B, heads + 2, N)
-    grids = maps.unflatten(2, (encoder.side, -1))
-    lines = [("", [picture, *grid]) for picture, grid in zip(view, grids, strict=True)]
+    maps = [heads, heads.mean(1, keepdim=True), rollout]
     names = ["picture", *(f"head {i + 1}" for i in range(heads.shape[1])), "mean", "rollout"]
-    title = f"Attention of CLS in the last block: {path.parent.name}"
+    if encoder.pooler is not None:
+        maps.append(encoder.patch_attention(view, "pooler").mean(1, keepdim=True))
+        names.append("pooler")
+    grids = torch.cat(maps, 1).unflatten(2, (encoder.side, -1))  # (B, len(names) - 1, g, g)
+    lines = [("", [picture, *grid]) for picture, grid in zip(view, grids, strict=True)]
+    title = f"Attention of CLS in the last block, and of the pooler: {path.parent.name}"
     plots.image_grid(path, title, lines, names)
 
 
@@ -395,7 +405,7 @@ def probe(run, task, threshold):
     """Extract, measure, draw and write one run -> what a comparison needs. threshold: number, source."""
     print(f"run      {run}")
     folder = task.folders[run]
-    encoder = load_encoder(run)
+    encoder = load_teacher(run)  # with the pooler, if it has one: it is drawn
     encoder.to(task.device).requires_grad_(False)
     pooled = features.of_encoder(encoder, task)
     report = {
@@ -585,7 +595,7 @@ def main():
     flags = parse_args()
     # A run that can't be read shows here, and not after the hours that its neighbours take.
     for run in flags.runs:
-        load_encoder(run)
+        load_teacher(run)
     task = open_task(flags)
     images = len(task.labels[task.held])
     print(f"data     {task.folder}: {task.held}, {images:,} images, {len(task.names)} classes")

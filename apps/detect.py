@@ -406,6 +406,7 @@ class Task:
 def open_task(flags, device, autocast):
     """Splits, rows, sides of the views in pixels, the encoder."""
     splits = open_splits(flags.data, flags.split)
+    train.same_as_begun(flags, "digest", data.fingerprint(splits["train"]), flags.data)
     rows, chosen, where = hold_out(splits)
     dev = (splits[where], chosen)
     held = splits[flags.split]

@@ -49,7 +49,7 @@ from common.command import progress, started_as
 from common.features import can_leave_out, evenly_of_each, relabelled
 from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from common.locks import reserve
-from common.stats import least_error
+from common.stats import least_error, standard_error
 
 FOLDS = 5  # networks, or as many as there are characters
 FACES = 500  # of a character that others are compared with, at most
@@ -270,8 +270,7 @@ def epoch_of(rows, pictures):
     """The latest epoch whose macro-F1 is within a standard error of the best, as of `Best`."""
     curve = torch.tensor([row["dev_macro_f1"] for row in rows])
     best = curve.max()
-    standard_error = (best * (100 - best) / pictures).sqrt()
-    return int((curve >= best - standard_error).nonzero()[-1]) + 1
+    return int((curve >= best - standard_error(best, pictures)).nonzero()[-1]) + 1
 
 
 # ---- controls, without a dev to choose on --------------------------------------------------------

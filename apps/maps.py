@@ -315,7 +315,7 @@ def main():
     with aside(path) as made:
         data.write_maps(made, args.map, bar, (n, grid, grid), dtype, header)
         with drawing(sheet.name):
-            maps = data.open_map(made, args.map, split)
+            maps, _ = data.open_map(made, args.map, split)
             draw_sheet(made.with_name(sheet.name), args, folder, split, maps)
             del maps  # Windows renames no file that is open
     print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}")

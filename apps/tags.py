@@ -433,6 +433,7 @@ def open_task(flags, device, autocast):
     arm, keys = parse_keys(flags.arm, ARM_KEYS, "--arm")
     sets, classes = open_rows(flags.data, flags.split, 0)
     train_set = sets[0]
+    train.same_as_begun(flags, "digest", data.fingerprint(train_set.split), flags.data)
     for images in sets:
         if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
             fix = "python data.py LIST --out DIR packs a table with a column of tags"
@@ -1026,8 +1027,7 @@ def fill_defaults(flags):
     encoder = checkpoints.load_encoder(flags.encoder)  # its faults show before a set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))
-    leave_out = flags.given - {"arm", "seed"}
-    name = run_name(flags, f"{name_of(flags.encoder)}-tags", leave_out=leave_out)
+    name = run_name(flags, f"{name_of(flags.encoder)}-tags", only={"arm", "seed"})
     flags.out = flags.out or f"runs/{name}"
     flags.command = command()
 

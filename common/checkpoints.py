@@ -7,10 +7,10 @@ in part is refused.
 
 import functools
 import inspect
-import json
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -33,17 +33,18 @@ from common.fields import (
 from common.io import (
     UserError,
     one_line,
-    open_tensors,
+    read_header,
     read_safetensors,
     reading,
     save_safetensors,
 )
 from kernels.loss import FLOOR
-from model import EPS, MAE, Pooler, SimMIM, ViT, check_sizes
+from model import EPS, MAE, SimMIM, ViT, check_sizes, pooler_of
 
 ROOT = Path(__file__).resolve().parent.parent  # the program's folder
-BESIDE = ("encoder.pooler", "decoder.stats_head")  # parts of an MAE that have files of their own
+BESIDE = ("encoder.pooler.", "decoder.stats_head.")  # parts of an MAE that have files of their own
 PATCH_EMBED = "patch_embed.proj.weight"
+POSITIONS = ("pos_embed", "decoder_pos_embed")  # of a square grid of patches
 
 # ---- a run's files -------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ def about_model(run):
     """The header of a run's model: "config" of the network, "run" (the flags); {} of other files."""
     path = model_file(run)
     try:
-        header = open_tensors(path)["header"]
+        header = read_header(path)
     except UserError:
         return {}
     check_fields(header, {"config?": {}, "run?": {"data?": TEXT}}, path, "make the run again")
@@ -291,11 +292,12 @@ def at_size(weights, facts, image_size, path):
     if not SIDE(size) or size % p:
         fix = f"take a multiple of {p} px, its patch, up to {BOUNDS['image_size'][1]}"
         raise UserError(f"{path} can't read {size} px; {fix}")
-    positions = [name for name in weights if name.endswith("pos_embed")]
-    resized = {name: resize_positions(weights[name], size // p) for name in positions}
-    if size != facts["image_size"]:
-        facts = facts | {"image_size": size, "fixed_picture": None}  # which had another size
-    return weights | resized, facts
+    if size == facts["image_size"]:
+        return weights, facts
+    there = [name for name in POSITIONS if name in weights]
+    resized = {name: resize_positions(weights[name], size // p) for name in there}
+    # The fixed picture had the other size.
+    return weights | resized, facts | {"image_size": size, "fixed_picture": None}
 
 
 def blank_encoder(facts, norm_eps):
@@ -311,8 +313,10 @@ def epsilon_of(encoder):
 
 
 def set_epsilon(encoder, norm_eps):
-    for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = norm_eps
+    """A norm of your own that has another epsilon than model.EPS keeps it."""
+    for norm in encoder.modules():
+        if isinstance(norm, nn.LayerNorm) and norm.eps == EPS:
+            norm.eps = norm_eps
 
 
 def load_encoder(path, image_size=None):
@@ -373,7 +377,7 @@ def load_teacher(path):
 def add_pooler(encoder, path):
     """The pooler of a run, if it has one, joins its encoder."""
     if beside(path, "pooler").exists():
-        encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
+        encoder.pooler = pooler_of(encoder)
         load_beside(encoder.pooler, path, "pooler")
 
 
@@ -382,22 +386,28 @@ def add_pooler(encoder, path):
 
 @torch.no_grad()
 def check_readable(model):
-    """A UserError if a file of this network, MAE or SimMIM, would not give the same network back.
+    """A UserError if the files of this network, MAE or SimMIM, would not give it back.
 
-    It is written and read as at the end of the run, in memory. So who has changed model.py learns
-    before the first step what would be lost.
+    They are written and read as at the end of a run, in a temporary folder. So who has changed
+    model.py learns before the first step what would be lost.
     """
-    weights = as_matrix(public_weights(model))
     check_registered(model)
-    try:
-        facts = json.loads(json.dumps(model.config))
-        with torch.random.fork_rng(devices=[]):
-            copy = type(model)(**facts)
-        load_mae_weights(copy, weights, "the file")
-        same = of_fixed_picture(copy.encoder) == of_fixed_picture(model.encoder)
-        reason = "the features of a picture would differ"
-    except (UserError, TypeError, ValueError, RuntimeError) as problem:
-        same, reason = False, one_line(problem)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for w in model.parameters():  # all are moved a little: what begins at zero would not be missed
+        w += 0.01 * torch.rand(w.shape, generator=generator)
+    has_decoder = model.config.get("decoder_depth", 0) > 0  # SimMIM's is not read again
+    ours = answers(model if has_decoder else model.encoder)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "model.safetensors", {"fixed_picture": None})
+        model.load_state_dict(before)
+        try:
+            again = load_mae(folder)[0] if has_decoder else load_encoder(folder)
+            pairs = zip(ours, answers(again), strict=True)
+            same = all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in pairs)
+            reason = "its answers would differ"
+        except (UserError, TypeError, ValueError, RuntimeError) as problem:
+            same, reason = False, one_line(str(problem).replace(folder, "the file"))
     if not same:
         raise UserError(
             f"this network could not be read back from its file: {reason}; in model.py, put every "
@@ -405,20 +415,34 @@ def check_readable(model):
         )
 
 
+def answers(net):
+    """What a ViT or an MAE computes of a fixed picture in eval mode: tokens; the second half of it."""
+    training = net.training
+    encoder = getattr(net.eval(), "encoder", net)
+    patches, ids = encoder.all_patches(fixed_view(encoder.image_size))
+    K = ids.shape[1] // 2
+    found = [encoder(patches, ids)]
+    if net is not encoder:
+        found += net(patches[:, :K], ids[:, :K], ids[:, K:])[:2]
+    net.train(training)
+    return found
+
+
 def check_registered(network):
-    """A UserError if a module keeps a tensor or a module as a plain attribute, or in a list.
+    """A UserError if a module keeps a tensor or a module as a plain attribute, in a list or a dict.
 
     No optimizer would train it, and no file would hold it.
     """
     for where, module in network.named_modules():
         for name, value in vars(module).items():
-            values = value if isinstance(value, list | tuple) else [value]
+            values = value.values() if isinstance(value, dict) else value
+            values = values if isinstance(value, list | tuple | dict) else [value]
             if not name.startswith("_") and any(
                 isinstance(x, torch.Tensor | nn.Module) for x in values
             ):
                 raise UserError(
                     f"{where}.{name} is neither trained nor saved: make it a Parameter, a buffer, "
-                    "a ParameterList or a ModuleList"
+                    "a ParameterList or a ModuleList (of a dict, a ParameterDict or a ModuleDict)"
                 )
 
 

@@ -19,6 +19,8 @@ import data
 from common.features import FOLDS, is_left_out
 from common.fields import BOUNDS, CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
 from common.io import UserError, read_safetensors
+from common.readout import POOLS
+from common.train import is_decayed
 
 # Keys of --head. Margins are the papers': an angle in radians, for cosface a cosine. A new name
 # needs a branch in Classifier, which otherwise refuses it.
@@ -31,10 +33,7 @@ HEADS = {
     "ifa": {},
 }
 MARGINS = ("arcface", "cosface", "curricularface")  # the heads that are a MarginHead
-POOLS = {  # tokens (B, 1+K, D) -> (B, D): patch tokens averaged, or the CLS token
-    "mean": lambda tokens: tokens[:, 1:].mean(1),
-    "cls": lambda tokens: tokens[:, 0],
-}
+HEAD_POOLS = ("mean", "cls")  # of POOLS: those of width D
 HIDDEN = 512  # width of the one hidden layer of mlp
 REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
 
@@ -65,11 +64,11 @@ class MarginHead(nn.Module):
         if labels is None:
             return self.scale * cosine
         true = cosine.gather(1, labels[:, None])  # (B, 1)
-        target = true - self.margin
         m = self.margin
+        target = true - m
         if self.kind != "cosface":
-            # beyond theta = pi - m, where cos(theta + m) would rise again, a straight line
-            # sin = sqrt(1 - cos^2), which spares an acos; at 0 the gradient of a root is infinite
+            # Beyond theta = pi - m, where cos(theta + m) would rise again, it is a straight line.
+            # sin = sqrt(1 - cos^2) spares an acos. At 0 the gradient of a root is infinite.
             sine = (1 - true.square()).clamp(min=1e-9).sqrt()
             rotated = true * math.cos(m) - sine * math.sin(m)
             target = torch.where(true > math.cos(math.pi - m), rotated, true - m * math.sin(m))
@@ -103,7 +102,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder, classes, head="linear", pool="mean", margin=None, scale=32.0):
         super().__init__()
-        dim = encoder.cls_token.shape[2]
+        dim = encoder.cls_token.shape[2]  # a network of convolutions has one, too (lab/convnets.py)
         margin = HEADS[head].get("margin") if margin is None else margin
         self.config = {"head": head, "pool": pool, "margin": margin, "scale": scale, "dim": dim}
         self.encoder = encoder
@@ -145,7 +144,7 @@ def level_of(name, depth):
     """0 for patch embedding and tokens, 1 to depth for the blocks, depth + 1 for what follows."""
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
-    return depth + 1 if name.startswith(("encoder.norm", "neck", "head")) else 0
+    return 0 if name.startswith("encoder.") and not name.startswith("encoder.norm") else depth + 1
 
 
 def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
@@ -165,7 +164,7 @@ def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
         peak = head_lr
         if name.startswith("encoder."):
             peak = lr * layer_decay ** (depth + 1 - level_of(name, depth))
-        decay = weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
+        decay = weight_decay if is_decayed(name, p) else 0.0
         group = {"params": [], "peak": peak, "weight_decay": decay}
         groups.setdefault((peak, decay), group)["params"].append(p)
     # MAE, too, has beta2 0.999 for fine-tuning, and 0.95 for pre-training (He et al. 2021, appendix A).
@@ -202,7 +201,7 @@ def predict(net, pooled):
 
 # ---- head.safetensors, which finetune_lora.py writes ---------------------------------------------
 
-CONFIG = {"head": one_of(*HEADS), "pool": one_of(*POOLS), "dim": whole(1, 2**14)}
+CONFIG = {"head": one_of(*HEADS), "pool": one_of(*HEAD_POOLS), "dim": whole(1, 2**14)}
 CONFIG |= {"margin?": number(*BOUNDS["margin"]), "scale": number(*BOUNDS["scale"])}
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
 LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test", FOLDS), "hold_out?": is_left_out}

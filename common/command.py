@@ -100,6 +100,7 @@ def started_as():
 
 # ---- flags ---------------------------------------------------------------------------------------
 
+NOT_IN_NAME = {"out", "data", "device", "log", "resume"}  # of a run
 MOST = 10**9  # of anything that is counted: what is larger is a slip of the hand
 
 
@@ -187,10 +188,10 @@ def set_defaults(flags, **defaults):
             setattr(flags, name, value)
 
 
-def run_name(flags, *first, leave_out=("out", "data", "device", "log", "resume")):
-    """ "toon-mask-attn_high-seed-1": what a run is called, by the flags that were given."""
-    given = [name for name in vars(flags) if name in flags.given - {*leave_out}]
-    words = [f"{name}-{getattr(flags, name)}" for name in given]
+def run_name(flags, *first, only=None):
+    """ "toon-mask-attn_high-seed-1": what a run is called, by the flags that were given, or some only."""
+    given = flags.given - NOT_IN_NAME if only is None else flags.given & only
+    words = [f"{name}-{getattr(flags, name)}" for name in vars(flags) if name in given]
     return re.sub(r"[^\w.-]+", "-", "-".join([*first, *words]))
 
 

@@ -1,7 +1,8 @@
 """The contrastive loss: two views of a picture get vectors that are more alike than those of others.
 
-A masked autoencoder has no loss on its CLS token, so the attention of that token depends mostly
-on the place of a patch, and a mask that follows it would hide the border. This second loss trains
+A masked autoencoder has no loss of its own for the CLS token (its decoder only reads it). So the
+attention of that token depends mostly on the place of a patch, and a mask that follows it would
+hide the border. This second loss trains
 an attention that means something:
 
     pooler   a small network reads the patch tokens (model.Pooler). No gradient passes from it to
@@ -52,7 +53,7 @@ class Contrast(nn.Module):
 
     def __init__(self, encoder, settings, train_set, figures, min_crop):
         super().__init__()
-        dim = encoder.cls_token.shape[2]
+        dim = encoder.config["dim"]
         first = nn.Linear(dim, HIDDEN, bias=False)  # the norm would remove a bias
         norm = nn.BatchNorm1d(HIDDEN, track_running_stats=False)
         last = nn.Linear(HIDDEN, OUT)

@@ -17,11 +17,10 @@ from common.checkpoints import flags_of, places_of
 from common.command import at_least, between
 from common.fields import check_finite
 from common.io import UserError
-from common.readout import extremes
-from common.train import autocast_of, pick_device, pick_dtype
+from common.readout import POOLS
+from common.train import open_machine
 from model import ViT
 
-POOLS = ("mean", "cls", "extremes")
 HEADLINE = "extremes"
 FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
 
@@ -82,10 +81,9 @@ def open_task(args, run):
     folder = args.data or flags_of(run).get("data")
     if not folder:
         raise UserError(f"{run} does not say what it was trained on; give --data datasets/NAME")
-    device = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
+    device, autocast, _ = open_machine(args)
     splits = open_splits(folder, args.split)
-    return Task(folder, splits, args.split, device, dtype, autocast_of(device, dtype))
+    return Task(folder, splits, args.split, device, args.dtype, autocast)
 
 
 def open_splits(folder, held="val"):
@@ -270,8 +268,8 @@ def untrained_like(encoder, seed=0):
 
 def pooled(encoder, view):
     """view u8 (B, S, S, 3) -> {"mean" (B, D), "cls" (B, D), "extremes" (B, 2D)} of the tokens."""
-    x = encoder.features(view).float()
-    return {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:])}
+    tokens = encoder.features(view).float()
+    return {name: pool(tokens) for name, pool in POOLS.items()}
 
 
 @torch.no_grad()

@@ -340,12 +340,11 @@ def open_maps(need, where, folder, train):
         count = len(train["header"].get("parts") or [])
         return train[need], count, f"the true {TRUTH[need]} of {folder}"
     if where == "truth":
-        fix = f"python -m apps.maps --data {folder} --map {name} makes maps without"
+        fix = f"{data.maps_command(folder, name)} makes maps without"
         raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; {fix}")
     default = Path("maps") / Path(folder).name / f"{name}.safetensors"
     path = default if where == "auto" else where
-    maps = data.open_map(path, name, train)
-    header = data.open_tensors(maps.filename)["header"]
+    maps, header = data.open_map(path, name, train)
     notes = [str(header[key]) for key in ("source", "by") if header.get(key)]
     return maps, header.get("parts", 0) + 1, " ".join([str(path), *notes])
 

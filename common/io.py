@@ -115,17 +115,28 @@ def read_safetensors(path, remedy="remove it and make it again"):
         return {name: f.get_tensor(name).clone() for name in f.keys()}, header  # noqa: SIM118
 
 
-def open_tensors(path):
-    """The same file as {name: memory map}, and our dict as "header".
+def read_head(f):
+    """An open file of tensors -> the length of its head, the entries of its tensors, and our dict.
 
     Its first 8 bytes are the length of the head. The head is JSON. Then come the tensors.
     """
+    room = int.from_bytes(f.read(8), "little")
+    entries = parse_table(f.read(room) if room < os.path.getsize(f.name) else "")
+    return room, entries, parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
+
+
+def read_header(path):
+    """-> the dict that we keep as "animask" in the head of such a file (or {}); no tensor is read."""
+    with reading(path, "file of tensors", "remove it and make it again"), open(path, "rb") as f:
+        return read_head(f)[2]
+
+
+def open_tensors(path):
+    """The same file as {name: memory map}, and our dict as "header"."""
     tensors = {}
     remedy = "remove it and make it again"
     with reading(path, "file of tensors", remedy), open(path, "rb") as f:
-        room = int.from_bytes(f.read(8), "little")
-        entries = parse_table(f.read(room) if room < os.path.getsize(path) else "")
-        header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
+        room, entries, header = read_head(f)
         # A memory map reads whatever is there, so each tensor has to begin where the one before it
         # ends. (The library checks that, too, but reads no head of more than 100 MB.)
         end = 8 + room

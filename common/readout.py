@@ -15,6 +15,13 @@ def extremes(tokens):
     return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
 
 
+POOLS = {  # tokens (B, 1+K, D), the CLS token first -> one vector for each picture
+    "mean": lambda tokens: tokens[:, 1:].mean(1),
+    "cls": lambda tokens: tokens[:, 0],
+    "extremes": lambda tokens: extremes(tokens[:, 1:]),
+}
+
+
 def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
     """Votes of the k nearest of bank (n, D) for each class: queries (Q, D) -> (Q, classes).
 

@@ -45,6 +45,11 @@ def t_interval(differences):
     return {"mean": d.mean(), "low": float(low), "high": float(high), "p": float(found.pvalue)}
 
 
+def standard_error(percent, n):
+    """Of a share of n pictures, in percent as the share is: sqrt(p (1 - p) / n)."""
+    return (percent * (100 - percent) / n) ** 0.5
+
+
 def least_error(share, n):
     """The smallest standard error that n pictures allow a share of them, 0 to 1.
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from common.fields import TEXT, check_fields, number, shown, whole
 from common.io import UserError, atomic, parse_table, quoted, read_torch, reading, save_text
 
 LOG_EVERY = 10  # steps
+CODE = ("*.py", "common/*.py", "kernels/*.py", "apps/*.py", "ingest/*.py", "lab/*.py")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
@@ -76,11 +78,14 @@ def trackers(text):
 
 
 def take_saved_flags(flags, *free):
-    """--resume RUN goes on in that folder, under its saved flags; `free` ones may be given anew."""
+    """--resume RUN goes on in that folder, under its saved flags; `free` ones may be given anew.
+
+    -> the flags that were saved
+    """
     if hasattr(flags, "encoder") and bool(flags.encoder) == bool(flags.resume):
         raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
     if not flags.resume:
-        return
+        return {}
     path = Path(flags.resume) / "state.pt"
     if not path.exists():
         raise UserError(f"--resume {flags.resume} has no state.pt; give a run that has one")
@@ -97,6 +102,14 @@ def take_saved_flags(flags, *free):
             setattr(flags, name, value)
     flags.given |= saved.keys()  # as if they stood on the command line again
     flags.out = flags.resume
+    return saved
+
+
+def same_as_begun(flags, name, now, what):
+    """What a run began with, such as its data, is saved among its flags; a UserError if it has changed."""
+    if getattr(flags, name, now) != now:
+        raise UserError(f"{what} has changed since {flags.out} began; put the old one back")
+    setattr(flags, name, now)
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -188,16 +201,16 @@ def machine(device):
 
 @functools.cache  # an edit after the first call is not what this process runs
 def commit(checkout=Path(__file__).parent.parent):
-    """The commit that this code is at: results name it. After an edit, a + and a digest of the edit follow."""
+    """The commit that this code is at: results name it. After an edit, a + and a digest of the code follow."""
     git = ["git", "-C", os.fspath(checkout)]
     try:
         name = subprocess.check_output([*git, "describe", "--always"], stderr=subprocess.DEVNULL)
-        changed = subprocess.check_output([*git, "status", "--porcelain", "--", "*.py"])
-        changed += subprocess.check_output([*git, "diff", "HEAD", "--", "*.py"])
+        edited = subprocess.check_output([*git, "status", "--porcelain", "--", "*.py"])
     except (OSError, subprocess.CalledProcessError):
-        return "no git"
-    edit = f"+{hashlib.sha256(changed).hexdigest()[:6]}" if changed else ""
-    return name.decode().strip() + edit
+        name, edited = b"no git", True
+    files = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:6]
+    return name.decode().strip() + (f"+{code}" if edited else "")
 
 
 def peak_memory_mb(device):
@@ -220,12 +233,16 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
-            # Decay limits how much a matrix can multiply its input. A bias multiplies nothing, and a norm
-            # whose scale went to zero would switch its layer off. MAE and nanoGPT leave them, too. A token
-            # is an input, and multiplies nothing either (MAE does decay its tokens).
-            plain = p.ndim < 2 or name.endswith("_token")
-            groups[1 if plain else 0]["params"].append(p)
+            groups[0 if is_decayed(name, p) else 1]["params"].append(p)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def is_decayed(name, p):
+    """Decay limits how much a matrix can multiply its input, so it is for matrices alone."""
+    # A bias multiplies nothing, and a norm whose scale went to zero would switch its layer off. MAE and
+    # nanoGPT leave them, too. A token is an input, and multiplies nothing either (MAE does decay its
+    # tokens).
+    return p.ndim > 1 and not name.endswith("_token")
 
 
 def name_unused(network, optimizer):
@@ -261,9 +278,12 @@ def seeded(*numbers):
 def seeded_step(*numbers):
     """`seeded`, for a step of a loop: dropout, or whatever else you add, begins anew with it, too."""
     # Dropout asks no generator of ours but torch's own, whose state goes on from step to step. Seeded
-    # anew at each step, it need not be saved, and a resumed run draws what it would have drawn.
+    # anew at each step, it need not be saved, and a resumed run draws what it would have drawn. So it is
+    # with those of NumPy and Python.
     generator = seeded(*numbers)
     torch.manual_seed(generator.initial_seed())
+    np.random.seed(generator.initial_seed() % 2**32)  # for what you add
+    random.seed(generator.initial_seed())
     return generator
 
 

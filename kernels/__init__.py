@@ -56,19 +56,18 @@ def why_not_triton(device):
     """The reason why the kernels can't run on this device, or None."""
     if triton is None:
         return "Triton is not installed (pip install triton, on Windows triton-windows; macOS has none)"
-    if device.type == "cpu" and not INTERPRET:
-        return "Triton needs a GPU (on a CPU, TRITON_INTERPRET=1 runs its interpreter, for tests)"
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cpu":
+        note = "on a CPU, TRITON_INTERPRET=1 runs its interpreter, for tests"
+        return None if INTERPRET else f"Triton needs a GPU ({note})"
+    if device.type != "cuda":
         return f"Triton does not run on {device.type}"
-    there = device.type == "cuda" and torch.cuda.is_available()
-    if there and torch.cuda.get_device_capability(device) < OLDEST:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
         return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more"
-    own = os.name == "nt"  # triton-windows looks for a compiler by itself
-    if device.type == "cuda" and not own and not COMPILER:
+    if os.name == "nt":  # triton-windows looks for a compiler by itself
+        return None
+    if not COMPILER:
         return "Triton needs a C compiler (install gcc)"
-    if device.type == "cuda" and not own and not HAS_HEADER:
-        return f"Triton needs {HEADER} (apt install python3-dev)"
-    return None
+    return None if HAS_HEADER else f"Triton needs {HEADER} (apt install python3-dev)"
 
 
 def tile(p):

@@ -38,12 +38,11 @@ import mask as masking
 from common.command import Parser, at_least, cli, each_flag_once, parse_keys, require
 from common.io import UserError, read_json, save_json
 from common.locks import lock_beside, locked
-from common.train import commit, machine, pick_device, read_log
+from common.train import CODE, commit, machine, pick_device, read_log
 from lab import report
 from lab.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("*.py", "common/*.py", "kernels/*.py", "ingest/*.py", "apps/*.py", "lab/*.py")
 PILOT_SEED = 1000  # and the next ones: never reported
 TRIAL_SEED = 500
 SOURCE = " --source "  # in an arm; behind it, the folder of a checkout whose code the arm runs

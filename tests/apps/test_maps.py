@@ -103,7 +103,7 @@ def test_clusters_are_found_again_and_numbered_by_size_and_parts_are_the_figures
 )
 def test_files_hold_what_the_docstring_says(at, name, grid, dtype):
     train = data.open_split("datasets/packed", "train")
-    n, found = len(train["images"]), data.open_map("maps/packed", name, train)
+    n, found = len(train["images"]), data.open_map("maps/packed", name, train)[0]
     assert found.shape == (n, grid, grid) and found.dtype == dtype
     with safe_open(f"maps/packed/{name}.safetensors", "pt") as f:  # as anybody else reads it
         about = json.loads(f.metadata()["animask"])

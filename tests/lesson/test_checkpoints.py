@@ -4,6 +4,7 @@ The networks are tiny and randomly initialised; their weights are so large that 
 """
 
 import argparse
+import copy
 import json
 import os
 from itertools import product
@@ -310,18 +311,59 @@ def test_a_match_in_part_is_refused_by_name(tmp_path, changes, config, word):
 def test_a_network_whose_file_would_lose_something_is_refused(kind):
     """An epsilon is in no file: the network that is read back computes something else."""
     model = getattr(M, kind)(**TINY, decoder_dim=64, decoder_depth=1)
-    before = model.training, torch.get_rng_state()
+    before = model.training, torch.get_rng_state(), copy.deepcopy(model.state_dict())
     C.check_readable(model)
     assert model.training == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert equal(model.state_dict(), before[2])
     model.encoder.norm.eps = 1.0
-    with pytest.raises(UserError, match="read back"):
+    with pytest.raises(UserError, match="answers would differ"):
         C.check_readable(model)
+
+
+@pytest.mark.parametrize(
+    "add, word",
+    [
+        (lambda mae: setattr(mae.decoder.decoder_norm, "eps", 1.0), "answers would differ"),
+        (lambda mae: mae.config.pop("heads"), "heads can't be None"),
+        (lambda mae: mae.config.update(depth=[1, 1]), "depth can't be"),
+    ],
+)
+def test_what_only_a_loader_would_notice_is_refused_before_the_first_step(add, word):
+    model = small_mae()
+    add(model)
+    with pytest.raises(UserError, match=word):
+        C.check_readable(model)
+
+
+class Adding(M.ViT):
+    """With buffers of kinds that no public file has, and layers whose names begin as those of others."""
+
+    def __init__(self, image_size, patch_size, dim, depth, heads):
+        super().__init__(image_size, patch_size, dim, depth, heads)
+        self.register_buffer("local", torch.tensor([True, False]))
+        self.register_buffer("turns", torch.linspace(0, 1, 3, dtype=torch.float64))
+        self.pooler_norm = torch.nn.LayerNorm(dim, eps=0.1)
+
+    def forward(self, *args):
+        return self.pooler_norm(super().forward(*args)) * (1 + self.local.sum() + self.turns.sum())
+
+
+def test_what_a_network_adds_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(M, "ViT", Adding)
+    monkeypatch.setattr(C, "ViT", Adding)
+    model = M.MAE(**TINY, decoder_dim=64, decoder_depth=1)
+    model.encoder.pooler_norm.weight.data += 1
+    C.check_readable(model)
+    C.save_model(model, tmp_path / "model.safetensors", {"run": {"data": "here"}})
+    assert C.flags_of(tmp_path) == {"data": "here"}
+    close(C.load_encoder(tmp_path).features(some_view(32)), model.encoder.features(some_view(32)))
+    assert equal(C.load_mae(tmp_path)[0].state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder", ""])
 def test_a_layer_whose_name_no_file_could_tell_is_refused_by_name(part):
     model = small_mae()
-    name = "decoder_extra" if part == "encoder" else "extra"
+    name = {"encoder": "decoder_extra", "decoder": "stats_head_hidden"}.get(part, "extra")
     model.get_submodule(part).add_module(name, torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=rf"{name}.weight is no name .*decoder.decoder_"):
         C.check_readable(model)
@@ -341,8 +383,13 @@ def test_one_block_in_several_places_is_written_and_read(tmp_path):
 
 @pytest.mark.parametrize(
     "kept",
-    [torch.zeros(3), [torch.nn.Parameter(torch.zeros(3))], (torch.nn.Linear(2, 2),)],
-    ids=["tensor", "list of Parameters", "tuple of modules"],
+    [
+        torch.zeros(3),
+        [torch.nn.Parameter(torch.zeros(3))],
+        (torch.nn.Linear(2, 2),),
+        {0: torch.nn.Parameter(torch.zeros(3))},
+    ],
+    ids=["tensor", "list of Parameters", "tuple of modules", "dict of Parameters"],
 )
 def test_what_no_optimizer_would_train_is_refused(kept):
     model = small_mae()

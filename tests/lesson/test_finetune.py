@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import draw_folder, run_line, some_view, state_of
+from conftest import draw_folder, refused, run_line, some_view, state_of
 from made import QUICK
 from test_lora import plain_lora
 
@@ -19,9 +19,11 @@ import finetune_lora
 from apps import recognize
 from common import classifier, controls, features, metrics, stats, train
 from common.checkpoints import load_encoder
+from common.io import read_safetensors, save_safetensors
 from common.train import read_log, seeded
 from model import ViT
 
+RESUME = "finetune_lora.py --resume runs/on"
 TUNE = f"finetune_lora.py runs/a --data datasets/packed --split val {QUICK}"
 
 
@@ -197,6 +199,24 @@ def test_a_late_epoch_that_is_much_worse_is_not_kept(at, monkeypatch, no_picture
     out = at / "runs" / "late"
     run_line(f"{TUNE} --method linear --epochs 4 --out {out}", at, check=0)
     assert state_of(out)["best"]["epoch"] == 3
+
+
+def test_a_run_goes_on_with_its_own_set_and_protocol_alone(at, no_pictures):
+    """Else pictures that it has learned could be among those that judge it."""
+    shutil.copytree("datasets/packed", "datasets/again")
+    words = f"finetune_lora.py runs/a --data datasets/again --split val {QUICK} --method linear"
+    run_line(f"{words} --out runs/on", at, check=0)
+    assert "holds pictures back" in refused(run_line(f"{RESUME} --split folds", at))
+    done = run_line(RESUME, at, check=0).stdout
+    assert "--split test measures it" in done
+    done = run_line(f"{RESUME} --split test", at, check=0)
+    assert "--split test" not in run_line(f"{RESUME} --split test", at, check=0).stdout
+    path = at / "datasets/again/train.safetensors"
+    tensors, header = read_safetensors(path)
+    save_safetensors(tensors, path, header | {"pixels": "other"})
+    (at / "runs/on/metrics-test.json").unlink()
+    told = refused(run_line(f"{RESUME} --split test", at))
+    assert "datasets/again has changed since runs/on began" in told
 
 
 @pytest.mark.parametrize("with_dev", [False, True])

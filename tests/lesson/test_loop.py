@@ -3,12 +3,14 @@
 import functools
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import equal, python
@@ -173,11 +175,37 @@ def test_a_run_never_goes_on_with_a_loss_that_is_not_finite(tmp_path):
         run.log_step(temperature=float("nan"))
 
 
+def test_an_edit_is_known_by_what_the_code_is(tmp_path):
+    """With git and without, and of files that git does not know yet."""
+    names = set()
+    for text in ("1", "2"):
+        (tmp_path / "loss.py").write_text(text)
+        names.add(train.commit.__wrapped__(tmp_path))
+    subprocess.check_call(["git", "init", "-q"], cwd=tmp_path)
+    words = [
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "commit",
+        "-q",
+        "--allow-empty",
+        "-m",
+        "a",
+    ]
+    subprocess.check_call(["git", *words], cwd=tmp_path)
+    for text in ("1", "2"):
+        (tmp_path / "loss.py").write_text(text)
+        names.add(train.commit.__wrapped__(tmp_path))
+    assert len(names) == 4 and all("+" in name for name in names)
+
+
 def test_a_step_begins_all_random_numbers_anew():
     draws = []
     for _ in range(2):
         generator = train.seeded_step(1, 2)
-        draws.append([torch.rand(3, generator=generator), torch.rand(3)])
+        others = torch.tensor([np.random.rand(), random.random()])
+        draws.append([torch.rand(3, generator=generator), torch.rand(3), others])
     assert equal(*(dict(enumerate(x)) for x in draws))
     assert draws[0][0].equal(torch.rand(3, generator=train.seeded(1, 2)))
 

@@ -73,6 +73,12 @@ def test_one_command_writes_what_its_docstring_says(runs):
     assert "kNN of" in done.stdout and "efficiency" in report
 
 
+def test_results_can_lie_elsewhere(runs, tmp_path):
+    """As of a checkpoint of somebody else, in whose folder nothing may be written."""
+    run_probe(runs[0] / "random-s0", "--headline", "--out", "results", cwd=tmp_path)
+    assert (tmp_path / "results/probe-headline.json").exists()
+
+
 def test_the_headline_alone_has_the_same_digits(runs, tmp_path):
     """Features are fp16, and all seeds are fixed."""
     run = copy(runs, "random-s0", tmp_path)
