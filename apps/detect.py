@@ -55,7 +55,7 @@ from common.command import (
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
 from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
-from kernels.gather import masked_patch_gather
+from kernels.gather import all_places, masked_patch_gather
 from model import ViT
 
 RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
@@ -120,16 +120,11 @@ class Detector(nn.Module):
         """
         g = view.shape[1] // self.patch
         side = self.encoder.side
-        steps = torch.arange(g, device=view.device)
-        y, x = torch.meshgrid(steps, steps, indexing="ij")
-        patches = (y * g + x).flatten().expand(len(view), -1).contiguous()  # of the view
-        places = (y + corner[0]) * side + x + corner[1]  # in the encoder's grid
-        places = places.flatten().expand(len(view), -1).contiguous()
-        pos = None  # the encoder's own positions
+        ids = all_places(view, self.patch)  # (B, N) in the view's own grid
+        pos, places = None, (ids // g + corner[0]) * side + ids % g + corner[1]  # in the encoder's
         if g > side:
-            places = patches
-            pos = resize_positions(self.encoder.pos_embed, g)
-        tokens = self.encoder(masked_patch_gather(view, patches, self.patch), places, pos)
+            pos, places = resize_positions(self.encoder.pos_embed, g), ids
+        tokens = self.encoder(masked_patch_gather(view, ids, self.patch), places, pos)
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (g, g))
 
     def forward(self, view, corner=(0, 0)):

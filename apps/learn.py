@@ -25,10 +25,10 @@ import torch
 
 from apps.recognize import (
     GALLERY,
-    decide,
     known_faces,
     load_gallery,
     name_of,
+    names_given,
     only,
     open_recogniser,
     parser_of,
@@ -155,10 +155,7 @@ def agreeing(gallery, shows, faces):
     if not files:
         return set()
     logits, embeddings = (torch.stack(part) for part in zip(*map(faces.get, files), strict=True))
-    who, _, margin, _ = decide(logits, embeddings, gallery)
-    names = [
-        gallery["names"][i] if known else "" for i, known in zip(who, margin >= 0, strict=True)
-    ]
+    names = names_given(logits, embeddings, gallery)
     return {file for file, name in zip(files, names, strict=True) if name == shows[file]}
 
 

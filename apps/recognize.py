@@ -306,8 +306,7 @@ def as_unknown(gallery, held_out):
     for fold in range(FOLDS):
         stay = labels % FOLDS != fold
         asked = known_labels % FOLDS == fold
-        count = int(labels.max()) + 1
-        less = make_gallery(embeddings[stay], labels[stay], count, gallery["lift"])
+        less = make_gallery(embeddings[stay], labels[stay], gallery["learned"], gallery["lift"])
         others = torch.arange(logits.shape[1]) % FOLDS != fold
         heads = logits[asked][:, others]
         found[asked] = similarity_of(heads, known[asked], less)
@@ -498,11 +497,17 @@ def faces_learned(run, device, dtype):
     return found
 
 
+def in_file(gallery):
+    """What a gallery's file holds, without what `make_gallery` computes of it."""
+    names = "embeddings", "labels", *(key.removesuffix("?") for key in HEADER)
+    return {name: gallery[name] for name in names if name in gallery}
+
+
 def save_gallery(path, gallery):
     """gallery: embeddings (n, D), labels (n,), the fields of HEADER, and perhaps others."""
-    tensors = {"embeddings": gallery["embeddings"].float(), "labels": gallery["labels"]}
-    names = [key.removesuffix("?") for key in HEADER]
-    save_safetensors(tensors, path, {name: gallery[name] for name in names if name in gallery})
+    header = in_file(gallery)
+    tensors = {"embeddings": header.pop("embeddings").float(), "labels": header.pop("labels")}
+    save_safetensors(tensors, path, header)
 
 
 def load_gallery(run):
@@ -564,6 +569,12 @@ def embed(net, images, autocast):
     return outputs_of(net, {"images": images}, torch.arange(len(images)), autocast)
 
 
+def names_given(logits, embeddings, gallery, own=None):
+    """-> the name of each picture, "" where it is unknown; own: see `decide`."""
+    who, _, margin, _ = decide(logits, embeddings, gallery, own)
+    return [gallery["names"][i] if m >= 0 else "" for i, m in zip(who, margin, strict=True)]
+
+
 def answers(keys, logits, embeddings, gallery, nearest=NEAREST):
     """-> a dict for each picture: who it is, how sure that is, and the nearest gallery faces."""
     decisions = zip(*decide(logits, embeddings, gallery), strict=True)
@@ -587,7 +598,8 @@ def answers(keys, logits, embeddings, gallery, nearest=NEAREST):
 def in_words(row):
     """One of `answers` -> the line that is printed."""
     similarity = f"similarity {row['similarity']:.2f}"
-    sure = "enrolled" if row["confidence"] is None else f"confidence {row['confidence']:.0%}"
+    added = row["confidence"] is None  # the head has not learned them
+    sure = "by added pictures" if added else f"confidence {row['confidence']:.0%}"
     who = f"{row['name']}, {sure}, {similarity}"
     if not row["known"]:
         limit = f"threshold {row['threshold']:.2f}"
@@ -690,20 +702,20 @@ def same_pictures(embeddings, others):
 
 
 def only(gallery, stay):
-    """The fields of a gallery's file with the faces that stay, (n,) bool; a name without faces leaves."""
+    """What a gallery's file holds, with the faces that stay, (n,) bool; a name without faces leaves."""
     left, labels = gallery["labels"][stay].unique(return_inverse=True)
     names = [gallery["names"][i] for i in left]
     keys = list(itertools.compress(gallery["keys"], stay))
     found = {"names": names, "keys": keys, "labels": labels}
-    return gallery | found | {"embeddings": gallery["embeddings"][stay]}
+    return in_file(gallery) | found | {"embeddings": gallery["embeddings"][stay]}
 
 
 def with_faces(gallery, who, keys, embeddings):
-    """The fields of a gallery's file, and of so many faces (n, D) more of a character, new or not."""
+    """What a gallery's file holds, and so many faces (n, D) more of a character, new or not."""
     names = list(dict.fromkeys([*gallery["names"], who]))
     labels = F.pad(gallery["labels"], (0, len(keys)), value=names.index(who))
     found = {"names": names, "keys": gallery["keys"] + keys, "labels": labels}
-    return gallery | found | {"embeddings": torch.cat([gallery["embeddings"], embeddings])}
+    return in_file(gallery) | found | {"embeddings": torch.cat([gallery["embeddings"], embeddings])}
 
 
 @torch.no_grad()
@@ -735,14 +747,14 @@ def known_faces(run, net, header, autocast, gallery):
 
 def renamed(logits, embeddings, own, what, before, after):
     """What `known_faces` returns -> a line: how many of them have another name in the second gallery."""
-    names = []
-    for gallery in (before, after):
-        who = decide(logits, embeddings, gallery, own)[0]
-        names.append([gallery["names"][i] for i in who])
+    names = [names_given(logits, embeddings, gallery, own) for gallery in (before, after)]
     changed = Counter(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
-    told = ", ".join(f"{n} {old} -> {new}" for (old, new), n in changed.most_common(3))
+    ways = [
+        f"{n} {old or 'unknown'} -> {new or 'unknown'}" for (old, new), n in changed.most_common(3)
+    ]
     line = f"{changed.total()} of {len(logits)} {what} change their name"
-    line += f" ({told})" * bool(told)
+    if ways:
+        line += f" ({', '.join(ways)})"
     return line if own is None else f"{line}; new ones of these characters do so more often"
 
 

@@ -999,13 +999,13 @@ def read_flags():
     add("--escape", action="store_true", help="brackets in captions as \\( and \\)")
     train.add_flags(parser.add_argument_group("run and machine").add_argument)
     flags = parser.parse_intermixed_args()  # flags may stand between pictures
-    parse_keys(flags.arm, ARM_KEYS, "--arm")  # now, and not when pictures are packed
-    refuse_flags(flags)
+    arm, _ = parse_keys(flags.arm, ARM_KEYS, "--arm")  # now, and not when pictures are packed
+    refuse_flags(flags, arm)
     train.take_saved_flags(flags, "split")
     return flags
 
 
-def refuse_flags(flags):
+def refuse_flags(flags, arm):
     """Flags of training have no effect on pictures, and the other way round."""
     training = {"data", "out", "arm", "epochs", "batch_size", "lr", "min_crop"}
     training |= {"split", "seed", "log"}
@@ -1017,13 +1017,14 @@ def refuse_flags(flags):
         refuse_useless(flags.given & {*training, "json"}, "on captions")
     else:
         refuse_useless(flags.given & (training | of_captions), "on pictures, without --captions")
-    if flags.arm == "tags":
+    if arm == "tags":
         refuse_useless(flags.given & {"min_crop"}, "with --arm tags, which sees no picture")
 
 
 def fill_defaults(flags):
     """Values of flags that were not given, and depend on others. A resumed run has them."""
-    set_defaults(flags, lr=3e-2 if flags.arm == "bce" else 5e-4)
+    arm, _ = parse_keys(flags.arm, ARM_KEYS, "--arm")
+    set_defaults(flags, lr=3e-2 if arm == "bce" else 5e-4)
     encoder = checkpoints.load_encoder(flags.encoder)  # its faults show before a set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))

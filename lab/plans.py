@@ -236,6 +236,11 @@ PLANS["h3"] = masks(
         ("H3", "cutout", PARTS, PARTS_SHUFFLED, 0.0),
     ),
 )
+# These hypotheses are corrected for together, also where one of the plans has not run.
+STUDY = ("h1", "h2", "h3")
+FAMILY = {h["id"]: len(h["parts"]) for name in STUDY for h in PLANS[name]["hypotheses"]}
+for name in STUDY:
+    PLANS[name]["family"] = FAMILY
 PLANS["first"] = masks(
     [*FOUR, "fg_heavy"],
     "The README's first command under five masks: how do they compare?",
@@ -246,7 +251,8 @@ PLANS["first"] = masks(
 # Masks, ratios, decoders and a teacher that no other plan has, by the first command. The teacher was
 # trained by DINO, once, on the same pictures.
 VARIANTS = ["random", "learned", "detail", "grid"]
-VARIANTS += ["random --model nano:simmim=1 --contrast none"]  # SimMIM trains no pooler
+# SimMIM trains no pooler. It hides squares of patches. The first arm, which ran by mistake, does not.
+VARIANTS += [f"{mask} --model nano:simmim=1 --contrast none" for mask in ("random", "squares")]
 VARIANTS += [f"random --ratio {ratio}" for ratio in (0.5, 0.9)]
 VARIANTS += [f"random --model nano:decoder_depth={depth}" for depth in (2, 4)]  # instead of 1
 VARIANTS += [GUIDED, f"{GUIDED} --teacher {{dino}}"]
@@ -860,9 +866,14 @@ PLANS["tags"] = OF_STAGE | {
         ("mfdn.true_map", "l2l.true_map", "mAP: MFDN against a query for each tag"),
         ("mfdn.true_micro_f1", "bce.true_micro_f1", "micro F1: against the head"),
         ("mfdn.true_macro_f1", "bce.true_macro_f1", "macro F1: against the head"),
-        ("l2l.true_error_top", "mfdn.true_error_top", "error, top 25: that of l2l is higher by"),
-        ("l2l.true_error", "mfdn.true_error", "error, all tags: that of l2l is higher by"),
+        (
+            "mfdn.true_error_top",
+            "l2l.true_error_top",
+            "error, top 25: against a query for each tag",
+        ),
+        ("mfdn.true_error", "l2l.true_error", "error, all tags: against a query for each tag"),
     ),
+    "less": ["true_error_top", "true_error"],
 }
 
 DETECT = f"-m apps.detect {{encoder}} {ON} --epochs 5 --method "

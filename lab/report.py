@@ -88,7 +88,7 @@ def derived(row, study):
     if curve is None:
         times = {"minutes": row.get("seconds"), "core_minutes": row.get("core_seconds")}
         return {name: seconds / 60 for name, seconds in times.items() if seconds}
-    limit = limits.get(study.plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
+    limit = limits.get(study.plan["arms"].get(row["arm"]))
     found = {"linear": curve["linear"][-1], "minutes": curve["seconds"][-1] / 60}
     found["epochs"] = limit and stats.epochs_to(curve, limit)
     for name in curve.keys() & {"knn", "mse"}:
@@ -119,7 +119,7 @@ def measure(test, study):
     if what == "variance":
         sides = [[r["metrics"]["top1"] for r in side] for side in zip(*pairs, strict=True)]
         return row | stats.variance(*(sides or [[], []]), claim)
-    if "epochs" in what:
+    if what in ("epochs", "log_epochs"):
         limit = study.thresholds.get(test["against"])
         if limit is None:
             return row | stats.empty([]) | {"notes": ["no pilot, so no threshold"]}
@@ -198,7 +198,8 @@ def differences(study):
         p, equal = (stats.holm([test[k] for test in whole] + unasked) for k in ("p", "p_equal"))
         for test, holm_p, q in zip(found, p, equal, strict=False):
             if test["n"]:
-                verdict = stats.word(test["effect"], holm_p, q)
+                better = -1 if test["what"] in study.plan.get("less", ()) else 1
+                verdict = stats.word(better * test["effect"], holm_p, q)
                 if test["n"] < test["planned"]:
                     verdict = "open: runs are missing"  # or a look could decide when to stop
                 tests.append(test | {"holm_p": holm_p, "verdict": verdict})

@@ -55,7 +55,7 @@ READING = (
 )
 IN_PLACE = {"probe": "probe*.json", "unknown": "recognize.json", "stress": "stress-*.json"}
 IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
-KEPT = "question", "compare", "differences", "hypotheses", "margin", "axes"  # in PLAN.json
+KEPT = "question", "compare", "differences", "hypotheses", "margin", "axes", "family", "less"
 RUNNING = set()  # processes of ours
 STOPPED = threading.Event()  # a thread that waited until then begins nothing more
 TRIALS = defaultdict(threading.Lock)  # of two runs that ask for one trial, one makes it

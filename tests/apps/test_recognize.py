@@ -274,7 +274,10 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
     assert np.mean([r["name"] == "Zoë" for r in rows]) >= 0.75
     assert rows[0]["nearest"][0]["name"] == "Zoë"
     assert rows[0]["confidence"] is None  # a similarity is no probability
-    assert ": Zoë, enrolled, similarity" in said(fresh, f"{pictures[4]} --threshold -1").stdout
+    assert (
+        ": Zoë, by added pictures, similarity"
+        in said(fresh, f"{pictures[4]} --threshold -1").stdout
+    )
     known = rows_of(fresh, "images/class1 --threshold -1")
     assert np.mean([r["name"] == "class1" for r in known]) > 0.9
     assert "enrolled with 5 pictures" in enrol("Zoe\u0308", pictures[5])  # the same name

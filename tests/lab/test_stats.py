@@ -335,6 +335,8 @@ def test_a_difference_that_lacks_a_run_is_open_and_takes_no_rank():
     study = SimpleNamespace(plan=plan, rows=rows, groups=None, thresholds={})
     b, c = report.differences(study)
     assert b["p"] < c["p"] and c["holm_p"] == max(c["p"], b["holm_p"]) and b["verdict"] == "worse"
+    errors = SimpleNamespace(**vars(study) | {"plan": plan | {"less": ["top1"]}})
+    assert report.differences(errors)[0]["verdict"] == "better"
     del rows["b"][4]
     b, again = report.differences(study)
     assert b["verdict"] == "open: runs are missing" and b["holm_p"] is None

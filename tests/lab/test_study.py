@@ -426,6 +426,14 @@ def test_a_run_that_diverges_is_a_row_once(home, small):
     assert len((folder_of(home) / "rows.jsonl").read_text().splitlines()) == 9
 
 
+def test_hypotheses_of_the_study_are_corrected_for_together():
+    """Also where one plan alone has run: the family of each is all six."""
+    assert "family" in run.KEPT
+    families = [plans.PLANS[name]["family"] for name in ("h1", "h2", "h3")]
+    h2 = [f"H2{kind} at {ratio}" for ratio in ("0.75", "0.5") for kind in "ab"]
+    assert families == 3 * [{"H1": 4, "H3": 3} | dict.fromkeys(h2, 2)]
+
+
 @pytest.mark.parametrize("name", plans.PLANS)
 def test_every_plan_is_whole(name, home, small, monkeypatch):
     """It says what it would run. What it names is there: arms, flags of stages, words in braces."""
