@@ -88,7 +88,7 @@ def derived(row, study):
     if curve is None:
         times = {"minutes": row.get("seconds"), "core_minutes": row.get("core_seconds")}
         return {name: seconds / 60 for name, seconds in times.items() if seconds}
-    limit = limits.get(study.plan["arms"].get(row["arm"]))
+    limit = limits.get(study.plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
     found = {"linear": curve["linear"][-1], "minutes": curve["seconds"][-1] / 60}
     found["epochs"] = limit and stats.epochs_to(curve, limit)
     for name in curve.keys() & {"knn", "mse"}:
