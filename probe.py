@@ -10,8 +10,8 @@ Writes: runs/NAME/ probe.json (by --headline probe-headline.json), attention.png
         compare/compare.json and curves.png
 
 The headline was chosen on dev of faces20: Top-1 of a linear probe (logistic regression) on the
-largest and smallest values of the patch tokens. The same command gives the same digits, because
-features are fp16, classifiers run on the CPU, and all random numbers have fixed seeds.
+largest and smallest values of the patch tokens. The same command with one --dtype gives the same
+digits, because features are fp16, classifiers run on the CPU, and all random numbers have fixed seeds.
 
     n pictures of a split   D width of their features   B batch   S side of a view   N patches
 """

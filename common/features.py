@@ -78,9 +78,10 @@ class Task:
 
 def open_task(args, run):
     """The data of args.data, or of the run, and the machine of args.device and args.dtype."""
-    folder = args.data or flags_of(run).get("data")
-    if not folder:
+    learned = flags_of(run).get("data")
+    if not (args.data or learned):
         raise UserError(f"{run} does not say what it was trained on; give --data datasets/NAME")
+    folder = args.data or str(place_of_set(learned, run))
     device, autocast, _ = open_machine(args)
     splits = open_splits(folder, args.split)
     return Task(folder, splits, args.split, device, args.dtype, autocast)

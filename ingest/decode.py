@@ -137,13 +137,20 @@ def eight_bits(img):
     """
     ends = range(0, img.height, 64)
     bands = [(0, y, img.width, min(y + 64, img.height)) for y in ends]
-    most = np.max([np.array(img.crop(band), np.float32).max() for band in bands])
-    top = 65535 if most > 255 else 1 if img.mode == "F" and most <= 1 else 255
+    most = np.max([pixels_in(img, band).max() for band in bands])
+    top = 1 if img.mode == "F" and most <= 1 else 255
+    if most > 255 or img.mode.startswith("I;16"):  # which may be a dark one
+        top = 65535
     gray = Image.new("L", img.size)
     for band in bands:
-        pixels = np.array(img.crop(band), np.float32)
-        gray.paste(Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1) + 0.5)), band)
+        shares = np.clip(pixels_in(img, band) / top, 0, 1)
+        gray.paste(Image.fromarray(np.uint8(255 * shares + 0.5)), band)
     return gray
+
+
+def pixels_in(img, box):
+    """-> f32 (h, w); what is no number is black."""
+    return np.nan_to_num(np.array(img.crop(box), np.float32))
 
 
 def opaque(img):

@@ -16,6 +16,7 @@ the pictures and ingest/layouts.py reads their folders. No picture is opened her
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import re
@@ -178,17 +179,17 @@ def header_of(row):
 
 
 def style_of(path):
-    """How a table separates its cells: a csv by what makes a header or a picture of its first line.
+    """How a table separates its cells: a csv by what makes a header or a picture of its first lines.
 
     Where numbers have a comma, Excel writes semicolons; and it may say so in a line before the first.
     """
     if path.suffix.lower() != ".csv":
         return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with open(regular(path), encoding="utf-8-sig", errors="replace") as f:
-        line = next((line for line in f if line.strip()), "")
-        if said := EXCEL.match(line):
-            return {"delimiter": said[1], "skipinitialspace": True}
-    for sign in ",;\t":
+        lines = [*itertools.islice((line for line in f if line.strip()), 2)]  # one may be a header
+    if said := EXCEL.match("".join(lines[:1])):
+        return {"delimiter": said[1], "skipinitialspace": True}
+    for sign, line in itertools.product(",;\t", lines):
         cells = [cell.strip(' "\n') for cell in line.split(sign)]
         if header_of(cells) or any(map(is_image, cells)):
             return {"delimiter": sign, "skipinitialspace": True}
@@ -205,7 +206,7 @@ def table_rows(path, columns=COLUMNS):
         lines = ("\n" if EXCEL.match(line) else line for line in f)  # the count of lines stays
         rows = csv.reader(lines, **style)
         try:
-            for number, row in enumerate(filter(None, rows)):
+            for number, row in enumerate(row for row in rows if any(map(str.strip, row))):
                 if number == 0 and header_of(row):
                     columns = header_of(row)
                     if again := [name for name in KNOWN if columns.count(name) > 1]:

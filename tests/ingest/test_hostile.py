@@ -93,6 +93,11 @@ def test_deep_grays_are_the_same_in_bands_of_rows():
     deep = np.random.default_rng(0).integers(0, 65536, (150, 9)).astype(np.uint16)
     got = np.array(decode.eight_bits(Image.fromarray(deep)))
     assert (got == np.uint8(255 * np.clip(np.float32(deep) / 65535, 0, 1) + 0.5)).all()
+    dark = Image.fromarray(np.full((4, 4), 200, np.uint16))
+    assert np.array(decode.eight_bits(dark)).max() == 1  # 200 of 65535
+    shares = np.full((4, 4), 0.5, np.float32)
+    shares[0, 0] = np.nan
+    assert np.unique(decode.eight_bits(Image.fromarray(shares))).tolist() == [0, 128]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])

@@ -528,6 +528,7 @@ ROWS = {  # the same table, as programs write it
     "tabs": "file\tlabels\na/1.png\tmiku\nb/2.png\trin\n",
     "a comma said": "sep=,\na/1.png,miku\n.\\b\\2.png,rin\n",
     "quotes after a space": 'a/1.png, "miku"\nb/2.png, "rin"\n',
+    "cells without a word": "path;label\na/1.png;miku\n;\nb/2.png;rin\n;\n",
     "quotes and semicolons": '"image"; "labels"\n"a/1.png"; "miku"\n"b/2.png"; "rin"\n',
 }
 
@@ -546,6 +547,14 @@ def test_a_comma_is_kept_before_other_signs_and_unknown_columns_are_named(tmp_pa
     lay(tmp_path, {"list.csv": "image,who,label\nc.png,me,y\n"})
     assert told(tmp_path / "list.csv") == {"c.png": "-/y"}
     assert sources.find(tmp_path / "list.csv")[2][1].startswith("columns that are not read: who;")
+
+
+@pytest.mark.parametrize("sign", ",;")
+def test_columns_that_have_no_name_of_ours_are_asked_for(tmp_path, sign):
+    rows = ["Datei", "Figur"], ["a/1.png", "miku"], ["b/2.png", "rin"]
+    lay(tmp_path, TWO | {"list.csv": "\n".join(map(sign.join, rows))})
+    with pytest.raises(UserError, match="'Datei' is no picture; name the columns"):
+        sources.find(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize("above", ["C:\\data\\", "/home/me/", "pictures/"])
