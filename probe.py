@@ -353,7 +353,7 @@ def efficiency_line(row, source):
 
 
 @torch.no_grad()
-def draw_attention(path, encoder, task, index):
+def draw_attention(path, name, encoder, task, index):
     """A line for each picture: each head of the last block, their mean, the rollout, the pooler."""
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
@@ -369,11 +369,11 @@ def draw_attention(path, encoder, task, index):
         names.append("pooler")
     grids = torch.cat(maps, 1).unflatten(2, (encoder.side, -1))  # (B, len(names) - 1, g, g)
     lines = [("", [picture, *grid]) for picture, grid in zip(view, grids, strict=True)]
-    title = f"Attention of CLS in the last block, and of the pooler: {path.parent.name}"
+    title = f"Attention of CLS in the last block, and of the pooler: {name}"
     plots.image_grid(path, title, lines, names)
 
 
-def draw_neighbours(path, vectors, task, index):
+def draw_neighbours(path, name, vectors, task, index):
     """A line for each picture: it, and its 8 nearest of train, their cosine under them.
 
     A neighbour of the picture's class has a green frame, another a dashed one.
@@ -385,7 +385,7 @@ def draw_neighbours(path, vectors, task, index):
     cosine = queries @ F.normalize(vectors["train"].float(), dim=1).T
     cosine, nearest = cosine.topk(8, dim=1)
     same = task.split["labels"][index][:, None] == task.train["labels"][nearest]
-    title = f"{task.held} pictures and their nearest in train: {path.parent.name}"
+    title = f"{task.held} pictures and their nearest in train: {name}"
     n = len(index)
     with plots.panels(path, title, n, 9, (10.2, 1.32 * n + 0.6), squeeze=False) as axes:
         pairs = zip(index.tolist(), nearest.numpy(), strict=True)
@@ -422,8 +422,9 @@ def probe(run, task, threshold):
     if not task.headline:
         index = data.evenly_spaced(len(task.split["images"]), 8)
         with drawing("attention.png and others"):
-            draw_attention(folder / "attention.png", encoder, task, index[:5])
-            draw_neighbours(folder / "neighbours.png", pooled["mean"], task, index[:6])
+            name = features.home_of(run).name
+            draw_attention(folder / "attention.png", name, encoder, task, index[:5])
+            draw_neighbours(folder / "neighbours.png", name, pooled["mean"], task, index[:6])
     right = {}
     log = read_log(features.home_of(run) / "log.jsonl")
     if task.labelled:
