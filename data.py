@@ -122,7 +122,7 @@ def open_or_pack(path, image_size=0, pages=False):
         advice = f"python data.py {quoted(path)} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {advice}")
     else:
-        print(f"note     {out} was packed before: to take new pictures of {path}, remove it")
+        print(f"note     {out} was packed before; for new pictures of {path}: rm -r {quoted(out)}")
         note_small(out, image_size, pages)
     return out
 

@@ -189,9 +189,10 @@ def parse_model(flags, device):
     """
     defaults = DEFAULTS[device.type]
     set_defaults(flags, model=defaults["model"], blr=defaults["blr"])
-    # A run that goes on on another machine keeps its decoder.
-    flags.decoder_depth = getattr(flags, "decoder_depth", defaults["decoder_depth"])
-    more = {"decoder_depth": flags.decoder_depth, "simmim": 0}
+    flags.began_on = getattr(
+        flags, "began_on", device.type
+    )  # a run that is resumed keeps its decoder
+    more = {"decoder_depth": DEFAULTS[flags.began_on]["decoder_depth"], "simmim": 0}
     sizes = {name: more | size for name, size in SIZES.items()}
     _, size = parse_keys(flags.model, sizes, "--model")
     simmim = size.pop("simmim") != 0
@@ -245,14 +246,15 @@ def set_length(flags, n_images, N, device, world):
     return b, steps
 
 
-def build_network(kind, size, flags):
+def build_network(kind, size, flags, rank):
     """A network of this kind, MAE or SimMIM, its weights drawn from --seed or read from --init."""
     torch.manual_seed(flags.seed)
     try:
         model = kind(**size)
     except ValueError as problem:  # sizes that do not fit each other
         raise UserError(f"--model {flags.model}: {problem}") from None
-    check_readable(model)  # fails now, and not after the last step, if a file could not hold it
+    if rank == 0:
+        check_readable(model)  # fails now, and not after the last step, if a file could not hold it
     if flags.init and not flags.resume:
         print(f"init     {init_from(model, flags.init)}")
     return model
@@ -446,7 +448,7 @@ def main():
     kind, size, contrast_settings = parse_model(flags, device)  # {} for --contrast none
     s, p = size["image_size"], size["patch_size"]
 
-    model = build_network(kind, size, flags).to(device)
+    model = build_network(kind, size, flags, rank).to(device)
     N = model.encoder.side**2
     # Network and mask come first: a typo should not wait until pictures are packed.
     mask = parse_mask(flags, N)

@@ -42,6 +42,7 @@ from common.train import commit, machine, read_log, seeded
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 PAIRED = 2000  # most images for verification: the number of their pairs grows with the square
+OF_ONE_RUN = ("seed", "out", "digest", "began_on")  # flags: the others tell configurations apart
 LEAST_GAIN = 2.0  # points of kNN: a few hundred pictures can't tell less from chance
 INTERVAL = "{low:+.2f} to {high:+.2f}"
 HEADS = {"logistic": "logistic regression", "knn": "kNN"}
@@ -130,6 +131,8 @@ def open_task(flags):
     if task.labelled:
         open_labels(task)
     fix = "choose another --data or --split, or add or leave out --headline"
+    if flags.out:
+        fix = "choose another --out"
     for folder in folders.values():
         reserve([folder / task.filename], fix=fix)  # where nothing can be written, it shows here
     if out:
@@ -363,13 +366,14 @@ def draw_attention(path, name, encoder, task, index):
     heads = encoder.patch_attention(view)  # (B, heads, N)
     rollout = encoder.patch_attention(view, "rollout")  # (B, 1, N)
     maps = [heads, heads.mean(1, keepdim=True), rollout]
-    names = ["picture", *(f"head {i + 1}" for i in range(heads.shape[1])), "mean", "rollout"]
+    names = ["picture", *(f"CLS, head {i + 1}" for i in range(heads.shape[1]))]
+    names += ["CLS, mean", "CLS, rollout"]
     if encoder.pooler is not None:
         maps.append(encoder.patch_attention(view, "pooler").mean(1, keepdim=True))
         names.append("pooler")
     grids = torch.cat(maps, 1).unflatten(2, (encoder.side, -1))  # (B, len(names) - 1, g, g)
     lines = [("", [picture, *grid]) for picture, grid in zip(view, grids, strict=True)]
-    title = f"Attention of CLS in the last block, and of the pooler: {name}"
+    title = f"Attention in the last block: {name}"
     plots.image_grid(path, title, lines, names)
 
 
@@ -479,7 +483,7 @@ def by_config(reports):
         # Only runs that differ in nothing but their seed may be averaged. So all other flags must be equal,
         # whatever the folders are called.
         flags = report["config"]
-        config = {flag: value for flag, value in flags.items() if flag not in ("seed", "out")}
+        config = {flag: value for flag, value in flags.items() if flag not in OF_ONE_RUN}
         name = re.sub(r"-s(eed-)?\d+\b", "", report["run"])
         seeds = groups.setdefault((name, json.dumps(config, sort_keys=True)), {})
         seed = flags.get("seed", 0)

@@ -599,6 +599,7 @@ def use(flags, device, autocast):
     if crop and not out:
         raise UserError("--crop and --largest write pictures; --out DIR says where")
     problems, without = [], []
+    pages = faces = 0
     for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
             boxes, scores = faces_of(net, picture, header["page"], threshold)
@@ -609,6 +610,7 @@ def use(flags, device, autocast):
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
+        pages, faces = pages + 1, faces + len(boxes)
         if out:
             if crop:
                 shown = {f"_{i}": cut_out(picture, box) for i, box in enumerate(boxes.tolist())}
@@ -621,6 +623,8 @@ def use(flags, device, autocast):
     if without:
         note = f"{len(without)} pictures show no face, such as {fields.shown(without[0])}"
         print(f"note: {note}; their figure was cut out", file=sys.stderr)
+    if out:
+        print(f"wrote    {out}/: {faces} faces of {pages} pictures", file=sys.stderr)
     tell_problems(problems, (header.get("run") or {}).get("data"))
 
 

@@ -226,7 +226,9 @@ def answers_of_folds(flags, task, of_character, of_picture):
     every, classes, count = task.train, task.classes, int(of_picture.max()) + 1
     parts = [sets_of(every, classes, of_character, of_picture, fold) for fold in range(count)]
     if not all(len(dev.rows) and len(learned) > 1 for _, dev, _, learned in parts):
-        fix = "give two illustrations or more of each character, or --split val"
+        fix = (
+            "give two illustrations or more of each character (copies count as one), or --split val"
+        )
         raise UserError(f"a part of {flags.data} has too few pictures or characters; {fix}")
     of_start = train.UNSAVED | {"out", "device", "command"}  # others, where a run goes on
     config = {k: v for k, v in vars(flags).items() if k not in of_start}

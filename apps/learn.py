@@ -197,9 +197,14 @@ def main():
     if left := moved.keys() - done:
         print(f"not learned: {len(left)}, such as {min(left)}")
     # Below a character are the folders that its pictures came from, which may look like classes.
-    pack = quoted("python", "data.py", str(out), "--layout", "class", "--out", "datasets/NAME")
+    words = [str(out), "--layout", "class", "--out", "datasets/NAME"]
+    if header["crop"] == "figure":
+        words += ["--crop", f"figure:margin={header['margin']:g}"]
     first = "copy your older pictures into its folders first"
-    print(f"next: {pack} packs it for a new training; {first}")
+    if args.detect:
+        faces = quoted("python", "-m", "apps.detect", args.detect, str(out), "--largest", "--out")
+        words[0], first = "FACES", f"{first}, and cut out the faces: {faces} FACES"
+    print(f"next: {quoted('python', 'data.py', *words)} packs it for a new training; {first}")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def parse_args():
     add(
         "--detect", metavar="RUN", help="runs/NAME of apps/detect.py: name each face, left to right"
     )
-    add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
+    add(
+        "--enrol", "--enroll", metavar="WHO", help="add a character, or pictures of an enrolled one"
+    )
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
     args = parser.parse_intermixed_args()  # pictures may stand before and after flags

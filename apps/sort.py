@@ -154,10 +154,14 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
         save_csv(rows, table, COLUMNS)
     copies = [row["copy"] != "" for row in rows]
     more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
+    if len(copies) > sum(copies):
+        more += f" ({len(copies) - sum(copies)} pictures show no face, and were not copied)"
     print(f"wrote    {table.parent}/: {more}, listed in {table}")
     words = [args.run, str(table.parent), *(["--detect", args.detect] if args.detect else [])]
     learn = f"python -m apps.learn {quoted(*words)}"
-    print(f"next: move wrong copies to where they belong, then {learn}")
+    print(
+        f"next: move wrong copies to where they belong (what stays is learned as right), then {learn}"
+    )
 
 
 def files_to_sort(paths, out, rows):

@@ -876,7 +876,9 @@ def write_captions(flags, answer, header):
             row["name"] = names.get(row["picture"])
         words = [word for word in caption_words(row) if plain(word) not in without]
         words = written(words, flags.escape)
-        done.append(add_caption(files[row["picture"]], words, first))
+        who = plain(readable(row.get("name") or ""))
+        name = [word for word in words[:1] if plain(word) == who]  # it stands before an old caption
+        done.append(add_caption(files[row["picture"]], words, [*first, *name]))
     tell_problems(problems, header.get("data"))
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
     if flags.names:

@@ -105,8 +105,9 @@ def save_model(model, path, notes):
     for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
         if part is not None:
             save_safetensors(part.state_dict(), beside(path, name), {})
-    notes = {"config": model.config, "fixed_picture": of_fixed_picture(model.encoder), **notes}
-    save_safetensors(public_weights(model), path, notes)
+    if "fixed_picture" not in notes:
+        notes = notes | {"fixed_picture": of_fixed_picture(model.encoder)}
+    save_safetensors(public_weights(model), path, {"config": model.config, **notes})
 
 
 def fixed_view(side):
@@ -308,12 +309,13 @@ def blank_encoder(facts, norm_eps):
 
 
 def epsilon_of(encoder):
-    """norm_eps for a file. A norm of your own may have none, or None, as nn.RMSNorm."""
-    return getattr(encoder.norm, "eps", None) or EPS
+    """norm_eps for a file: what stands in for model.EPS in this encoder."""
+    return getattr(encoder, "norm_eps", EPS)
 
 
 def set_epsilon(encoder, norm_eps):
-    """A norm of your own that has another epsilon than model.EPS keeps it."""
+    """Give every LayerNorm this epsilon; one of yours, built with another one than EPS, keeps its own."""
+    encoder.norm_eps = norm_eps
     for norm in encoder.modules():
         if isinstance(norm, nn.LayerNorm) and norm.eps == EPS:
             norm.eps = norm_eps
@@ -377,7 +379,8 @@ def load_teacher(path):
 def add_pooler(encoder, path):
     """The pooler of a run, if it has one, joins its encoder."""
     if beside(path, "pooler").exists():
-        encoder.pooler = pooler_of(encoder)
+        with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
+            encoder.pooler = pooler_of(encoder)
         load_beside(encoder.pooler, path, "pooler")
 
 
@@ -395,19 +398,24 @@ def check_readable(model):
     before = {name: w.clone() for name, w in model.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     for w in model.parameters():  # all are moved a little: what begins at zero would not be missed
-        w += 0.01 * torch.rand(w.shape, generator=generator)
-    has_decoder = model.config.get("decoder_depth", 0) > 0  # SimMIM's is not read again
-    ours = answers(model if has_decoder else model.encoder)
+        if w.is_floating_point():
+            w += 0.01 * torch.rand(w.shape, generator=generator)
+    whole = not isinstance(model, SimMIM)  # whose decoder no stage reads again
+    ours = answers(model if whole else model.encoder)
+    public_weights(model)  # a name that no file could tell is a mistake of its own
     with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder) / "model.safetensors", {"fixed_picture": None})
-        model.load_state_dict(before)
+        file = Path(folder) / "model.safetensors"
         try:
-            again = load_mae(folder)[0] if has_decoder else load_encoder(folder)
+            save_model(model, file, {"fixed_picture": None})
+            again = load_mae(file)[0] if whole else load_encoder(file)
             pairs = zip(ours, answers(again), strict=True)
             same = all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in pairs)
             reason = "its answers would differ"
         except (UserError, TypeError, ValueError, RuntimeError) as problem:
-            same, reason = False, one_line(str(problem).replace(folder, "the file"))
+            # The advice behind the last semicolon is for files that somebody else has spoiled.
+            same = False
+            reason = one_line(str(problem).replace(f"{file}: ", "").rpartition("; ")[0] or problem)
+    model.load_state_dict(before)
     if not same:
         raise UserError(
             f"this network could not be read back from its file: {reason}; in model.py, put every "
@@ -416,7 +424,8 @@ def check_readable(model):
 
 
 def answers(net):
-    """What a ViT or an MAE computes of a fixed picture in eval mode: tokens; the second half of it."""
+    """A ViT or an MAE in eval mode, and a fixed picture -> its tokens; of an MAE also pred and stats of
+    the second half of its patches, which it predicts from the first."""
     training = net.training
     encoder = getattr(net.eval(), "encoder", net)
     patches, ids = encoder.all_patches(fixed_view(encoder.image_size))

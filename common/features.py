@@ -43,7 +43,8 @@ def split_suffix(split):
 def results_folder(run, folder, split, trained_on=None):
     """RUN where the data are those that it was trained on and the split is val, else RUN/DATA-SPLIT."""
     folder = Path(folder).resolve()
-    trained_on = trained_on or flags_of(run).get("data")
+    learned = flags_of(run).get("data")
+    trained_on = trained_on or learned and place_of_set(learned, run)
     if trained_on and Path(trained_on).resolve() == folder and split == "val":
         return home_of(run)
     return home_of(run) / f"{folder.name}-{split}"

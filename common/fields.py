@@ -13,6 +13,7 @@ import unicodedata
 from common.io import UserError
 
 LETTERS = 100  # of a name
+JOINER = "\u200d"  # makes one emoji of several
 LARGEST = 1e6  # absolute value of a weight: a network of larger ones overflows
 # The lowest and the highest value of a key, on the command line and in a file: first those of a
 # network, then of --method, --head and --crop, of a loss, of a mask. Others may be any number. Bounds of
@@ -29,8 +30,8 @@ BOUNDS |= {"fine": (1e-3, 100.0), "coarse": (1e-3, 100.0)}
 
 
 def shown(text):
-    """Text of a file for a terminal: what is neither printable nor a space is escaped."""
-    printable = [c.isprintable() or unicodedata.category(c) == "Zs" for c in text]
+    """Text of a file for a terminal: what is neither printable nor a space nor joins emoji is escaped."""
+    printable = [c.isprintable() or unicodedata.category(c) == "Zs" or c == JOINER for c in text]
     return "".join(c if ok else ascii(c)[1:-1] for c, ok in zip(text, printable, strict=True))
 
 

@@ -5,6 +5,7 @@ so a killed one locks nothing. Galleries, data sets, studies and the folders of 
 """
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def reserve(paths, lock=None, fix="choose another --out"):
 def lock_beside(path):
     """The lock file of a file, or of a folder that is not there yet."""
     path = Path(os.path.abspath(path))  # "." has a name, too
-    return path.parent / f".{path.name}.lock"
+    name = path.name
+    if len(os.fsencode(name)) > 240:  # a name has at most 255 bytes
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.parent / f".{name}.lock"
 
 
 @contextlib.contextmanager

@@ -205,12 +205,17 @@ def commit(checkout=Path(__file__).parent.parent):
     git = ["git", "-C", os.fspath(checkout)]
     try:
         name = subprocess.check_output([*git, "describe", "--always"], stderr=subprocess.DEVNULL)
-        edited = subprocess.check_output([*git, "status", "--porcelain", "--", "*.py"])
+        edited = subprocess.check_output([*git, "status", "--porcelain", "--", *CODE])
     except (OSError, subprocess.CalledProcessError):
         name, edited = b"no git", True
-    files = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:6]
-    return name.decode().strip() + (f"+{code}" if edited else "")
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in code_files(checkout)))
+    return name.decode().strip() + (f"+{code.hexdigest()[:6]}" if edited else "")
+
+
+def code_files(checkout):
+    """Its Python files but the tests, in order."""
+    found = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
+    return [path for path in found if path.is_file()]  # Emacs leaves links to nothing
 
 
 def peak_memory_mb(device):
@@ -278,8 +283,8 @@ def seeded(*numbers):
 def seeded_step(*numbers):
     """`seeded`, for a step of a loop: dropout, or whatever else you add, begins anew with it, too."""
     # Dropout asks no generator of ours but torch's own, whose state goes on from step to step. Seeded
-    # anew at each step, it need not be saved, and a resumed run draws what it would have drawn. So it is
-    # with those of NumPy and Python.
+    # anew at each step, it need not be saved, and a resumed run draws what it would have drawn. The same
+    # holds for the generators of NumPy and Python.
     generator = seeded(*numbers)
     torch.manual_seed(generator.initial_seed())
     np.random.seed(generator.initial_seed() % 2**32)  # for what you add

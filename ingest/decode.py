@@ -33,6 +33,7 @@ PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 # of this size. Larger ones are decoded one after the other.
 LARGE = 2**24
 # Two decoders keep copies of their own, of 20 and 15 bytes a pixel.
+LONG = 1.4  # of a picture's longer side over the other: its centre is likely to miss the head
 MOST_PIXELS = {"WEBP": 2**26, "AVIF": 2**26}
 MOST_WHOLE = 40 * 10**6  # pixels of an uncut picture; a page of A4 at 600 dpi has 35 million
 MOST_SCANS = 100  # of a JPEG; ten are usual, and 18 the most that libjpeg writes of its own
@@ -296,12 +297,13 @@ def reason(problem):
     return words[:100] or type(problem).__name__
 
 
-def count_alpha(records, fetch):
-    """-> how many of 64 images have transparent pixels, and how many were looked at."""
+def look_at(records, fetch):
+    """-> how many of 64 images have transparent pixels, how many are long, how many were looked at."""
     some = records[:: math.ceil(len(records) / 64)]
-    found = 0
+    transparent = long = 0
     for _, load in fetch(some):
         with contextlib.suppress(Exception):  # a broken one is named later
             img = open_picture(load())
-            found += img.has_transparency_data and not opaque(img.convert("RGBA"))
-    return found, len(some)
+            long += max(img.size) > LONG * min(img.size)
+            transparent += img.has_transparency_data and not opaque(img.convert("RGBA"))
+    return transparent, long, len(some)

@@ -79,7 +79,8 @@ def left_out(names, kinds, pictures):
     empty = sorted(set(map(posixpath.dirname, lost)) - read)
     if empty:
         line += f"; folders that lost everything: {len(empty)}, such as {', '.join(empty[:3])}"
-    return [shown(f"{line}; convert or rename what should be read, such as to .png")]
+    fix = "convert what should be read, such as to .png; a new name alone converts nothing"
+    return [shown(f"{line}; {fix}")]
 
 
 def folders_above(folder):

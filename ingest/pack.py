@@ -51,7 +51,7 @@ from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
 from data import PACKED, evenly_spaced, is_small, open_split
 from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
-from ingest.decode import count_alpha, decode, decode_records, reason
+from ingest.decode import decode, decode_records, look_at, reason
 from ingest.splits import (
     assign_splits,
     hold_out_test,
@@ -103,8 +103,11 @@ def open_images(flags, size):
         records, fetch, told = with_others(records, fetch, flags.unknown, flags.path)
         notes += told
     crop, margin = flags.crop
-    found, tried = count_alpha(records, fetch)
+    found, long, tried = look_at(records, fetch)
     fg = found * 2 > tried
+    if crop == "centre" and long * 2 > tried and not any(record.box for record in records):
+        what = f"{long} of {tried} images that were looked at are much longer than wide, or wider"
+        notes.append(f"crop: {what}; their centre may miss the head: see Crops in docs/data.md")
     if found:
         use = "alpha is the foreground" if fg else "too few for masks, so they are laid on white"
         looked = f"{found} of {tried} images that were looked at have transparent pixels"
@@ -280,6 +283,9 @@ def deal(source, pairs, how, shares):
     lost = [name for name in asked if asked[name] and name in dealt and name not in splits]
     if lost:
         few = f"{len(records)} are too few"
+        [(_, most)] = Counter(r.group for r in records).most_common(1)
+        if most * 2 > len(records):
+            few = f"{most} of {len(records)} count as one picture (duplicates.csv, --dedupe off)"
         notes.append(f"no picture is left for {' and '.join(lost)}: {few}")
     return records, notes
 
@@ -519,7 +525,7 @@ def show(flags):
     return f"{path} written; next: {to_learn(folder)}"
 
 
-def sheet_rows(split, classes=6, each=10):
+def sheet_rows(split, classes=12, each=10):
     """Pictures of large, small and other classes; and some with their boxes, foreground and parts."""
     images = split["images"]
     labels = split["labels"].numpy()

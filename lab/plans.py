@@ -24,6 +24,8 @@ axes          {unit: what the axis of a figure says}, where arms are named "NAME
 template      commands of arms that --arms names and the plan lacks
 needs         {word of a command: (extra of pyproject.toml, a library of it)}
 planes        {array that the data set has to have: the command that makes such a set}
+less          columns of which less is better
+family        {hypothesis: number of its parts}: all that p is corrected for, also where they lack runs
 
 In commands, {0} is the folder of the arm's first command, {seed} and {data} are what they say, and
 {epochs} is how many epochs fill the plan's minutes.

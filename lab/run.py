@@ -38,7 +38,7 @@ import mask as masking
 from common.command import Parser, at_least, cli, each_flag_once, parse_keys, require
 from common.io import UserError, read_json, save_json
 from common.locks import lock_beside, locked
-from common.train import CODE, commit, machine, pick_device, read_log
+from common.train import code_files, commit, machine, pick_device, read_log
 from lab import report
 from lab.plans import PLANS
 
@@ -438,9 +438,8 @@ def save_plan(args, arms, seeds, folder):
 
 def digest_of_code(checkout):
     """A hash of what trains and measures: after an edit, rows that are there are of other code."""
-    files = sum((sorted(checkout.glob(pattern)) for pattern in CODE), [])
     ours = [checkout / f"lab/{name}.py" for name in ("plans", "run", "report", "stats")]
-    files = [path for path in files if path not in ours]
+    files = [path for path in code_files(checkout) if path not in ours]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
 
 

@@ -1,6 +1,7 @@
 """What is done with a folder of somebody's own: captions beside pictures, and files for other programs."""
 
 import csv
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,7 +36,9 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
     captions(fresh, "--append --threshold 0 --prepend my_style", check=0)
     pictures = sorted((fresh / FOLDER).glob("*.png"))
     texts = [path.with_suffix(".txt").read_text() for path in pictures]
-    assert texts[0].startswith("my_style, a sentence.\nSolo, Blue_Hair, ")
+    assert re.match(
+        "my_style, class., a sentence.\nSolo, Blue_Hair, ", texts[0]
+    )  # who it is comes first
     assert all(text.startswith("my_style, ") for text in texts[1:])
     after = files_of(fresh / FOLDER)
     assert "wrote 0 captions" in captions(fresh, "--append --threshold 0", check=0).stdout

@@ -144,6 +144,7 @@ def test_of_pages_those_with_one_face_are_learned(fresh, monkeypatch):
     count[0] = 1
     told = run_line(f"{LEARN} out --detect runs/a-det", fresh, check=0).stdout
     assert "Zoe is enrolled with 4 pictures" in told
+    assert "data.py FACES --layout class" in told and "apps.detect runs/a-det out --largest" in told
 
 
 def test_a_folder_that_sort_did_not_write_is_refused(fresh):

@@ -101,6 +101,25 @@ def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
     assert "alpha: 4 of 10" in said and "too few" in said
 
 
+def test_long_pictures_whose_centre_may_miss_the_head_are_told(tmp_path):
+    """An emoji of several letters is a name of a class, too."""
+    folder = tmp_path / "images" / "👩\u200d🎤 aoka"
+    folder.mkdir(parents=True)
+    for i in range(6):
+        Image.new("RGB", (16, 40), (0, 40 * i, 0)).save(folder / f"{i}.png")
+    said, sets = packed(tmp_path, "images --dedupe off --layout class")
+    assert "crop: 6 of 6 images" in said and sets["train"]["header"]["classes"] == [folder.name]
+    assert "crop:" not in packed(tmp_path, "images --dedupe off --crop figure", "whole")[0]
+
+
+def test_many_pictures_that_count_as_one_are_told(tmp_path):
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for i in range(12):
+        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
+    assert "12 of 12 count as one picture" in packed(tmp_path, "images")[0]
+
+
 def test_the_boxes_of_a_list_are_what_the_figure_crop_keeps(tmp_path):
     lines = ["path,label,x1,y1,x2,y2"]
     for i in range(10):

@@ -43,7 +43,8 @@ def test_few_pictures_are_among_the_more_and_test_stays_whole(small, tmp_path):
 
 
 def test_of_two_calls_with_one_out_the_second_is_refused(small, tmp_path):
-    with locked(lock_beside(tmp_path / "few")):
+    long = lock_beside(tmp_path / f"{83 * '星'}.txt")  # with 253 bytes, and .lock would be too many
+    with locked(long), locked(lock_beside(tmp_path / "few")):
         refusal = refused(call("lab.subset", small, "--out", tmp_path / "few", cwd=tmp_path))
     assert "is being written" in refusal and not (tmp_path / "few").exists()
 

@@ -325,6 +325,9 @@ def test_a_network_whose_file_would_lose_something_is_refused(kind):
     [
         (lambda mae: setattr(mae.decoder.decoder_norm, "eps", 1.0), "answers would differ"),
         (lambda mae: mae.config.pop("heads"), "heads can't be None"),
+        (lambda mae: mae.config.pop("decoder_depth"), "has no decoder"),
+        (lambda mae: mae.config.update(decoder_depth=[1, 1]), "decoder_depth can't be"),
+        (lambda mae: mae.config.update(act=torch.relu), "not JSON serializable"),
         (lambda mae: mae.config.update(depth=[1, 1]), "depth can't be"),
     ],
 )
@@ -343,6 +346,7 @@ class Adding(M.ViT):
         self.register_buffer("local", torch.tensor([True, False]))
         self.register_buffer("turns", torch.linspace(0, 1, 3, dtype=torch.float64))
         self.pooler_norm = torch.nn.LayerNorm(dim, eps=0.1)
+        self.norm = torch.nn.LayerNorm(dim, eps=0.01)
 
     def forward(self, *args):
         return self.pooler_norm(super().forward(*args)) * (1 + self.local.sum() + self.turns.sum())
@@ -358,6 +362,9 @@ def test_what_a_network_adds_is_read_back(tmp_path, monkeypatch):
     assert C.flags_of(tmp_path) == {"data": "here"}
     close(C.load_encoder(tmp_path).features(some_view(32)), model.encoder.features(some_view(32)))
     assert equal(C.load_mae(tmp_path)[0].state_dict(), model.state_dict())
+    save_encoder(model.encoder, tmp_path / "encoder.safetensors", {})
+    again = C.load_encoder(tmp_path / "encoder.safetensors")
+    close(again.features(some_view(32)), model.encoder.features(some_view(32)))
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder", ""])
