@@ -200,7 +200,8 @@ class LoRA(nn.Module):
         self.base = base
         # B A is a sum of r products. With a fixed alpha, dividing by r lets another rank work with the
         # same learning rate (section 4.1). The default alpha = 2r undoes that: the factor is 2 for every
-        # r. For large ranks try alpha / sqrt(r), which is rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+        # r. For large ranks try alpha / sqrt(r), which is rsLoRA (Kalajdzievski 2023, arXiv:2312.03732),
+        # with one alpha for all ranks, such as lora:r=32,alpha=16.
         self.scale = alpha / r
         device = base.weight.device
         # B A is zero at first, so that training begins at the pre-trained encoder. If A were zero, too,
@@ -241,7 +242,7 @@ def learned(encoder):
 def computes(lora, weight_of):
     """Is the output of a LoRA layer the same as weight_of(layer) x + b?"""
     # On the CPU: a GPU may round products to TF32, and then what is equal would not seem so.
-    layer = copy.deepcopy(lora).cpu()
+    layer = copy.deepcopy(lora).cpu().eval()
     x = torch.linspace(-1, 1, layer.base.in_features)[None]
     y = F.linear(x, weight_of(layer), layer.base.bias)
     return torch.allclose(layer(x), y, rtol=1e-3, atol=1e-4)
@@ -257,6 +258,11 @@ def is_plain(encoder):
     """Is its adapter a LoRA as peft knows it: is nothing learned but A and B, and used as in eq. 3?"""
     layers = lora_layers(encoder)
     if not all(computes(lora, equation_3) for lora in layers.values()):
+        return False
+    of_layer = {}
+    for name, lora in layers.items():
+        of_layer.setdefault(name.split(".", 2)[2], set()).add((*lora.A.shape, lora.scale))
+    if any(len(shapes) > 1 for shapes in of_layer.values()):  # peft has one rank for all blocks
         return False
     return learned(encoder).keys() == {f"{name}.{factor}" for name in layers for factor in "AB"}
 

@@ -200,7 +200,7 @@ class Pooler(nn.Module):
 
 def pooler_of(encoder):
     """A new pooler that fits an encoder."""
-    return Pooler(encoder.config["dim"], encoder.blocks[0].attn.heads)
+    return Pooler(encoder.config["dim"], encoder.config["heads"])
 
 
 class ViT(nn.Module):
@@ -453,7 +453,8 @@ class SimMIM(nn.Module):
 
 
 def to_pixels(pred, stats=None):
-    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2), mean and log std, undo norm_pix."""
+    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2), mean and log std, undo norm_pix. It passes no
+    gradient, as bytes have none."""
     if stats is not None:
         # The head predicts the logarithm of a standard deviation, so that none comes out negative.
         pred = pred * stats[..., 1:].exp() + stats[..., :1]

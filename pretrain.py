@@ -573,7 +573,9 @@ def main():
         # 5. update
         grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(
+                "times", 1
+            )  # for an optimizer of yours, with several rates
         optimizer.step()
         optimizer.zero_grad()
         return loss, grad_norm, pairs
@@ -603,6 +605,7 @@ def main():
             stream = (flags.seed, epoch, run.step, rank)
             boxes, flip, noise = draw(train.seeded_step(*stream), b, N, flags.min_crop, device)
             view = cut_views(batch, boxes, flip, s)  # (b, s, s, 3)
+            # Colours may be changed here. What moves pixels would have to move the scores below, too.
 
             # 2. which patches are hidden
             t = run.step / total  # progress of the run: a curriculum depends on it

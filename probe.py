@@ -467,10 +467,12 @@ def slim(row, is_headline):
     if is_headline:
         return row
     large = ("per_class", "confusion")
-    return {
-        head: {key: value for key, value in numbers.items() if key not in large}
-        for head, numbers in row.items()
-    }
+    kept = {}
+    for head, numbers in row.items():
+        if isinstance(numbers, dict):  # and not one number, as of your own
+            numbers = {key: value for key, value in numbers.items() if key not in large}
+        kept[head] = numbers
+    return kept
 
 
 # ---- several runs --------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ OUT = "{out}"  # in a line that loads what was written: the path, which the writ
 # ---- weights: encoders in public formats, adapters, runs -----------------------------------------
 
 
-def public_weights(source, image_size):
+def public_weights(source, image_size, whole=True):
     """A checkpoint -> its weights under public names, decoder included, and its facts."""
     facts = checkpoints.at_size(*checkpoints.read_network(source), image_size, source)[1]
     if facts["norm_eps"] != EPS:
@@ -78,6 +78,8 @@ def public_weights(source, image_size):
         model, _ = checkpoints.load_mae(source, image_size)
         encoder, weights = model.encoder, checkpoints.public_weights(model)
     check_plain(encoder, checkpoints.encoder_of(weights), source)
+    if whole and facts["decoder_depth"]:
+        check_plain_decoder(model, weights, facts, source)
     return weights, facts
 
 
@@ -106,24 +108,56 @@ def check_plain(encoder, weights, source):
         raise UserError(f"{source}: {reason}; {advice}")
 
 
+@torch.no_grad()
+def check_plain_decoder(model, weights, facts, source):
+    """The same of a decoder, and what MAE makes of its weights: mask tokens behind visible ones."""
+    depth, heads = facts["decoder_depth"], facts["decoder_heads"]
+    parts = ["decoder_embed", "decoder_norm", "decoder_pred"]
+    parts += [f"decoder_blocks.{i}.{part}" for i in range(depth) for part in PARTS]
+    names = {"mask_token", "decoder_pos_embed", *(f"{name}.{w}" for name in parts for w in WEIGHTS)}
+    same = names == weights.keys() - checkpoints.encoder_of(weights).keys()
+    patches, ids = model.encoder.all_patches(checkpoints.fixed_view(model.encoder.image_size))
+    K = ids.shape[1] // 2
+    pred, _, latent, *_ = model(patches[:, :K], ids[:, :K], ids[:, K:])
+    try:
+        x = F.linear(latent, weights["decoder_embed.weight"], weights["decoder_embed.bias"])
+        hidden = weights["mask_token"].expand(1, ids.shape[1] - K, -1)
+        x = torch.cat([x, hidden], 1) + weights["decoder_pos_embed"]
+        x = plain_blocks(x, weights, "decoder_", depth, heads, EPS)[:, 1 + K :]
+        theirs = F.linear(x, weights["decoder_pred.weight"], weights["decoder_pred.bias"])
+        same = same and torch.allclose(pred, theirs, rtol=1e-2, atol=1e-3)
+    except (RuntimeError, KeyError):  # other shapes, or other names
+        same = False
+    if not same:
+        raise UserError(
+            f"{source}: its decoder is not as in MAE and HF; --to timm has the encoder alone"
+        )
+
+
 def plain_tokens(weights, config, eps, patches):
     """What public ViTs compute: all patches (B, N, p*p*3) -> normalised tokens (B, 1+N, D).
 
     Written without model.py, so that it tells whether model.py has been changed.
     """
 
+    x = F.linear(patches, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"])
+    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1) + weights["pos_embed"]
+    return plain_blocks(x, weights, "", config["depth"], config["heads"], eps)
+
+
+def plain_blocks(x, weights, stack, depth, heads, eps):
+    """x (B, N, D) through the blocks and the norm whose names begin with `stack`."""
+
     def linear(name, x):
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+        return F.linear(x, weights[f"{stack}{name}.weight"], weights[f"{stack}{name}.bias"])
 
     def norm(name, x):
-        size = weights[f"{name}.weight"].shape
-        return F.layer_norm(x, size, weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+        weight, bias = (weights[f"{stack}{name}.{w}"] for w in WEIGHTS)
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
 
-    x = linear("patch_embed.proj", patches)
-    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1) + weights["pos_embed"]
-    for i in range(config["depth"]):
+    for i in range(depth):
         qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
-        q, k, v = qkv.unflatten(2, (3, config["heads"], -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + linear(f"blocks.{i}.attn.proj", y)
         y = F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x)))
@@ -137,7 +171,7 @@ def save_mae(source, out, image_size):
 
 
 def save_timm(source, out, image_size):
-    weights, facts = public_weights(source, image_size)
+    weights, facts = public_weights(source, image_size, whole=False)
     save_safetensors(checkpoints.encoder_of(weights), out)
     size = facts["image_size"]
     pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}

@@ -90,7 +90,8 @@ def public_weights(model):
         # One file holds both parts, and tells them apart by these names alone.
         if part not in ("encoder", "decoder") or is_decoder(rest) != (part == "decoder"):
             raise UserError(
-                f"{name} is no name for a file: call it encoder... or decoder.decoder_..."
+                f"{name} is no name for a file: call it encoder... or decoder.decoder_...; what is "
+                "no part of the network, such as a teacher, joins `networks` in pretrain.py"
             )
         public[rest] = w
     return as_convolution(public)

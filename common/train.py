@@ -91,8 +91,11 @@ def take_saved_flags(flags, *free):
         raise UserError(f"--resume {flags.resume} has no state.pt; give a run that has one")
     saved = load_state(path)["config"]
     saved = {k: v for k, v in saved.items() if v is not None or k not in FILLED}
-    if vars(flags).keys() - saved.keys() - UNSAVED:
-        raise UserError(f"{flags.resume} is a run of another command or version; give its own")
+    if unknown := sorted(vars(flags).keys() - saved.keys() - UNSAVED):
+        why = f"which has no --{unknown[0].replace('_', '-')}"
+        raise UserError(
+            f"{flags.resume} is a run of another command or version, {why}; give its own"
+        )
     rules = {name: functools.partial(flags.could_give, name) for name in saved}
     check_fields(saved, rules, f"{path}: config", ANEW)
     given = flags.given - {"resume", "device", "log", *free}

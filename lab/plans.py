@@ -367,6 +367,24 @@ OF_RECOGNITION = {
     },
 }
 PLANS["baselines"] = OF_RECOGNITION | recognition(**BASELINES)
+# Ways to fine-tune of your own, as --arms "lora:r=4" or "lora --source ../edited".
+TUNED = (
+    "finetune_lora.py {encoder} --data {data} --seed {seed} --split {split} {recipe} --method {arm}"
+)
+PLANS["tune"] = OF_RECOGNITION | {
+    "question": "Is this a better way to fine-tune than LoRA?",
+    "seeds": range(2000, 2003),
+    "arms": {"lora": [TUNED]},
+    "template": [TUNED],
+    "against": "lora",
+    "made": {},
+    "set": {"encoder": "weights/toon", "recipe": "", "split": "val"},
+    "columns": {
+        name: column
+        for name, column in OF_RECOGNITION["columns"].items()
+        if "recognize.json" not in column
+    },
+}
 
 
 def of_full(**flags):

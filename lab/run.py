@@ -39,6 +39,7 @@ from common.command import Parser, at_least, cli, each_flag_once, parse_keys, re
 from common.io import UserError, read_json, save_json
 from common.locks import lock_beside, locked
 from common.train import code_files, commit, machine, pick_device, read_log
+from finetune_lora import METHODS
 from lab import report
 from lab.plans import PLANS
 
@@ -327,7 +328,9 @@ def check(args, arms):
     asked = re.search(r"--device (\w+)", text)
     args.device = pick_device(asked[1] if asked else "auto")
     for arm in arms if "template" in plan else ():
-        parse_keys(arm.split(" ")[0], masking.PARAMS, "--arms")
+        known = METHODS if "--method {arm}" in plan["template"][0] else masking.PARAMS
+        if SOURCE not in arm:  # edited code may know others
+            parse_keys(arm.split(" ")[0], known, "--arms")
         if arm not in PLANS[args.name]["arms"]:
             check_flags(arm, args)
         if "--maps truth" in arm and "fg" not in train:
@@ -345,7 +348,9 @@ def check_flags(arm, args):
         raise UserError(f"--arms {arm}: {flag} has to be equal in all arms: --set {everyone}")
     source = source_of(arm)
     if ("--source" in given) != (SOURCE in arm) or not (source / "pretrain.py").exists():
-        raise UserError(f"--arms {arm}: end it with --source DIR, a checkout of this repository")
+        raise UserError(
+            f"--arms {arm}: give --source DIR, a checkout of this repository, behind the flags of both"
+        )
     if SOURCE in arm and any(command.startswith("-m") for command in args.plan["template"]):
         raise UserError(f"--arms {arm}: plan {args.name} can't run another checkout; plan mine can")
     if SOURCE in arm and digest_of_code(source) == digest_of_code(ROOT):
@@ -354,7 +359,7 @@ def check_flags(arm, args):
 
 def source_of(arm):
     """The checkout whose code an arm runs."""
-    return Path(arm.partition(SOURCE)[2] or ROOT)
+    return Path(arm.partition(SOURCE)[2].partition(" --")[0] or ROOT)
 
 
 def against(plan, arm):
@@ -373,9 +378,11 @@ def with_masks(plan, arms):
     own = [arm for arm in arms if arm not in plan["arms"]]
     commands = plan["arms"] | dict.fromkeys(own, plan["template"])
     for arm, templates in commands.items():
-        mask, _, source = arm.partition(SOURCE)
+        same, _, edit = arm.partition(SOURCE)
+        # Flags behind the folder are those of the edited code alone.
+        source, *more = edit.partition(" --")
         source = shlex.quote(source) if source else ""
-        scripts = [template.replace("{arm}", mask) for template in templates]
+        scripts = [template.replace("{arm}", same + "".join(more)) for template in templates]
         commands[arm] = [os.path.join(source, script) for script in scripts]
     baselines = dict.fromkeys(commands, next(iter(plan["arms"])))
     if isinstance(plan["against"], dict):

@@ -17,7 +17,7 @@ from torch import nn
 import data
 from apps import export, tags
 from common.checkpoints import load_encoder, save_model
-from common.io import save_safetensors
+from common.io import UserError, save_safetensors
 from common.train import seeded
 from model import MAE
 
@@ -72,6 +72,20 @@ def said_without_torch(at, faces):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", ["a name", "an answer"])
+def test_a_changed_decoder_is_in_no_public_format_but_its_encoder_is(tmp_path, change):
+    mae = MAE(**TINY_MAE)
+    save_model(mae, tmp_path / "model.safetensors", {})
+    weights, facts = export.public_weights(str(tmp_path), None)
+    if change == "a name":
+        weights["decoder_extra"] = weights["mask_token"]
+    else:
+        mae.decoder.decoder_pred.register_forward_hook(lambda *_: _[2] + 1)
+    mae.eval()
+    with pytest.raises(UserError, match="its decoder is not as in MAE"):
+        export.check_plain_decoder(mae, weights, facts, "x")
+
+
 def test_a_recogniser_and_its_reader_without_torch(at):
     run_line(f"apps.recognize runs/a-lora {CPU} --enrol somebody images/class0", at, check=0)
     run_line("apps.export runs/a-lora --to onnx", at, check=0)

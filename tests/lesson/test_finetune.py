@@ -345,3 +345,21 @@ def test_an_adapter_that_trains_in_part_or_cannot_be_merged_says_so_at_the_start
     monkeypatch.setattr(finetune_lora, "LoRA", Unused)
     said = run_line(f"{TUNE} --method lora:r=2 --out runs/unused", at, check=0).stdout
     assert "encoder.blocks.0.attn.qkv.s" in said and "not be merged" in said
+
+
+def test_an_adapter_with_dropout_is_plain_and_one_with_a_rank_for_each_block_is_not(monkeypatch):
+    """peft knows one rank for all blocks. Dropout is off where an adapter is used."""
+    plain = finetune_lora.LoRA
+
+    class Dropping(plain):
+        def forward(self, x):
+            return super().forward(F.dropout(x, 0.5, self.training))
+
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
+    for kind, expected in ((Dropping, True), (plain, False)):
+        monkeypatch.setattr(finetune_lora, "LoRA", kind)
+        encoder = ViT(**sizes)
+        finetune_lora.add_lora(encoder, 2)
+        if not expected:
+            encoder.blocks[1].attn.qkv = plain(encoder.blocks[1].attn.qkv.base, 4, 8, 3)
+        assert finetune_lora.is_plain(encoder) == expected

@@ -73,6 +73,11 @@ def test_one_command_writes_what_its_docstring_says(runs):
     assert "kNN of" in done.stdout and "efficiency" in report
 
 
+def test_a_number_of_your_own_is_kept():
+    row = {"knn": {"top1": 0.5, "confusion": []}, "silhouette": 0.3}
+    assert probe.slim(row, False) == {"knn": {"top1": 0.5}, "silhouette": 0.3}
+
+
 def test_results_can_lie_elsewhere(runs, tmp_path):
     """As of a checkpoint of somebody else, in whose folder nothing may be written."""
     run_probe(runs[0] / "random-s0", "--headline", "--out", "results", cwd=tmp_path)
