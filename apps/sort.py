@@ -36,7 +36,7 @@ import torch
 
 from apps.groups import ALIKE, alike, check_grouped
 from apps.recognize import all_answers, answers, compared, open_recogniser, parser_of, predictions
-from common.command import between, cli, refuse_useless
+from common.command import between, cli, progress, refuse_useless
 from common.io import UserError, atomic, quoted, reading, save_csv
 from common.locks import reserve
 from ingest.pictures import file_name, picture_files, tell_problems
@@ -137,7 +137,8 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
     before = saved = len(rows)
     save_csv(rows, table, COLUMNS)  # from now on the folder is known as ours
     try:
-        for file, faces in itertools.groupby(found, file_of):
+        pictures = None if args.detect else len(args.images)  # a page may have several faces
+        for file, faces in itertools.groupby(progress(found, "sort", pictures), file_of):
             rows += copies_of(file, faces, wanted[file], folders, table.parent)
             if len(rows) > 1.02 * saved + SAVED_AFTER:  # all of it is written each time
                 save_csv(rows, table, COLUMNS)

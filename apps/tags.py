@@ -51,6 +51,7 @@ from common.command import (
     cli,
     command,
     parse_keys,
+    progress,
     refuse_useless,
     run_name,
     set_defaults,
@@ -853,7 +854,7 @@ def recognised(flags, files, problems):
     settings |= {"threshold": None, "detect": None, "images": list(files)}
     args = SimpleNamespace(**settings)
     rows = recognize.all_answers(args, *recognize.open_recogniser(args), problems)
-    return {row["picture"]: row["name"] for row in rows}
+    return {row["picture"]: row["name"] for row in progress(rows, "names", len(files))}
 
 
 def write_captions(flags, answer, header):
@@ -871,7 +872,7 @@ def write_captions(flags, answer, header):
     else:
         problems = []  # the same ones come again
         rows = each_answer(answer, files, header, problems, most=len(header["words"]))
-    for row in rows:
+    for row in progress(rows, "captions", len(files)):
         if flags.names:
             row["name"] = names.get(row["picture"])
         words = [word for word in caption_words(row) if plain(word) not in without]

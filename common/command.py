@@ -249,10 +249,10 @@ def require(extra, *libraries):
 
 
 def refuse_overwrite(paths, fix="choose another --out"):
-    """Nothing that exists is overwritten: the line says what removes it."""
+    """Nothing that exists is overwritten: the line says what to do instead, and what removes it."""
     there = [str(path) for path in paths if os.path.lexists(path)]
     if there:
-        raise UserError(f"{there[0]} is there already; rm -r {quoted(*there)}, or {fix}")
+        raise UserError(f"{there[0]} is there already; {fix}, or rm -r {quoted(*there)}")
 
 
 # ---- while it works ------------------------------------------------------------------------------

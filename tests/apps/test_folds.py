@@ -198,6 +198,17 @@ def test_finished_folds_are_not_trained_again(learned, monkeypatch):
     refused(run_line(line.replace("--epochs 6", "--epochs 5").replace("again", "folds"), home))
 
 
+@pytest.mark.parametrize(("least", "words"), [(20, "in short of 100"), (5, "note")])
+def test_what_to_expect_is_said_in_a_line_where_there_are_enough_pictures(least, words):
+    share = {"mean": 40.0, "low": 30.0, "high": 50.0}
+    row = {"characters": 7, "folds": 5, "least": least, "names_right": 90.2}
+    row |= {"known_unknown": share, "unknown": share, "auroc": 80.0, "colours_auroc": 70.0}
+    first = folds.promised(row | {"right_when_sure": None})[0]
+    assert first.startswith(words)
+    if least == 20:
+        assert "about 90 get the right name" in first and "about 60 get a wrong one" in first
+
+
 def test_a_part_of_one_character_is_refused_before_it_is_trained(monkeypatch):
     """A gallery without it would be one of nobody."""
     some = SimpleNamespace(rows=[0])
