@@ -21,6 +21,7 @@ which pictures are compared, and the head a logit for each character (common/cla
 
 import copy
 import math
+import re
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -259,10 +260,11 @@ def is_plain(encoder):
     layers = lora_layers(encoder)
     if not all(computes(lora, equation_3) for lora in layers.values()):
         return False
-    of_layer = {}
+    shapes = {}  # of each kind of layer: peft has one rank and one alpha for those of all blocks
     for name, lora in layers.items():
-        of_layer.setdefault(name.split(".", 2)[2], set()).add((*lora.A.shape, lora.scale))
-    if any(len(shapes) > 1 for shapes in of_layer.values()):  # peft has one rank for all blocks
+        kind = re.sub(r"^blocks\.\d+\.", "", name)
+        shapes.setdefault(kind, set()).add((*lora.A.shape, lora.scale))
+    if any(len(some) > 1 for some in shapes.values()):
         return False
     return learned(encoder).keys() == {f"{name}.{factor}" for name in layers for factor in "AB"}
 

@@ -453,8 +453,10 @@ class SimMIM(nn.Module):
 
 
 def to_pixels(pred, stats=None):
-    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2), mean and log std, undo norm_pix. It passes no
-    gradient, as bytes have none."""
+    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2), mean and log std, undo norm_pix.
+
+    It passes no gradient, as bytes have none.
+    """
     if stats is not None:
         # The head predicts the logarithm of a standard deviation, so that none comes out negative.
         pred = pred * stats[..., 1:].exp() + stats[..., :1]

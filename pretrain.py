@@ -189,9 +189,8 @@ def parse_model(flags, device):
     """
     defaults = DEFAULTS[device.type]
     set_defaults(flags, model=defaults["model"], blr=defaults["blr"])
-    flags.began_on = getattr(
-        flags, "began_on", device.type
-    )  # a run that is resumed keeps its decoder
+    # A run that is resumed on another machine keeps its decoder.
+    flags.began_on = getattr(flags, "began_on", device.type)
     more = {"decoder_depth": DEFAULTS[flags.began_on]["decoder_depth"], "simmim": 0}
     sizes = {name: more | size for name, size in SIZES.items()}
     _, size = parse_keys(flags.model, sizes, "--model")
@@ -573,9 +572,7 @@ def main():
         # 5. update
         grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get(
-                "times", 1
-            )  # for an optimizer of yours, with several rates
+            group["lr"] = lr * group.get("times", 1)  # an optimizer of yours may have several rates
         optimizer.step()
         optimizer.zero_grad()
         return loss, grad_norm, pairs

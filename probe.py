@@ -42,7 +42,6 @@ from common.train import commit, machine, read_log, seeded
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 PAIRED = 2000  # most images for verification: the number of their pairs grows with the square
-OF_ONE_RUN = ("seed", "out", "digest", "began_on")  # flags: the others tell configurations apart
 LEAST_GAIN = 2.0  # points of kNN: a few hundred pictures can't tell less from chance
 INTERVAL = "{low:+.2f} to {high:+.2f}"
 HEADS = {"logistic": "logistic regression", "knn": "kNN"}
@@ -131,7 +130,7 @@ def open_task(flags):
     if task.labelled:
         open_labels(task)
     fix = "choose another --data or --split, or add or leave out --headline"
-    if flags.out:
+    if flags.out and not out:
         fix = "choose another --out"
     for folder in folders.values():
         reserve([folder / task.filename], fix=fix)  # where nothing can be written, it shows here
@@ -373,7 +372,7 @@ def draw_attention(path, name, encoder, task, index):
         names.append("pooler")
     grids = torch.cat(maps, 1).unflatten(2, (encoder.side, -1))  # (B, len(names) - 1, g, g)
     lines = [("", [picture, *grid]) for picture, grid in zip(view, grids, strict=True)]
-    title = f"Attention in the last block: {name}"
+    title = f"Attention to each patch: {name}"
     plots.image_grid(path, title, lines, names)
 
 
@@ -485,7 +484,7 @@ def by_config(reports):
         # Only runs that differ in nothing but their seed may be averaged. So all other flags must be equal,
         # whatever the folders are called.
         flags = report["config"]
-        config = {flag: value for flag, value in flags.items() if flag not in OF_ONE_RUN}
+        config = {flag: value for flag, value in flags.items() if flag not in ("seed", "out")}
         name = re.sub(r"-s(eed-)?\d+\b", "", report["run"])
         seeds = groups.setdefault((name, json.dumps(config, sort_keys=True)), {})
         seed = flags.get("seed", 0)

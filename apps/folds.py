@@ -351,7 +351,9 @@ def share_of(hits, labels, of_new=False):
 def promise(found, numbers, sizes):
     """What to expect, by `together` and the numbers of the calibration -> promise.json, in percent."""
     row = {"characters": len(sizes), "pictures": int(sizes.sum()), "least": int(sizes.min())}
-    row["names_right"] = 100 * (found.logits.argmax(1) == found.labels).double().mean().item()
+    named = found.similarity >= numbers["threshold"]
+    right = named & (found.logits.argmax(1) == found.labels)
+    row["names_right"] = 100 * right.double().mean().item()
     row["known_unknown"] = share_of(found.similarity < numbers["threshold"], found.labels)
     below = found.unknown_similarity < numbers["threshold"]
     row["unknown"] = share_of(below, found.unknown_labels, of_new=True)
@@ -402,7 +404,7 @@ def promised(row):
     among = f"{count} of the {C} characters at a time"
     note = f"note: Top-1 was measured among {among}, so among all it may be lower"
     short = (
-        f"in short of 100 new pictures of these characters, about {row['names_right']:.0f} get the"
+        f"in short: of 100 new pictures of these characters, about {row['names_right']:.0f} get the"
     )
     short += (
         f" right name; of 100 of other characters, about {100 - new['mean']:.0f} get a wrong one"

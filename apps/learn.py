@@ -200,11 +200,16 @@ def main():
     words = [str(out), "--layout", "class", "--out", "datasets/NAME"]
     if header["crop"] == "figure":
         words += ["--crop", f"figure:margin={header['margin']:g}"]
-    first = "copy your older pictures into its folders first"
-    if args.detect:
-        faces = quoted("python", "-m", "apps.detect", args.detect, str(out), "--largest", "--out")
-        words[0], first = "FACES", f"{first}, and cut out the faces: {faces} FACES"
-    print(f"next: {quoted('python', 'data.py', *words)} packs it for a new training; {first}")
+    first = f"copy your older pictures into the folders of {out}"
+    if (
+        args.detect
+    ):  # a page with several faces lies in several folders, and one face would be cut out
+        cut = quoted("python", "-m", "apps.detect", args.detect, str(out), "--largest", "--out")
+        first += f", take out pages with several faces, and cut: {cut} FACES"
+        words[0] = "FACES"
+    print(
+        f"next: {first}; then {quoted('python', 'data.py', *words)} packs them for a new training"
+    )
 
 
 if __name__ == "__main__":

@@ -959,7 +959,14 @@ def add_caption(file, words, first=()):
         if new:
             before = [word.replace(" ", space) for word in new if word in first]
             behind = [word.replace(" ", space) for word in new if word not in first]
-            save_text(join.join(filter(None, [*before, old, *behind])), file)
+            # Words of `first` with which the caption begins stay where they are: a trigger word.
+            begun = len(
+                [*itertools.takewhile(set(map(plain, first)).__contains__, map(plain, there))]
+            )
+            head, tail = there[:begun], old
+            for word in head:
+                tail = tail.removeprefix(word).lstrip(", ")
+            save_text(join.join(filter(None, [*head, *before, tail, *behind])), file)
     return bool(new)
 
 

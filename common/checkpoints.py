@@ -32,7 +32,6 @@ from common.fields import (
 )
 from common.io import (
     UserError,
-    one_line,
     read_header,
     read_safetensors,
     reading,
@@ -401,21 +400,26 @@ def check_readable(model):
     for w in model.parameters():  # all are moved a little: what begins at zero would not be missed
         if w.is_floating_point():
             w += 0.01 * torch.rand(w.shape, generator=generator)
-    whole = not isinstance(model, SimMIM)  # whose decoder no stage reads again
-    ours = answers(model if whole else model.encoder)
+    part = (
+        model.encoder if isinstance(model, SimMIM) else model
+    )  # whose decoder no stage reads again
+    ours = answers(part)
     public_weights(model)  # a name that no file could tell is a mistake of its own
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
         try:
             save_model(model, file, {"fixed_picture": None})
-            again = load_mae(file)[0] if whole else load_encoder(file)
+            again = load_encoder(file) if part is model.encoder else load_mae(file)[0]
             pairs = zip(ours, answers(again), strict=True)
             same = all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in pairs)
             reason = "its answers would differ"
         except (UserError, TypeError, ValueError, RuntimeError) as problem:
-            # The advice behind the last semicolon is for files that somebody else has spoiled.
-            same = False
-            reason = one_line(str(problem).replace(f"{file}: ", "").rpartition("; ")[0] or problem)
+            same, reason = (
+                False,
+                str(problem).replace(f"{file}: ", "").replace(str(file), "the file"),
+            )
+            for advice in (REMEDY, OTHER_CODE):  # for files that somebody else has made
+                reason = reason.removesuffix(f"; {advice}")
     model.load_state_dict(before)
     if not same:
         raise UserError(

@@ -21,7 +21,7 @@ BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#3
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
 # fonts with Japanese, Chinese and Korean letters, as systems install them: for names of characters
 CJK = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "MS Gothic", "IPAexGothic")
-CJK += ("PingFang SC", "Microsoft YaHei", "Apple SD Gothic Neo", "Malgun Gothic")  # and Korean
+CJK += ("PingFang SC", "Microsoft YaHei", "Apple SD Gothic Neo", "Malgun Gothic")
 INSTALLED = font_manager.get_font_names()
 plt.rcdefaults()  # a matplotlibrc beside the run is read before, and may ask for LaTeX
 plt.rcParams |= {

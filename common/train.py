@@ -208,7 +208,8 @@ def commit(checkout=Path(__file__).parent.parent):
     git = ["git", "-C", os.fspath(checkout)]
     try:
         name = subprocess.check_output([*git, "describe", "--always"], stderr=subprocess.DEVNULL)
-        edited = subprocess.check_output([*git, "status", "--porcelain", "--", *CODE])
+        ours = [f":(glob){pattern}" for pattern in CODE]
+        edited = subprocess.check_output([*git, "status", "--porcelain", "--", *ours])
     except (OSError, subprocess.CalledProcessError):
         name, edited = b"no git", True
     code = hashlib.sha256(b"".join(path.read_bytes() for path in code_files(checkout)))

@@ -33,11 +33,11 @@ PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 # of this size. Larger ones are decoded one after the other.
 LARGE = 2**24
 # Two decoders keep copies of their own, of 20 and 15 bytes a pixel.
-LONG = 1.4  # of a picture's longer side over the other: its centre is likely to miss the head
 MOST_PIXELS = {"WEBP": 2**26, "AVIF": 2**26}
 MOST_WHOLE = 40 * 10**6  # pixels of an uncut picture; a page of A4 at 600 dpi has 35 million
 MOST_SCANS = 100  # of a JPEG; ten are usual, and 18 the most that libjpeg writes of its own
 MOST_WORK = 18 * 179 * 10**6  # scans times pixels
+LONG = 1.4  # of a picture's longer side over the other: its centre is likely to miss the head
 MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # with a length behind it
 HEADER, PIXELS = 2**24, 2**28  # bytes that may be read of a file, until its size is known and then
 ONE_LARGE = threading.Lock()

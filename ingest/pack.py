@@ -51,7 +51,7 @@ from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
 from data import PACKED, evenly_spaced, is_small, open_split
 from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
-from ingest.decode import decode, decode_records, look_at, reason
+from ingest.decode import LONG, decode, decode_records, look_at, reason
 from ingest.splits import (
     assign_splits,
     hold_out_test,
@@ -106,7 +106,7 @@ def open_images(flags, size):
     found, long, tried = look_at(records, fetch)
     fg = found * 2 > tried
     if crop == "centre" and long * 2 > tried and not any(record.box for record in records):
-        what = f"{long} of {tried} images that were looked at are much longer than wide, or wider"
+        what = f"{long} of {tried} images that were looked at have one side over {LONG:g} times the other"
         notes.append(f"crop: {what}; their centre may miss the head: see Crops in docs/data.md")
     if found:
         use = "alpha is the foreground" if fg else "too few for masks, so they are laid on white"
@@ -285,7 +285,7 @@ def deal(source, pairs, how, shares):
         few = f"{len(records)} are too few"
         [(_, most)] = Counter(r.group for r in records).most_common(1)
         if most * 2 > len(records):
-            few = f"{most} of {len(records)} count as one picture (duplicates.csv, --dedupe off)"
+            few = f"{most} of {len(records)} are one group: copies (--dedupe off), or of one --group-by"
         notes.append(f"no picture is left for {' and '.join(lost)}: {few}")
     return records, notes
 

@@ -368,14 +368,12 @@ OF_RECOGNITION = {
 }
 PLANS["baselines"] = OF_RECOGNITION | recognition(**BASELINES)
 # Ways to fine-tune of your own, as --arms "lora:r=4" or "lora --source ../edited".
-TUNED = (
-    "finetune_lora.py {encoder} --data {data} --seed {seed} --split {split} {recipe} --method {arm}"
-)
-PLANS["tune"] = OF_RECOGNITION | {
+OF_WAYS = "finetune_lora.py {encoder} --data {data} --seed {seed} {recipe} --method {arm}"
+PLANS["ways"] = OF_RECOGNITION | {
     "question": "Is this a better way to fine-tune than LoRA?",
     "seeds": range(2000, 2003),
-    "arms": {"lora": [TUNED]},
-    "template": [TUNED],
+    "arms": {"lora": [OF_WAYS]},
+    "template": [OF_WAYS],
     "against": "lora",
     "made": {},
     "set": {"encoder": "weights/toon", "recipe": "", "split": "val"},

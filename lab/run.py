@@ -328,9 +328,8 @@ def check(args, arms):
     asked = re.search(r"--device (\w+)", text)
     args.device = pick_device(asked[1] if asked else "auto")
     for arm in arms if "template" in plan else ():
-        known = METHODS if "--method {arm}" in plan["template"][0] else masking.PARAMS
         if SOURCE not in arm:  # edited code may know others
-            parse_keys(arm.split(" ")[0], known, "--arms")
+            parse_keys(arm.split(" ")[0], names_of(plan), "--arms")
         if arm not in PLANS[args.name]["arms"]:
             check_flags(arm, args)
         if "--maps truth" in arm and "fg" not in train:
@@ -368,12 +367,23 @@ def against(plan, arm):
     return where.get(arm, arm) if isinstance(where, dict) else where
 
 
-def with_masks(plan, arms):
-    """A plan of masks, with arms of the user's own; what an arm is compared with is among the arms.
+def names_of(plan):
+    """{name: keys} with which an arm of the user's own may begin: methods, or masks."""
+    return METHODS if "--method {arm}" in plan["template"][0] else masking.PARAMS
 
-    For an arm of the user's that is the plan's first one, and for edited code the same arm of this code.
+
+def with_masks(plan, arms):
+    """A plan with arms of the user's own; what an arm is compared with is among the arms.
+
+    For an arm of the user's that is the plan's first one. For edited code it is the same arm of this
+    code, where this code knows the mask or method.
     """
-    edited = {arm: arm.partition(SOURCE)[0] for arm in arms if SOURCE in arm}
+    edited = {}
+    for arm in arms:
+        same, source, _ = arm.partition(SOURCE)
+        if source:
+            known = re.split("[: ]", same)[0] in names_of(plan)
+            edited[arm] = same if known else next(iter(plan["arms"]))
     arms = [*edited.values(), *arms]
     own = [arm for arm in arms if arm not in plan["arms"]]
     commands = plan["arms"] | dict.fromkeys(own, plan["template"])
@@ -512,7 +522,12 @@ def parse_args():
     add = parser.add_argument
     add("name", choices=PLANS, metavar="PLAN", help=", ".join(PLANS))
     add("--data", default="datasets/toon", metavar="DIR", help="packed set (default: %(default)s)")
-    add("--arms", nargs="+", metavar="ARM", help="only these; masks with flags or --source DIR")
+    add(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="only these; masks or methods, with flags, --source DIR",
+    )
     add("--seeds", type=at_least(1), metavar="N", help="of every arm (default: the plan's)")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="words in braces of the plan")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")

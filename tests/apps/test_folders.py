@@ -47,6 +47,9 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
 
 def test_tags_between_spaces_stay_apart(tmp_path):
     file = tmp_path / "x.txt"
+    file.write_text("mystyle, 1girl, solo\n")  # the name comes behind the trigger word
+    assert tags.add_caption(file, ["Rem", "smile"], ["mystyle", "Rem"])
+    assert file.read_text() == "mystyle, Rem, 1girl, solo, smile"
     file.write_text("1girl blue_hair solo\n")
     assert tags.add_caption(file, ["blue hair", "short skirt"], ["my style"])
     assert file.read_text() == "my_style 1girl blue_hair solo short_skirt"

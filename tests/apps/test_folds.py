@@ -198,7 +198,7 @@ def test_finished_folds_are_not_trained_again(learned, monkeypatch):
     refused(run_line(line.replace("--epochs 6", "--epochs 5").replace("again", "folds"), home))
 
 
-@pytest.mark.parametrize(("least", "words"), [(20, "in short of 100"), (5, "note")])
+@pytest.mark.parametrize(("least", "words"), [(20, "in short: of 100"), (5, "note")])
 def test_what_to_expect_is_said_in_a_line_where_there_are_enough_pictures(least, words):
     share = {"mean": 40.0, "low": 30.0, "high": 50.0}
     row = {"characters": 7, "folds": 5, "least": least, "names_right": 90.2}

@@ -106,7 +106,7 @@ def test_the_command_that_is_told_packs_the_corrected_folders(fresh):
     move(fresh, *copies[::3], to="Ann")
     move(fresh, *copies[1::3], to="Bea")
     told = learned(fresh)
-    command = told[told.index("next: python ") :].split("python ")[1].split(" packs it")[0]
+    command = told[told.index("next: ") :].split("python ")[1].split(" packs them")[0]
     run_line(command, fresh, check=0)
     split = data.open_split(fresh / "datasets/NAME", "train")
     assert split["header"]["classes"] == ["Ann", "Bea"]

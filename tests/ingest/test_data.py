@@ -117,7 +117,7 @@ def test_many_pictures_that_count_as_one_are_told(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for i in range(12):
         Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
-    assert "12 of 12 count as one picture" in packed(tmp_path, "images")[0]
+    assert "12 of 12 are one group" in packed(tmp_path, "images")[0]
 
 
 def test_the_boxes_of_a_list_are_what_the_figure_crop_keeps(tmp_path):

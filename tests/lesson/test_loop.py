@@ -198,6 +198,10 @@ def test_an_edit_is_known_by_what_the_code_is(tmp_path):
         (tmp_path / "loss.py").write_text(text)
         names.add(train.commit.__wrapped__(tmp_path))
     assert len(names) == 4 and all("+" in name for name in names)
+    (tmp_path / "loss.py").rename(tmp_path / "notes.txt")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/mine.py").write_text("1")
+    assert "+" not in train.commit.__wrapped__(tmp_path)  # a test changes no result
 
 
 def test_a_step_begins_all_random_numbers_anew():
