@@ -415,9 +415,11 @@ def write_split(path, rows, dims, records, labels, about):
                 skipped.append((record.key, reason(row)))
                 continue
             kept.append(record)
-            pixels.update(np.ascontiguousarray(row["images"]).data)
             label = np.array([labels[record.label]], np.int64)
-            yield {p: row[p][None] for p in dims} | {"labels": label}
+            planes = {p: row[p][None] for p in dims} | {"labels": label}
+            for plane in planes.values():  # a corrected label or box makes another set, too
+                pixels.update(np.ascontiguousarray(plane).data)
+            yield planes
 
     def header():
         some = kept or records  # before the first row: of all, so that there is room for it

@@ -368,7 +368,10 @@ OF_RECOGNITION = {
 }
 PLANS["baselines"] = OF_RECOGNITION | recognition(**BASELINES)
 # Ways to fine-tune of your own, as --arms "lora:r=4" or "lora --source ../edited".
-OF_WAYS = "finetune_lora.py {encoder} --data {data} --seed {seed} {recipe} --method {arm}"
+# Without --split, a small set would be cross-validated wherever that is quick.
+OF_WAYS = (
+    "finetune_lora.py {encoder} --data {data} --seed {seed} --split val {recipe} --method {arm}"
+)
 PLANS["ways"] = OF_RECOGNITION | {
     "question": "Is this a better way to fine-tune than LoRA?",
     "seeds": range(2000, 2003),

@@ -35,6 +35,7 @@ import torch
 
 import data
 import mask as masking
+from common.checkpoints import model_file
 from common.command import Parser, at_least, cli, each_flag_once, parse_keys, require
 from common.io import UserError, read_json, save_json
 from common.locks import lock_beside, locked
@@ -60,6 +61,7 @@ KEPT = "question", "compare", "differences", "hypotheses", "margin", "axes", "fa
 RUNNING = set()  # processes of ours
 STOPPED = threading.Event()  # a thread that waited until then begins nothing more
 TRIALS = defaultdict(threading.Lock)  # of two runs that ask for one trial, one makes it
+MAKING = defaultdict(threading.Lock)  # and likewise a command
 
 
 class Diverged(UserError):
@@ -91,7 +93,8 @@ def make(text, args):
     out, name, files = folder_of(words, args)
     checkout = checkout_of(words)
     done = out / f"{name}.done.json"
-    with locked(lock_beside(args.work / f"{name}.run"), wait=True) as lock:  # data.py has one, too
+    # Threads wait for each other also where the system has no locks. (data.py has one, too.)
+    with MAKING[name], locked(lock_beside(args.work / f"{name}.run"), wait=True) as lock:
         reason = read_json(done).get("failed") if done.exists() else None
         if done.exists() and reason is None:
             return done
@@ -203,11 +206,13 @@ def score_of(name, flags, args):
     path = args.folder / "trials.jsonl"
     with TRIALS[name, flags]:
         for row in read_log(path):
-            same = (row["name"], row["flags"]) == (name, flags)
+            of_code = row.get("code", args.code[ROOT])  # older rows do not say it
+            same = (row["name"], row["flags"], of_code) == (name, flags, args.code[ROOT])
             if same and not (args.retry and row["score"] < 0):
                 return row["score"]
         score = score_on_dev(name, flags, args)
-        add_row(path, {"name": name, "flags": flags, "seed": TRIAL_SEED, "score": score})
+        row = {"name": name, "flags": flags, "seed": TRIAL_SEED, "score": score}
+        add_row(path, row | {"code": args.code[ROOT]})
         return score
 
 
@@ -315,6 +320,10 @@ def check(args, arms):
         if name not in train:
             raise UserError(f"{args.data} has no {name}, which {args.name} needs; {fix} makes some")
     args.digest = f"{data.fingerprint(train)}-{data.fingerprint(held)}"
+    text = json.dumps([args.set, *(plan["arms"][arm] for arm in arms), plan.get("made")])
+    for name in sorted({args.set.get("encoder", ""), *re.findall(r"weights/[\w-]+", text)}):
+        if name and model_file(name).is_file():  # a network that was made anew is another one
+            args.digest += f"-{hashlib.sha256(model_file(name).read_bytes()).hexdigest()[:6]}"
     args.images = len(train["images"])
     args.groups = data.groups_of(held).tolist()
     encoder = args.set.get("encoder")
@@ -442,9 +451,10 @@ def save_plan(args, arms, seeds, folder):
         plan = {name: args.plan[name] for name in KEPT if name in args.plan} | now
         plan |= {"plan": args.name, "data": args.data.name, "split": args.set["split"]}
         plan["columns"] = {name: column[0] for name, column in args.plan["columns"].items()}
-        plan["arms"] = old["arms"] | {arm: against(args.plan, arm) for arm in arms}
-        # Those that the plan names are planned also where fewer were asked for: until all of them are
-        # there, nothing is decided.
+        # Arms and seeds that the plan names are planned also where fewer were asked for: p is corrected
+        # for all of them, and until all are there, nothing is decided.
+        planned = [*PLANS[args.name]["arms"], *arms]
+        plan["arms"] = old["arms"] | {arm: against(args.plan, arm) for arm in planned}
         plan["seeds"] = sorted({*old["seeds"], *seeds, *args.plan["seeds"]})
         plan |= {k: old.get(k, {}) | table for k, table in tables.items()}
         save_json(plan, path, None)
@@ -544,6 +554,9 @@ def parse_args():
     if unknown := sorted(given.keys() - args.plan["set"].keys()):
         known = ", ".join(args.plan["set"])
         raise UserError(f"--set {unknown[0]} is unknown; {args.name} has {known}")
+    commands = json.dumps([args.plan.get(name) for name in ("arms", "template", "made", "judge")])
+    if "split" in given and "{split}" not in commands:
+        raise UserError(f"--set split has no effect: commands of plan {args.name} choose their own")
     args.set = args.plan["set"] | given
     return args
 

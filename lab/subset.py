@@ -25,6 +25,7 @@ from common.command import Parser, at_least, between, cli
 from common.io import UserError, aside, read_safetensors, save_safetensors
 from common.locks import reserve
 from ingest.layouts import ORDER
+from ingest.pictures import file_name
 
 THINNED = ("train", "dev")
 PER_IMAGE = ("keys", "groups")  # lists of the header
@@ -73,9 +74,12 @@ def mislabelled(tensors, header, share, draw):
 
 def save_pictures(tensors, header, folder):
     """Write each picture to its character's folder."""
+    names = [file_name(name) for name in header["classes"]]  # a label may be ../x
+    if len(set(names)) < len(names):
+        raise UserError(f"two characters of {folder} would share a folder; rename one")
     for i, (image, label) in enumerate(zip(tensors["images"], tensors["labels"], strict=True)):
-        path = folder / header["classes"][label] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
+        path = folder / names[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).save(path)
 
 

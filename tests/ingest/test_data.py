@@ -101,6 +101,20 @@ def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
     assert "alpha: 4 of 10" in said and "too few" in said
 
 
+def test_a_corrected_label_makes_another_set(tmp_path):
+    """Where keys stay, as in a list. Runs and maps of the old set are told that it has changed."""
+    draw_folder(tmp_path / "images", classes=2, each=3)
+    names = sorted(p.relative_to(tmp_path).as_posix() for p in (tmp_path / "images").rglob("*.png"))
+    found = []
+    for wrong in ("class0", "class1"):
+        rows = [f"{name},{name.split('/')[1]},train" for name in names]
+        rows[0] = f"{names[0]},{wrong},train"
+        (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+        _, sets = packed(tmp_path, "list.csv --dedupe off", f"out-{wrong}")
+        found.append(data.fingerprint(sets["train"]))
+    assert found[0] != found[1]
+
+
 def test_long_pictures_whose_centre_may_miss_the_head_are_told(tmp_path):
     """An emoji of several letters is a name of a class, too."""
     folder = tmp_path / "images" / "👩\u200d🎤 aoka"

@@ -180,9 +180,9 @@ def test_a_plan_grows_by_what_has_no_row_and_by_the_same_settings(home, small, m
     assert list(plan["arms"]) == ["random", "block", "green"] and plan["seeds"][-1] == 2003
     study(small, "look --arms random --seeds 1")
     (folder,) = home.glob("runs/lab/look-*")
-    assert json.loads((folder / "PLAN.json").read_text())["seeds"] == [
-        *plans.PLANS["look"]["seeds"]
-    ]
+    plan = json.loads((folder / "PLAN.json").read_text())
+    assert plan["seeds"] == [*plans.PLANS["look"]["seeds"]]
+    assert plan["arms"].keys() >= plans.PLANS["look"]["arms"].keys()
 
 
 def test_an_arm_of_edited_code_is_compared_with_the_same_arm_of_this_code(home, small):
@@ -219,6 +219,22 @@ def test_what_an_arm_may_not_have_is_refused_before_the_first_run(home, small, f
     line = refused(study(small, f"mine --arms 'block {flags}'", check=2))
     assert f"block {flags}" in line
     assert not (home / "runs").exists()
+
+
+def test_a_split_that_no_command_reads_can_not_be_set(home, small):
+    assert "--set split has no effect" in refused(study(small, "ways --set split=test", check=2))
+
+
+def test_a_network_that_was_made_anew_is_another_one(home, small):
+    (home / "net").mkdir()
+    digests = []
+    for text in ("a", "b"):
+        (home / "net/model.safetensors").write_text(text)
+        flags = {"name": "tags", "set": plans.PLANS["adapt"]["set"] | {"encoder": "net"}}
+        args = SimpleNamespace(**flags, plan=plans.PLANS["adapt"], data=small, threads=1)
+        run.check(args, [])
+        digests.append(args.digest)
+    assert digests[0] != digests[1]
 
 
 def test_a_dry_call_tells_the_time_by_rows_of_the_same_settings(home, small):

@@ -15,7 +15,7 @@ from common.io import UserError
 from common.locks import lock_beside, locked
 from common.lora import save_encoder
 from lab import report
-from lab.subset import thinned
+from lab.subset import save_pictures, thinned
 from model import ViT
 
 
@@ -47,6 +47,14 @@ def test_of_two_calls_with_one_out_the_second_is_refused(small, tmp_path):
     with locked(long), locked(lock_beside(tmp_path / "few")):
         refusal = refused(call("lab.subset", small, "--out", tmp_path / "few", cwd=tmp_path))
     assert "is being written" in refusal and not (tmp_path / "few").exists()
+
+
+def test_a_label_is_no_path(tmp_path):
+    tensors = {"images": torch.zeros(2, 4, 4, 3, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
+    save_pictures(tensors, {"classes": ["../a", ".."]}, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".._a", "_"]
+    with pytest.raises(UserError, match="would share a folder"):
+        save_pictures(tensors, {"classes": ["a/b", "a:b"]}, tmp_path)
 
 
 def test_pictures_without_a_label_and_splits_without_a_character_stay_so():
