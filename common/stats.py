@@ -73,14 +73,19 @@ def share_interval(right, groups):
 
 
 def to_bits(right):
-    """(n,) bool, which images a probe got right -> hexadecimal text, two digits for eight images."""
-    return np.packbits(np.asarray(right, bool)).tobytes().hex()
+    """(n,) bool, which images a probe got right -> "87c0:10": two hexadecimal digits for eight images; n."""
+    return f"{np.packbits(np.asarray(right, bool)).tobytes().hex()}:{len(right)}"
 
 
 def from_bits(text, n):
-    """The text of `to_bits` -> (n,) bool; None if it is of fewer or more images (by whole bytes)."""
-    bits = np.frombuffer(bytes.fromhex(text), np.uint8)
-    return np.unpackbits(bits, count=n).astype(bool) if len(bits) == math.ceil(n / 8) else None
+    """The text of `to_bits` -> (n,) bool; None if it is of fewer or more images.
+
+    Older texts have no n, and are asked by whole bytes.
+    """
+    digits, _, count = text.partition(":")
+    bits = np.frombuffer(bytes.fromhex(digits), np.uint8)
+    fits = int(count) == n if count else len(bits) == math.ceil(n / 8)
+    return np.unpackbits(bits, count=n).astype(bool) if fits else None
 
 
 def bootstrap(differences, groups, draws=2000):

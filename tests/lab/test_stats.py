@@ -355,8 +355,9 @@ def test_mean_and_deviation_are_of_samples():
     assert mean_std([2.0]) == {"mean": 2.0, "std": None, "n": 1}
     assert [plus_minus(x) for x in (found, mean_std([2.0]), None)] == ["2.3 ± 1.5", "2.0", "-"]
     right = [True, False, False, False, False, True, True, True, True, True]
-    assert to_bits(right) == "87c0" and from_bits("87c0", 10).tolist() == right
-    assert from_bits("87c0", 20) is None  # of a run that left some characters out
+    assert to_bits(right) == "87c0:10"
+    assert from_bits("87c0:10", 10).tolist() == from_bits("87c0", 10).tolist() == right
+    assert from_bits("87c0", 20) is from_bits("87c0:10", 12) is None  # it left some characters out
 
 
 def test_the_share_of_few_pictures_that_are_all_right_has_an_interval():
