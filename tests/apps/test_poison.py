@@ -65,7 +65,9 @@ def written(folder):
             found |= leaves(contents(path), str(path.relative_to(folder)))
     for name in found:
         if "right" in name:
-            bits = np.unpackbits(np.frombuffer(bytes.fromhex(found[name]), np.uint8))
+            bits = np.unpackbits(
+                np.frombuffer(bytes.fromhex(found[name].partition(":")[0]), np.uint8)
+            )
             found[name] = torch.from_numpy(bits[::KEPT])
     return found
 
