@@ -129,8 +129,10 @@ def open_or_pack(path, image_size=0, pages=False):
 
 def note_small(folder, image_size, pages):
     """A line if pictures are packed smaller than a network's views, which enlarge them."""
+    if pages or not image_size:
+        return
     size = open_split(folder, splits_in(folder)[0])["header"]["size"]
-    if size < image_size and not pages:
+    if size < image_size:
         fix = f"pack them again with --size {image_size}"
         print(f"note     {folder} has pictures of {size} px, enlarged to {image_size}: {fix}")
 
@@ -143,7 +145,7 @@ def is_small(folder):
 
 
 def fingerprint(split):
-    """A hash of the header, which holds a digest of the pixels."""
+    """A hash of the header, which holds a digest of the pixels and labels ("pixels")."""
     # Where the pictures came from does not count, nor do notes about them: a moved folder is the same
     # data set, and maps made of it must still fit.
     header = {k: v for k, v in split["header"].items() if k not in ("source", "notes")}

@@ -153,8 +153,8 @@ def attn_high(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
     """Hides what the teacher attends to (AttMask, Kakogeorgiou et al. 2022, arXiv:2203.12719)."""
     # AttMask takes the top scores themselves, at every step, from a teacher that sees every crop.
     # Here, as in AMT (Liu et al. 2022, arXiv:2211.15362), the maps of a picture are cached, and a mask
-    # is drawn with odds that follow them. Until `start` beta is
-    # 0, because a teacher that has learned nothing attends to nothing in particular.
+    # is drawn with odds that follow them. Until `start` beta is 0, because a teacher that has learned
+    # nothing attends to nothing in particular.
     return guided(log_attention(patches), beta * ramp(t, start, ramp_for), noise)
 
 

@@ -296,12 +296,12 @@ def why_no_graph(flags, device, world, source):
 
 def parse_mask(flags, N):
     """--mask and --ratio, for N patches: the name of the strategy, and its parameters."""
-    # A trained teacher is worth following at once, and not after a tenth of the run.
-    at_once = {"start": 0.0, "ramp_for": 0.0} if flags.teacher != "self" else {}
-    keys = {
-        name: defaults | {k: at_once[k] for k in at_once.keys() & defaults}
-        for name, defaults in masking.PARAMS.items()
-    }
+    keys = masking.PARAMS
+    if (
+        flags.teacher != "self"
+    ):  # a trained one is worth following at once, not after a tenth of the run
+        late = {"start", "ramp_for"}
+        keys = {name: own | dict.fromkeys(own.keys() & late, 0.0) for name, own in keys.items()}
     name, params = parse_keys(flags.mask, keys, "--mask")
     try:
         for ratio in ends_of(flags.ratio):

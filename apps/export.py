@@ -139,7 +139,6 @@ def plain_tokens(weights, config, eps, patches):
 
     Written without model.py, so that it tells whether model.py has been changed.
     """
-
     x = F.linear(patches, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"])
     x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1) + weights["pos_embed"]
     return plain_blocks(x, weights, "", config["depth"], config["heads"], eps)

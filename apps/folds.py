@@ -226,9 +226,7 @@ def answers_of_folds(flags, task, of_character, of_picture):
     every, classes, count = task.train, task.classes, int(of_picture.max()) + 1
     parts = [sets_of(every, classes, of_character, of_picture, fold) for fold in range(count)]
     if not all(len(dev.rows) and len(learned) > 1 for _, dev, _, learned in parts):
-        fix = (
-            "give two illustrations or more of each character (copies count as one), or --split val"
-        )
+        fix = "give two illustrations or more of each character (copies are one), or --split val"
         raise UserError(f"a part of {flags.data} has too few pictures or characters; {fix}")
     of_start = train.UNSAVED | {"out", "device", "command"}  # others, where a run goes on
     config = {k: v for k, v in vars(flags).items() if k not in of_start}
@@ -403,13 +401,12 @@ def promised(row):
     count = " to ".join(str(k) for k in dict.fromkeys((C - math.ceil(C / folds), C - C // folds)))
     among = f"{count} of the {C} characters at a time"
     note = f"note: Top-1 was measured among {among}, so among all it may be lower"
-    short = (
-        f"in short: of 100 new pictures of these characters, about {row['names_right']:.0f} get the"
-    )
-    short += (
-        f" right name; of 100 of other characters, about {100 - new['mean']:.0f} get a wrong one"
-    )
-    return [*([] if few else [short]), note, "unknown" + lines[0][len("unknown") :], *lines[1:]]
+    lines = [note, "unknown" + lines[0][len("unknown") :], *lines[1:]]
+    if not few:
+        right, wrong = row["names_right"], 100 - new["mean"]
+        short = f"in short: of 100 new pictures of these characters, about {right:.0f} get the right name"
+        lines.insert(0, f"{short}; of 100 of other characters, about {wrong:.0f} get a wrong one")
+    return lines
 
 
 # ---- all of it -----------------------------------------------------------------------------------

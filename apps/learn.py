@@ -201,15 +201,13 @@ def main():
     if header["crop"] == "figure":
         words += ["--crop", f"figure:margin={header['margin']:g}"]
     first = f"copy your older pictures into the folders of {out}"
-    if (
-        args.detect
-    ):  # a page with several faces lies in several folders, and one face would be cut out
+    if args.detect:
+        # A page with several faces lies in several folders, and one of its faces would be cut out.
         cut = quoted("python", "-m", "apps.detect", args.detect, str(out), "--largest", "--out")
         first += f", take out pages with several faces, and cut: {cut} FACES"
         words[0] = "FACES"
-    print(
-        f"next: {first}; then {quoted('python', 'data.py', *words)} packs them for a new training"
-    )
+    pack = quoted("python", "data.py", *words)
+    print(f"next: {first}; then {pack} packs them for a new training")
 
 
 if __name__ == "__main__":

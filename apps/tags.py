@@ -875,10 +875,11 @@ def write_captions(flags, answer, header):
     for row in progress(rows, "captions", len(files)):
         if flags.names:
             row["name"] = names.get(row["picture"])
-        words = [word for word in caption_words(row) if plain(word) not in without]
-        words = written(words, flags.escape)
-        who = plain(readable(row.get("name") or ""))
-        name = [word for word in words[:1] if plain(word) == who]  # it stands before an old caption
+        words, name = (
+            written([x for x in caption_words(some) if plain(x) not in without], flags.escape)
+            for some in (row, {"name": row.get("name")})
+        )
+        # Like words of --prepend, the character stands before an old caption.
         done.append(add_caption(files[row["picture"]], words, [*first, *name]))
     tell_problems(problems, header.get("data"))
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
@@ -960,10 +961,8 @@ def add_caption(file, words, first=()):
             before = [word.replace(" ", space) for word in new if word in first]
             behind = [word.replace(" ", space) for word in new if word not in first]
             # Words of `first` with which the caption begins stay where they are: a trigger word.
-            begun = len(
-                [*itertools.takewhile(set(map(plain, first)).__contains__, map(plain, there))]
-            )
-            head, tail = there[:begun], old
+            ours = set(map(plain, first))
+            head, tail = [*itertools.takewhile(lambda word: plain(word) in ours, there)], old
             for word in head:
                 tail = tail.removeprefix(word).lstrip(", ")
             save_text(join.join(filter(None, [*head, *before, tail, *behind])), file)
@@ -1009,13 +1008,13 @@ def read_flags():
     add("--escape", action="store_true", help="brackets in captions as \\( and \\)")
     train.add_flags(parser.add_argument_group("run and machine").add_argument)
     flags = parser.parse_intermixed_args()  # flags may stand between pictures
-    arm, _ = parse_keys(flags.arm, ARM_KEYS, "--arm")  # now, and not when pictures are packed
-    refuse_flags(flags, arm)
+    parse_keys(flags.arm, ARM_KEYS, "--arm")  # now, and not when pictures are packed
+    refuse_flags(flags)
     train.take_saved_flags(flags, "split")
     return flags
 
 
-def refuse_flags(flags, arm):
+def refuse_flags(flags):
     """Flags of training have no effect on pictures, and the other way round."""
     training = {"data", "out", "arm", "epochs", "batch_size", "lr", "min_crop"}
     training |= {"split", "seed", "log"}
@@ -1027,14 +1026,13 @@ def refuse_flags(flags, arm):
         refuse_useless(flags.given & {*training, "json"}, "on captions")
     else:
         refuse_useless(flags.given & (training | of_captions), "on pictures, without --captions")
-    if arm == "tags":
+    if flags.arm.partition(":")[0] == "tags":
         refuse_useless(flags.given & {"min_crop"}, "with --arm tags, which sees no picture")
 
 
 def fill_defaults(flags):
     """Values of flags that were not given, and depend on others. A resumed run has them."""
-    arm, _ = parse_keys(flags.arm, ARM_KEYS, "--arm")
-    set_defaults(flags, lr=3e-2 if arm == "bce" else 5e-4)
+    set_defaults(flags, lr=3e-2 if flags.arm.partition(":")[0] == "bce" else 5e-4)
     encoder = checkpoints.load_encoder(flags.encoder)  # its faults show before a set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))

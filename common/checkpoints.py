@@ -400,9 +400,8 @@ def check_readable(model):
     for w in model.parameters():  # all are moved a little: what begins at zero would not be missed
         if w.is_floating_point():
             w += 0.01 * torch.rand(w.shape, generator=generator)
-    part = (
-        model.encoder if isinstance(model, SimMIM) else model
-    )  # whose decoder no stage reads again
+    # No stage reads the decoder of SimMIM again.
+    part = model.encoder if isinstance(model, SimMIM) else model
     ours = answers(part)
     public_weights(model)  # a name that no file could tell is a mistake of its own
     with tempfile.TemporaryDirectory() as folder:
@@ -414,10 +413,8 @@ def check_readable(model):
             same = all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in pairs)
             reason = "its answers would differ"
         except (UserError, TypeError, ValueError, RuntimeError) as problem:
-            same, reason = (
-                False,
-                str(problem).replace(f"{file}: ", "").replace(str(file), "the file"),
-            )
+            same, reason = False, " ".join(str(problem).split())
+            reason = reason.replace(f"{file}: ", "").replace(str(file), "the file")
             for advice in (REMEDY, OTHER_CODE):  # for files that somebody else has made
                 reason = reason.removesuffix(f"; {advice}")
     model.load_state_dict(before)
@@ -429,8 +426,10 @@ def check_readable(model):
 
 
 def answers(net):
-    """A ViT or an MAE in eval mode, and a fixed picture -> its tokens; of an MAE also pred and stats of
-    the second half of its patches, which it predicts from the first."""
+    """What a ViT or an MAE computes of a fixed picture in eval mode: tokens; an MAE also predicts.
+
+    -> [tokens (1, 1+N, D)], of an MAE also pred and stats of the second half of the patches
+    """
     training = net.training
     encoder = getattr(net.eval(), "encoder", net)
     patches, ids = encoder.all_patches(fixed_view(encoder.image_size))
@@ -449,8 +448,8 @@ def check_registered(network):
     """
     for where, module in network.named_modules():
         for name, value in vars(module).items():
-            values = value.values() if isinstance(value, dict) else value
-            values = values if isinstance(value, list | tuple | dict) else [value]
+            values = [*value.values()] if isinstance(value, dict) else value
+            values = values if isinstance(values, list | tuple) else [values]
             if not name.startswith("_") and any(
                 isinstance(x, torch.Tensor | nn.Module) for x in values
             ):

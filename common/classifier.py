@@ -144,7 +144,8 @@ def level_of(name, depth):
     """0 for patch embedding and tokens, 1 to depth for the blocks, depth + 1 for what follows."""
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
-    return 0 if name.startswith("encoder.") and not name.startswith("encoder.norm") else depth + 1
+    lowest = name.startswith("encoder.") and not name.startswith("encoder.norm")
+    return 0 if lowest else depth + 1
 
 
 def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):

@@ -2,8 +2,7 @@
 
 A masked autoencoder has no loss of its own for the CLS token (its decoder only reads it). So the
 attention of that token depends mostly on the place of a patch, and a mask that follows it would
-hide the border. This second loss trains
-an attention that means something:
+hide the border. This second loss trains an attention that means something:
 
     pooler   a small network reads the patch tokens (model.Pooler). No gradient passes from it to
              the encoder, which stays a plain MAE's, to the bit

@@ -43,8 +43,7 @@ def split_suffix(split):
 def results_folder(run, folder, split, trained_on=None):
     """RUN where the data are those that it was trained on and the split is val, else RUN/DATA-SPLIT."""
     folder = Path(folder).resolve()
-    learned = flags_of(run).get("data")
-    trained_on = trained_on or learned and place_of_set(learned, run)
+    trained_on = trained_on or set_of(run)
     if trained_on and Path(trained_on).resolve() == folder and split == "val":
         return home_of(run)
     return home_of(run) / f"{folder.name}-{split}"
@@ -79,13 +78,12 @@ class Task:
 
 def open_task(args, run):
     """The data of args.data, or of the run, and the machine of args.device and args.dtype."""
-    learned = flags_of(run).get("data")
-    if not (args.data or learned):
+    folder = args.data or set_of(run)
+    if not folder:
         raise UserError(f"{run} does not say what it was trained on; give --data datasets/NAME")
-    folder = args.data or str(place_of_set(learned, run))
     device, autocast, _ = open_machine(args)
     splits = open_splits(folder, args.split)
-    return Task(folder, splits, args.split, device, args.dtype, autocast)
+    return Task(str(folder), splits, args.split, device, args.dtype, autocast)
 
 
 def open_splits(folder, held="val"):
@@ -121,6 +119,12 @@ def can_leave_out(folder):
 def place_of_set(name, run):
     """Where the packed set that a run names lies now (see `places_of`); the name if it is nowhere."""
     return next(filter(data.splits_in, places_of(name, run)), Path(name))
+
+
+def set_of(run):
+    """The packed set that a run of pretrain.py was trained on, where it lies now; None: it does not say."""
+    name = flags_of(run).get("data")
+    return name and place_of_set(name, run)
 
 
 def open_all(folder):

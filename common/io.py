@@ -22,8 +22,6 @@ from safetensors.torch import save
 
 # what safetensors calls the dtypes of memory maps
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
-
-
 FULL = "can't allocate memory|out of memory"  # torch's words for full memory
 
 

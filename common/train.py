@@ -209,17 +209,22 @@ def commit(checkout=Path(__file__).parent.parent):
     try:
         name = subprocess.check_output([*git, "describe", "--always"], stderr=subprocess.DEVNULL)
         ours = [f":(glob){pattern}" for pattern in CODE]
-        edited = subprocess.check_output([*git, "status", "--porcelain", "--", *ours])
+        if not subprocess.check_output([*git, "status", "--porcelain", "--", *ours]):
+            return name.decode().strip()
     except (OSError, subprocess.CalledProcessError):
-        name, edited = b"no git", True
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in code_files(checkout)))
-    return name.decode().strip() + (f"+{code.hexdigest()[:6]}" if edited else "")
+        name = b"no git"
+    return f"{name.decode().strip()}+{digest_of(code_files(checkout))[:6]}"
 
 
 def code_files(checkout):
     """Its Python files but the tests, in order."""
     found = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
     return [path for path in found if path.is_file()]  # Emacs leaves links to nothing
+
+
+def digest_of(paths):
+    """A hash of what these files hold, one after the other."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def peak_memory_mb(device):

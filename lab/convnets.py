@@ -112,11 +112,11 @@ def untrained_like(encoder, seed=0):
     return ConvNet(**encoder.config).eval()
 
 
-def add_any(encoder, **keys):
+def add_any(encoder, *args, **keys):
     """As finetune_lora.add_lora, which adapts the layers of a ViT alone."""
     if isinstance(encoder, ConvNet):
         raise UserError("--method lora adapts the layers of a ViT; give --method full or linear")
-    add_lora(encoder, **keys)
+    add_lora(encoder, *args, **keys)
 
 
 def in_stages():

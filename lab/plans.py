@@ -241,8 +241,7 @@ PLANS["h3"] = masks(
 # These hypotheses are corrected for together, also where one of the plans has not run.
 STUDY = ("h1", "h2", "h3")
 FAMILY = {h["id"]: len(h["parts"]) for name in STUDY for h in PLANS[name]["hypotheses"]}
-for name in STUDY:
-    PLANS[name]["family"] = FAMILY
+PLANS |= {name: PLANS[name] | {"family": FAMILY} for name in STUDY}
 PLANS["first"] = masks(
     [*FOUR, "fg_heavy"],
     "The README's first command under five masks: how do they compare?",

@@ -198,8 +198,8 @@ def differences(study):
         p, equal = (stats.holm([test[k] for test in whole] + unasked) for k in ("p", "p_equal"))
         for test, holm_p, q in zip(found, p, equal, strict=False):
             if test["n"]:
-                better = -1 if test["what"] in study.plan.get("less", ()) else 1
-                verdict = stats.word(better * test["effect"], holm_p, q)
+                sign = -1 if test["what"] in study.plan.get("less", ()) else 1
+                verdict = stats.word(sign * test["effect"], holm_p, q)
                 if test["n"] < test["planned"]:
                     verdict = "open: runs are missing"  # or a look could decide when to stop
                 tests.append(test | {"holm_p": holm_p, "verdict": verdict})

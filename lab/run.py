@@ -39,7 +39,7 @@ from common.checkpoints import model_file
 from common.command import Parser, at_least, cli, each_flag_once, parse_keys, require
 from common.io import UserError, read_json, save_json
 from common.locks import lock_beside, locked
-from common.train import code_files, commit, machine, pick_device, read_log
+from common.train import code_files, commit, digest_of, machine, pick_device, read_log
 from finetune_lora import METHODS
 from lab import report
 from lab.plans import PLANS
@@ -320,10 +320,11 @@ def check(args, arms):
         if name not in train:
             raise UserError(f"{args.data} has no {name}, which {args.name} needs; {fix} makes some")
     args.digest = f"{data.fingerprint(train)}-{data.fingerprint(held)}"
-    text = json.dumps([args.set, *(plan["arms"][arm] for arm in arms), plan.get("made")])
-    for name in sorted({args.set.get("encoder", ""), *re.findall(r"weights/[\w-]+", text)}):
-        if name and model_file(name).is_file():  # a network that was made anew is another one
-            args.digest += f"-{hashlib.sha256(model_file(name).read_bytes()).hexdigest()[:6]}"
+    commands = json.dumps([plan["arms"][arm] for arm in arms] + [plan.get("made")])
+    networks = {args.set.get("encoder"), *re.findall(r"weights/[\w-]+", commands)} - {None}
+    for file in map(model_file, sorted(networks)):
+        if file.is_file():  # a network that was made anew is another one
+            args.digest += f"-{digest_of([file])[:6]}"
     args.images = len(train["images"])
     args.groups = data.groups_of(held).tolist()
     encoder = args.set.get("encoder")
@@ -466,8 +467,7 @@ def save_plan(args, arms, seeds, folder):
 def digest_of_code(checkout):
     """A hash of what trains and measures: after an edit, rows that are there are of other code."""
     ours = [checkout / f"lab/{name}.py" for name in ("plans", "run", "report", "stats")]
-    files = [path for path in code_files(checkout) if path not in ours]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:10]
+    return digest_of(path for path in code_files(checkout) if path not in ours)[:10]
 
 
 def said(row, plan):

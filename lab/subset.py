@@ -58,8 +58,10 @@ def thinned(tensors, header, classes, pictures, draw):
     tensors = {name: array[rows] for name, array in tensors.items()}
     tensors["labels"] = tensors["labels"].new_tensor(labels[rows])
     lists = {name: [header[name][row] for row in rows] for name in PER_IMAGE if header.get(name)}
-    pixels = hashlib.blake2b(tensors["images"].numpy().data, digest_size=6).hexdigest()
-    return tensors, header | lists | {"classes": classes, "pixels": pixels}
+    pixels = hashlib.blake2b(digest_size=6)  # of all planes and labels, as in ingest/pack.py
+    for plane in tensors.values():
+        pixels.update(plane.numpy().data)
+    return tensors, header | lists | {"classes": classes, "pixels": pixels.hexdigest()}
 
 
 def mislabelled(tensors, header, share, draw):

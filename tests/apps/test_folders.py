@@ -36,9 +36,8 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
     captions(fresh, "--append --threshold 0 --prepend my_style", check=0)
     pictures = sorted((fresh / FOLDER).glob("*.png"))
     texts = [path.with_suffix(".txt").read_text() for path in pictures]
-    assert re.match(
-        "my_style, class., a sentence.\nSolo, Blue_Hair, ", texts[0]
-    )  # who it is comes first
+    # who it is comes before what is there
+    assert re.match("my_style, class., a sentence.\nSolo, Blue_Hair, ", texts[0])
     assert all(text.startswith("my_style, ") for text in texts[1:])
     after = files_of(fresh / FOLDER)
     assert "wrote 0 captions" in captions(fresh, "--append --threshold 0", check=0).stdout

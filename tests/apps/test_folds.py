@@ -198,6 +198,25 @@ def test_finished_folds_are_not_trained_again(learned, monkeypatch):
     refused(run_line(line.replace("--epochs 6", "--epochs 5").replace("again", "folds"), home))
 
 
+def test_a_picture_that_is_called_unknown_has_no_right_name():
+    similarity = torch.tensor([0.9, 0.9, 0.1, 0.9])
+    of_unknown = {
+        f"unknown_{k}": x for k, x in (("labels", torch.arange(4)), ("logits", torch.eye(4)))
+    }
+    found = SimpleNamespace(
+        logits=5 * torch.eye(4),
+        labels=torch.tensor([0, 1, 2, 0]),  # the third is unknown, the last has a wrong name
+        similarity=similarity,
+        unknown_similarity=similarity,
+        others_similarity=torch.empty(0),
+        auroc=50.0,
+        colours_auroc=50.0,
+        **of_unknown,
+    )
+    numbers = {"threshold": 0.5, "temperature": 1.0, "platt": [1.0, 0.0]}
+    assert folds.promise(found, numbers, torch.full((4,), 20))["names_right"] == 50
+
+
 @pytest.mark.parametrize(("least", "words"), [(20, "in short: of 100"), (5, "note")])
 def test_what_to_expect_is_said_in_a_line_where_there_are_enough_pictures(least, words):
     share = {"mean": 40.0, "low": 30.0, "high": 50.0}

@@ -65,9 +65,8 @@ def written(folder):
             found |= leaves(contents(path), str(path.relative_to(folder)))
     for name in found:
         if "right" in name:
-            bits = np.unpackbits(
-                np.frombuffer(bytes.fromhex(found[name].partition(":")[0]), np.uint8)
-            )
+            digits = found[name].partition(":")[0]
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
             found[name] = torch.from_numpy(bits[::KEPT])
     return found
 

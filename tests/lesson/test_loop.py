@@ -182,18 +182,8 @@ def test_an_edit_is_known_by_what_the_code_is(tmp_path):
         (tmp_path / "loss.py").write_text(text)
         names.add(train.commit.__wrapped__(tmp_path))
     subprocess.check_call(["git", "init", "-q"], cwd=tmp_path)
-    words = [
-        "-c",
-        "user.name=a",
-        "-c",
-        "user.email=a@b",
-        "commit",
-        "-q",
-        "--allow-empty",
-        "-m",
-        "a",
-    ]
-    subprocess.check_call(["git", *words], cwd=tmp_path)
+    words = "git -c user.name=a -c user.email=a@b commit -q --allow-empty -m a"
+    subprocess.check_call(words.split(), cwd=tmp_path)
     for text in ("1", "2"):
         (tmp_path / "loss.py").write_text(text)
         names.add(train.commit.__wrapped__(tmp_path))
