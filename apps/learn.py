@@ -18,6 +18,7 @@ known; it is taken out of the gallery. A new training learns from all of OUT: py
     n pictures   D width of an embedding
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -39,10 +40,10 @@ from apps.recognize import (
     with_named,
 )
 from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted
-from common.command import cli, refuse_useless
+from common.command import cli, progress, refuse_useless
 from common.io import UserError, quoted, save_csv
 from common.locks import lock_beside, locked, reserve
-from data import evenly_spaced
+from data import CHUNK, evenly_spaced
 from ingest.layouts import UNNAMED, shows_nobody
 from ingest.pictures import picture_files, tell_problems
 
@@ -103,7 +104,8 @@ def embedded(args, net, header, autocast, files, problems):
     """-> {file: logits (C,), embedding (D,)}; with --detect of those that show one face."""
     args.images = list(files)
     found = {}
-    for some in predictions(args, net, header, autocast, problems):
+    found_by = predictions(args, net, header, autocast, problems)
+    for some in progress(found_by, "learn", math.ceil(len(files) / CHUNK)):
         for key, *numbers in zip(*some, strict=True):
             file = key.rpartition("[")[0] if args.detect else key
             found.setdefault(file, []).append(numbers)

@@ -281,7 +281,8 @@ def draw_sheet(path, args, folder, split, maps):
     scores, _ = sheets.read_scores(folder, split, rows, view, side, where)
     known = (name for name in masking.STRATEGIES if masking.NEEDS.get(name) in (None, *scores))
     strategies = {name: masking.STRATEGIES[name] for name in known}
-    shown = {args.map: torch.from_numpy(maps[rows.numpy()])}
+    cells = torch.from_numpy(maps[rows.numpy()])
+    shown = {args.map: cells.long() if args.map == "parts" else cells}
     title = f"Hidden patches, by {args.map} maps"
     sheets.draw_sheet(path, title, view, side, shown, strategies, scores)
 

@@ -99,14 +99,14 @@ def hidden_by(strategy, patches, n, N, ratio):
 
 
 def coloured(maps):
-    """(n, G, G) -> u8 (n, G, G, 3). Whole numbers up to 12 are parts, a colour for each.
+    """(n, G, G) -> u8 (n, G, G, 3). int64 are the numbers of parts: 20 have a colour of their own.
 
     Others are drawn in viridis: u8 from 0 to 255, floats from 0 to their image's maximum.
     """
-    if not maps.is_floating_point() and maps.max() <= 12:
+    if maps.dtype == torch.int64:
         colours = colormaps["tab20"].colors
         palette = np.array([(0.93, 0.93, 0.93), *colours[::2], *colours[1::2]])  # 0 is light grey
-        return np.uint8(255 * palette[maps.numpy()])
+        return np.uint8(255 * palette[maps.numpy() % len(palette)])
     top = 255
     if maps.is_floating_point():
         top = maps.float().amax((1, 2), keepdim=True).clamp(min=1e-9)

@@ -14,7 +14,7 @@ from conftest import ROOT, equal, refused, run_line
 
 import data
 import mask as masking
-from common import guidance
+from common import guidance, sheets
 from common.io import UserError
 from model import Pooler, ViT
 
@@ -204,6 +204,13 @@ def test_each_source_gives_the_score_of_its_name(batch):
     drawn = guidance.as_pictures({"view": view, "parts": shares, "attn": before["attn"]})
     assert torch.equal(drawn["parts"], shares.argmax(2).view(6, 4, 4))
     assert drawn["attention"].shape == (6, 4, 4) and len(drawn) == 2  # the view is no score
+
+
+def test_parts_get_a_colour_each_and_dark_maps_stay_maps():
+    parts = sheets.coloured(torch.arange(21)[None, None])[0, 0]
+    assert len({*map(tuple, parts.tolist())}) == 21
+    low, lower = sheets.coloured(torch.tensor([[[12, 3]]], dtype=torch.uint8))[0, 0].tolist()
+    assert low[2] > low[0] and lower[2] > lower[0]  # both are the blue of viridis
 
 
 def test_the_predictor_learns_the_order_of_the_losses(batch):
