@@ -147,7 +147,10 @@ def start_processes(device):
                 f"{number + 1} processes and {there} GPUs; give --nproc-per-node {there}"
             )
         device = train.pick_device(f"cuda:{number}")
-    distributed.init_process_group(timeout=WAIT)
+    # Gradients are averaged on the GPU, but a signal is told by the CPU. Without a backend for each, torch
+    # would choose one of them.
+    gpus = device.type == "cuda" and distributed.is_nccl_available()
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=WAIT)
     if distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return distributed.get_rank(), distributed.get_world_size(), device
@@ -473,7 +476,7 @@ def main():
         # torch compiles a function only a few times in a process, and a notebook may start many runs.
         torch.compiler.reset()
         if world > 1:  # alone, all losses are compiled below, and the network with them
-            network = torch.compile(model, mode="reduce-overhead")
+            network = torch.compile(model)
     network = share_gradients(network)
     contrast = build_contrast(model.encoder, flags, contrast_settings, train_set, figures)
     strategy, source, throw = make_mask(*mask, flags, model.encoder, train_set, autocast)

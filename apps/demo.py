@@ -533,6 +533,8 @@ def main():
     settings = {"server_name": args.host, "server_port": args.port, "share": args.share}
     settings["app_kwargs"] = {"middleware": [(gate, (names,), {})]}
     theme = gr.themes.Default(font="system-ui", font_mono="monospace")  # no font is fetched
+    # What is asked first is loaded before anybody can ask: Metal is for one thread at a time.
+    answer("Mask", run, drawing(*FIRST), "attn_high", "random", 0.75, 1, 0)
     try:
         _, local, public = page.launch(theme=theme, **settings, **SERVER)
     except OSError:
@@ -540,9 +542,6 @@ def main():
         raise UserError(f"{where} is in use or not this machine's; choose others") from None
     names.add((public or local).partition("://")[2])
     print(f"page     {public or local}; control-C ends it", flush=True)
-    answer(
-        "Mask", run, drawing(*FIRST), "attn_high", "random", 0.75, 1, 0
-    )  # loads what is asked first
     page.block_thread()
 
 

@@ -157,7 +157,10 @@ def open_list(_):
     paths = [os.path.normpath(as_it_lies(line)) for line in lines]
     top = "."
     if paths and all(map(os.path.isabs, paths)):
-        top = os.path.commonpath([os.path.dirname(p) for p in paths])
+        try:
+            top = os.path.commonpath([os.path.dirname(p) for p in paths])
+        except ValueError:  # on Windows
+            raise UserError("-: these paths lie on several drives; give one drive's") from None
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
     found = [(p, name) for p, name in named if is_image(name)]
     others = [name for p, name in named if not is_image(name) and not os.path.isdir(p)]

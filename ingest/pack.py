@@ -131,7 +131,7 @@ def with_others(records, fetch, path, source):
         return [os.path.normpath(os.path.join(root, str(r.place))) for r in some]
 
     found, fetch_others, told = sources.find(path, layout=())
-    own = {str(Path(path, r.key)): r for r in found}
+    own = {Path(path, r.key).as_posix(): r for r in found}
     others = [r._replace(key=key, label=UNKNOWN) for key, r in own.items()]
 
     def fetch_both(some):

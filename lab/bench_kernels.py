@@ -215,6 +215,8 @@ def main():
     parser.add_argument("--gate", action="store_true", help="only the gate")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if device.type == "mps":  # it has no float64, in which the gate computes what is true
+        raise UserError("the kernels are for NVIDIA cards; --device cpu measures their references")
     gpu = device.type == "cuda"
     dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
     gate(device, dtype)

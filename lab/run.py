@@ -149,7 +149,7 @@ def execute(words, args, log, lock):
         status = process.wait()
         RUNNING.discard(process)
     if status:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
+        last = (log.read_text("utf-8", errors="replace").strip().splitlines() or ["no word"])[-1]
         kind = Diverged if "is not finite at step" in last else UserError
         raise kind(f"python {shlex.join(words)} ended with {status}: {last} (see {log})")
     return used
@@ -401,9 +401,9 @@ def with_masks(plan, arms):
         same, _, edit = arm.partition(SOURCE)
         # Flags behind the folder are those of the edited code alone.
         source, *more = edit.partition(" --")
-        source = shlex.quote(source) if source else ""
+        source = f"{shlex.quote(source)}/" if source else ""
         scripts = [template.replace("{arm}", same + "".join(more)) for template in templates]
-        commands[arm] = [os.path.join(source, script) for script in scripts]
+        commands[arm] = [source + script for script in scripts]
     baselines = dict.fromkeys(commands, next(iter(plan["arms"])))
     if isinstance(plan["against"], dict):
         baselines |= plan["against"]
@@ -501,7 +501,10 @@ def run_all(jobs, args, folder):
         STOPPED.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(RUNNING):
-            process.terminate()  # a stage saves, and goes on next time
+            # A stage saves, and goes on next time. Windows would kill it, but has told it already.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30 if os.name == "nt" else 0)
+            process.terminate()
     return failed
 
 

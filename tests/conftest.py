@@ -24,6 +24,7 @@ CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
 SHARED = ROOT.parent / "shared" / "data"
 FLAG = r"(?<![\w-])--[a-z][a-z-]*"
 MISSING = re.compile(r"\w+ is missing: pip install -e .*")  # as command.require says it
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="links, names or signals of Linux")
 WORDS = ("red", "green", "blue", "hat", "smile")  # of the pictures of `tagged`
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes, and so are theirs

@@ -1,6 +1,5 @@
 """apps/folds.py: who is held out of which fold, what is promised, and a run that learns every picture."""
 
-import os
 import re
 import shutil
 import signal
@@ -259,7 +258,7 @@ def test_a_stop_after_the_last_step_of_a_fold_is_heard(learned, monkeypatch):
     told = folds.answers_of
 
     def asked(*words):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return told(*words)
 
     monkeypatch.setattr(folds, "answers_of", asked)

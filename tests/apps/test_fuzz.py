@@ -20,7 +20,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import pytest
-from conftest import ROOT, call
+from conftest import LINUX, ROOT, call
 from made import CPU, NANO, SIZE, files_of, home
 
 import model
@@ -88,6 +88,7 @@ LOST = (  # two calls, of which the second must not write over what the first ha
     (UNKNOWN, f"{UNKNOWN} --data datasets/other"),
     (ATTENTION, f"{ATTENTION} --attention cls"),
 )
+pytestmark = LINUX  # whose file names may hold a line's end
 HOW = ("gone", "empty", "half", "random", "pickle", "foreign", "text", "folder")
 HOPELESS = ("nan", "inf", "-inf", "1e400", "1" + "0" * 30, "", " ", "½", "1e", "notes.txt", "--")
 NUMBERS = (*HOPELESS, "-1", "0")

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, draw_folder, python, refused, run_line, stopped
+from conftest import LINUX, ROOT, draw_folder, python, refused, run_line, stopped
 from made import CPU, NANO, files_of
 from PIL import Image
 from test_poison import differences, written
@@ -48,6 +48,7 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path):
     assert not path.parent.exists()
 
 
+@LINUX
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = "import os, sys; from common.locks import locked\n"
     code += "with locked(sys.argv[1]): os.kill(os.getpid(), 9)"
@@ -132,6 +133,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", range(8))
+@LINUX
 def test_a_kill_while_packing_leaves_a_whole_set_or_none(tmp_path, whole, moment):
     """Before or after each of the renames: of test, val and train, and of their folder."""
     draw_folder(tmp_path / "images")

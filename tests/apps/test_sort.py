@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import json_of, refused, run_line
+from conftest import LINUX, json_of, refused, run_line
 from made import CPU, files_of
 from sklearn.metrics import f1_score
 
@@ -67,6 +67,7 @@ def test_a_kill_at_the_first_copy_leaves_a_folder_that_is_known_as_sorted(fresh,
     assert "0 of them done" in run_line(f"{SORT} images --out killed", fresh, check=0).stdout
 
 
+@LINUX
 def test_no_copy_is_replaced_by_another_folder_s_picture(fresh):
     """Pictures may be read-only, and their names no text."""
     first = b"\xff-" + b"long" * 60 + b".png"

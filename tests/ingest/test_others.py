@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import draw_folder, refused, run_line
+from conftest import LINUX, draw_folder, refused, run_line
 
 import data
 
@@ -80,7 +80,7 @@ def by_flag_inside(folder, _):
 
 
 WAYS = (as_folder, below_a_series, with_subfolders, as_zip, as_table, by_flag, by_flag_of_a_zip)
-WAYS += (by_flag_inside,)
+WAYS += (pytest.param(by_flag_inside, marks=LINUX),)
 
 
 @pytest.mark.parametrize("name", ["unknown", "Others"])

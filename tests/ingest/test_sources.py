@@ -17,7 +17,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from conftest import CODE, ROOT, call, draw_folder, refused, run_line
+from conftest import CODE, LINUX, ROOT, call, draw_folder, refused, run_line
 from PIL import Image
 
 import data
@@ -305,6 +305,7 @@ def test_a_list_on_standard_input_is_read_below_the_folders_that_all_have(tmp_pa
     assert [*told("-")] == ["miku/train/1.png", "rin/test/2.png", "rin/train/3.png"]
 
 
+@LINUX
 def test_links_are_followed_but_never_round_in_circles(tmp_path):
     lay(tmp_path, ["else/rin/1.png", "set/miku/1.png"])
     os.symlink(tmp_path / "else/rin", tmp_path / "set/rin")
@@ -329,6 +330,7 @@ LEFT = {  # files beside two pictures of rin and one of luka, what is told of th
 
 @pytest.mark.parametrize("names", LEFT)
 @pytest.mark.parametrize("kind", ["folder", "zip", "gztar", "list"])
+@LINUX
 def test_files_that_are_not_read_are_counted_and_the_first_is_named(
     tmp_path, monkeypatch, names, kind
 ):
@@ -348,6 +350,7 @@ def test_files_that_are_not_read_are_counted_and_the_first_is_named(
         assert lost is None or f"such as {lost};" in notes[1]
 
 
+@LINUX
 def test_links_to_no_file_are_counted(tmp_path):
     lay(tmp_path, ["rin/1.png"])
     for name, to in {"a.png": "nowhere", "b.png": "b.png", "rin/c": "/else/rin"}.items():
@@ -366,6 +369,7 @@ def test_what_is_left_out_is_told_by_stages_too(tmp_path, capsys):
         sources.find(tmp_path)
 
 
+@LINUX
 def test_links_in_a_tar_are_what_they_lead_to(tmp_path):
     lay(tmp_path / "set", ["miku/1.png", "store/ab12", "rin/4.png"])
     links = {"miku/2.png": "1.png", "rin/1.png": "../miku/2.png", "rin/2.png": "../store/ab12"}

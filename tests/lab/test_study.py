@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, call, flags_of, refused
+from conftest import LINUX, ROOT, call, flags_of, refused
 
 from common.io import UserError
 from common.train import read_log
@@ -368,6 +368,7 @@ def test_no_choice_depends_on_what_is_reported(home, small, monkeypatch):
 
 
 @pytest.mark.slow
+@LINUX
 def test_a_plan_that_is_killed_goes_on_with_the_run_that_was_stopped(home, small):
     (home / "pretended.py").write_text(PRETENDED)
     words = [sys.executable, "pretended.py", "stages", *MINE.split(), "--data", small]

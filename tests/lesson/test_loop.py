@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import equal, python
 from torch import nn
+from torch.distributed.distributed_c10d import BackendConfig
 
 import pretrain
 from common import train
@@ -311,11 +312,33 @@ cli(pretrain.main)
 """
 
 
+# what torchrun tells a process of one
+STARTED = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="x", MASTER_PORT=1)
+
+
 def test_one_process_of_torchrun_is_alone(monkeypatch):
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+    for name, value in STARTED.items():
         monkeypatch.setenv(name, str(value))
     assert pretrain.start_processes(CPU) == (0, 1, CPU)
     assert not pretrain.distributed.is_initialized() and pretrain.of_first("bf16") == "bf16"
+
+
+def test_processes_talk_by_cpu_and_gpu(monkeypatch):
+    """torch, left alone, makes a backend for the GPU only, and the signals of `stop_together` have none."""
+    for name, value in STARTED.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = []
+    fakes = {"init_process_group": lambda backend, **_: asked.append(backend)}
+    fakes |= {"get_rank": lambda: 0, "get_world_size": lambda: 2, "is_nccl_available": lambda: True}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(pretrain.distributed, name, fake)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(pretrain.train, "pick_device", torch.device)
+    for kind in ("cuda", "cpu"):
+        pretrain.start_processes(torch.device(kind))
+    with_gpus, alone = (BackendConfig(name).get_device_backend_map() for name in asked)
+    assert with_gpus == {"cpu": "gloo", "cuda": "nccl"} and alone["cpu"] == "gloo"
 
 
 def test_a_signal_counts_once_all_processes_know_it(monkeypatch):
