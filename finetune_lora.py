@@ -945,7 +945,7 @@ def write_results(flags, task, run, best_epoch, answers):
     for line in answers.lines:
         print(line)
     print(
-        f"wrote    {out}/ after {row['seconds']:.0f} s; the weights are those of epoch {best_epoch}\n"
+        f"wrote    {out}/ after {row['seconds']:.0f} s of training; the weights are those of epoch {best_epoch}\n"
         f"next: {NEXT} {quoted(out)} PICTURE"
     )
 

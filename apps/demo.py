@@ -329,9 +329,10 @@ def recognise_page(run, picture):
         shares["confidence"] = row["confidence"]
     faces = [("the picture", image[0])]
     with contextlib.suppress(UserError):  # the data set that it learned from may be gone
-        split = data.open_split(place_of_set(header["data"], run), "train")
-        keys = split["header"].get("keys", [])
-        for near in row["nearest"]:
+        folder = place_of_set(header["data"], run)
+        for near, name in itertools.product(row["nearest"], data.splits_in(folder)):
+            split = data.open_split(folder, name)  # by folds, pictures of all splits are learned
+            keys = split["header"].get("keys", [])
             if near["picture"] in keys:
                 face = split["images"][keys.index(near["picture"])]
                 faces.append((f"{near['name']}, {near['similarity']:.2f}", face))

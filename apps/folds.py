@@ -390,8 +390,9 @@ def promised(row):
     if "others" in row:
         cells["pictures of nobody called unknown"] = f"{row['others']:.0f} %"
     if few:
-        enough = f"{ENOUGH[1]} characters with {ENOUGH[0]} pictures each would say more"
-        cells["too few to say how many"] = enough
+        least, C = row["least"], row["characters"]
+        there = f"{C} characters, one of them with {least} pictures"
+        cells["too few to say how many"] = f"{there}; {ENOUGH[1]} with {ENOUGH[0]} each say more"
     elif row["right_when_sure"] is not None:
         right = f"{row['right_when_sure']:.0f} %, if half of all pictures show new characters"
         cells["names right, of confidence 80 % or more"] = right

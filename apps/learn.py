@@ -194,6 +194,11 @@ def main():
         f"folder, and {len(agree & stayed)} have it now; of {len(asked)} that were moved, "
         f"{len(agree & asked)} have it now ({taught} of all were just learned)"
     )
+    if nobody := {file for file in faces if not shows[file]}:
+        was, now = len(agreed & nobody), len(agree & nobody)
+        print(
+            f"unknown  of {len(nobody)} pictures of nobody known, {was} were called so, and {now} are now"
+        )
     print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     tell_problems(problems, header["data"])
     if left := moved.keys() - done:

@@ -47,6 +47,7 @@ from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
 from finetune_lora import load_classifier
 from ingest import sources
+from ingest.layouts import shows_nobody
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
@@ -135,21 +136,18 @@ def make_gallery(embeddings, labels, learned, lift=None, trained=None, colours=0
     were added later. who (G,): the characters of G groups of faces, first the learned ones as they
     were taught, then everybody whose faces were added: a learned one may be there twice. group (n,):
     of each face. sums (G, D). handicap: of each group of added faces. faces: unit vectors of each
-    learned character that has any. lift: as `lift_of` returns it; None leaves the head out of
-    similarities. colours: their weight, where the cosine of embeddings has 1. If it is not 0, the
-    last columns are histograms.
+    learned character that has any. growth: see there. lift: as `lift_of` returns it; None leaves the
+    head out of similarities. colours: their weight, where the cosine of embeddings has 1. If it is
+    not 0, the last columns are histograms.
     """
     trained = int((labels < learned).sum()) if trained is None else trained
-    kept = embeddings
-    histograms = embeddings[:, -COLOURS:] if colours else None
-    embeddings = embeddings[:, :-COLOURS] if colours else embeddings
-    mean, matrix = whitening(embeddings[:trained], labels[:trained])
-    gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
-    unit = compared(embeddings, gallery)
-    characters = [labels == c for c in labels.unique() if c < learned]
-    faces = [unit[some] for some in characters]
-    gallery["colours"] = colours
-    gallery["histograms"] = [histograms[some] for some in characters] if colours else None
+    gallery = {"embeddings": embeddings, "labels": labels, "learned": learned, "trained": trained}
+    gallery |= {"lift": lift, "colours": colours}
+    plain = embeddings[:, :-COLOURS] if colours else embeddings
+    gallery["mean"], gallery["matrix"] = whitening(plain[:trained], labels[:trained])
+    unit = gallery["unit"] = compared(embeddings, gallery)
+    gallery |= by_character(gallery, len(labels))
+    gallery["growth"] = growth(gallery)
     added, number = labels[trained:].unique(return_inverse=True)
     group = torch.cat([labels[:trained], learned + number])
     sums = unit.new_zeros(learned + len(added), unit.shape[1]).index_add_(0, group, unit)
@@ -157,9 +155,33 @@ def make_gallery(embeddings, labels, learned, lift=None, trained=None, colours=0
     # The more faces a mean is of, the nearer are others to it. One or two faces are no mean yet.
     sizes = group.bincount(minlength=len(sums))[learned:]
     handicap = HANDICAP * SHOTS / sizes.clamp(min=SHOTS)
-    gallery |= {"handicap": handicap.where(sizes >= LEAST, 0), "trained": trained}
-    gallery |= {"embeddings": kept, "lift": lift}
-    return gallery | {"unit": unit, "faces": faces}
+    return gallery | {"handicap": handicap.where(sizes >= LEAST, 0)}
+
+
+def by_character(gallery, count):
+    """Of the first `count` faces, those of each learned character: unit vectors, and histograms or None."""
+    labels = gallery["labels"][:count]
+    characters = [(labels == c).nonzero()[:, 0] for c in labels.unique() if c < gallery["learned"]]
+    histograms = None
+    if gallery["colours"]:
+        histograms = [gallery["embeddings"][rows, -COLOURS:].float() for rows in characters]
+    return {"faces": [gallery["unit"][rows] for rows in characters], "histograms": histograms}
+
+
+def growth(gallery):
+    """How much more similar to other learned characters the added faces are since these have added faces.
+
+    Everybody else's faces are, too, so by this the threshold rises: else, the more was corrected, the
+    fewer unknown pictures would be called so.
+    """
+    trained, learned = gallery["trained"], gallery["learned"]
+    labels = gallery["labels"][trained:]
+    if not (labels < learned).any():
+        return 0.0
+    faces, own = gallery["embeddings"][trained:], labels[:, None] == torch.arange(learned)
+    before = gallery | by_character(gallery, trained)
+    now, then = (similarities(faces, some).masked_fill(own, -1) for some in (gallery, before))
+    return (now.amax(1) - then.amax(1)).mean().item()
 
 
 def compared(embeddings, gallery):
@@ -169,7 +191,12 @@ def compared(embeddings, gallery):
 
 
 def best_similarity(embeddings, gallery):
-    """embeddings (n, D) -> (n,): the mean cosine with the three nearest faces of a character, the best one.
+    """embeddings (n, D) -> (n,): the similarity to the most similar character."""
+    return similarities(embeddings, gallery).amax(1)
+
+
+def similarities(embeddings, gallery):
+    """embeddings (n, D) -> (n, C): the mean cosine with the three nearest faces of each character.
 
     With colours it is averaged with the mean cosine of histograms, by their weight.
     """
@@ -179,7 +206,7 @@ def best_similarity(embeddings, gallery):
         # others. Colours tell less of each, but the same of all.
         alike = nearest_of(embeddings[:, -COLOURS:].float(), gallery["histograms"])
         scores = (scores + weight * alike) / (1 + weight)
-    return scores.amax(1)
+    return scores
 
 
 def nearest_of(unit, faces):
@@ -221,15 +248,16 @@ def decide(logits, embeddings, gallery, own=None):
     """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
     The head names the characters that it learned. Where faces were added, their character wins if
-    their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`.
+    their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`. Who
+    was enrolled is known by this mean, with a threshold of its own.
     confidence: P(the name is right) where half of all pictures show unknown characters;
-    nan of a name that added faces gave.
+    nan of a name that added faces gave, and not the head.
     """
     unit = compared(embeddings, gallery)
     learned = gallery["learned"]
     who = logits.argmax(1)
     similarity = similarity_of(logits, embeddings, gallery)
-    margin = similarity - gallery["threshold"]
+    margin = similarity - gallery["threshold"] - gallery["growth"]
     sure = confidence(logits, margin, gallery)
     to_mean = to_means(unit, gallery, own)  # (n, G)
     if to_mean.shape[1] == learned:
@@ -238,11 +266,13 @@ def decide(logits, embeddings, gallery, own=None):
     best, added = (to_added + gallery["handicap"]).max(1)
     new = best > to_mean[:, :learned].amax(1)
     near = to_added.gather(1, added[:, None])[:, 0]
+    name = torch.where(new, gallery["who"][learned + added], who)
+    enrolled = name >= learned
     return (
-        torch.where(new, gallery["who"][learned + added], who),
-        torch.where(new, near, similarity),
-        torch.where(new, near - gallery["enrolled_threshold"], margin),
-        sure.masked_fill(new, torch.nan),
+        name,
+        torch.where(enrolled, near, similarity),
+        torch.where(enrolled, near - gallery["enrolled_threshold"], margin),
+        sure.masked_fill(name != who, torch.nan),
     )
 
 
@@ -433,10 +463,10 @@ def open_recogniser(args):
     gallery = open_gallery(args.run, args.device, args.dtype)
     net, header, autocast = open_network(args.run, args.device, args.dtype)
     if args.threshold is not None:  # of learned characters; that of enrolled ones moves with it
-        moved = args.threshold - gallery["threshold"]
+        moved = args.threshold - gallery["threshold"] - gallery["growth"]
         gallery["enrolled_threshold"] += moved
         gallery["platt"][1] += gallery["platt"][0] * moved  # the confidence stays
-        gallery["threshold"] = args.threshold
+        gallery |= {"threshold": args.threshold, "growth": 0.0}
     return net, header, gallery, autocast
 
 
@@ -602,9 +632,13 @@ def in_words(row):
     similarity = f"similarity {row['similarity']:.2f}"
     added = row["confidence"] is None  # the head has not learned them
     sure = "by added pictures" if added else f"confidence {row['confidence']:.0%}"
-    who = f"{row['name']}, {sure}, {similarity}"
+    perhaps = "" if added or row["confidence"] >= 0.5 else "perhaps "
+    who = f"{perhaps}{row['name']}, {sure}, {similarity}"
     if not row["known"]:
         limit = f"threshold {row['threshold']:.2f}"
+        if limit.split()[1] == similarity.split()[1]:
+            similarity = f"similarity {row['similarity']:.4f}"
+            limit = f"threshold {row['threshold']:.4f}"
         who = f"unknown (unlike all known characters: {similarity}, {limit})"
     line = f"{fields.shown(row['picture'])}: {who}"
     for face in row["nearest"][:1]:
@@ -645,8 +679,10 @@ def enrol(args, net, header, autocast):
     print("\n".join(add_faces(args.run, who, keys, torch.cat(embeddings))))
     after = load_gallery(args.run)
     print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
-    words = f"{quoted(args.run)} PICTURE, or {quoted(f'--forget={who}')}"
-    print(f"next: python -m apps.recognize {words}")
+    again = f"python -m apps.recognize {quoted(args.run)}"
+    print(f"next: {again} PICTURE")
+    if after["keys"] != before["keys"]:
+        print(f"undo: {again} {quoted(f'--forget={who}')} takes out all that was ever added of it")
 
 
 def name_of(text, source):
@@ -654,6 +690,9 @@ def name_of(text, source):
     who = sources.nfc(text.strip())
     if not fields.is_name(who):
         raise UserError(f"{source} {fields.short(who)} is no name; give a few printable letters")
+    if shows_nobody(who):
+        fix = "pictures of nobody known belong into a folder of this name when data.py packs a set"
+        raise UserError(f"{source} {who} would be a character of this name; {fix}")
     return who
 
 
@@ -686,7 +725,7 @@ def with_named(gallery, who, keys, embeddings):
     stay[:trained] = True
     total = int(has_name.sum() + new.sum())
     if total < LEAST:
-        raise UserError(f"{total} pictures of {who} are too few; give {LEAST} to {SHOTS}")
+        raise UserError(f"{total} pictures of {who} are too few; give {LEAST} or more")
     kept = [*itertools.compress(keys, new)]
     gallery = with_faces(only(gallery, stay), who, kept, embeddings[new])
     count = len(gallery["names"])

@@ -89,6 +89,11 @@ def sort(args, net, header, gallery, autocast):
         found = all_answers(args, net, header, gallery, autocast, problems)
     copy_all(found, args, wanted, folders_of(names), rows, out / SORTED, problems)
     tell_problems(problems, header["data"])
+    words = [args.run, str(out), *(["--detect", args.detect] if args.detect else [])]
+    learn = f"python -m apps.learn {quoted(*words)}"
+    print(
+        f"next: move wrong copies to where they belong (what stays is learned as right), then {learn}"
+    )
 
 
 def grouped(found, gallery, least):
@@ -158,15 +163,12 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
     if len(copies) > sum(copies):
         more += f" ({len(copies) - sum(copies)} pictures show no face, and were not copied)"
     print(f"wrote    {table.parent}/: {more}, listed in {table}")
-    words = [args.run, str(table.parent), *(["--detect", args.detect] if args.detect else [])]
-    learn = f"python -m apps.learn {quoted(*words)}"
-    print(
-        f"next: move wrong copies to where they belong (what stays is learned as right), then {learn}"
-    )
 
 
 def files_to_sort(paths, out, rows):
     """-> {file: its name below OUT/WHO}, each file once; the folders in a given folder stay.
+
+    Of several given folders, each one's own name stays as well.
 
     No picture takes the name of another one, nor that of a copy that a row of sorted.csv lists.
     """
@@ -181,6 +183,8 @@ def files_to_sort(paths, out, rows):
             raise UserError(f"{out} lies in {path}, which is copied; choose another folder")
         for key, file in picture_files(path).items():
             name = Path(key if Path(path).is_dir() else file.name)
+            if Path(path).is_dir() and len(paths) > 1:
+                name = Path(Path(path).resolve().name, name)
             other = taken.setdefault(name, file)
             if os.path.abspath(other) != os.path.abspath(file):
                 raise UserError(f"{other} and {file} have one name; rename one of them")

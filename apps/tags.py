@@ -885,7 +885,8 @@ def write_captions(flags, answer, header):
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
     if flags.names:
         known = sum(name is not None for name in names.values())
-        print(f"{flags.names} knows who is in {known} of them")
+        told = "a picture of somebody unknown may have got a wrong one"
+        print(f"{flags.names} gave a name to {known} of them; {told}")
 
 
 def words_of(text):

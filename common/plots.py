@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart. Maps are dra
 
 import contextlib
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -45,9 +46,13 @@ def save(figure, path):
     with atomic(path) as temporary, warnings.catch_warnings(record=True) as caught:
         figure.savefig(temporary, format=Path(path).suffix[1:])
     plt.close(figure)
-    if any("missing from" in str(w.message) for w in caught):  # a warning for each letter
-        boxes = "no font here has all letters, some are boxes; Noto Sans CJK has them"
-        print(f"note: {path}: {boxes}", file=sys.stderr)
+    # a warning for each letter: Glyph 127807 (\N{HERB}) missing from font(s) DejaVu Sans.
+    codes = [re.match(r"Glyph (\d+) .*missing from", str(w.message)) for w in caught]
+    letters = "".join(dict.fromkeys(chr(int(code[1])) for code in codes if code))
+    if letters:
+        fix = "the font Noto Sans CJK has those of Chinese, Japanese and Korean"
+        told = f"no font here has {letters[:20]}, which are boxes; {fix}"
+        print(f"note: {Path(path).name}: {told}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -209,8 +209,14 @@ def report(records, pairs, most=3):
     groups = sorted((g for g in groups.values() if len(g) > 1), key=len, reverse=True)
     if not groups:
         return []
-    mixed = [group[0].key for group in groups if len({r.label for r in group}) > 1]
-    several = f"; {len(mixed)} hold several classes ({', '.join(mixed[:most])})" if mixed else ""
+    mixed = []
+    for group in groups:
+        other = next((r for r in group if r.label != group[0].label), None)
+        mixed += [f"{group[0].key} = {other.key}"] if other else []
+    several = ""
+    if mixed:
+        several = f"; {len(mixed)} hold several classes, so one label is probably wrong"
+        several += f" ({', '.join(mixed[:most])})"
     if any(key.count("/") > 1 for key in mixed):
         several += ", and if another level of folders is the class, --layout says so"
     first = ", ".join(f"{len(group)} x {group[0].key}" for group in groups[:most])

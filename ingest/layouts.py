@@ -47,6 +47,7 @@ VAGUE = (
     "unsorted",
     "nobody",
     "none",
+    *("その他", "不明", "未分類", "未知", "其他", "기타"),
 )
 UNNAMED = re.compile(r"group-\d{3,}")  # of apps/sort.py --group, until somebody names it
 

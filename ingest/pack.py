@@ -69,6 +69,7 @@ DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
 UNKNOWN = "unknown"  # the file of pictures that show nobody who should be known
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8
+ONE_COLOUR = 8  # levels of 256 by which the pixels of such a picture differ, at most
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 REASONS = 2**18  # bytes of a header for a hundred skipped files
 
@@ -272,8 +273,10 @@ def deal(source, pairs, how, shares):
     splits = {r.split for r in records}
     notes = dropped + few + others
     if "train" not in splits:
-        fix = "to have them dealt, give a --layout with - for split"
-        notes.append(f"no train: stages can measure on this set, not learn from it; {fix}")
+        line = "no train: stages can measure on this set, not learn from it"
+        if any(r.split for r in source.records):  # and not by --split 0,0,1
+            line += "; to have them dealt, give a --layout with - for split"
+        notes.append(line)
     notes += unlearned(records) + spelled_alike(records)
     if how["tail"] and how["path"] != "toon":
         records, thinned = long_tailed(records, how["tail"])
@@ -402,11 +405,12 @@ def class_names(records):
 
 
 def write_split(path, rows, dims, records, labels, about):
-    """Stream rows (record, {plane: array} or exception) into a file -> [(key, why)] of skipped ones.
+    """Stream rows (record, {plane: array} or exception) into a file.
 
-    The file is a header, then images, fg, parts, ..., labels. dims is {plane: shape of one row}.
+    -> [(key, why)] of skipped ones, and keys of pictures that have one colour. The file is a header,
+    then images, fg, parts, ..., labels. dims is {plane: shape of one row}.
     """
-    kept, skipped = [], []
+    kept, skipped, plain = [], [], []
     pixels = hashlib.blake2b(digest_size=6)
 
     def readable():
@@ -415,6 +419,8 @@ def write_split(path, rows, dims, records, labels, about):
                 skipped.append((record.key, reason(row)))
                 continue
             kept.append(record)
+            if np.ptp(row["images"].reshape(-1, 3), 0).max() < ONE_COLOUR:
+                plain.append(record.key)
             label = np.array([labels[record.label]], np.int64)
             planes = {p: row[p][None] for p in dims} | {"labels": label}
             for plane in planes.values():  # a corrected label or box makes another set, too
@@ -430,7 +436,7 @@ def write_split(path, rows, dims, records, labels, about):
 
     planes = {p: (DTYPE.get(p, "U8"), shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
     write_rows(path, planes, len(records), readable(), header, REASONS)
-    return skipped
+    return skipped, plain
 
 
 def write_all(out, records, dims, stream, about, copies):
@@ -452,7 +458,7 @@ def write_all(out, records, dims, stream, about, copies):
             path = Path(out) / f"{split}.safetensors"
             rows = progress(stream(own), f"{Path(out).name}/{split}", len(own), unit="img")
             header = about | {"split": split}
-            skipped = write_split(folder / path.name, rows, dims, own, labels, header)
+            skipped, plain = write_split(folder / path.name, rows, dims, own, labels, header)
             lost += skipped
             first = "; ".join(f"{key} ({why})" for key, why in skipped[:3])
             if len(lost) > MAX_BROKEN * len(records) or len(skipped) == len(own):
@@ -462,6 +468,8 @@ def write_all(out, records, dims, stream, about, copies):
             n = len(own) - len(skipped)
             size = about["size"]
             why = f"; skipped {len(skipped)}: {first}" if skipped else ""
+            if plain:  # such as the blank middle of a tall screenshot
+                why += f"; of one colour, so look at them: {layouts.first(plain)}"
             told.append(f"{path}: {n} images of {size} px, {len(classes)} classes{why}")
     print("\n".join(fields.shown(line) for line in told))
 
@@ -564,7 +572,8 @@ def to_learn(out):
     of_frames = {*hybrid.PURE} <= {*tensors["header"]["classes"]}
     small = is_small(out) and not of_frames
     if small and can_leave_out(out):  # it is cross-validated, over all splits
-        return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
+        words = ["--data", str(out), "--split", "folds"]
+        return quoted("python", "finetune_lora.py", "weights/toon", *words)
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"

@@ -172,6 +172,33 @@ def test_an_enrolled_character_wins_where_its_mean_is_nearer_than_all_others(wor
     torch.testing.assert_close(sure[~new], p * (a * margin[~new] + b).sigmoid())
 
 
+def test_added_faces_of_learned_characters_raise_the_threshold_by_what_others_gain(world):
+    order = torch.arange(200).view(5, 40).T.flatten()  # each of the five, in turn
+    faces, labels = world.faces[order], world.labels[order]
+    plain = recognize.make_gallery(faces[:120], labels[:120], 5)
+    gallery = recognize.make_gallery(faces, labels, 5, trained=120)
+    gain = []
+    for i in range(120, 200):
+        best = []
+        for count in (120, 200):
+            others = [c for c in range(5) if c != labels[i]]
+            cosines = gallery["unit"][:count] @ gallery["unit"][i]
+            near = [
+                cosines[labels[:count] == c].sort(descending=True)[0][:3].mean() for c in others
+            ]
+            best.append(max(near))
+        gain.append(best[1] - best[0])
+    assert plain["growth"] == 0 < gallery["growth"]
+    assert gallery["growth"] == pytest.approx(sum(gain).item() / 80, abs=1e-6)
+    row = recognize.calibrate(faces[:120], labels[:120], world.held_out)
+    logits = world.held_out[0].clone()
+    logits[:50] = logits[:50].roll(1, 1)  # the head is wrong, and added faces say so
+    who, similarity, margin, sure = recognize.decide(logits, world.known, gallery | row)
+    torch.testing.assert_close(margin, similarity - row["threshold"] - gallery["growth"])
+    changed = who != logits.argmax(1)
+    assert 0 < changed.sum() <= 50 and torch.equal(sure.isnan(), changed)
+
+
 def test_confidences_are_fitted_to_what_was_drawn():
     torch.manual_seed(0)
     scores = torch.randn(20000, 5)

@@ -87,6 +87,8 @@ def test_no_copy_is_replaced_by_another_folder_s_picture(fresh):
     assert "4 of them done" in run_line(f"{SORT} a --out out", fresh, check=0).stdout
     assert "rename one of them" in refused(run_line(f"{SORT} b --out out", fresh))
     assert "4 pictures" in run_line(f"{SORT} a {fresh}/a --out twice", fresh, check=0).stdout
+    run_line(f"{SORT} a b --out both", fresh, check=0)
+    assert {path.parent.name for path in (fresh / "both").rglob("1.png")} == {"a", "b"}
 
 
 def test_a_broken_picture_is_sorted_once_it_is_mended(fresh):

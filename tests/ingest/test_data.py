@@ -285,11 +285,11 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
 
 NEXT = {  # flags: the command that comes next, and words of what is said
     "images --split .8,0,.2": (
-        "python finetune_lora.py weights/toon --data OUT",
+        "python finetune_lora.py weights/toon --data OUT --split folds",
         "test 12",
     ),
     "images --split 1,0,0": (
-        "python finetune_lora.py weights/toon --data OUT",
+        "python finetune_lora.py weights/toon --data OUT --split folds",
         "train 60, 3 classes",
     ),
     "images/class0": ("python pretrain.py --data OUT", "finetune_lora.py can't learn from it"),
