@@ -31,7 +31,7 @@ from common.fields import NAMES, SIDE, TEXT, check_arrays, check_fields, check_r
 from common.io import UserError, open_tensors, quoted
 
 SMALL = 3000  # pictures of a set: fewer are cross-validated, and weights/toon is the better start
-PACKED = 128  # side of packed pictures, unless a larger one is asked for
+PACKED = 128  # side of packed pictures, unless --size or larger views ask for another
 APART = 0.1  # share of train that is held out for choices, if there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)

@@ -56,12 +56,12 @@ from common.command import (
     set_defaults,
 )
 from common.features import (
-    FOLDS,
+    BY_FOLDS,
     Subset,
+    evenly_of_each,
     name_of,
     open_all,
     open_rows,
-    some_characters,
     split_suffix,
     untrained_like,
 )
@@ -145,7 +145,7 @@ def read_flags():
     )
     add("--from-scratch", action="store_true", help="random weights in the encoder: the control")
     add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="epochs per block")
-    add("--hold-out", type=some_characters, default=0, metavar="N", help="leave out N, or 1/3")
+    add("--hold-out", type=at_least(0), default=0, metavar="N", help="leave out N characters")
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (the encoder's)")
     add("--epochs", type=at_least(1), help="passes over the data (default: of the method)")
     add("--batch-size", type=at_least(2), metavar="B", help="images of a step")
@@ -156,16 +156,16 @@ def read_flags():
     add("--keep", type=shares, metavar="SHARE", help="of the patches shown; 0.25:0.75 rises")
     add("--colourless", type=between(0, 1), default=0.1, metavar="SHARE", help="of views in gray")
     train.add_flags(add, reports=False)
-    splits = ["val", "dev", "test", FOLDS]
+    splits = ["val", "dev", "test", BY_FOLDS]
     add(
         "--split", choices=splits, help="what is reported (a small set: folds, then all is learned)"
     )
     flags = parser.parse_args()
     saved = train.take_saved_flags(flags, "split")
     if flags.resume:
-        if FOLDS in (saved["split"], flags.split) and saved["split"] != flags.split:
+        if BY_FOLDS in (saved["split"], flags.split) and saved["split"] != flags.split:
             fix = f"python -m apps.unknown {quoted(flags.out)} --data OTHER measures other pictures"
-            kind = "learned every picture" if saved["split"] == FOLDS else "holds pictures back"
+            kind = "learned every picture" if saved["split"] == BY_FOLDS else "holds pictures back"
             raise UserError(f"--split {flags.split}: {flags.out} {kind}; leave it out, or {fix}")
         return flags
     method, _ = parse_keys(flags.method, METHODS, "--method")
@@ -173,7 +173,9 @@ def read_flags():
     if method == "lora" and flags.from_scratch:
         raise UserError("--method lora needs a trained encoder; choose full")
     refuse_useless(flags.given & NOT_READ[method], f"with --method {method}")
-    refuse_useless(flags.given & {"hold_out"} if flags.split == FOLDS else (), "with --split folds")
+    refuse_useless(
+        flags.given & {"hold_out"} if flags.split == BY_FOLDS else (), "with --split folds"
+    )
     refuse_useless(flags.given & {"pool"} if flags.head == "ifa" else (), "with --head ifa")
     set_defaults(flags, **RECIPE[method])
     in_name = {"head", "from_scratch", "seed"}
@@ -503,7 +505,7 @@ def open_task(flags, device, autocast):
     flags.data = str(data.open_or_pack(folder, encoder.image_size))
     train.same_as_begun(flags, "fingerprint", fingerprint(encoder), flags.encoder)
     flags.split = flags.split or split_for(flags, encoder, device, autocast)
-    if flags.split == FOLDS:
+    if flags.split == BY_FOLDS:
         # Folds choose the epoch and measure, so no picture has to be kept from training.
         every, classes = open_all(flags.data)
         sets = every, None, None
@@ -532,11 +534,11 @@ def split_for(flags, encoder, device, autocast):
     """What is reported where nobody asks: folds of a small collection, val of other sets."""
     if flags.hold_out or not data.is_small(flags.data):
         return "val"
-    if (Path(flags.out) / FOLDS).exists():  # the command was stopped there, and is given again
-        return FOLDS
+    if (Path(flags.out) / BY_FOLDS).exists():  # the command was stopped there, and is given again
+        return BY_FOLDS
     from apps import folds  # runs up, as in main
 
-    return FOLDS if folds.are_quick(flags, encoder, device, autocast) else "val"
+    return BY_FOLDS if folds.are_quick(flags, encoder, device, autocast) else "val"
 
 
 def task_of(flags, encoder, sets, classes, device, autocast):
@@ -637,9 +639,7 @@ def settle_neck(task, most=None):
     if not isinstance(task.net.neck, nn.BatchNorm1d):
         return
     index = task.train.rows
-    labels = task.train.labels[index]
-    of_class = [index[labels == c] for c in range(len(task.classes))]
-    chosen = torch.cat([one[data.evenly_spaced(len(one), NECK_OF_CLASS)] for one in of_class])
+    chosen = index[torch.cat(evenly_of_each(task.train.labels[index], NECK_OF_CLASS))]
     chosen = chosen[data.evenly_spaced(len(chosen), most or len(chosen))]
     pooled = pooled_of(task, task.train, chosen)
     task.net.neck.running_mean.copy_(pooled.mean(0))
@@ -686,16 +686,16 @@ def finetune(flags, task, make_run=train.Run):
     last = task.stop or flags.epochs
     run = make_run(flags, state, per_epoch * last, per_epoch, device)
     run.resume_or_begin()
-    images = task.train.split["images"]
-    every = torch.arange(len(images))
-    images = pooled_of(task, task.train, every) if linear else data.resident(images, device)
+    pictures = task.train.split["images"]
+    every = torch.arange(len(pictures))
+    inputs = pooled_of(task, task.train, every) if linear else data.resident(pictures, device)
 
     hits = []  # share of each batch that is recognised, since the last row of the log
     for epoch in range(run.step // per_epoch, last):
         net.train()
         unfreeze(net, task.trained.tensors, epoch, flags.unfreeze_every)
         order = draw_order(train_index, labels, flags.balanced, seed, epoch)
-        for index, batch in data.batches(images, order, B, device, run.step % per_epoch):
+        for index, batch in data.batches(inputs, order, B, device, run.step % per_epoch):
             # 1. views
             # All random numbers are drawn on the CPU from these three, so that a GPU and a laptop see
             # the same crops, and a resumed run sees those that it would have seen.
@@ -954,7 +954,7 @@ def main():
     flags = read_flags()
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
     if flags.resume and done.exists():
-        more = "" if flags.split in (FOLDS, "test") else "; --split test measures it on test"
+        more = "" if flags.split in (BY_FOLDS, "test") else "; --split test measures it on test"
         return print(f"run      {flags.out} is finished: {done}{more}")
     device, autocast, machine = train.open_machine(flags)
     print(machine)
@@ -962,7 +962,7 @@ def main():
     check_readable(flags, task)
     describe(flags, task)
     answers = None
-    if flags.split == FOLDS:
+    if flags.split == BY_FOLDS:
         from apps import folds  # runs up: it repeats the training of this script, part by part
 
         answers = folds.cross_validate(flags, task)

@@ -98,7 +98,6 @@ def random(patches, noise, t, hidden):
 def squares(patches, noise, t, hidden, unit=2):
     """Squares of unit x unit patches (SimMIM, Xie et al. 2021, arXiv:2111.09886)."""
     row, column = rows_and_columns(noise)
-    unit = max(1, int(unit))
     # All patches of a square take the rank of its first patch, and not its noise: two squares whose
     # noise is nearly the same would mix, and each would be hidden in part.
     corner = unit * (row // unit * column.numel() + column // unit)
@@ -212,7 +211,7 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
     """
     # Easy at first: some of each part is hidden, and the rest of the part tells what is missing.
     # Hard at the end: a whole eye is gone, and has to be inferred from the rest of the face.
-    whole = t ** max(power, 0) if whole < 0 else min(whole, 1.0)
+    whole = t**power if whole < 0 else whole
     largest = patches["parts"].argmax(2)  # (B, N)
     member = F.one_hot(largest, patches["parts"].shape[2])  # (B, N, P)
     area = member.sum(1)  # (B, P), patches of each part
@@ -236,8 +235,8 @@ def detail(patches, noise, t, hidden, beta=1.0):
     # hidden patches go from what can be copied to what has to be understood.
     view = patches["view"]
     p = patch_side(view, noise.shape[1])
-    contrast = patch_detail(view, all_places(view, p), p)  # (B, N)
-    return guided(contrast, beta * (2 * t - 1), noise)
+    score = patch_detail(view, all_places(view, p), p)  # (B, N)
+    return guided(score, beta * (2 * t - 1), noise)
 
 
 def learned(patches, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
@@ -337,7 +336,7 @@ def ranks(noise):
 def blur_matrix(g, std, device):
     """(g, g): a Gaussian around each place of a line; rows sum to 1. W @ x @ W.T blurs an image x."""
     distance = torch.arange(g, device=device)[:, None] - torch.arange(g, device=device)
-    weight = torch.exp(-0.5 * (distance / max(std, 1e-3)) ** 2)
+    weight = torch.exp(-0.5 * (distance / std) ** 2)
     return weight / weight.sum(1, keepdim=True)
 
 

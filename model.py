@@ -278,23 +278,23 @@ class ViT(nn.Module):
         """view u8 (B, S, S, 3), nothing hidden -> tokens (B, 1+N, D)."""
         return self(*self.all_patches(view))
 
-    def patch_attention(self, view, source="cls"):
+    def patch_attention(self, view, kind="cls"):
         """view u8 (B, S, S, 3) -> attention to each patch, (B, H, N).
 
-        source  "cls": of the CLS token in the last block, as in DINO and AttMask; "rollout": of the
-                CLS token through all blocks, H = 1; "pooler": of the pooler's queries
+        kind  "cls": of the CLS token in the last block, as in DINO and AttMask; "rollout": of the
+              CLS token through all blocks, H = 1; "pooler": of the pooler's queries
         """
-        if source == "pooler":
+        if kind == "pooler":
             if self.pooler is None:
                 raise ValueError(
                     "this encoder has no pooler: load_mae or load_teacher of common/checkpoints.py "
-                    "read the one of a run; without one, take the source cls or rollout"
+                    "read the one of a run; without one, take the kind cls or rollout"
                 )
             return self.pooler.attention_and_values(self.features(view))[0]
-        if source == "rollout":
+        if kind == "rollout":
             return self.rollout(view)
-        if source != "cls":
-            raise ValueError(f"patch_attention has no branch for {source!r}: write one")
+        if kind != "cls":
+            raise ValueError(f"patch_attention has no branch for {kind!r}: write one")
         # Of the last block only one row of softmax(q k^T) is wanted, so it does not run. Index 0
         # among the keys is the CLS token itself; it is dropped, so a map sums to less than 1.
         x = self.run_blocks(self.embed(*self.all_patches(view)), end=-1)  # (B, 1+N, D)
@@ -352,8 +352,8 @@ class Decoder(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=EPS)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
-        # norm_pix removes each patch's mean and contrast from what is predicted, but a picture
-        # needs them. The true ones would leak the answer, so visible neighbours suggest two numbers
+        # norm_pix removes each patch's mean and standard deviation from what is predicted, but a
+        # picture needs them. The true ones would leak the answer, so visible neighbours suggest two numbers
         # for each patch (kernels.loss.predicted_stats), and this head learns to correct them.
         self.stats_head = nn.Linear(decoder_dim, 2)
         self.apply(init_weights)

@@ -79,7 +79,8 @@ RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those 
 SECOND_STREAM = 1  # seeds the second views, so that they change no other random number
 OF_SCORES = ("teacher", "attention", "maps")  # flags that only some masks read
 WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first packs or evaluates
-# Lengths of a run and of a step, in views. On a CPU, many small steps learn more (results/TRIED.md).
+# What fits the device; views: of a whole run, batch: views of a step. On a CPU, many small steps learn
+# more (results/TRIED.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
 DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
@@ -99,7 +100,7 @@ def parse_flags():
     add("--mask", metavar="NAME[:key=value,...]", help=", ".join(masking.STRATEGIES))
     add("--ratio", metavar="R", help="share that is not seen; 0.5:0.9 rises, 0.5-0.9 is drawn")
     add("--teacher", default="self", metavar="self|maps|PATH", help="its attention guides")
-    add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
+    add("--attention", choices=guidance.ATTENTION, help="default: what was trained, else outlier")
     add("--maps", default="auto", metavar="auto|truth|DIR", help="maps of foreground and parts")
     add("--contrast", metavar="NAME[:key=value,...]", help="pooler, none; cls trains the encoder")
     add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="loss of flat patches")
@@ -279,6 +280,16 @@ def build_contrast(encoder, flags, settings, train_set, figures):
         return Contrast(encoder, settings, train_set, figures, flags.min_crop)
 
 
+def changes(ratio):
+    return ":" in ratio or "-" in ratio
+
+
+def ends_of(ratio):
+    """ "0.75" -> (0.75, 0.75); "0.5:0.9" and "0.5-0.9" -> (0.5, 0.9)."""
+    words = re.split("[:-]", ratio, maxsplit=1)
+    return float(words[0]), float(words[-1])
+
+
 def compiles(flags, device):
     """Whether the loop compiles its functions: --compile, or by default if they all have one shape."""
     can = device.type == "cuda" and kernels.why_not_triton(device) is None  # torch.compile needs it
@@ -300,9 +311,8 @@ def why_no_graph(flags, device, world, source):
 def parse_mask(flags, N):
     """--mask and --ratio, for N patches: the name of the strategy, and its parameters."""
     keys = masking.PARAMS
-    if (
-        flags.teacher != "self"
-    ):  # a trained one is worth following at once, not after a tenth of the run
+    # A trained teacher is worth following at once, and not after a tenth of the run.
+    if flags.teacher != "self":
         late = {"start", "ramp_for"}
         keys = {name: own | dict.fromkeys(own.keys() & late, 0.0) for name, own in keys.items()}
     name, params = parse_keys(flags.mask, keys, "--mask")
@@ -366,16 +376,6 @@ def draw(generator, n, N, min_crop, device):
     return (data.send(x, device) for x in (boxes, flip, noise))
 
 
-def changes(ratio):
-    return ":" in ratio or "-" in ratio
-
-
-def ends_of(ratio):
-    """ "0.75" -> (0.75, 0.75); "0.5:0.9" and "0.5-0.9" -> (0.5, 0.9)."""
-    words = re.split("[:-]", ratio, maxsplit=1)
-    return float(words[0]), float(words[-1])
-
-
 def ratio_at(text, t, stream):
     """The ratio of a step: "0.75", "0.5:0.9" (it rises with t) or "0.5-0.9" (arXiv:2509.21650).
 
@@ -433,9 +433,10 @@ def finish(run, model, source, held_set, target_options, autocast):
     notes = {"step": run.step, "commit": run.commit, "run": run.config, **target_options}
     save_model(model, run.out / "model.safetensors", notes)
     draw_run(run.out, model.eval(), held_set, target_options, autocast)
-    for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(source.file)}:
-        with contextlib.suppress(OSError):  # Windows removes no file that is open
-            old.unlink()
+    for old in sorted(run.out.glob("attn-*.safetensors")):
+        if old.name != source.file:
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                old.unlink()
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {quoted(run.out)}")
 
@@ -459,6 +460,7 @@ def main():
     images = data.resident(train_set["images"], device)  # on the GPU, if it has room for them
     # Foreground masks u8 (n, S, S), or None: second views get the background of another image.
     figures = data.resident(train_set.get("fg") if contrast_settings else None, device)
+    train.same_as_begun(flags, "processes", world, "the number of processes")
     b, per_epoch = set_length(flags, len(images), N, device, world)  # and the flags of the length
     total = flags.epochs * per_epoch
     # Twice the batch means half the steps, so the learning rate grows with it, as in MAE's code (after
@@ -527,7 +529,7 @@ def main():
         """
         # 3. forward
         # An MAE is cheap because its encoder reads visible patches alone (SimMIM reads all).
-        # patches (b, K, p*p*3), and mean and contrast of each (b, K, 2)
+        # patches (b, K, p*p*3), and mean and log std of each (b, K, 2)
         visible, visible_stats = masked_patch_gather(
             view, ids_keep, p, dtype, return_stats=True, floor=target_options["floor"]
         )
@@ -550,7 +552,7 @@ def main():
         other_losses = stats_loss(predicted, hidden_stats)
 
         # 4b. contrastive loss: does the pooler, or the CLS token, find the other view of an image?
-        pairs = None
+        for_log = None
         if second:
             # Of the m second views only the tokens are needed, so the encoder runs alone.
             *drawn, groups = second
@@ -558,16 +560,16 @@ def main():
             second_visible = masked_patch_gather(second_view, second_ids, p, dtype)
             with torch.set_grad_enabled(contrast.trains_encoder), autocast():
                 second_tokens = model.encoder(second_visible, second_ids)  # (m, 1+K, D)
-            contrastive, pairs = contrast_net(tokens, second_tokens, groups)
+            contrastive, for_log = contrast_net(tokens, second_tokens, groups)
             other_losses = other_losses + contrastive
-        return loss.detach(), loss + other_losses, error.detach(), pairs
+        return loss.detach(), loss + other_losses, error.detach(), for_log
 
     def update(lr, view, ids_keep, ids_mask, *second):
         """Parts 3 to 5 of a step: losses, gradients, new weights.
 
         -> the loss of the MAE, the norm of its gradient, two numbers of the contrastive loss
         """
-        loss, all_losses, error, pairs = losses(view, ids_keep, ids_mask, *second)
+        loss, all_losses, error, for_log = losses(view, ids_keep, ids_mask, *second)
         # source.loss: for --mask learned, a small network learns to predict these errors; else it is 0.
         # All losses share a backward pass. Beside the MAE's, only --contrast cls reaches the encoder.
         (all_losses + source.loss(ids_mask, error)).backward()
@@ -578,7 +580,7 @@ def main():
             group["lr"] = lr * group.get("times", 1)  # an optimizer of yours may have several rates
         optimizer.step()
         optimizer.zero_grad()
-        return loss, grad_norm, pairs
+        return loss, grad_norm, for_log
 
     cut_views = data.view_images
     if compiling:
@@ -590,13 +592,14 @@ def main():
             print(f"note     no CUDA graph of the whole update {no_graph}")
         else:
             update = Replayed(update, optimizer, device)
-    last_pairs = None  # two numbers of the contrastive loss, in the last step that had it
+    last_for_log = None  # two numbers of the contrastive loss, in the last step that had it
 
     for epoch in range(run.step // per_epoch, flags.epochs):
         refresh_maps(source, epoch, run, train_set["images"], autocast)
         # Every process goes through the same order, and takes each world-th image of it.
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
         order = order[rank::world]
+        # A resumed run may begin within an epoch: it skips the batches that it has seen.
         for index, batch in data.batches(images, order, b, device, run.step % per_epoch):
             # 1. a view of each image
             # index (b,): numbers of the images; batch u8 (b, S, S, 3): whole images, as stored.
@@ -625,8 +628,9 @@ def main():
                 generator = train.seeded(*stream, SECOND_STREAM)
                 second = contrast.draw(batch, index, generator)
             lr = train.lr_at(run.step, total, WARMUP * total, peak_lr)
-            loss, grad_norm, pairs = update(lr, view, ids_keep, ids_mask, *second)
-            last_pairs = pairs.clone() if second else last_pairs
+            loss, grad_norm, for_log = update(lr, view, ids_keep, ids_mask, *second)
+            if second:
+                last_for_log = for_log.clone()  # a replayed graph writes the next ones over these
             source.update_teacher(model.encoder, run.step, total)
             run.update(loss, grad_norm)  # from here on, run.step counts this step, too
             if run.step == 1:
@@ -637,12 +641,12 @@ def main():
             if run.logs_now:
                 check_priority(priority, flags.mask)
                 numbers = source.statistics(run.step, total)
-                numbers |= contrast.statistics(last_pairs) if contrast else {}
+                numbers |= contrast.statistics(last_for_log) if contrast else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
-                draw_masks(run.out, view, scores, priority, ids_mask, p)
+                draw_masks(run.out, view, scores, priority, ids_keep, p)
                 log_evaluation(run, model, source.teacher, splits, target_options, autocast)
-            run.save_if_due()  # at most every two minutes, behind a row of the log
+            run.save_if_due()  # at most every two minutes, behind a row; after Ctrl-C, it exits here
     finish(run, model, source, held_set, target_options, autocast)
 
 

@@ -152,7 +152,7 @@ def open_labels(task):
     # The reported split is for reporting alone. What is chosen on it looks better than it is, so the
     # regularisation has other pictures: dev, or a tenth of train. (With --split dev, both are dev: it
     # is for choices between runs, and not for results.)
-    task.fit, task.choose, task.choose_in = features.hold_out_to_choose(task)
+    task.fit, task.choose, task.choose_in = features.set_apart_to_choose(task)
     labels = task.labels["train"]
     queries = task.labels[task.held]
     task.counts = torch.bincount(labels[task.fit], minlength=len(task.names))
@@ -217,15 +217,13 @@ def few_shot(bank, queries, task):
 
 def verification(x, labels, groups):
     """Are two pictures of one class? By their cosine: area under the ROC curve, equal error rate."""
-    from sklearn.metrics import roc_auc_score
-
     index = data.evenly_spaced(len(x), PAIRED)
     same, other = metrics.pair_cosines(x[index], labels[index], groups[index])
     if not len(same) or not len(other):
         return {}
     # The area needs no threshold: it is the probability that a pair of one class has the larger cosine.
-    auc = roc_auc_score(*metrics.truth_and_scores(same, other))
-    return {"auc": float(auc), "equal_error_rate": metrics.equal_error_rate(same, other)}
+    auc = metrics.auroc(same, other)
+    return {"auc": auc, "equal_error_rate": metrics.equal_error_rate(same, other)}
 
 
 def chance(task):

@@ -39,8 +39,8 @@ from common.classifier import is_recogniser
 from common.command import AT_END, Parser, between, cli, require
 from common.evaluate import filled_in, psnr
 from common.features import place_of_set
-from common.io import UserError, open_tensors
-from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
+from common.io import UserError, read_header
+from common.train import keep_freed_memory, open_machine, seeded
 from finetune_lora import load_classifier
 from ingest import scenes, toon
 from ingest.decode import decode, on_paper, open_image, reason
@@ -117,7 +117,7 @@ def base_of(run):
     """The encoder that a run was made of, as its file says, or None."""
     for stem in ("head", "detector", "model"):
         with contextlib.suppress(UserError):  # most runs have one of these files
-            header = open_tensors(Path(run, f"{stem}.safetensors"))["header"]
+            header = read_header(Path(run, f"{stem}.safetensors"))
             base = header.get("base") or header.get("run", {}).get("encoder")
             return str(place_of(base, run)) if base else None
 
@@ -270,13 +270,13 @@ def maps_of(net, picture, view):
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
-    """words: a strategy with its keys; scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
+    """words: a strategy with its keys; scores {score: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
     strategy = sheets.parse_strategy(words or "", "mask")
-    need = sheets.need_of(words)
-    if need == "parts" and need not in scores:
+    score = sheets.score_of(words)
+    if score == "parts" and score not in scores:
         raise UserError("the parts of this picture are not known: choose a drawing or another mask")
-    if need not in (None, *scores):
-        raise UserError(f"the page can't compute {need}: add it to maps_of in apps/demo.py")
+    if score not in (None, *scores):
+        raise UserError(f"the page can't compute {score}: add it to maps_of in apps/demo.py")
     K = masking.kept(N, ratio)
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
     return masking.sample(strategy(scores, noise, t, N - K), K)
@@ -519,8 +519,7 @@ def main():
     Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6 // 2  # Pillow refuses twice as many
     run = choose_run(args.run)
     MACHINE.given, MACHINE.run = args.run or run, run
-    MACHINE.device = pick_device(args.device)
-    MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
+    MACHINE.device, MACHINE.autocast, _ = open_machine(args)
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     # What visitors drop goes when the page does, also where a system ends it, and not control-C.
     uploads = AT_END.enter_context(tempfile.TemporaryDirectory(prefix="animask-page-"))

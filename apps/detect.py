@@ -52,7 +52,7 @@ from common.command import (
     require,
     set_defaults,
 )
-from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
+from common.features import name_of, open_splits, set_apart, split_suffix, untrained_like
 from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
 from kernels.gather import all_places, masked_patch_gather
@@ -402,7 +402,7 @@ def open_task(flags, device, autocast):
     """Splits, rows, sides of the views in pixels, the encoder."""
     splits = open_splits(flags.data, flags.split)
     train.same_as_begun(flags, "digest", data.fingerprint(splits["train"]), flags.data)
-    rows, chosen, where = hold_out(splits)
+    rows, chosen, where = set_apart(splits)
     dev = (splits[where], chosen)
     held = splits[flags.split]
     report = (held, torch.arange(len(held["images"])))

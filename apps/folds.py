@@ -314,7 +314,7 @@ def together(folds):
     found.enrolled_threshold = thresholds.mean().item()
     # Each fold by itself, because scores of two networks, or of two machines, differ in scale.
     for name, kind in (("auroc", "similarity"), ("colours_auroc", "colours")):
-        scores = [auroc(fold[kind], fold[f"unknown_{kind}"]) for fold in folds]
+        scores = [100 * metrics.auroc(fold[kind], fold[f"unknown_{kind}"]) for fold in folds]
         setattr(found, name, sum(scores) / len(scores))
     if "others_similarity" not in folds[0]:
         found.others_similarity = torch.empty(0)
@@ -364,13 +364,6 @@ def promise(found, numbers, sizes):
         found.unknown_logits, found.unknown_similarity - numbers["threshold"], numbers
     )
     return row | reliability(sure, found.logits.argmax(1) == found.labels, unsure)
-
-
-def auroc(known, unknown):
-    """Scores of known (n,) and unknown (m,) pictures -> the area under the ROC curve, in percent."""
-    from sklearn.metrics import roc_auc_score
-
-    return 100 * roc_auc_score(*metrics.truth_and_scores(known, unknown))
 
 
 def promised(row):

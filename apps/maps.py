@@ -43,7 +43,7 @@ def parse_args():
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
     add("--map", required=True, choices=TAKES, help="what the maps show")
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but saliency")
-    add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
+    add("--attention", choices=guidance.ATTENTION, help="default: what was trained, else outlier")
     add("--parts", type=between(1, 255, int), default=6, metavar="K", help="clusters (default: 6)")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")

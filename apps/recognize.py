@@ -40,8 +40,7 @@ from common import fields
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
-from common.features import FOLDS as BY_FOLDS
-from common.features import evenly_of_each, open_all, open_rows, place_of_set
+from common.features import BY_FOLDS, evenly_of_each, open_all, open_rows, place_of_set
 from common.io import UserError, quoted, read_json, read_safetensors, reading, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype

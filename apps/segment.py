@@ -54,7 +54,7 @@ from common.command import (
     require,
     set_defaults,
 )
-from common.features import hold_out, name_of, open_splits, split_suffix
+from common.features import name_of, open_splits, set_apart, split_suffix
 from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
 from model import ViT
@@ -486,7 +486,7 @@ def open_task(flags, device, autocast):
         if kind not in splits["train"]["header"]["classes"]:
             fix = "python data.py FOLDER packs the folders drawn, photographed, and more of mixed frames"
             raise UserError(f"{flags.data} has no frames labelled {kind!r}; {fix}")
-    fitted, chosen, where = hold_out(splits)
+    fitted, chosen, where = set_apart(splits)
     frames = frames_of(splits["train"], fitted)
     held = splits[flags.split]
     report = frames_of(held, torch.arange(len(held["labels"])))

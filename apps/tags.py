@@ -72,7 +72,16 @@ from common.readout import topk
 from ingest.pictures import demo_note, picture_files, pictures, tell_problems
 from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon
 from kernels.gather import masked_patch_gather
-from model import MLP, Attention, Block, attention, init_weights, shrink_branches
+from model import (
+    EPS,
+    MLP,
+    MLP_RATIO,
+    Attention,
+    Block,
+    attention,
+    init_weights,
+    shrink_branches,
+)
 
 ARMS = {  # what is read, and what is learned besides the character
     "mfdn": "picture and tags; hidden tags, more and more of them, and all from the half on",
@@ -202,7 +211,7 @@ class TagEncoder(nn.Module):
         self.embed = nn.Embedding(V + SPECIAL, dim)
         self.pos_token = nn.Parameter(torch.zeros(1, length, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
         self.apply(init_weights)
         shrink_branches(self.blocks)
         nn.init.normal_(self.embed.weight, std=0.02)
@@ -236,12 +245,12 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm3 = nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, heads)
         self.cross = CrossAttention(dim, heads)
-        self.mlp = MLP(dim, 4 * dim)
+        self.mlp = MLP(dim, MLP_RATIO * dim)
 
     def forward(self, x, context, bias=None):
         x = x + self.attn(self.norm1(x), bias=bias)
@@ -255,7 +264,7 @@ class TagDecoder(nn.Module):
     def __init__(self, dim, depth, heads):
         super().__init__()
         self.blocks = nn.ModuleList(DecoderBlock(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
         self.apply(init_weights)
         shrink_branches(self.blocks)
 
@@ -1038,8 +1047,7 @@ def fill_defaults(flags):
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))
     name = run_name(flags, f"{name_of(flags.encoder)}-tags", only={"arm", "seed"})
-    flags.out = flags.out or f"runs/{name}"
-    flags.command = command()
+    set_defaults(flags, out=f"runs/{name}", command=command())
 
 
 def main():

@@ -42,7 +42,7 @@ from apps.recognize import (
 )
 from common import metrics
 from common.command import cli, command
-from common.features import FOLDS, place_of_set, results_folder
+from common.features import BY_FOLDS, place_of_set, results_folder
 from common.io import UserError, save_json
 from common.locks import reserve
 from common.train import commit, machine
@@ -89,12 +89,12 @@ def faces_of(net, gallery, folder, name, autocast):
 
 def verification(same, other):
     """Cosines of pairs of one character (n,) and of two (m,): can they be told apart? In percent."""
-    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+    from sklearn.metrics import average_precision_score, roc_curve
 
     pairs = metrics.truth_and_scores(same, other)
     false, true, _ = roc_curve(*pairs, drop_intermediate=False)
     shares = {f"tpr_at_fpr_{100 * rate:g}": true[false <= rate].max() for rate in FALSE_RATES}
-    shares["roc_auc"] = roc_auc_score(*pairs)
+    shares["roc_auc"] = metrics.auroc(same, other)
     shares["eer"] = metrics.equal_error_rate(same, other)
     shares["average_precision"] = average_precision_score(*pairs)
     counts = {"positive_pairs": len(same), "negative_pairs": len(other)}
@@ -106,8 +106,6 @@ def open_set(known, right, enrolled, unknown):
 
     Margins of known (n,) and unknown (m,) ones; right (n,): is the name true; enrolled (n,): is it enrolled?
     """
-    from sklearn.metrics import roc_auc_score
-
     counts = {"known": len(known), "strangers": len(unknown), "enrolled": int(enrolled.sum())}
     named = (right & (known >= 0)).double()
     shares = {"top1": right.double().mean(), "known_rejected": (known < 0).double().mean()}
@@ -117,7 +115,7 @@ def open_set(known, right, enrolled, unknown):
     if len(unknown):
         for rate in FALSE_RATES:
             shares[f"dir_at_far_{100 * rate:g}"] = detection_rate(known, right, unknown, rate)
-        shares["auroc_unknown"] = roc_auc_score(*metrics.truth_and_scores(known, unknown))
+        shares["auroc_unknown"] = metrics.auroc(known, unknown)
         shares["strangers_unknown"] = (unknown < 0).double().mean()
         at_5 = known.quantile(0.05)  # the threshold that 5 % of the known fail
         shares["strangers_unknown_at_5"] = (unknown < at_5).double().mean()
@@ -224,7 +222,7 @@ def measure(asked, own, learned, least=ALIKE):
 def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
     learned = place_of_set(header["data"], args.run)
-    by_folds = header.get("split") == FOLDS
+    by_folds = header.get("split") == BY_FOLDS
     folder = Path(data.open_or_pack(args.data or learned))
     if by_folds and folder.resolve() == learned.resolve():
         fix = f"{args.run}/{PROMISE} says what was measured before; give --data OTHER"

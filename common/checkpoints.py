@@ -100,7 +100,7 @@ def save_model(model, path, notes):
     """Write an MAE under its public names; notes (plain values: run, step, data) join the header.
 
     Beside it, what public files have no place for: pooler, by which a teacher's attention is read,
-    and stats_head, which predicts mean and contrast of hidden patches.
+    and stats_head, which predicts mean and standard deviation of hidden patches.
     """
     for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
         if part is not None:
@@ -199,7 +199,7 @@ def read_network(path):
     """A run of ours or a public checkpoint -> ({our name: tensor}, of encoder and decoder; facts).
 
     facts: the arguments of ViT, norm_eps; decoder_dim, decoder_heads and decoder_depth, which is 0
-    where there is no decoder; norm_pix where it is known.
+    where there is no decoder; norm_pix where it is known; fixed_picture of a file of ours.
     """
     file = model_file(path)
     config = about_model(file).get("config")

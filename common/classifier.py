@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common.features import FOLDS, is_left_out
+from common.features import BY_FOLDS
 from common.fields import BOUNDS, CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
 from common.io import UserError, read_safetensors
 from common.readout import POOLS
@@ -205,7 +205,7 @@ def predict(net, pooled):
 CONFIG = {"head": one_of(*HEADS), "pool": one_of(*HEAD_POOLS), "dim": whole(1, 2**14)}
 CONFIG |= {"margin?": number(*BOUNDS["margin"]), "scale": number(*BOUNDS["scale"])}
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
-LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test", FOLDS), "hold_out?": is_left_out}
+LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test", BY_FOLDS), "hold_out?": whole(0)}
 HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
 
 

@@ -20,7 +20,7 @@ from common.readout import (
     topk,
 )
 from common.train import read_log, seeded
-from kernels.gather import masked_patch_gather
+from kernels.gather import masked_patch_gather, patch_bytes
 from kernels.loss import FLOOR, mean_of_neighbours, patch_error, predicted_stats
 from model import put_patches, to_pixels
 
@@ -54,14 +54,18 @@ def masked_views(model, split, most):
 
 
 @torch.no_grad()
-def masked_mse(model, split, norm, autocast):
-    """Mean squared error of hidden patches, all of one weight, under the fixed mask."""
+def masked_mse(model, split, target_options, autocast):
+    """Mean squared error of hidden patches, all of one weight, under the fixed mask.
+
+    target_options: {"norm_pix", "floor"}, what the model predicts (kernels.loss.targets).
+    """
     # Training losses of two masks can't be compared: one of them has easier patches to predict. So every
     # run is judged under this mask, whatever it trains with.
     errors = []
     for view, ids_keep, ids_mask in masked_views(model, split, EVAL_IMAGES):
         pred, _ = predict(model, view, ids_keep, ids_mask, autocast)
-        errors.append(patch_error(pred, view, ids_mask, model.config["patch_size"], **norm).cpu())
+        p = model.config["patch_size"]
+        errors.append(patch_error(pred, view, ids_mask, p, **target_options).cpu())
     return torch.cat(errors).mean().item()
 
 
@@ -104,13 +108,13 @@ def recognition(features, train, held):
 
 
 @torch.no_grad()
-def attention_by_part(encoder, split, source, autocast):
+def attention_by_part(encoder, split, kind, autocast):
     """{part: share of the attention over share of the area}, 1 without a preference."""
     names = split["header"]["parts"]
     images = split["images"]
     rows = data.evenly_spaced(len(images), 256)
     mass, area = torch.zeros(2, len(names))
-    for index, score in guidance.attention(encoder, images, rows, source, autocast):
+    for index, score in guidance.attention(encoder, images, rows, kind, autocast):
         boxes, flip = data.full_boxes(len(index))
         share = guidance.crop_parts(split["parts"], index, boxes, flip, encoder.side, len(names))
         score = (score / score.sum(1, keepdim=True)).cpu()
@@ -120,10 +124,10 @@ def attention_by_part(encoder, split, source, autocast):
     return {name: round((m / a).item(), 3) for name, m, a in ratios if a > 0}
 
 
-def evaluate(model, splits, norm, autocast, epoch):
+def evaluate(model, splits, target_options, autocast, epoch):
     """The row of the log, printed: masked error and, with labels, Top-1. splits: (train, judged)."""
     train, held = splits
-    row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
+    row = {"epoch": epoch, "val_mse": masked_mse(model, held, target_options, autocast)}
     text = f"epoch {epoch:<4g} masked error {row['val_mse']:.4f}"
     if data.has_labels(train) and data.has_labels(held):
         features = functools.partial(pooled_tokens, model.encoder, autocast)
@@ -144,34 +148,37 @@ def evaluate(model, splits, norm, autocast, epoch):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def draw_masks(out, view, scores, priority, ids_mask, patch):
-    """masks.png: views u8 (n, S, S, 3), what a strategy read and returned, and what is left to see.
+def draw_masks(out, view, scores, priority, ids_keep, patch):
+    """masks.png: views u8 (n, S, S, 3), what a strategy read and returned, and what the encoder sees.
 
     scores {name: (n, N), of parts (n, N, P)}; priority (n, N), of which the highest are hidden.
     """
     maps = guidance.as_pictures({**scores, "score + noise": priority})
-    seen = hide(view[:8], ids_mask[:8], patch)
-    lines = [("view", view[:8]), *maps.items(), ("seen", seen)]
+    view, ids_keep = view[:8], ids_keep[:8]
+    # What is painted are the visible patches: with --mask ...:throw=0.4, others are not all hidden ones.
+    seen = put_patches(torch.full_like(view, GRAY), ids_keep, patch_bytes(view, ids_keep, patch))
+    lines = [("view", view), *maps.items(), ("seen", seen)]
     with drawing("masks.png"):
         from common import plots  # matplotlib takes a second to load
 
         plots.image_grid(out / "masks.png", f"What the last batch hid: {out.name}", lines)
 
 
-def draw_run(out, model, held, norm, autocast=contextlib.nullcontext):
+def draw_run(out, model, held, target_options, autocast):
     """curves.png and recon.png of a run."""
     with drawing("curves.png or recon.png"):
         from common import plots
 
         split = held["header"].get("split", "val")
         plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
-        n, ours, neighbours = mean_psnr(model, held, norm, autocast)
+        n, ours, neighbours = mean_psnr(model, held, target_options, autocast)
         title = (
             f"Pictures that it never trained on, {EVAL_RATIO:.0%} hidden at random. "
             f"PSNR of hidden patches, mean of {n} pictures:\n"
             f"{ours:.1f} dB predicted, {neighbours:.1f} dB with the mean colour of visible neighbours"
         )
-        plots.image_grid(out / "recon.png", title, reconstruct(model, held, norm, autocast))
+        rows = reconstruct(model, held, target_options, autocast)
+        plots.image_grid(out / "recon.png", title, rows)
 
 
 def hide(view, ids, patch):
@@ -186,9 +193,9 @@ def filled_in(mae, view, ids_keep, ids_mask, autocast=contextlib.nullcontext):
     mae: a model, and {"norm_pix", "floor"}: what it predicts. norm_pix is undone by predicted
     statistics alone: the true ones would tell the answer.
     """
-    model, norm = mae
-    pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
-    pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
+    model, target_options = mae
+    pred, stats = predict(model, view, ids_keep, ids_mask, autocast, target_options["floor"])
+    pixels = to_pixels(pred, stats if target_options["norm_pix"] else None)
     where = put_patches(torch.zeros_like(view), ids_mask, torch.ones_like(pixels))[..., 0] > 0
     return put_patches(view, ids_mask, pixels), where
 
@@ -216,11 +223,11 @@ def psnr(a, b, where):
 
 
 @torch.no_grad()
-def mean_psnr(model, split, norm, autocast=contextlib.nullcontext):
+def mean_psnr(model, split, target_options, autocast=contextlib.nullcontext):
     """Number of pictures, and the mean PSNR of their hidden patches in dB: predicted, and neighbours'."""
     scores = []
     for view, ids_keep, ids_mask in masked_views(model, split, EVAL_IMAGES):
-        pasted, where = filled_in((model, norm), view, ids_keep, ids_mask, autocast)
+        pasted, where = filled_in((model, target_options), view, ids_keep, ids_mask, autocast)
         blurred = neighbours_in(view, ids_keep, ids_mask, model.config["patch_size"])
         scores.append(torch.stack([psnr(x, view, where) for x in (pasted, blurred)]))
     scores = torch.cat(scores, 1)  # (2, n)
@@ -230,11 +237,11 @@ def mean_psnr(model, split, norm, autocast=contextlib.nullcontext):
 
 
 @torch.no_grad()
-def reconstruct(model, split, norm, autocast=contextlib.nullcontext):
+def reconstruct(model, split, target_options, autocast=contextlib.nullcontext):
     """[(name, u8 (8, S, S, 3))] of eight images, as they are and as they are filled in."""
     patch = model.config["patch_size"]
     view, ids_keep, ids_mask = next(masked_views(model, split, 8))
-    pasted, where = filled_in((model, norm), view, ids_keep, ids_mask, autocast)
+    pasted, where = filled_in((model, target_options), view, ids_keep, ids_mask, autocast)
     return [
         ("original", view),
         ("what the\nencoder sees", hide(view, ids_mask, patch)),

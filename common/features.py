@@ -3,8 +3,6 @@
 A set of features is a dict {"train": (n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU.
 """
 
-import contextlib
-from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,6 @@ import torch
 
 import data
 from common.checkpoints import flags_of, places_of
-from common.command import at_least, between
 from common.fields import check_finite
 from common.io import UserError
 from common.readout import POOLS
@@ -22,7 +19,7 @@ from common.train import open_machine
 from model import ViT
 
 HEADLINE = "extremes"
-FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
+BY_FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
 
 
 def home_of(run):
@@ -37,7 +34,7 @@ def name_of(encoder):
 
 def split_suffix(split):
     """Of files that depend on the reported split: metrics.json of val, metrics-test.json of test."""
-    return "" if split in ("val", FOLDS) else f"-{split}"
+    return "" if split in ("val", BY_FOLDS) else f"-{split}"
 
 
 def results_folder(run, folder, split, trained_on=None):
@@ -134,7 +131,7 @@ def open_all(folder):
     """
     splits = open_alike(folder, data.splits_in(folder) or ["train"])
     first = next(iter(splits.values()))
-    header = dict(first["header"]) | {"split": FOLDS}
+    header = dict(first["header"]) | {"split": BY_FOLDS}
     for name in ("keys", "groups"):
         lists = [split["header"].get(name) or split["header"]["keys"] for split in splits.values()]
         header[name] = sum(map(list, lists), [])
@@ -175,11 +172,11 @@ def relabelled(name, split, learned):
     return Subset(name, split, rows, labels)
 
 
-def hold_out(splits, rows=None, seed=0):
+def set_apart(splits, rows=None):
     """-> rows of train to fit on (of these, or of all), rows to choose on, the split of the latter.
 
     It is dev (also where that is reported, which is for choices between runs), or train, of which a
-    tenth is held out, whole illustrations, drawn by the seed.
+    tenth is held out, whole illustrations, always the same.
     """
     # Whole illustrations, because two faces of one drawing are nearly the same picture. With one of them
     # in train, the other would be an easy question, and the choice would go to what remembers best.
@@ -187,14 +184,14 @@ def hold_out(splits, rows=None, seed=0):
     rows = torch.arange(len(train["labels"])) if rows is None else rows
     if "dev" in splits:
         return rows, torch.arange(len(splits["dev"]["labels"])), "dev"
-    apart = data.hold_apart(data.groups_of(train)[rows], train["labels"][rows], data.APART, seed)
+    apart = data.hold_apart(data.groups_of(train)[rows], train["labels"][rows], data.APART)
     apart = torch.from_numpy(apart)
     return rows[~apart], rows[apart], "train"
 
 
-def hold_out_to_choose(task):
-    """`hold_out` of a task's splits; a UserError if no picture is left to choose the regularisation on."""
-    fit, choose, where = hold_out(task.splits)
+def set_apart_to_choose(task):
+    """`set_apart` of a task's splits; a UserError if no picture is left to choose the regularisation on."""
+    fit, choose, where = set_apart(task.splits)
     if not len(choose):
         fix = "data.py needs more pictures, or a dev split: --dev 0.1"
         raise UserError(f"{task.folder} has no picture to choose the regularisation on; {fix}")
@@ -207,54 +204,22 @@ def evenly_of_each(labels, most):
     return [some[data.evenly_spaced(len(some), most)] for some in rows]
 
 
-def some_characters(text):
-    """An argparse type: "4" characters, or the first of three parts of them, "1/3"."""
-    part, slash, parts = text.partition("/")
-    if not slash:
-        return at_least(0)(text)
-    return f"{between(1, at_least(2)(parts), int)(part)}/{parts}"
-
-
-some_characters.__name__ = "number of characters"  # what argparse calls a value that is none
-
-
-def is_left_out(value):
-    """A rule of a header's field: is it a value of `some_characters`?"""
-    with contextlib.suppress(ValueError, ArgumentTypeError):
-        return type(value) in (int, str) and some_characters(str(value)) is not None
-    return False
-
-
-def part_of(left_out):
-    """A value of `some_characters` -> part and number of parts; 0 and the number of characters."""
-    part, slash, parts = str(left_out).partition("/")
-    return (int(part), int(parts)) if slash else (0, int(part))
-
-
-def numbers_of(left_out, classes):
-    """-> the numbers of the classes that are left out: the same ones for each data set."""
-    order = np.random.default_rng(0).permutation(len(classes))
-    part, count = part_of(left_out)
-    return order[part - 1 :: count] if part else order[:count]
-
-
 def open_rows(folder, held, left_out):
     """-> Subsets with labels to learn from, to choose by and to report; the learned classes.
 
-    left_out, as of `some_characters`, are not learned, and neither are classes with fewer than two
-    pictures in train.
+    left_out: so many characters are not learned, the same ones of each data set. Neither are classes
+    with fewer than two pictures in train.
     """
     splits = open_splits(folder, held)
     classes = splits["train"]["header"]["classes"]
     labels = splits["train"]["labels"]
     enough = learnable(labels, classes, folder)
-    learned = np.setdiff1d(enough, numbers_of(left_out, classes))
+    learned = np.setdiff1d(enough, np.random.default_rng(0).permutation(len(classes))[:left_out])
     if len(learned) < 2:
         raise UserError(f"--hold-out {left_out} leaves fewer than two of {len(classes)} characters")
     sets = {name: relabelled(name, split, learned) for name, split in splits.items()}
     train = sets["train"]
-    seed, _ = part_of(left_out)  # each part has a held-out tenth of its own
-    train.rows, chosen, where = hold_out(splits, train.rows, seed)
+    train.rows, chosen, where = set_apart(splits, train.rows)
     dev = sets["dev"] if where == "dev" else replace(train, rows=chosen)
     for name, some in {"dev": dev, held: sets[held]}.items():
         if not len(some.rows):

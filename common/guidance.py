@@ -30,7 +30,7 @@ from model import Block, init_weights, sincos_positions
 IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # score: the map of apps/maps.py
 NAMES = {"attn": "attention", "fg": "foreground", "parts": "parts", "difficulty": "predicted loss"}
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # true maps that a data set may hold
-SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
+ATTENTION = ("pooler", "rollout", "cls", "outlier")  # kinds of it; see `attention`
 SAMPLE = 1024  # images that the mean token of each place is taken from, for `outlier`
 HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 % after a tenth
 
@@ -259,14 +259,14 @@ def check_attention(kind, encoder):
 
 
 @torch.no_grad()
-def attention(encoder, images, rows, source, autocast):
+def attention(encoder, images, rows, kind, autocast):
     """Yield (index, (b, N) fp32): an encoder's attention to the patches of whole images `rows`.
 
     pooler, rollout and cls are means over heads of ViT.patch_attention. outlier needs no trained
     attention: it is the distance of a patch token from the mean token at its place. It is for a
     plain MAE, which has no loss on its CLS token.
     """
-    if source == "outlier":
+    if kind == "outlier":
         some = data.evenly_spaced(len(images), SAMPLE)
         sample = patch_tokens(encoder, images, some, autocast)
         total = sum(tokens.cpu().double().sum(0) for _, tokens in sample)  # Metal has no float64
@@ -277,7 +277,7 @@ def attention(encoder, images, rows, source, autocast):
     device = encoder.cls_token.device
     for index, view in data.whole_views(images, rows, encoder.image_size, device):
         with autocast():
-            score = encoder.patch_attention(view, source)  # (b, H, N)
+            score = encoder.patch_attention(view, kind)  # (b, H, N)
         yield index, score.float().mean(1)
 
 
@@ -290,10 +290,10 @@ def patch_tokens(encoder, images, rows, autocast):
         yield index, tokens[:, 1:].float()
 
 
-def attention_rows(images, encoder, source, autocast):
+def attention_rows(images, encoder, kind, autocast):
     """Yield (b, g, g) fp16 of all images, in order: the chunks of a file of maps."""
     rows = torch.arange(len(images))
-    for _, score in attention(encoder, images, rows, source, autocast):
+    for _, score in attention(encoder, images, rows, kind, autocast):
         yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
 
 
@@ -329,22 +329,22 @@ def ranking_loss(score, error):
 # ---- maps ----------------------------------------------------------------------------------------
 
 
-def open_maps(need, where, folder, train):
+def open_maps(score, where, folder, split):
     """The maps (n, G, G) of the training images, the number of parts, and a line about them.
 
     where: a folder or file of apps/maps.py; "truth": masks in the data; "auto": those, else maps/NAME.
     """
-    name = IN_FILES[need]
-    has_truth = need in TRUTH and need in train
+    name = IN_FILES[score]
+    has_truth = score in TRUTH and score in split
     if has_truth and where in ("truth", "auto"):
-        count = len(train["header"].get("parts") or [])
-        return train[need], count, f"the true {TRUTH[need]} of {folder}"
+        count = len(split["header"].get("parts") or [])
+        return split[score], count, f"the true {TRUTH[score]} of {folder}"
     if where == "truth":
         fix = f"{data.maps_command(folder, name)} makes maps without"
-        raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; {fix}")
+        raise UserError(f"--maps truth: {folder} has no {TRUTH.get(score, 'true ' + name)}; {fix}")
     default = Path("maps") / Path(folder).name / f"{name}.safetensors"
     path = default if where == "auto" else where
-    maps, header = data.open_map(path, name, train)
+    maps, header = data.open_map(path, name, split)
     notes = [str(header[key]) for key in ("source", "by") if header.get(key)]
     return maps, header.get("parts", 0) + 1, " ".join([str(path), *notes])
 

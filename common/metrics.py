@@ -163,6 +163,13 @@ def truth_and_scores(positive, negative):
     return truth, torch.cat([positive, negative]).double().numpy()
 
 
+def auroc(positive, negative):
+    """The area under the ROC curve: how often a positive score is above a negative one, in [0, 1]."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(*truth_and_scores(positive, negative)))
+
+
 def equal_error_rate(positive, negative):
     """Where the shares of false accepts and of false rejects are equal, on straight lines."""
     from sklearn.metrics import roc_curve

@@ -47,7 +47,7 @@ def parse_strategy(words, flag):
     return functools.partial(masking.STRATEGIES[name], **params)
 
 
-def need_of(words):
+def score_of(words):
     """What a strategy with its keys reads: an entry of NEEDS, or None."""
     return masking.NEEDS.get(words.partition(":")[0])
 
@@ -123,7 +123,7 @@ def draw_sheet(path, title, view, side, maps, strategies, scores):
     rows += [(name, [*coloured(some)] * len(RATIOS)) for name, some in maps.items()]
     dark = (0.16 * view.float().mean(3, keepdim=True) + 38).byte()  # a hidden patch
     for words, strategy in strategies.items():
-        patches = {need: scores[need] for need in [need_of(words)] if need}
+        patches = {score: scores[score] for score in [score_of(words)] if score}
         pictures = []
         for ratio in RATIOS:
             hidden = hidden_by(strategy, patches, n, side * side, ratio).view(n, 1, side, side)
@@ -148,7 +148,7 @@ def parse_args():
     args = parser.parse_args()
     args.show = args.show or [*masking.STRATEGIES]
     args.strategies = {words: parse_strategy(words, "--show") for words in args.show}
-    if "attn" not in map(need_of, args.show):
+    if "attn" not in map(score_of, args.show):
         refuse_useless(args.given & {"teacher"}, f"with --show {' '.join(args.show)}")
     if Path(args.out).suffix != ".png":
         raise UserError(f"--out {args.out}: give the name of a PNG, such as masks.png")
@@ -161,15 +161,15 @@ def leave_out(strategies, scores, missing):
     """The strategies whose score is known; a line says of the others why theirs is not."""
     unknown = {}
     for words in strategies:
-        need = need_of(words)
-        if need is not None and need not in scores:
-            unknown.setdefault(need, []).append(words)
-    for need, names in unknown.items():
-        why = f"{', '.join(names)}: {missing.get(need, f'nothing here computes {need}')}"
+        score = score_of(words)
+        if score is not None and score not in scores:
+            unknown.setdefault(score, []).append(words)
+    for score, names in unknown.items():
+        why = f"{', '.join(names)}: {missing.get(score, f'nothing here computes {score}')}"
         if len(names) == len(strategies):
             raise UserError(f"--show {why}")
         print(f"left out {why}")
-    return {words: f for words, f in strategies.items() if need_of(words) in (None, *scores)}
+    return {words: f for words, f in strategies.items() if score_of(words) in (None, *scores)}
 
 
 def main():
@@ -185,7 +185,7 @@ def main():
     if encoder:
         scores["attn"] = attention_of(args.teacher, encoder, images, rows)
     strategies = leave_out(args.strategies, scores, missing)
-    read = {need: scores[need] for need in map(need_of, strategies) if need}
+    read = {score: scores[score] for score in map(score_of, strategies) if score}
     maps = guidance.as_pictures(read)
     title = f"What masks hide at the end of a run: {folder.name}"
     draw_sheet(args.out, title, view, side, maps, strategies, scores)

@@ -283,8 +283,9 @@ def lr_at(step, total, warmup, peak):
 def seeded(*numbers):
     """A CPU generator for numbers such as (seed, epoch, step): other numbers give independent draws.
 
-    But zeros at the end do not count: (1, 0) gives the draws of (1,).
+    But zeros at the end of four numbers or fewer do not count: (1, 0) gives the draws of (1,).
     """
+    # torch takes all 64 bits, but runs keep their draws only while this number stays what it was.
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1
     return torch.Generator().manual_seed(int(seed))
 

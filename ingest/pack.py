@@ -7,6 +7,7 @@ Writes: datasets/NAME/duplicates.csv, the near-duplicates that were found, by th
         images u8 (n, S, S, 3)    labels i64 (n), -1 without label
         fg u8 (n, S, S)           opacity of the foreground, where it is known
         parts u8 (n, S, S)        of the demo set; style u8 (n, 4), its strata
+        drawn u8 (n, S, S)        of the hybrid set: how much of a pixel is drawn; 255 is all
         tags i32 (n, T)           ids of words of the header's "tags", -1 fills up. The demo set's
                                   are thinned out, as people file pictures; all_tags is the truth
         boxes f32 (n, K, 4)       faces, x1, y1, x2, y2 in shares of the picture, -1 fills up

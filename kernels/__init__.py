@@ -80,15 +80,10 @@ def tile(p):
     # take 1,024 lanes, a quarter of them idle, and the colour of a lane's number would have to be
     # computed. In three blocks of pieces it is constant: that of number i of piece c is (c w + i) % 3.
     w = 16 if p % 16 == 0 else p
-    strips, width = power_of_2(p * p // w), power_of_2(w)
+    strips, width = triton.next_power_of_2(p * p // w), triton.next_power_of_2(w)
     patches = max(1, TILE // (strips * width))
     warps = min(32, max(4, patches * strips * width // 512))
     return dict(w=w, PATCHES=patches, STRIPS=strips, WIDTH=width, num_warps=warps)
-
-
-def power_of_2(n):
-    """The next power of 2."""
-    return 1 << (n - 1).bit_length()
 
 
 def launch(kernel, ids, p, *args, **constants):
@@ -97,7 +92,7 @@ def launch(kernel, ids, p, *args, **constants):
     if ids.numel() == 0:
         return
     shape = tile(p)
-    programs = -(-ids.numel() // shape["PATCHES"])
+    programs = triton.cdiv(ids.numel(), shape["PATCHES"])
     # Triton launches on the current GPU, which need not be the one that holds the tensors.
     with torch.cuda.device_of(ids):  # without effect on a CPU
         kernel[(programs,)](*args, p=p, **constants, **shape)

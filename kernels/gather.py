@@ -205,7 +205,7 @@ def gather_kernel(
     x = normalise(load_pieces(view + byte, mask, w), i, w)  # (byte/255 - mean) / std
     for c in tl.static_range(3):
         tl.store(out + number + c * w, x[c].to(out.dtype.element_ty), mask=mask)
-    # The numbers are in registers now, so their mean and contrast cost eight bytes a patch.
+    # The numbers are in registers now, so their mean and deviation cost eight bytes a patch.
     m, s = mean_and_std_of(x, inside, p, floor)
     tl.store(mean + n, m, mask=n < count)
     tl.store(std + n, s, mask=n < count)

@@ -13,7 +13,7 @@ of P numbers:
 The floor s0 is ours; the code of MAE has s0 = 1e-3 (He et al. 2021, arXiv:2111.06377).
 
 The kernels make e of x and y, and dL/dy of dL/de; weights and sums of a number for each patch stay
-in PyTorch. Bytes for n = B*M patches: forward reads x and y and leaves mean and contrast of x,
+in PyTorch. Bytes for n = B*M patches: forward reads x and y and leaves mean and std of x,
 backward reads x and y again and writes dL/dy in the dtype of y. These are n * P * (2 + 3 * size),
 1.85 GB for B 2048, M 147, P 768 in bf16. To write dL/dy in the forward pass would be no less: it
 would have to be read again and multiplied by what is then made of the loss.
@@ -62,7 +62,7 @@ def targets(view, ids, patch, norm_pix=True, floor=FLOOR):
     """t (B, M, P) fp32, and the mean and log std of each patch (B, M, 2)."""
     x = gather_reference(view, ids, patch)
     mean, std = mean_and_std(x, floor)
-    # Without its mean and contrast a patch says what is drawn in it, and not how light it is, which
+    # Without its mean and deviation a patch says what is drawn in it, and not how light it is, which
     # its neighbours tell. A run on faces20 that predicted raw pixels was two points worse. Pictures
     # need the two statistics back.
     if norm_pix:

@@ -2,7 +2,7 @@
 
     python -m lab.bench_kernels [--gate]
 
-Two parts of a step are timed: the gather of visible patches, and the whole loss (contrast of each
+Two parts of a step are timed: the gather of visible patches, and the whole loss (detail of each
 patch, weight, error, statistics, and the gradients). On a GPU they are replays of a CUDA graph over
 several inputs in turn, so that no time contains Python or finds its input in a cache. What
 surrounds our kernels is compiled, as in pretrain.py.
@@ -17,6 +17,7 @@ import functools
 
 import torch
 
+import mask as masking
 from common.command import cli
 from common.io import UserError
 from common.train import DTYPES, pick_device
@@ -110,12 +111,10 @@ def inputs(case, dtype, device, seed=0):
     batch, size, patch, ratio = case
     torch.manual_seed(seed)
     N = (size // patch) ** 2
-    K = int(N * (1 - ratio) + 1e-9)
     view = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
-    order = torch.rand(batch, N, device=device).argsort(1)
-    keep, mask = order[:, :K].contiguous(), order[:, K:].contiguous()
-    pred = torch.randn(batch, N - K, patch * patch * 3, device=device, dtype=dtype).requires_grad_()
-    stats = torch.randn(batch, N - K, 2, device=device, dtype=dtype).requires_grad_()
+    keep, mask = masking.sample(torch.rand(batch, N, device=device), masking.kept(N, ratio))
+    pred = torch.randn(*mask.shape, patch * patch * 3, device=device, dtype=dtype).requires_grad_()
+    stats = torch.randn(*mask.shape, 2, device=device, dtype=dtype).requires_grad_()
     _, seen = masked_patch_gather(view, keep, patch, return_stats=True, impl="torch")
     return pred, stats, view, keep, mask, patch, seen
 

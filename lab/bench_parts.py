@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 import pretrain
 from common import train
 from common.command import cli, refuse_useless
-from common.io import UserError, save_text
+from common.io import UserError, save_json
 from lab import bench
 
 DEFAULT = "--mask attn_high:start=0 --ratio 0.75"
@@ -104,7 +104,7 @@ def main():
         raise UserError("the run ended before its steps were timed; give it more --epochs")
     except Enough:
         found["machine"] = train.machine(train.pick_device(args.device))
-        save_text(json.dumps(found, indent=1) + "\n", args.out / "parts.json")
+        save_json(found, args.out / "parts.json")
         print(json.dumps({k: v for k, v in found.items() if k != "slowest"}))
     finally:
         shutil.rmtree(folder)

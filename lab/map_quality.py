@@ -58,17 +58,17 @@ def measure_foreground(images, true, side):
 
 
 def measure_attention(images, true, encoder):
-    """A row of AUC and of what falls on the background for each source of attention."""
+    """A row of AUC and of what falls on the background for each kind of attention."""
     rows = []
     share = maps.to_patches(true, encoder.side)
     every = torch.arange(len(images))
-    sources = [x for x in guidance.SOURCES if x != "pooler" or encoder.pooler is not None]
-    for source in sources:
-        found = guidance.attention(encoder, images.numpy(), every, source, contextlib.nullcontext)
+    kinds = [x for x in guidance.ATTENTION if x != "pooler" or encoder.pooler is not None]
+    for kind in kinds:
+        found = guidance.attention(encoder, images.numpy(), every, kind, contextlib.nullcontext)
         score = torch.cat([x for _, x in found])
         mass = ((1 - share) * score / score.sum(1, keepdim=True)).sum() / (1 - share).mean(1).sum()
         auc = mean_auc(score, share > 0.5)
-        rows.append({"map": f"attention, {source}", "auc": auc, "background": mass})
+        rows.append({"map": f"attention, {kind}", "auc": auc, "background": mass})
     return rows
 
 

@@ -13,6 +13,7 @@ differences   further differences that the table answers
 hypotheses    claims with a verdict; pilots: runs whose seeds are never reported, for the threshold
 made          {name: commands}: what {name} in an arm stands for, made once; its last folder
 trials        {name: list of flags}: one is chosen on dev (`dev`: file and path of the score)
+judge         for trials of what is in `made`: the command that scores {0}, the trial
 trial_share   of the minutes that {epochs} fill, which a trial gets
 tuned_as      {name: another one whose choice it takes}
 set           values of words in braces, `split` among them; --set of run.py replaces them

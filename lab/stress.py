@@ -121,7 +121,7 @@ SWEEPS = {  # name: (function, levels, what a level is, the level of --only)
 
 def fit_probe(task):
     """The headline of probe.py on clean features: task.scores(features (n, D)) -> (n, C)."""
-    fit, choose, where = features.hold_out_to_choose(task)
+    fit, choose, where = features.set_apart_to_choose(task)
     found = features.of_encoder(task.encoder, task)[task.args.pool]
     y = task.train["labels"][fit]
     truth = task.splits[where]["labels"][choose]

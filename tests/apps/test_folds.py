@@ -15,7 +15,7 @@ from scipy.stats import ttest_1samp
 
 import data
 from apps import export, folds, groups, recognize
-from common import features
+from common import features, metrics
 from common.classifier import read_head
 from common.io import UserError, read_json, read_safetensors
 from finetune_lora import load_classifier
@@ -99,7 +99,7 @@ def test_the_scores_of_a_fold_are_compared_with_those_of_the_same_fold():
         for more in (0, 4)
     ]
     found = folds.together(parts)
-    assert found.colours_auroc == found.auroc == pytest.approx(folds.auroc(known, unknown))
+    assert found.colours_auroc == found.auroc == pytest.approx(100 * metrics.auroc(known, unknown))
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
+import torch
 
-from common import plots
+from common import evaluate, plots
 
 PARTS = ("background", "hair", "face", "eyes", "mouth")
 
@@ -53,6 +54,17 @@ def test_a_legend_covers_no_curve_and_no_label(drawn, most):
     for legend in boxes[:2]:  # the figure cuts off nothing
         assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
         assert figure.bbox.y0 <= legend.y0
+
+
+def test_masks_are_drawn_as_the_encoder_sees_them(tmp_path, monkeypatch):
+    """With throw, some patches are neither seen nor predicted."""
+    drawn = {}
+    monkeypatch.setattr(plots, "image_grid", lambda path, title, lines: drawn.update(lines))
+    view = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    ids_keep = torch.tensor([[0, 5, 7], [15, 1, 2]])  # of 16 patches of 8 px
+    evaluate.draw_masks(tmp_path, view, {}, torch.rand(2, 16), ids_keep, 8)
+    seen = (drawn["seen"] == view).all(3).unflatten(2, (4, 8)).unflatten(1, (4, 8)).all(4).all(2)
+    assert [row.flatten().nonzero()[:, 0].tolist() for row in seen] == [[0, 5, 7], [1, 2, 15]]
 
 
 def test_a_log_without_labels_has_two_panels(drawn):
