@@ -41,7 +41,9 @@ from common.checkpoints import (
     load_encoder,
     load_exactly,
     model_file,
+    of_fixed_picture,
     places_of,
+    warn_of_other_code,
 )
 from common.command import (
     Parser,
@@ -364,6 +366,7 @@ def load_classifier(folder):
         net = classifier.Classifier(encoder, len(header["classes"]), **config)
     state = {f"encoder.{name}": w for name, w in encoder.state_dict().items()} | weights
     load_exactly(net, state, folder / "head.safetensors")
+    warn_of_other_code(encoder, header.get("fixed_picture"), folder / "head.safetensors")
     return net.eval(), header
 
 
@@ -832,6 +835,7 @@ def write_network(flags, task, folder, notes):
     header |= {"image_size": encoder.image_size, "packed_size": split["images"].shape[1]}
     header |= {name: split["header"][name] for name in ("crop", "margin")}
     header |= {"data": flags.data, "split": flags.split, "hold_out": flags.hold_out}
+    header["fixed_picture"] = of_fixed_picture(encoder)
     save_safetensors(head, folder / "head.safetensors", header)
 
 
@@ -871,13 +875,21 @@ def check_readable(flags, task):
         ours, theirs = answer(task.net.eval()), answer(again.to(task.device))
         same = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)
         reason = "its answers would differ"
+        # What is not trained, such as random matrices, may be drawn anew, and the answers tell too little
+        # of it. (A LoRA of several chunks comes back from peft's file as one, of another shape.)
+        kept, ours = again.state_dict(), task.net.state_dict()
+        pairs = [(n, kept.get(n, w), w) for n, w in ours.items()]
+        pairs = [(n, a.cpu().double(), b.cpu().double()) for n, a, b in pairs if a.shape == b.shape]
+        if other := [n for n, a, b in pairs if not torch.allclose(a, b, rtol=1e-3, atol=1e-3)]:
+            same, reason = False, f"it would have another {other[0]}"
     except (UserError, TypeError, ValueError, RuntimeError) as problem:
         same, reason = False, one_line(problem)
     task.trained.load_state_dict(before)
     if not same:
         raise UserError(
             f"this network could not be read back from its files: {reason}; what is learned has to be "
-            "a Parameter of the encoder, LoRA, neck or head, and arguments have to be in config"
+            "a Parameter of the encoder, LoRA, neck or head, and arguments have to be in config; what is "
+            "random and stays so has a generator with a seed of its own"
         )
 
 

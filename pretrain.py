@@ -297,13 +297,16 @@ def compiles(flags, device):
     return default if flags.compile is None else flags.compile
 
 
-def why_no_graph(flags, device, world, source):
+def why_no_graph(flags, device, world, source, optimizer):
     """Why the update of a compiled run can't be replayed as one CUDA graph, or None if it can."""
+    torchs = type(optimizer).__module__.startswith("torch.optim")
     reasons = {
         f"on this {device.type}": device.type != "cuda",
         "while processes share gradients": world > 1,
         f"with --mask {flags.mask}, which learns": source.predictor is not None,
         f"with --ratio {flags.ratio}, which changes": changes(flags.ratio),
+        # A graph repeats what the GPU did, and a number that Python counted would stay what it was.
+        f"with {type(optimizer).__name__}, which may count its steps in Python": not torchs,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -585,7 +588,7 @@ def main():
     cut_views = data.view_images
     if compiling:
         cut_views = torch.compile(cut_views)
-        no_graph = why_no_graph(flags, device, world, source)
+        no_graph = why_no_graph(flags, device, world, source, optimizer)
         if world == 1:
             losses = torch.compile(losses, mode="reduce-overhead" if no_graph else None)
         if no_graph:

@@ -538,8 +538,9 @@ def fit(task, run, part):
                 loss = part.loss(task, part.net.train(), rows, frames, generator)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(part.net.parameters(), CLIP)
+            lr = train.lr_at(done, part.steps, 0.1 * part.steps, part.lr)
             for group in part.optimizer.param_groups:
-                group["lr"] = train.lr_at(done, part.steps, 0.1 * part.steps, part.lr)
+                group["lr"] = lr * group.get("times", 1)
             part.optimizer.step()
             part.optimizer.zero_grad()
             run.update(loss, grad_norm)

@@ -455,7 +455,8 @@ def check_registered(network):
             ):
                 raise UserError(
                     f"{where}.{name} is neither trained nor saved: make it a Parameter, a buffer, "
-                    "a ParameterList or a ModuleList (of a dict, a ParameterDict or a ModuleDict)"
+                    "a ParameterList or a ModuleList (of a dict, a ParameterDict or a ModuleDict); what "
+                    "each forward computes anew gets a name that begins with _"
                 )
 
 

@@ -17,7 +17,18 @@ from torch import nn
 
 import data
 from common.features import BY_FOLDS
-from common.fields import BOUNDS, CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
+from common.fields import (
+    BOUNDS,
+    CUT,
+    NAMES,
+    SIDE,
+    TEXT,
+    check_fields,
+    list_of,
+    number,
+    one_of,
+    whole,
+)
 from common.io import UserError, read_safetensors
 from common.readout import POOLS
 from common.train import is_decayed
@@ -207,6 +218,7 @@ CONFIG |= {"margin?": number(*BOUNDS["margin"]), "scale": number(*BOUNDS["scale"
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
 LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test", BY_FOLDS), "hold_out?": whole(0)}
 HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
+HEAD |= {"fixed_picture?": list_of(number(), 1, 16)}
 
 
 def is_recogniser(folder):

@@ -37,7 +37,7 @@ def predict(model, view, ids_keep, ids_mask, autocast=contextlib.nullcontext, fl
     p = model.config["patch_size"]
     visible, visible_stats = masked_patch_gather(view, ids_keep, p, return_stats=True, floor=floor)
     with autocast():
-        pred, stats, _ = model(visible, ids_keep, ids_mask)
+        pred, stats, *_ = model(visible, ids_keep, ids_mask)
     stats = predicted_stats(stats, visible_stats, ids_keep, ids_mask, model.encoder.side)
     return pred.float(), stats
 

@@ -295,7 +295,10 @@ def reconstruction_error(
     """
     check_patches(view, ids, patch)
     if pred.shape != (*ids.shape, patch * patch * 3):
-        raise ValueError(f"pred {tuple(pred.shape)} does not fit ids {tuple(ids.shape)}")
+        shape = (*ids.shape, patch * patch * 3)
+        raise ValueError(
+            f"pred must be {shape}, the pixels of these patches, not {tuple(pred.shape)}"
+        )
     # A change of the references acts on a CPU and on a Mac. On a GPU it acts if IMPL in
     # kernels/__init__.py is "torch". Otherwise the kernels run there: change them, too.
     if choose_impl(impl, pred.device) == "triton" and error_of is None:

@@ -177,13 +177,14 @@ def main():
             loss = METHODS[flags.method](flags, net, rows, batch, generator, t, autocast)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), CLIP)
+            lr = train.lr_at(run.step, total, 0.1 * total, flags.lr)
             for group in optimizer.param_groups:
-                group["lr"] = train.lr_at(run.step, total, 0.1 * total, flags.lr)
+                group["lr"] = lr * group.get("times", 1)
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, norm)
             if run.logs_now:
-                run.log_step(lr=group["lr"])
+                run.log_step(lr=lr)
             run.save_if_due()
     encoder = net["teacher" if flags.method == "dino" else "student"]
     save_encoder(encoder, run.out / "model.safetensors", {"step": run.step, "run": run.config})

@@ -190,7 +190,7 @@ def test_shares_of_lora_are_those_in_the_docs():
     assert {size for _, size in given} == {"nano", "base"}
     for share, size in given:
         with torch.device("meta"):
-            shape = {k: v for k, v in SIZES[size].items() if k != "decoder_dim"}
+            shape = {k: v for k, v in SIZES[size].items() if not k.startswith("decoder_")}
             encoder = ViT(**shape)
         whole = sum(w.numel() for w in encoder.parameters())
         add_lora(encoder, 8)

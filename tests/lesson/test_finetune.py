@@ -328,6 +328,27 @@ def test_an_adapter_whose_files_would_lose_something_is_refused_before_it_trains
     done = run_line(call.replace("changed", "lost"), at, check=2)
     assert "read back" in done.stderr and not (at / "runs/lost").exists()
 
+    class Drawn(Scaled):
+        """As in VeRA, A stays as it is drawn; but it is drawn anew when the file is read."""
+
+        def __init__(self, *args, **keys):
+            super().__init__(*args, **keys)
+            self.A.requires_grad_(False)
+
+    monkeypatch.setattr(finetune_lora, "LoRA", Drawn)
+    done = run_line(call.replace("changed", "lost"), at, check=2)
+    assert "another encoder.blocks.0" in done.stderr and not (at / "runs/lost").exists()
+
+
+@plain_lora
+def test_a_recogniser_that_other_code_reads_is_warned_of(at, monkeypatch, capsys):
+    run_line(f"{TUNE} --method lora:r=2 --out runs/before", at, check=0)
+    finetune_lora.load_classifier(at / "runs/before")
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(finetune_lora.LoRA, "forward", lambda self, x: self.base(x) + 0.1)
+    finetune_lora.load_classifier(at / "runs/before")
+    assert "its features are" in capsys.readouterr().err
+
 
 @plain_lora
 def test_an_adapter_that_trains_in_part_or_cannot_be_merged_says_so_at_the_start(at, monkeypatch):

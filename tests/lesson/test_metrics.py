@@ -203,7 +203,7 @@ def test_the_masked_error_is_the_formula_under_the_fixed_mask(model, held):
     def at(ids):
         return patches.gather(1, ids[..., None].expand(-1, -1, 192))
 
-    pred, stats, _ = model(at(keep), keep, hide)
+    pred, stats, *_ = model(at(keep), keep, hide)
     assert found == pytest.approx((pred - at(hide)).square().mean().item(), rel=1e-5)
     expected = stats + mean_of_neighbours(targets(view, keep, 8)[1], keep, hide, 4)
     torch.testing.assert_close(evaluate.predict(model, view, keep, hide, EXACT)[1], expected)

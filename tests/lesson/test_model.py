@@ -82,7 +82,7 @@ def test_the_network_is_one_graph_for_the_compiler(kind):
 def test_the_statistics_head_and_the_pooler_give_no_gradient_to_the_rest():
     mae, (keep, mask) = small_mae(), some_ids()
     mae.encoder.pooler = M.Pooler(64, 4)
-    _, stats, tokens = mae(torch.randn(3, 5, 192), keep, mask)
+    _, stats, tokens, *_ = mae(torch.randn(3, 5, 192), keep, mask)
     (stats.sum() + mae.encoder.pooler(tokens).square().sum()).backward()
     reached = {name.rsplit(".", 1)[0] for name, p in mae.named_parameters() if p.grad is not None}
     assert reached == {"decoder.stats_head", "encoder.pooler", "encoder.pooler.kv"}
@@ -115,7 +115,7 @@ def test_simmim_puts_its_mask_token_where_a_patch_was():
     for block in vit.blocks:
         x = block(x)
     expected = at(net.decoder.decoder_pred(vit.norm(x))[:, 1:], mask)
-    found, _, tokens = net(masked_patch_gather(view, keep, 8), keep, mask)
+    found, _, tokens, *_ = net(masked_patch_gather(view, keep, 8), keep, mask)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert tokens is None
 
@@ -169,8 +169,8 @@ def test_what_is_added_to_run_blocks_reaches_every_reader(kind, name, monkeypatc
     before = READERS[name](net, view, ids)
     run_blocks = M.ViT.run_blocks
 
-    def changed(self, x, **options):
-        x = run_blocks(self, x, **options)
+    def changed(self, x, *args, **options):
+        x = run_blocks(self, x, *args, **options)
         return [y + y.roll(1, 1) for y in x] if isinstance(x, list) else x + x.roll(1, 1)
 
     monkeypatch.setattr(M.ViT, "run_blocks", changed)
@@ -231,7 +231,7 @@ def test_sizes_are_those_of_the_literature():
     millions = {}
     with torch.device("meta"):
         for name, size in M.SIZES.items():
-            shape = {k: v for k, v in size.items() if k != "decoder_dim"}
+            shape = {k: v for k, v in size.items() if not k.startswith("decoder_")}
             vit = M.ViT(**shape)
             millions[name] = round(sum(w.numel() for w in vit.parameters()) / 1e6, 1)
             more = {k: p.default for k, p in inspect.signature(M.ViT).parameters.items()}

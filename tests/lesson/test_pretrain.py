@@ -219,19 +219,25 @@ def test_the_losses_are_one_graph_for_the_compiler(small, tmp_path, monkeypatch)
     assert len(losses[0]) > 2 and losses[0] == pytest.approx(losses[1], rel=2e-4)
 
 
+class Counting(torch.optim.SGD):
+    """An optimizer of somebody's own."""
+
+
 @pytest.mark.parametrize(
-    ("kind", "world", "predictor", "ratio", "reason"),
+    ("kind", "world", "predictor", "ratio", "optimizer", "reason"),
     [
-        ("cuda", 1, None, "0.75", None),
-        ("cpu", 1, None, "0.75", "on this cpu"),
-        ("cuda", 2, None, "0.75", "processes"),
-        ("cuda", 1, "learns", "0.75", "--mask x"),
-        ("cuda", 1, None, "0.5:0.9", "--ratio 0.5:0.9"),
+        ("cuda", 1, None, "0.75", torch.optim.AdamW, None),
+        ("cpu", 1, None, "0.75", torch.optim.AdamW, "on this cpu"),
+        ("cuda", 2, None, "0.75", torch.optim.AdamW, "processes"),
+        ("cuda", 1, "learns", "0.75", torch.optim.AdamW, "--mask x"),
+        ("cuda", 1, None, "0.5:0.9", torch.optim.AdamW, "--ratio 0.5:0.9"),
+        ("cuda", 1, None, "0.75", Counting, "with Counting"),
     ],
 )
-def test_an_update_that_is_not_replayed_says_why(kind, world, predictor, ratio, reason):
+def test_an_update_that_is_not_replayed_says_why(kind, world, predictor, ratio, optimizer, reason):
     flags, source = SimpleNamespace(mask="x", ratio=ratio), SimpleNamespace(predictor=predictor)
-    said = pretrain.why_no_graph(flags, torch.device(kind), world, source)
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    said = pretrain.why_no_graph(flags, torch.device(kind), world, source, optimizer(weights))
     assert said is None if reason is None else reason in said
 
 
