@@ -877,11 +877,12 @@ def check_readable(flags, task):
         reason = "its answers would differ"
         # What is not trained, such as random matrices, may be drawn anew, and the answers tell too little
         # of it. (A LoRA of several chunks comes back from peft's file as one, of another shape.)
-        kept, ours = again.state_dict(), task.net.state_dict()
-        pairs = [(n, kept.get(n, w), w) for n, w in ours.items()]
-        pairs = [(n, a.cpu().double(), b.cpu().double()) for n, a, b in pairs if a.shape == b.shape]
-        if other := [n for n, a, b in pairs if not torch.allclose(a, b, rtol=1e-3, atol=1e-3)]:
-            same, reason = False, f"it would have another {other[0]}"
+        kept = again.state_dict()
+        for name, w in task.net.state_dict().items():
+            x, y = kept.get(name, w).float(), w.float()
+            if x.shape == y.shape and not torch.allclose(x, y, rtol=1e-3, atol=1e-3):
+                same, reason = False, f"it would have another {name}"
+                break
     except (UserError, TypeError, ValueError, RuntimeError) as problem:
         same, reason = False, one_line(problem)
     task.trained.load_state_dict(before)

@@ -229,6 +229,11 @@ def set_length(flags, n_images, N, device, world):
 
     Sets the defaults of epochs, batch_size and eval_every. A run is as long for few images as for many.
     """
+    began_with = getattr(flags, "processes", world)
+    if began_with != world:
+        again = f"torchrun --nproc-per-node {began_with} pretrain.py --resume {quoted(flags.out)}"
+        raise UserError(f"{flags.out} began with {began_with} processes, not {world}: {again}")
+    flags.processes = world
     defaults = DEFAULTS[device.type]
     batch = defaults["batch"]
     if device.type == "mps":
@@ -463,7 +468,6 @@ def main():
     images = data.resident(train_set["images"], device)  # on the GPU, if it has room for them
     # Foreground masks u8 (n, S, S), or None: second views get the background of another image.
     figures = data.resident(train_set.get("fg") if contrast_settings else None, device)
-    train.same_as_begun(flags, "processes", world, "the number of processes")
     b, per_epoch = set_length(flags, len(images), N, device, world)  # and the flags of the length
     total = flags.epochs * per_epoch
     # Twice the batch means half the steps, so the learning rate grows with it, as in MAE's code (after

@@ -104,8 +104,9 @@ def embedded(args, net, header, autocast, files, problems):
     """-> {file: logits (C,), embedding (D,)}; with --detect of those that show one face."""
     args.images = list(files)
     found = {}
+    chunks = None if args.detect else math.ceil(len(files) / CHUNK)  # a page may have several faces
     found_by = predictions(args, net, header, autocast, problems)
-    for some in progress(found_by, "learn", math.ceil(len(files) / CHUNK)):
+    for some in progress(found_by, "learn", chunks):
         for key, *numbers in zip(*some, strict=True):
             file = key.rpartition("[")[0] if args.detect else key
             found.setdefault(file, []).append(numbers)

@@ -168,16 +168,22 @@ def by_character(gallery, count):
 
 
 def growth(gallery):
-    """How much more similar to other learned characters the added faces are since these have added faces.
+    """How much more similar faces are to learned characters that are not theirs, by what was added to these.
 
-    Everybody else's faces are, too, so by this the threshold rises: else, the more was corrected, the
-    fewer unknown pictures would be called so.
+    Unknown faces are, too, so by this the threshold rises: else, the more was corrected, the fewer
+    unknown pictures would be called so. The added faces are asked, which the network has not learned.
     """
-    trained, learned = gallery["trained"], gallery["learned"]
-    labels = gallery["labels"][trained:]
-    if not (labels < learned).any():
+    labels, trained, learned = (gallery[name] for name in ("labels", "trained", "learned"))
+    corrected = labels[trained:][labels[trained:] < learned].unique()
+    if not len(corrected):
         return 0.0
-    faces, own = gallery["embeddings"][trained:], labels[:, None] == torch.arange(learned)
+    asked = torch.arange(trained, len(labels))
+    if (
+        len(corrected) == 1
+    ):  # no added face has gained by it, so learned ones of the others are asked
+        asked = torch.cat(evenly_of_each(labels[:trained], WHITENED))
+        asked = asked[labels[asked] != corrected]
+    faces, own = gallery["embeddings"][asked], labels[asked, None] == torch.arange(learned)
     before = gallery | by_character(gallery, trained)
     now, then = (similarities(faces, some).masked_fill(own, -1) for some in (gallery, before))
     return (now.amax(1) - then.amax(1)).mean().item()

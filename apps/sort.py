@@ -120,13 +120,13 @@ def grouped(found, gallery, least):
 
 def names_of(groups, names):
     """Group and name (None: unknown) of each face -> {group: its name}, as most of its faces."""
-    names_in, found = {}, {}
+    names_in, found, unnamed = {}, {}, itertools.count(1)
     for number, name in zip(groups, names, strict=True):
         names_in.setdefault(number, []).append(name)
     for number, inside in sorted(names_in.items()):
         [(name, count)] = Counter(inside).most_common(1)
         known = name is not None and 2 * count > len(inside)
-        found[number] = name if known else f"group-{number + 1:03}"
+        found[number] = name if known else f"group-{next(unnamed):03}"
     return found
 
 
@@ -168,7 +168,7 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
 def files_to_sort(paths, out, rows):
     """-> {file: its name below OUT/WHO}, each file once; the folders in a given folder stay.
 
-    Of several given folders, each one's own name stays as well.
+    Where two of several folders have one name, the second copy lies in a folder of its own.
 
     No picture takes the name of another one, nor that of a copy that a row of sorted.csv lists.
     """
@@ -183,7 +183,9 @@ def files_to_sort(paths, out, rows):
             raise UserError(f"{out} lies in {path}, which is copied; choose another folder")
         for key, file in picture_files(path).items():
             name = Path(key if Path(path).is_dir() else file.name)
-            if Path(path).is_dir() and len(paths) > 1:
+            if Path(path).is_dir() and os.path.abspath(taken.get(name, file)) != str(
+                file.absolute()
+            ):
                 name = Path(Path(path).resolve().name, name)
             other = taken.setdefault(name, file)
             if os.path.abspath(other) != os.path.abspath(file):

@@ -118,7 +118,8 @@ def main():
         with drawing(sheet.name):
             draw(made.with_name(sheet.name), task.splits, [places[i] for i in rows], doubted)
     print(f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first")
-    print(f"next: look at {sheet}; move pictures with a wrong label, and pack the set again")
+    if doubted:
+        print(f"next: look at {sheet}; move pictures with a wrong label, and pack the set again")
     planted = task.train["header"].get("planted")  # by lab/subset.py
     if planted:
         of_train = [row for name, row in (places[i] for i in rows) if name == "train"]
@@ -141,7 +142,7 @@ def draw(path, splits, places, doubted):
     from common import plots
 
     size = (1.5 * SHOWN[1], 1.7 * SHOWN[0] + 0.5)
-    with plots.panels(path, "Some of these labels are wrong", *SHOWN, size, squeeze=False) as axes:
+    with plots.panels(path, "Labels that may be wrong", *SHOWN, size, squeeze=False) as axes:
         for axis in axes.flat[len(places) :]:
             axis.remove()
         for axis, (split, row), cells in zip(axes.flat, places, doubted, strict=False):

@@ -240,7 +240,7 @@ def measure_run(args, net, header, gallery, autocast):
     if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row = {"run": str(args.run), "data": str(folder), "split": args.split}
-    row |= {"threshold": gallery["threshold"]} | found
+    row |= {"threshold": gallery["threshold"] + gallery["growth"]} | found
     row |= {"command": command(), "commit": commit()}
     row["machine"] = machine(net.encoder.cls_token.device)
     save_json(row, home / "recognize.json")

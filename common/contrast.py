@@ -37,8 +37,8 @@ JITTER = 0.3  # by so much brightness, contrast and saturation of a second view 
 # A weight of 2 would change nothing: AdamW divides by the size of the gradient, and no other loss
 # trains the pooler.
 SETTINGS = {
-    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": True, "share": 0.5, "every": 2},
-    "cls": {"weight": 0.01, "temperature": 0.07, "dcl": False, "share": 1.0, "every": 1},
+    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0, "share": 0.5, "every": 2},
+    "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0.0, "share": 1.0, "every": 1},
     "none": {},
 }
 

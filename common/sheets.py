@@ -106,7 +106,7 @@ def coloured(maps):
     if maps.dtype == torch.int64:
         colours = colormaps["tab20"].colors
         palette = np.array([(0.93, 0.93, 0.93), *colours[::2], *colours[1::2]])  # 0 is light grey
-        return np.uint8(255 * palette[maps.numpy() % len(palette)])
+        return np.uint8(255 * palette[np.where(maps > 0, 1 + (maps - 1) % len(colours), 0)])
     top = 255
     if maps.is_floating_point():
         top = maps.float().amax((1, 2), keepdim=True).clamp(min=1e-9)

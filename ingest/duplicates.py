@@ -217,7 +217,7 @@ def report(records, pairs, most=3):
     if mixed:
         several = f"; {len(mixed)} hold several classes, so one label is probably wrong"
         several += f" ({', '.join(mixed[:most])})"
-    if any(key.count("/") > 1 for key in mixed):
+    if any(pair.split(" = ")[0].count("/") > 1 for pair in mixed):
         several += ", and if another level of folders is the class, --layout says so"
     first = ", ".join(f"{len(group)} x {group[0].key}" for group in groups[:most])
     count = f"{len(groups)} groups of {sum(map(len, groups))} images"

@@ -44,7 +44,7 @@ def test_moved_and_added_pictures_are_learned_and_the_others_are_not(fresh):
     move(fresh, *zoe[:4], to="Zoë")
     move(fresh, ones[0], to="class1")
     move(fresh, *ones[1:4], to="others")  # which data.py takes for nobody, too
-    shutil.copy(fresh / "/".join(zoe[4].split("/")[1:]), fresh / "out/Zoë/more.png")
+    shutil.copy(fresh / "new" / "/".join(zoe[4].split("/")[1:]), fresh / "out/Zoë/more.png")
     told = learned(fresh)
     for words in ("4 unknown -> Zoë", "1 unknown -> class1", "1 added -> Zoë"):
         assert words in told

@@ -190,6 +190,14 @@ def test_added_faces_of_learned_characters_raise_the_threshold_by_what_others_ga
         gain.append(best[1] - best[0])
     assert plain["growth"] == 0 < gallery["growth"]
     assert gallery["growth"] == pytest.approx(sum(gain).item() / 80, abs=1e-6)
+    # If one character alone has added faces, they gain nothing, so the others' learned faces are asked.
+    one = recognize.make_gallery(
+        torch.cat([faces[:120], world.faces[:40]]),
+        torch.cat([labels[:120], labels.new_zeros(40)]),
+        5,
+        trained=120,
+    )
+    assert 0 < one["growth"] < gallery["growth"]
     row = recognize.calibrate(faces[:120], labels[:120], world.held_out)
     logits = world.held_out[0].clone()
     logits[:50] = logits[:50].roll(1, 1)  # the head is wrong, and added faces say so

@@ -209,6 +209,7 @@ def test_each_source_gives_the_score_of_its_name(batch):
 def test_parts_get_a_colour_each_and_dark_maps_stay_maps():
     parts = sheets.coloured(torch.arange(21)[None, None])[0, 0]
     assert len({*map(tuple, parts.tolist())}) == 21
+    assert not torch.tensor(sheets.coloured(torch.tensor([[[21]]])) == parts[0]).all()
     low, lower = sheets.coloured(torch.tensor([[[12, 3]]], dtype=torch.uint8))[0, 0].tolist()
     assert low[2] > low[0] and lower[2] > lower[0]  # both are the blue of viridis
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import equal, python
+from conftest import ROOT, equal, python
 from torch import nn
 from torch.distributed.distributed_c10d import BackendConfig
 
@@ -371,3 +371,4 @@ def test_two_processes_end_with_the_same_weights(small, tmp_path):
     start = MAE(**SIZES["nano"] | {"image_size": 32}, decoder_depth=1)
     assert not torch.equal(one["model"]["encoder.cls_token"], start.encoder.cls_token)
     assert max(row["step"] for row in train.read_log(tmp_path / "run" / "log.jsonl")) == 10
+    python(ROOT / "pretrain.py", "--resume", "run", cwd=tmp_path, check=2)  # not by one process
