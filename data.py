@@ -137,11 +137,11 @@ def note_small(folder, image_size, pages):
         print(f"note     {folder} has pictures of {size} px, enlarged to {image_size}: {fix}")
 
 
-def is_small(folder):
+def is_small(folder, less_than=SMALL):
     """Has a packed folder so few pictures of somebody's own that each of them should be learned?"""
     headers = [open_split(folder, name)["header"] for name in splits_in(folder)]
     drawn = any(header.get("source") in DRAWN for header in headers)
-    return not drawn and sum(len(header["keys"]) for header in headers) < SMALL
+    return not drawn and sum(len(header["keys"]) for header in headers) < less_than
 
 
 def fingerprint(split):

@@ -157,6 +157,13 @@ def start_processes(device):
     return distributed.get_rank(), distributed.get_world_size(), device
 
 
+def check_processes(flags, world):
+    """A run goes on with as many processes as before: the crops and masks of each are drawn by its number."""
+    before = getattr(flags, "processes", world)
+    again = f"torchrun --nproc-per-node {before} pretrain.py --resume {quoted(flags.out)}"
+    train.same_as_begun(flags, "processes", world, f"the number of processes ({world} now)", again)
+
+
 def of_first(value):
     """The value of the first process: each may have measured another one, such as the faster dtype."""
     if not distributed.is_initialized():
@@ -229,11 +236,6 @@ def set_length(flags, n_images, N, device, world):
 
     Sets the defaults of epochs, batch_size and eval_every. A run is as long for few images as for many.
     """
-    began_with = getattr(flags, "processes", world)
-    if began_with != world:
-        again = f"torchrun --nproc-per-node {began_with} pretrain.py --resume {quoted(flags.out)}"
-        raise UserError(f"{flags.out} began with {began_with} processes, not {world}: {again}")
-    flags.processes = world
     defaults = DEFAULTS[device.type]
     batch = defaults["batch"]
     if device.type == "mps":
@@ -452,6 +454,7 @@ def finish(run, model, source, held_set, target_options, autocast):
 def main():
     flags = parse_flags()
     rank, world, device = start_processes(train.pick_device(flags.device))
+    check_processes(flags, world)
     flags.dtype, reason = train.pick_dtype(flags.dtype, device)  # a resumed run keeps it
     flags.dtype = of_first(flags.dtype)
     dtype = train.DTYPES[flags.dtype]
@@ -583,8 +586,7 @@ def main():
 
         # 5. update
         grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("times", 1)  # an optimizer of yours may have several rates
+        train.set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
         return loss, grad_norm, for_log

@@ -330,8 +330,9 @@ def recognise_page(run, picture):
     faces = [("the picture", image[0])]
     with contextlib.suppress(UserError):  # the data set that it learned from may be gone
         folder = place_of_set(header["data"], run)
-        for near, name in itertools.product(row["nearest"], data.splits_in(folder)):
-            split = data.open_split(folder, name)  # by folds, pictures of all splits are learned
+        # By folds, pictures of all splits are learned.
+        splits = [data.open_split(folder, name) for name in data.splits_in(folder)]
+        for near, split in itertools.product(row["nearest"], splits):
             keys = split["header"].get("keys", [])
             if near["picture"] in keys:
                 face = split["images"][keys.index(near["picture"])]

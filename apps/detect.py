@@ -520,9 +520,7 @@ def learn(task, net, optimizer, run, lr):
             loss = step_loss(task, net.train(), rows, pages, epoch >= first_late, generator)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-            rate = train.lr_at(run.step, run.total, 0.1 * run.total, lr)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("times", 1)
+            train.set_lr(optimizer, train.lr_at(run.step, run.total, 0.1 * run.total, lr))
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)

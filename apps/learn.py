@@ -105,8 +105,8 @@ def embedded(args, net, header, autocast, files, problems):
     args.images = list(files)
     found = {}
     chunks = None if args.detect else math.ceil(len(files) / CHUNK)  # a page may have several faces
-    found_by = predictions(args, net, header, autocast, problems)
-    for some in progress(found_by, "learn", chunks):
+    batches = predictions(args, net, header, autocast, problems)
+    for some in progress(batches, "learn", chunks):
         for key, *numbers in zip(*some, strict=True):
             file = key.rpartition("[")[0] if args.detect else key
             found.setdefault(file, []).append(numbers)

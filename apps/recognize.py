@@ -178,9 +178,8 @@ def growth(gallery):
     if not len(corrected):
         return 0.0
     asked = torch.arange(trained, len(labels))
-    if (
-        len(corrected) == 1
-    ):  # no added face has gained by it, so learned ones of the others are asked
+    if len(corrected) == 1:
+        # No added face gains by what was added to its own character, so faces of the others are asked.
         asked = torch.cat(evenly_of_each(labels[:trained], WHITENED))
         asked = asked[labels[asked] != corrected]
     faces, own = gallery["embeddings"][asked], labels[asked, None] == torch.arange(learned)

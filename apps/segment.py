@@ -539,8 +539,7 @@ def fit(task, run, part):
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(part.net.parameters(), CLIP)
             lr = train.lr_at(done, part.steps, 0.1 * part.steps, part.lr)
-            for group in part.optimizer.param_groups:
-                group["lr"] = lr * group.get("times", 1)
+            train.set_lr(part.optimizer, lr)
             part.optimizer.step()
             part.optimizer.zero_grad()
             run.update(loss, grad_norm)

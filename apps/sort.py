@@ -178,18 +178,20 @@ def files_to_sort(paths, out, rows):
     inside = out.resolve()
     copied = [row for row in copied if not Path(row[0]).resolve().is_relative_to(inside)]
     taken = {Path(*copy.parts[1:]): file for file, copy in copied}
+
+    def is_taken(name, file):
+        """Does another picture have this name? If not, the file has it from now on."""
+        return os.path.abspath(taken.setdefault(name, file)) != os.path.abspath(file)
+
     for path in paths:
         if out.resolve().is_relative_to(Path(path).resolve()):
             raise UserError(f"{out} lies in {path}, which is copied; choose another folder")
         for key, file in picture_files(path).items():
             name = Path(key if Path(path).is_dir() else file.name)
-            if Path(path).is_dir() and os.path.abspath(taken.get(name, file)) != str(
-                file.absolute()
-            ):
+            if Path(path).is_dir() and is_taken(name, file):
                 name = Path(Path(path).resolve().name, name)
-            other = taken.setdefault(name, file)
-            if os.path.abspath(other) != os.path.abspath(file):
-                raise UserError(f"{other} and {file} have one name; rename one of them")
+            if is_taken(name, file):
+                raise UserError(f"{taken[name]} and {file} have one name; rename one of them")
             wanted.setdefault(os.path.abspath(file), (str(file), name))
     if not wanted:
         raise UserError(f"no picture was found in {', '.join(paths)}")

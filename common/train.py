@@ -108,10 +108,10 @@ def take_saved_flags(flags, *free):
     return saved
 
 
-def same_as_begun(flags, name, now, what):
+def same_as_begun(flags, name, now, what, fix="put the old one back"):
     """What a run began with, such as its data, is saved among its flags; a UserError if it has changed."""
     if getattr(flags, name, now) != now:
-        raise UserError(f"{what} has changed since {flags.out} began; put the old one back")
+        raise UserError(f"{what} has changed since {flags.out} began; {fix}")
     setattr(flags, name, now)
 
 
@@ -278,6 +278,12 @@ def lr_at(step, total, warmup, peak):
     # Large steps find the way and small ones settle. A cosine (Loshchilov and Hutter 2016,
     # arXiv:1608.03983) needs no choice of epochs at which the rate drops; but total must be known.
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def set_lr(optimizer, lr):
+    """The learning rate of a step; a group of yours with a key "times" has so many times this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("times", 1)
 
 
 def seeded(*numbers):

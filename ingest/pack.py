@@ -50,7 +50,7 @@ from common.features import can_leave_out, open_rows
 from common.io import UserError, aside, one_line, open_tensors, quoted, save_csv
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
-from data import PACKED, evenly_spaced, is_small, open_split, splits_in
+from data import PACKED, evenly_spaced, is_small, open_split
 from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
 from ingest.decode import LONG, decode, decode_records, look_at, reason
 from ingest.splits import (
@@ -70,7 +70,9 @@ DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
 UNKNOWN = "unknown"  # the file of pictures that show nobody who should be known
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8
-FEW = 1000  # pictures, for which 20 minutes of a core are enough to leave each of them out once
+FEW = (
+    1000  # pictures, at most, that are cross-validated however long it takes: 20 minutes of a core
+)
 ONE_COLOUR = 8  # levels of 256 by which the pixels of such a picture differ, at most
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 REASONS = 2**18  # bytes of a header for a hundred skipped files
@@ -575,9 +577,7 @@ def to_learn(out):
     small = is_small(out) and not of_frames
     if small and can_leave_out(out):  # it is cross-validated, over all splits
         words = ["python", "finetune_lora.py", "weights/toon", "--data", str(out)]
-        # Of fewer pictures, all should be learned, and the minutes that folds take are few.
-        pictures = sum(len(open_split(out, name)["labels"]) for name in splits_in(out))
-        return quoted(*words, *(["--split", "folds"] if pictures <= FEW else []))
+        return quoted(*words, *(["--split", "folds"] if is_small(out, FEW + 1) else []))
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"

@@ -178,8 +178,7 @@ def main():
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), CLIP)
             lr = train.lr_at(run.step, total, 0.1 * total, flags.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("times", 1)
+            train.set_lr(optimizer, lr)
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, norm)
