@@ -29,11 +29,8 @@ picture comes without tags, so the share of hidden tags rises to 1 at half of th
 import itertools
 import json
 import math
-import re
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,6 +40,7 @@ from torch import nn
 
 import data
 import mask as masking
+from apps import captions
 from common import checkpoints, classifier, fields, train
 from common.command import (
     Parser,
@@ -51,7 +49,6 @@ from common.command import (
     cli,
     command,
     parse_keys,
-    progress,
     refuse_useless,
     run_name,
     set_defaults,
@@ -62,15 +59,11 @@ from common.io import (
     UserError,
     quoted,
     read_safetensors,
-    reading,
     save_json,
     save_safetensors,
-    save_text,
 )
-from common.locks import lock_beside, locked
 from common.readout import topk
-from ingest.pictures import demo_note, picture_files, pictures, tell_problems
-from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon
+from ingest.pictures import pictures, tell_problems
 from kernels.gather import masked_patch_gather
 from model import (
     EPS,
@@ -118,7 +111,6 @@ FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
 BINS = 10_000  # of scores, for the threshold of rare tags
 NAMED = 15  # tags of a picture that are printed at most
 MOST_UNKNOWN = 0.09  # share of known faces on dev whose best name is so unsure that it is "unknown"
-OF_SENTENCES = {"a", "an", "the", "of", "in", "on", "with", "and", "is"}  # no tags
 LIKELY = 0.5  # the least confidence of a name where a run has measured none
 
 REMEDY = "python -m apps.tags ENCODER --data DIR makes it"
@@ -776,16 +768,29 @@ def use(flags, device, autocast):
         trained_on = {flags.encoder: header.get("data")}
         if flags.names:
             trained_on[flags.names] = classifier.read_head(flags.names)[1]["data"]
-        refuse_demo(trained_on, flags)
-        return write_captions(flags, answer, header)
+        captions.refuse_demo(trained_on, flags)
+        every = partial(each_answer, answer, header, most=len(header["words"]))
+        return captions.write_captions(flags, every, header.get("data"))
     as_json = flags.json
     problems = []
-    for row in each_answer(answer, flags.pictures, header, problems):
+    for row in each_answer(answer, header, flags.pictures, problems):
         print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
     tell_problems(problems, header.get("data"), as_json)
 
 
-def each_answer(answer, paths, header, problems, **options):
+def use_names_alone(flags):
+    """Captions by a recogniser, which knows no tags."""
+    if not flags.captions:
+        run = quoted(flags.encoder)
+        fix = f"python -m apps.recognize {run} PICTURE prints names, --captions writes them"
+        raise UserError(f"{flags.encoder} knows characters and no tags: {fix}")
+    refuse_useless(flags.given & {"names", "threshold"}, "on a recogniser, which knows no tags")
+    flags.names = flags.encoder
+    captions.refuse_demo({flags.names: classifier.read_head(flags.names)[1]["data"]}, flags)
+    captions.write_captions(flags)
+
+
+def each_answer(answer, header, paths, problems, **options):
     """Yield a row of `answer_rows` for each picture of the paths, in order."""
     cut = (header["packed_size"], header["crop"], header["margin"])
     items = pictures(paths, *cut, problems)
@@ -822,168 +827,6 @@ def line_of(row):
         who = row["name"] or f"unknown, or {row['best_guess']}"
         who += f" {row['confidence']:.0%}; "
     return f"{shown(row['picture'])}: {who}{in_words(row.get('tags', {}))}".removesuffix("; ")
-
-
-# ---- captions: PICTURE.txt, as kohya's scripts read them ------------------------------------------
-
-
-def refuse_demo(trained_on, flags):
-    """What a network of the demo set says of other pictures is a guess, which no caption should have.
-
-    trained_on: {network: the data set that it learned from}.
-    """
-    guessing = [name for name, folder in trained_on.items() if demo_note(folder)]
-    if guessing and not flags.anyway:
-        fix = "train on your own pictures and captions, or give a recogniser of yours alone"
-        fix += " (python -m apps.tags runs/NAME-lora FOLDER --captions); --anyway writes them"
-        raise UserError(
-            f"{guessing[0]} knows the demo set alone, so captions would be guesses; {fix}"
-        )
-    if not guessing:
-        refuse_useless(flags.given & {"anyway"}, "on a network that learned from other pictures")
-
-
-def use_names_alone(flags):
-    """Captions by a recogniser, which knows no tags."""
-    if not flags.captions:
-        run = quoted(flags.encoder)
-        fix = f"python -m apps.recognize {run} PICTURE prints names, --captions writes them"
-        raise UserError(f"{flags.encoder} knows characters and no tags: {fix}")
-    refuse_useless(flags.given & {"names", "threshold"}, "on a recogniser, which knows no tags")
-    flags.names = flags.encoder
-    refuse_demo({flags.names: classifier.read_head(flags.names)[1]["data"]}, flags)
-    write_captions(flags, None, {})
-
-
-def recognised(flags, files, problems):
-    """-> {file: its character by the run of --names, None where it is unknown}."""
-    from apps import recognize
-
-    settings = {"run": flags.names, "device": flags.device, "dtype": flags.dtype}
-    settings |= {"threshold": None, "detect": None, "images": list(files)}
-    args = SimpleNamespace(**settings)
-    rows = recognize.all_answers(args, *recognize.open_recogniser(args), problems)
-    return {row["picture"]: row["name"] for row in progress(rows, "names", len(files))}
-
-
-def write_captions(flags, answer, header):
-    """Write a caption beside each picture: words of --prepend, the character, its tags.
-
-    The character is that of --names, where it is given: the network of the tags knows others.
-    """
-    without = {plain(word) for word in words_of(flags.without)}
-    first = written(words_of(flags.prepend), flags.escape)
-    files = caption_files(flags.pictures, flags.append)
-    problems, done = [], []
-    names = recognised(flags, files, problems) if flags.names else {}
-    if answer is None:
-        rows = ({"picture": file} for file in names)
-    else:
-        problems = []  # the same ones come again
-        rows = each_answer(answer, files, header, problems, most=len(header["words"]))
-    for row in progress(rows, "captions", len(files)):
-        if flags.names:
-            row["name"] = names.get(row["picture"])
-        words, name = (
-            written([x for x in caption_words(some) if plain(x) not in without], flags.escape)
-            for some in (row, {"name": row.get("name")})
-        )
-        # Like words of --prepend, the character stands before an old caption.
-        done.append(add_caption(files[row["picture"]], words, [*first, *name]))
-    tell_problems(problems, header.get("data"))
-    print(f"wrote {sum(done)} captions beside {len(done)} pictures")
-    if flags.names:
-        known = sum(name is not None for name in names.values())
-        told = "a picture of somebody unknown may have got a wrong one"
-        print(f"{flags.names} gave a name to {known} of them; {told}")
-
-
-def words_of(text):
-    """ "solo, long hair" -> its words."""
-    return [word.strip() for word in SEPARATOR.split(text) if word.strip()]
-
-
-def plain(word):
-    """What two spellings of a tag have in common: "Long_Hair" and "long hair"; \\( and (."""
-    return re.sub(r"\\([()])", r"\1", word).replace("_", " ").casefold()
-
-
-def readable(tag):
-    """A tag with spaces for underscores, but for emoticons such as >_<."""
-    return tag if is_emoticon(tag) else tag.replace("_", " ")
-
-
-def written(words, escape):
-    """Words as a caption has them; escape: \\( for (, which a prompt would take for a weight."""
-    return [re.sub(r"(?<!\\)([()])", r"\\\1", word) for word in words] if escape else words
-
-
-def caption_words(row):
-    """A row of `answer_rows` -> the words: the character where it is likely, tags by probability."""
-    names = [row["name"]] if row.get("name") else []
-    return [readable(tag) for tag in [*names, *row.get("tags", {})]]
-
-
-def caption_files(paths, append):
-    """-> {picture: caption file} of the pictures at paths. Captions that are there are refused."""
-    found = {}
-    for path in paths:
-        files = [str(file) for file in picture_files(path).values()]
-        captions = captions_of(files)
-        found |= {x: captions.get(x, Path(x).with_suffix(".txt")) for x in files}
-    if not found:
-        raise UserError(f"no picture was found in {', '.join(paths)}")
-    twice = [file for file, n in Counter(found.values()).items() if n > 1]
-    if twice:
-        raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")
-    there = sorted(file for file in found.values() if file.exists())
-    boxes = []
-    for file in there:  # now, and not in the middle of the work
-        with reading(file, "caption in UTF-8", "save it as UTF-8"):
-            text = file.read_text("utf-8-sig", "strict" if append else "replace")
-        boxes += [file] * are_numbers(text.split())
-    if boxes:
-        why = "hold numbers alone, as boxes of YOLO do; move them elsewhere first"
-        raise UserError(f"{len(boxes)} texts beside pictures {why}, the first: {boxes[0]}")
-    if there and not append:
-        fix = "--append keeps what they say and adds new tags"
-        raise UserError(f"{len(there)} captions are there already, such as {there[0]}; {fix}")
-    return found
-
-
-def add_caption(file, words, first=()):
-    """Write `first` before a caption, and words behind it, where it lacks them -> was there anything to write?"""
-    old = ""
-    with locked(lock_beside(file), wait=True):  # another process may write the same caption
-        if file.exists():
-            with reading(file, "caption in UTF-8", "save it as UTF-8"):
-                old = file.read_text("utf-8-sig").strip().rstrip(",")
-        if is_spaced(old):
-            there, join, space = old.split(), " ", "_"
-        else:
-            there, join, space = words_of(old), ", ", " "
-        known = set(map(plain, there))
-        every = {}  # by what its spellings have in common, and the first of them
-        for word in [*first, *words]:
-            every.setdefault(plain(word), word)
-        new = [word for key, word in every.items() if key not in known]
-        if new:
-            before = [word.replace(" ", space) for word in new if word in first]
-            behind = [word.replace(" ", space) for word in new if word not in first]
-            # Words of `first` with which the caption begins stay where they are: a trigger word.
-            ours = set(map(plain, first))
-            head, tail = [*itertools.takewhile(lambda word: plain(word) in ours, there)], old
-            for word in head:
-                tail = tail.removeprefix(word).lstrip(", ")
-            save_text(join.join(filter(None, [*head, *before, tail, *behind])), file)
-    return bool(new)
-
-
-def is_spaced(caption):
-    """1girl long_hair solo: tags between spaces, as boorus have them, and no sentence."""
-    words = caption.casefold().split()
-    spaced = len(words) > 1 and "_" in caption and not SEPARATOR.search(caption)
-    return spaced and not {*words} & OF_SENTENCES
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from conftest import ROOT, json_of, refused, run_line
 from made import CPU, files_of
 from PIL import Image
 
-from apps import export, tags
+from apps import captions, export
 from common.io import UserError, read_safetensors, save_safetensors
 from ingest import sources
 from ingest import tags as packing
@@ -22,7 +22,7 @@ FOLDER = "images/class0"
 # ---- captions ------------------------------------------------------------------------------------
 
 
-def captions(fresh, *words, check=None):
+def captioned(fresh, *words, check=None):
     line = f"apps.tags runs/a-tags {FOLDER} {CPU} --captions {' '.join(words)}"
     return run_line(line, fresh, check=check)
 
@@ -31,32 +31,32 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
     first = fresh / FOLDER / "illust0_0.txt"
     first.write_text("a sentence.\nSolo, Blue_Hair,\n")
     before = files_of(fresh / FOLDER)
-    assert "--append" in refused(captions(fresh))
+    assert "--append" in refused(captioned(fresh))
     assert files_of(fresh / FOLDER) == before
-    captions(fresh, "--append --threshold 0 --prepend my_style", check=0)
+    captioned(fresh, "--append --threshold 0 --prepend my_style", check=0)
     pictures = sorted((fresh / FOLDER).glob("*.png"))
     texts = [path.with_suffix(".txt").read_text() for path in pictures]
     # who it is comes before what is there
     assert re.match("my_style, class., a sentence.\nSolo, Blue_Hair, ", texts[0])
     assert all(text.startswith("my_style, ") for text in texts[1:])
     after = files_of(fresh / FOLDER)
-    assert "wrote 0 captions" in captions(fresh, "--append --threshold 0", check=0).stdout
+    assert "wrote 0 captions" in captioned(fresh, "--append --threshold 0", check=0).stdout
     assert files_of(fresh / FOLDER) == after
 
 
 def test_tags_between_spaces_stay_apart(tmp_path):
     file = tmp_path / "x.txt"
     file.write_text("mystyle, 1girl, solo\n")  # the name comes behind the trigger word
-    assert tags.add_caption(file, ["Rem", "smile"], ["mystyle", "Rem"])
+    assert captions.add_caption(file, ["Rem", "smile"], ["mystyle", "Rem"])
     assert file.read_text() == "mystyle, Rem, 1girl, solo, smile"
     file.write_text("1girl blue_hair solo\n")
-    assert tags.add_caption(file, ["blue hair", "short skirt"], ["my style"])
+    assert captions.add_caption(file, ["blue hair", "short skirt"], ["my style"])
     assert file.read_text() == "my_style 1girl blue_hair solo short_skirt"
-    assert not tags.is_spaced("ohwx_girl") and tags.is_spaced("1girl blue_hair")
+    assert not captions.is_spaced("ohwx_girl") and captions.is_spaced("1girl blue_hair")
     assert len(packing.words_of(file.read_text())) == 5
     sentence = "a photo of ohwx_girl standing in a park"
     file.write_text(sentence)
-    assert tags.add_caption(file, ["my style", "short skirt", "Solo"], ["my_style", "solo"])
+    assert captions.add_caption(file, ["my style", "short skirt", "Solo"], ["my_style", "solo"])
     assert file.read_text() == f"my_style, solo, {sentence}, short skirt"
 
 
@@ -64,19 +64,19 @@ def test_boxes_of_yolo_are_not_taken_for_captions(fresh):
     picture = next((fresh / FOLDER).glob("*.png"))
     boxes = picture.with_suffix(".txt")
     boxes.write_text("0 .5 .5 .2 .2\n")
-    assert "boxes of YOLO" in refused(captions(fresh, "--append"))
+    assert "boxes of YOLO" in refused(captioned(fresh, "--append"))
     assert boxes.read_text() == "0 .5 .5 .2 .2\n"
 
 
 def test_a_caption_in_another_code_page_is_named_before_the_work(fresh):
     picture = sorted((fresh / FOLDER).glob("*.png"))[-1]
     picture.with_suffix(".txt").write_bytes("初音".encode("cp932"))
-    assert "save it as UTF-8" in refused(captions(fresh, "--append"))
+    assert "save it as UTF-8" in refused(captioned(fresh, "--append"))
     assert len(list((fresh / FOLDER).glob("*.txt"))) == 1
 
 
 def test_a_caption_says_what_json_says(fresh):
-    captions(fresh, "--threshold 0 --without blue,Class0", check=0)
+    captioned(fresh, "--threshold 0 --without blue,Class0", check=0)
     for row in json_of(f"apps.tags runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh):
         names = [row["name"]] if row["name"] else []
         wanted = [word for word in [*names, *row["tags"]] if word not in ("blue", "class0")]
@@ -93,13 +93,12 @@ def test_pictures_given_one_by_one_get_captions_but_for_broken_ones(fresh):
     assert [file.with_suffix(".txt").exists() for file in files] == [True, False, True]
 
 
-def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path, monkeypatch):
+def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     row = {"picture": str(tmp_path / "a.png"), "name": None, "tags": {"saber_(fate)": 0.9}}
-    monkeypatch.setattr(tags, "each_answer", lambda *_, **__: [row])
     asked = {"without": "", "prepend": "a (x), \\(y\\)", "append": False, "pictures": [tmp_path]}
     flags = SimpleNamespace(**asked, escape=True, names=None)
-    tags.write_captions(flags, tags.answer_rows, {"words": ["saber_(fate)"]})
+    captions.write_captions(flags, lambda files, problems: [row])
     assert (tmp_path / "a.txt").read_text() == r"a \(x\), \(y\), saber \(fate\)"
     (record,), _, _ = sources.find(tmp_path)  # and data.py reads what was written
     assert record.tags == ("a_(x)", "(y)", "saber_(fate)")
@@ -115,7 +114,7 @@ def test_the_character_is_the_recognisers_and_it_may_write_captions_alone(fresh)
     rows = json_of(asked, fresh)
     names = {row["picture"]: row["name"] for row in rows}
     assert None in names.values() and "class0" in names.values()
-    captions(fresh, "--names runs/a-lora --threshold 0 --prepend style", check=0)
+    captioned(fresh, "--names runs/a-lora --threshold 0 --prepend style", check=0)
     answers = json_of(f"apps.tags runs/a-tags {FOLDER} {CPU} --threshold 0 --json", fresh)
     texts = {
         row["picture"]: (fresh / FOLDER / row["picture"]).with_suffix(".txt") for row in answers
@@ -143,7 +142,7 @@ def test_guesses_of_the_demo_set_are_no_captions_unless_somebody_wants_them(fres
     line = f"apps.tags {ROOT}/weights/toon-tags {FOLDER} {CPU} --captions --anyway"
     run_line(line, fresh, check=0)
     assert len(files_of(fresh / FOLDER)) > len(before)
-    refused(captions(fresh, "--append --anyway"))  # it has learned from other pictures
+    refused(captioned(fresh, "--append --anyway"))  # it has learned from other pictures
 
 
 @pytest.mark.parametrize("name", ["a.caption", "a.png.txt", "a.TXT"])
@@ -151,22 +150,22 @@ def test_a_caption_of_another_suffix_is_there_already(tmp_path, name):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / name).write_text("solo")
     with pytest.raises(UserError, match="--append"):
-        tags.caption_files([tmp_path], append=False)
-    assert tags.caption_files([tmp_path], True) == {str(tmp_path / "a.png"): tmp_path / name}
+        captions.caption_files([tmp_path], append=False)
+    assert captions.caption_files([tmp_path], True) == {str(tmp_path / "a.png"): tmp_path / name}
 
 
 def test_underscores_become_spaces_but_for_kaomoji():
     for tag in (">_<", "o_o", "(o)_(o)"):
-        assert tags.readable(tag) == tag
+        assert captions.readable(tag) == tag
     for tag in ("long_hair", "saber_(fate)", "青い_目", "d_va"):
-        assert tags.readable(tag) == tag.replace("_", " ")
+        assert captions.readable(tag) == tag.replace("_", " ")
 
 
 def test_two_spellings_of_a_tag_are_one(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("Long_Hair, saber \\(fate\\)")
-    assert not tags.add_caption(file, ["long hair", "saber (fate)"])
-    assert tags.add_caption(file, ["smile", "smile"])
+    assert not captions.add_caption(file, ["long hair", "saber (fate)"])
+    assert captions.add_caption(file, ["smile", "smile"])
     assert file.read_text() == "Long_Hair, saber \\(fate\\), smile"
 
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import call, refused, run_line
 from made import CPU, QUICK, files_of
 
-from apps import export, maps, segment, tags
+from apps import captions, export, maps, segment
 from common import plots
 from common.command import cli
 from common.io import UserError, atomic, move
@@ -48,18 +48,18 @@ def test_a_caption_that_two_processes_write_has_the_words_of_both(tmp_path, old,
     file = tmp_path / "a.txt"
     if old:
         file.write_text(old)
-    plain, others = tags.save_text, []
+    plain, others = captions.save_text, []
 
     def save(text, path):
         """Between reading and writing, another process comes."""
-        monkeypatch.setattr(tags, "save_text", plain)
-        others.append(threading.Thread(target=tags.add_caption, args=(file, ["second"])))
+        monkeypatch.setattr(captions, "save_text", plain)
+        others.append(threading.Thread(target=captions.add_caption, args=(file, ["second"])))
         others[0].start()
         others[0].join(0.2)
         plain(text, path)
 
-    monkeypatch.setattr(tags, "save_text", save)
-    tags.add_caption(file, ["first"])
+    monkeypatch.setattr(captions, "save_text", save)
+    captions.add_caption(file, ["first"])
     others[0].join()
     kept = [old.rstrip(",")] if old else []
     assert file.read_text() == ", ".join([*kept, "first", "second"])
