@@ -515,7 +515,7 @@ def open_task(flags, device, autocast):
     else:
         # Where there is no dev, a tenth of train is held out (common/features.py).
         sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
-    train.same_as_begun(flags, "digest", data.fingerprint(sets[0].split), flags.data)
+    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
     pictures = len(sets[0].rows)
     flags.batch_size = min(flags.batch_size, pictures)
     if flags.method != "linear":  # there, no gradient passes through the encoder
@@ -834,7 +834,8 @@ def write_network(flags, task, folder, notes):
     # New pictures must be cut and resized as those of the training set were.
     header |= {"image_size": encoder.image_size, "packed_size": split["images"].shape[1]}
     header |= {name: split["header"][name] for name in ("crop", "margin")}
-    header |= {"data": flags.data, "split": flags.split, "hold_out": flags.hold_out}
+    header |= {"data": flags.data, "digest": flags.digest}
+    header |= {"split": flags.split, "hold_out": flags.hold_out}
     header["fixed_picture"] = of_fixed_picture(encoder)
     save_safetensors(head, folder / "head.safetensors", header)
 

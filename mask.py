@@ -189,8 +189,8 @@ def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, 
 
 def fg_heavy(patches, noise, t, hidden, share=0.9, spare=1):
     """Hides `share` of the foreground first; `spare` patches of each side stay visible."""
-    # A quota is reached in every image. A score would hide more of the foreground on average, but
-    # by how much would depend on how large the figure is.
+    # The quota is the same for every image, if M patches are enough for it. A score would hide more of
+    # the foreground on average, but by how much would depend on how large the figure is.
     return side_quota(patches["fg"] > 0.5, hidden, noise, share, spare)
 
 

@@ -79,8 +79,8 @@ class Attention(nn.Module):
         In fp32. They are computed again, because a fused attention does not return them.
         """
         q, k, _ = self.queries_keys_values(x)
-        # In fp32 even in autocast: bf16 keeps 8 significant bits, by which many patches would have
-        # the same probability, and a mask that follows attention could not rank them.
+        # In fp32 even in autocast: `rollout` multiplies these over all blocks, and roundings would add
+        # up. (For a mask alone bf16 would do, because the noise of the mask is larger.)
         with torch.autocast(x.device.type, enabled=False):
             scores = q[:, :, :queries].float() @ k.float().transpose(-2, -1)
             return (scores * q.shape[-1] ** -0.5).softmax(-1)

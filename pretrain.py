@@ -243,7 +243,8 @@ def set_length(flags, n_images, N, device, world):
             batch //= 2
     set_defaults(flags, batch_size=batch)
     b = min(flags.batch_size, n_images) // world
-    if b < (1 if flags.contrast == "none" else 2):  # the contrastive loss compares images
+    # The contrastive loss compares images, and with shuffle=1 one takes the map of another.
+    if b < (1 if flags.contrast == "none" and "shuffle=1" not in flags.mask else 2):
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; raise it")
     flags.batch_size = b * world
     train.warn_of_metal(flags.batch_size * (N + 1), device)
@@ -368,8 +369,11 @@ def make_teacher(encoder, flags, start):
     name = flags.teacher
     default = guidance.default_attention(vars(flags) if name == "self" else flags_of(name), name)
     kind = flags.attention or default
-    if default == "outlier" and kind != "outlier":
-        print(f"warning  nothing trains the attention ({kind}) of this teacher; --contrast does")
+    # A loss on the CLS token trains its attention in all blocks, one on the pooler that of the pooler.
+    trained = {"pooler": ("pooler",), "outlier": ()}.get(default, ("cls", "rollout"))
+    if kind not in (*trained, "outlier"):
+        fix = f"--contrast {'pooler' if kind == 'pooler' else 'cls'} does"
+        print(f"warning  nothing trains the attention ({kind}) of this teacher; {fix}")
     if name == "self":
         return guidance.average_of(encoder, kind, flags.epochs, start)
     teacher = load_teacher(name).to(encoder.cls_token.device)

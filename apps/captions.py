@@ -155,7 +155,7 @@ def add_caption(file, words, first=()):
             ours = set(map(plain, first))
             head, tail = [*itertools.takewhile(lambda word: plain(word) in ours, there)], old
             for word in head:
-                tail = tail.removeprefix(word).lstrip(", ")
+                tail = re.sub(rf"^(\s|{SEPARATOR.pattern})+", "", tail.removeprefix(word))
             save_text(join.join(filter(None, [*head, *before, tail, *behind])), file)
     return bool(new)
 

@@ -401,7 +401,7 @@ class Task:
 def open_task(flags, device, autocast):
     """Splits, rows, sides of the views in pixels, the encoder."""
     splits = open_splits(flags.data, flags.split)
-    train.same_as_begun(flags, "digest", data.fingerprint(splits["train"]), flags.data)
+    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
     rows, chosen, where = set_apart(splits)
     dev = (splits[where], chosen)
     held = splits[flags.split]

@@ -230,7 +230,6 @@ def answers_of_folds(flags, task, of_character, of_picture):
         raise UserError(f"a part of {flags.data} has too few pictures or characters; {fix}")
     of_start = train.UNSAVED | {"out", "device", "command"}  # others, where a run goes on
     config = {k: v for k, v in vars(flags).items() if k not in of_start}
-    config["digest"] = data.fingerprint(every.split)
     config = json.loads(json.dumps(config))  # as it will be read back
     others = open_others(flags.data)
     others = others if others and len(others[1]) >= count else None
@@ -329,7 +328,8 @@ def together(folds):
 def share_of(hits, labels, of_new=False):
     """Which pictures (n,) of characters (n,) do it: their share -> {"mean", "low", "high"}, in percent.
 
-    The mean over characters, since the faces of one are alike in how they are judged. The interval is
+    Of the pictures of these characters, or of_new: the mean over characters, because others will have
+    other numbers of pictures. The faces of one are alike in how they are judged, so the interval is
     Student's, over characters. Where all of them agree it would have no width, so its standard error
     is at least `least_error`.
     """
@@ -337,7 +337,7 @@ def share_of(hits, labels, of_new=False):
 
     shares = np.array([hits[labels == c].double().mean().item() for c in labels.unique()])
     C, n = len(shares), len(hits)
-    mean = shares.mean()
+    mean = shares.mean() if of_new else hits.double().mean().item()
     error = max(shares.std(ddof=1) / C**0.5 if C > 1 else 0.5, least_error(mean, n))
     if of_new:  # it is to hold for as many other characters, which differ as much as these
         error *= 2**0.5

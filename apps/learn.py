@@ -18,7 +18,9 @@ known; it is taken out of the gallery. A new training learns from all of OUT: py
     n pictures   D width of an embedding
 """
 
+import itertools
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -86,8 +88,11 @@ def by_hand(out, rows, names):
             who_of[folder] = "" if nobody else name_of(folder, "the folder")
         shows[str(file)] = who_of[folder]
         if copy not in copies:
-            added = dict.fromkeys(COLUMNS, "") | {"picture": str(file)}
-            moved[str(file)] = left.get(Path(*copy.parts[1:]), added)
+            added = dict.fromkeys(COLUMNS, "") | {"picture": os.path.abspath(file)}
+            # It may have been moved out of its subfolder, too.
+            alike = [row for below, row in left.items() if below.name == copy.name]
+            found = alike[0] if len(alike) == 1 else left.get(Path(*copy.parts[1:]), added)
+            moved[str(file)] = found
     return shows, moved
 
 
@@ -118,12 +123,12 @@ def learn(run, shows, moved, faces):
     path, done, told = Path(run) / GALLERY, [], []
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        for who in sorted({*shows.values()}):
-            own = [file for file in shows if shows[file] == who and file in faces]
-            files = [file for file in own if file in moved]
-            stayed = [file for file in own if file not in moved]
-            if who:
-                files += [stayed[i] for i in evenly_spaced(len(stayed), STAYED)]
+        # What was moved comes last: of two copies of one picture, the one that somebody moved is right.
+        for was_moved, who in itertools.product((False, True), sorted({*shows.values()})):
+            files = [file for file in shows if shows[file] == who and file in faces]
+            files = [file for file in files if (file in moved) == was_moved]
+            if not was_moved:
+                files = [files[i] for i in evenly_spaced(len(files), STAYED)] if who else []
             if not files:
                 continue
             embeddings = torch.stack([faces[file][1] for file in files])
@@ -184,7 +189,8 @@ def main():
     gone = {id(row) for row in taken.values()}
     rows = [row for row in rows if id(row) not in gone]
     for file, row in taken.items():
-        rows.append(row | {"name": shows[file], "copy": str(Path(file).relative_to(out))})
+        copy = Path(file).relative_to(out).as_posix()
+        rows.append(row | {"name": shows[file], "copy": copy})
     save_csv(rows, table, COLUMNS)
     after = load_gallery(args.run)
     stayed, asked = faces.keys() - moved.keys(), faces.keys() & moved.keys()

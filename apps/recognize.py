@@ -40,7 +40,7 @@ from common import fields
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
-from common.features import BY_FOLDS, evenly_of_each, open_all, open_rows, place_of_set
+from common.features import BY_FOLDS, evenly_of_each, open_all, open_rows, place_of_learned
 from common.io import UserError, quoted, read_json, read_safetensors, reading, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
@@ -294,13 +294,15 @@ def calibrate(embeddings, labels, held_out, unknown=None):
     """-> a dict of numbers for the gallery's header, where a run has held-out pictures.
 
     held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown: the same of
-    unknown ones; without them each known one stands in.
+    unknown ones, which may be few: each known one stands in for one, too.
     The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1, lift_of(logits))
     known_score = similarity_of(logits, known, gallery)
-    new_score = similarity_of(*unknown[:2], gallery) if unknown else as_unknown(gallery, held_out)
+    new_score = as_unknown(gallery, held_out)
+    if unknown:
+        new_score = torch.cat([new_score, similarity_of(*unknown[:2], gallery)])
     found = {"enrolled_threshold": enrolled_threshold(gallery, known, known_labels)}
     found["lift"] = gallery["lift"]
     curve = f1_curve(compared(known, gallery), known_labels)
@@ -506,7 +508,7 @@ def faces_learned(run, device, dtype):
     A run that learned every picture has no held_out: its folds have measured (apps/folds.py).
     """
     net, header, autocast = open_network(run, device, dtype)
-    folder = place_of_set(header["data"], run)
+    folder = place_of_learned(header, run)
     held = header.get("split", "val")
     hold_out = header.get("hold_out", 0)
     by_folds = held == BY_FOLDS
@@ -776,7 +778,7 @@ def known_faces(run, net, header, autocast, gallery):
     own, what = gallery["group"][:trained], "pictures that were learned"
     with contextlib.suppress(UserError):
         held = header.get("split", "val")
-        place = place_of_set(header["data"], run)
+        place = place_of_learned(header, run)
         sets, classes = open_rows(place, held, header.get("hold_out", 0))
         if classes != header["classes"]:
             raise UserError("another set lies there")  # nobody reads it: the gallery's are asked

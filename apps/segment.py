@@ -481,7 +481,7 @@ class Task:
 def open_task(flags, device, autocast):
     """Frames of each split, and the encoder."""
     splits = open_splits(flags.data, flags.split)
-    train.same_as_begun(flags, "digest", data.fingerprint(splits["train"]), flags.data)
+    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
     for kind in KINDS:
         if kind not in splits["train"]["header"]["classes"]:
             fix = "python data.py FOLDER packs the folders drawn, photographed, and more of mixed frames"

@@ -39,7 +39,7 @@ from apps.recognize import all_answers, answers, compared, open_recogniser, pars
 from common.command import between, cli, progress, refuse_useless
 from common.io import UserError, atomic, quoted, reading, save_csv
 from common.locks import reserve
-from ingest.pictures import file_name, picture_files, tell_problems
+from ingest.pictures import file_name, picture_files, shortened, tell_problems
 
 SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
 COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
@@ -151,7 +151,7 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
         # Of the others, those without a face are done. Those that can't be read may be mended.
         unread = {key for key, _ in problems}
         left = [file for file in not_listed(wanted, rows) if file not in unread]
-        rows += [dict.fromkeys(COLUMNS, "") | {"picture": file} for file in left]
+        rows += [dict.fromkeys(COLUMNS, "") | {"picture": os.path.abspath(file)} for file in left]
     except UserError:
         # After an earlier call, perhaps nothing is left but what can't be read.
         if not before or {*args.images} - {key for key, _ in problems}:
@@ -220,7 +220,7 @@ def folders_of(names):
     folders = {}
     taken = {UNKNOWN}
     for name in names:
-        folder = file_name(name)
+        folder = shortened(file_name(name), name)
         while folder.casefold() in taken:
             folder += "_"
         taken.add(folder.casefold())
@@ -245,7 +245,9 @@ def copies_of(file, faces, name, folders, out):
         with contextlib.suppress(OSError):  # not every disk keeps times and modes
             shutil.copystat(file, out / copy)  # it may forbid to write
         numbers = face["similarity"], face["confidence"]
-        rows.append(dict(zip(COLUMNS, (file, who, *numbers, copy), strict=True)))
+        # A whole path, and / in it: the next command may be given in another folder, or on another system.
+        cells = os.path.abspath(file), who, *numbers, copy.as_posix()
+        rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows
 
 

@@ -435,7 +435,7 @@ def open_task(flags, device, autocast):
     arm, keys = parse_keys(flags.arm, ARM_KEYS, "--arm")
     sets, classes = open_rows(flags.data, flags.split, 0)
     train_set = sets[0]
-    train.same_as_begun(flags, "digest", data.fingerprint(train_set.split), flags.data)
+    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
     for images in sets:
         if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
             fix = "python data.py LIST --out DIR packs a table with a column of tags"

@@ -42,7 +42,7 @@ from apps.recognize import (
 )
 from common import metrics
 from common.command import cli, command
-from common.features import BY_FOLDS, place_of_set, results_folder
+from common.features import BY_FOLDS, place_of_learned, place_of_set, results_folder
 from common.io import UserError, save_json
 from common.locks import reserve
 from common.train import commit, machine
@@ -221,21 +221,29 @@ def measure(asked, own, learned, least=ALIKE):
 
 def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
-    learned = place_of_set(header["data"], args.run)
+    learned = place_of_set(header["data"], args.run, header.get("digest"))
     by_folds = header.get("split") == BY_FOLDS
     folder = Path(data.open_or_pack(args.data or learned))
     if by_folds and folder.resolve() == learned.resolve():
         fix = f"{args.run}/{PROMISE} says what was measured before; give --data OTHER"
         raise UserError(f"{args.run} learned every picture of {folder}; {fix}")
+    if folder.resolve() == learned.resolve():
+        place_of_learned(header, args.run)  # it is still the same set
     home = results_folder(args.run, folder, args.split, learned)
     reserve([home / "recognize.json"], fix="choose another --data or --split")
-    crop = data.open_split(folder, args.split)["header"].get("crop")
-    if crop != header["crop"]:
-        fix = f"{args.run} learned from --crop {header['crop']}: pack it so"
-        print(f"note: {folder} was packed by --crop {crop}, and {fix}", file=sys.stderr)
+    of_split = data.open_split(folder, args.split)["header"]
+    asked_cut, own_cut = (
+        [some.get(name) for name in ("crop", "margin")] for some in (of_split, header)
+    )
+    if asked_cut != own_cut:
+        cuts = [f"--crop {crop}:margin={margin}" for crop, margin in (asked_cut, own_cut)]
+        fix = f"{args.run} learned from {cuts[1]}: pack it so"
+        print(f"note: {folder} was packed by {cuts[0]}, and {fix}", file=sys.stderr)
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and data.splits_in(learned) and not by_folds:
-        own = faces_of(net, gallery, learned, header.get("split", "val"), autocast)
+        with contextlib.suppress(UserError):  # another set may lie there now
+            place = place_of_learned(header, args.run)
+            own = faces_of(net, gallery, place, header.get("split", "val"), autocast)
     found = measure(asked, own, gallery["learned"], gallery.get("alike", ALIKE))
     if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")

@@ -216,7 +216,12 @@ def predict(net, pooled):
 CONFIG = {"head": one_of(*HEADS), "pool": one_of(*HEAD_POOLS), "dim": whole(1, 2**14)}
 CONFIG |= {"margin?": number(*BOUNDS["margin"]), "scale": number(*BOUNDS["scale"])}
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
-LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test", BY_FOLDS), "hold_out?": whole(0)}
+LEARNED = {
+    "data": TEXT,
+    "digest?": TEXT,
+    "split?": one_of("val", "dev", "test", BY_FOLDS),
+    "hold_out?": whole(0),
+}
 HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
 HEAD |= {"fixed_picture?": list_of(number(), 1, 16)}
 

@@ -17,8 +17,10 @@ Let i and j be the two views of a picture, and k any view of the batch:
     h = unit(projector(s))          s (D): what pooler or CLS token says of the visible patches
     L_i = -log( exp(h_i h_j / T) / sum_k exp(h_i h_k / T) )
 
-The sum over k != i is NT-Xent (SimCLR, Chen et al. 2020, arXiv:2002.05709). DCL leaves k = j out of
-the sum (Yeh et al. 2021, arXiv:2110.06848). The projector is dropped after training.
+The sum over k != i is NT-Xent (normalised temperature-scaled cross-entropy; SimCLR, Chen et al. 2020,
+arXiv:2002.05709). DCL (decoupled contrastive learning, Yeh et al. 2021, arXiv:2110.06848) leaves k = j
+out of the sum, too: otherwise a pair that is alike already makes the gradient of all its negatives
+small. The projector is dropped after training.
 
     b pictures of a step   m of them have a second view   D width of the encoder   E of a vector
 """
@@ -37,8 +39,8 @@ JITTER = 0.3  # by so much brightness, contrast and saturation of a second view 
 # A weight of 2 would change nothing: AdamW divides by the size of the gradient, and no other loss
 # trains the pooler.
 SETTINGS = {
-    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0, "share": 0.5, "every": 2},
-    "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0.0, "share": 1.0, "every": 1},
+    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1, "share": 0.5, "every": 2},
+    "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0, "share": 1.0, "every": 1},
     "none": {},
 }
 
@@ -71,7 +73,8 @@ class Contrast(nn.Module):
         -> images, figures u8 (m, S, S) or None, boxes (m, 4), flips (m,), colours (m, 3) and noise
         (m, N), for `second_views`; and groups (b,) of all images, for `forward`.
         """
-        m = max(1, round(self.settings["share"] * len(images)))
+        # Two at least, for the background of another picture.
+        m = min(len(images), max(2, round(self.settings["share"] * len(images))))
         device = images.device
         figures = None if self.figures is None else data.take(self.figures, index[:m], device)
         boxes, flip = data.draw_boxes(m, generator, self.min_crop)

@@ -113,9 +113,28 @@ def can_leave_out(folder):
     return int((torch.bincount(labels[labels >= 0]) > 1).sum()) >= 3
 
 
-def place_of_set(name, run):
-    """Where the packed set that a run names lies now (see `places_of`); the name if it is nowhere."""
-    return next(filter(data.splits_in, places_of(name, run)), Path(name))
+def place_of_set(name, run, digest=None):
+    """Where the packed set that a run names lies now (see `places_of`); the name if it is nowhere.
+
+    Of several, it is the first with this digest, or else the first.
+    """
+    packed = [*filter(data.splits_in, places_of(name, run))]
+    same = [place for place in packed if digest and data.digest(place) == digest]
+    return next(iter(same + packed), Path(name))
+
+
+def place_of_learned(header, run):
+    """Where the set that a recogniser learned lies now; a UserError if another set lies there.
+
+    header: of its head.safetensors. In a set that was packed anew, pictures that it has learned may be
+    among those that are to measure it.
+    """
+    digest = header.get("digest")  # older files do not say it
+    place = place_of_set(header["data"], run, digest)
+    if digest and data.splits_in(place) and data.digest(place) != digest:
+        fix = "put the old set back, or train again; --data measures a set that lies elsewhere"
+        raise UserError(f"{place} was packed anew since {run} learned from it: {fix}")
+    return place
 
 
 def set_of(run):

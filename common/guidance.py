@@ -130,8 +130,8 @@ class MapScore(Source):
 class TeacherScore(MapScore):
     """attn: the attention of a teacher, kept as maps that it makes at the start of some epochs.
 
-    A map for every crop would cost as much as the step itself, because the teacher reads all patches
-    and the encoder a quarter. Maps of whole images are made a few times, and cropped as the images.
+    A map for every crop would take 57 % of a step (results/TRIED.md), because the teacher reads all
+    patches and the encoder a quarter. Maps of whole images are made a few times, and cropped as the images.
     """
 
     def __init__(self, encoder, teacher, out, shuffle=False):

@@ -92,7 +92,7 @@ def attention_of(run, encoder, images, rows):
 
 def hidden_by(strategy, patches, n, N, ratio):
     """(n, N) bool: what a strategy hides at the end of a run, with the same noise as others."""
-    K = masking.kept(N, ratio)
+    K = masking.kept(N, min(ratio, 1 - 1 / N))  # of a small grid, one patch stays
     noise = masking.gumbel_noise(n, N, seeded(0))
     _, ids_mask = masking.sample(strategy(patches, noise, 1.0, N - K), K)
     return torch.zeros(n, N, dtype=torch.bool).scatter(1, ids_mask, True)

@@ -155,7 +155,7 @@ def warn_of_metal(rows, device):
 
 
 def keep_freed_memory(heaps=None):
-    """Let glibc keep large blocks for the next step: 15 % of a step's time on a CPU (results/TRIED.md)."""
+    """Let glibc keep large blocks for the next step: 14 % of a step's time on a CPU (results/TRIED.md)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # there is no glibc here
         libc = ctypes.CDLL(None)
         if heaps:

@@ -357,7 +357,8 @@ def pack(path, out, **flags):
 def write_set(flags):
     """Pack a source, while no other process writes OUT: a stage that packs first goes on for hours."""
     source, out = (Path(path).resolve() for path in (flags.path, flags.out))
-    if flags.path not in (*DRAWN, "-") and source.is_relative_to(out):  # nobody should remove that
+    is_there = flags.path not in (*DRAWN, "-") and source.exists()
+    if is_there and source.is_relative_to(out):  # nobody should remove that
         fix = f"python data.py {quoted(flags.path)} --out datasets/OTHER packs them elsewhere"
         raise UserError(f"{flags.out} holds the pictures themselves; {fix}")
     with locked(lock_beside(flags.out)):

@@ -143,6 +143,7 @@ def demo_note(trained_on):
 def file_name(name):
     """A name as a file or folder can have it on every system."""
     name = FORBIDDEN.sub("_", name)
+    name = re.sub(r"^\.", "_", name)  # what begins with a dot is hidden
     return f"_{name}" if DEVICES.match(name) else name  # CON.png_ would still be a device
 
 

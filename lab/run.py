@@ -319,7 +319,7 @@ def check(args, arms):
     for name, fix in plan.get("planes", {}).items():
         if name not in train:
             raise UserError(f"{args.data} has no {name}, which {args.name} needs; {fix} makes some")
-    args.digest = f"{data.fingerprint(train)}-{data.fingerprint(held)}"
+    args.digest = data.digest(args.data)
     commands = json.dumps([plan["arms"][arm] for arm in arms] + [plan.get("made")])
     networks = {args.set.get("encoder"), *re.findall(r"weights/[\w-]+", commands)} - {None}
     for file in map(model_file, sorted(networks)):

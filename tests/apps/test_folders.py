@@ -52,6 +52,11 @@ def test_tags_between_spaces_stay_apart(tmp_path):
     file.write_text("1girl blue_hair solo\n")
     assert captions.add_caption(file, ["blue hair", "short skirt"], ["my style"])
     assert file.read_text() == "my_style 1girl blue_hair solo short_skirt"
+    file.write_text("mystyle，1girl、solo")
+    assert captions.add_caption(file, ["smile"], ["mystyle", "Rem"])
+    assert file.read_text() == "mystyle, Rem, 1girl、solo, smile"
+    file.write_text("1girl blue_hair solo\n")
+    captions.add_caption(file, ["blue hair", "short skirt"], ["my style"])
     assert not captions.is_spaced("ohwx_girl") and captions.is_spaced("1girl blue_hair")
     assert len(packing.words_of(file.read_text())) == 5
     sentence = "a photo of ohwx_girl standing in a park"

@@ -2,8 +2,10 @@
 
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import draw_folder, json_of, refused, run_line
 from made import CPU
@@ -81,6 +83,29 @@ def test_what_stayed_beside_a_correction_is_learned_too(fresh):
     gallery = recognize.load_gallery("runs/a-lora")
     assert count + len(known) - 1 == len(gallery["keys"])
     assert f"of {len(known) - 1} pictures that stayed" in told and "of them new" in told
+
+
+@pytest.mark.parametrize("right", ["class0", "class1"])
+def test_of_two_copies_of_one_picture_the_one_that_was_moved_is_right(fresh, right):
+    wrong = {"class0": "class1", "class1": "class0"}[right]
+    draw_folder(fresh / "new", 1, 4, seed=5)
+    run_line(f"{SORT} new --threshold 2 --out out", fresh, check=0)
+    first, *others = sorted(table(fresh))
+    move(fresh, first, to=wrong)
+    learned(fresh)  # it is one of those that stay there from now on
+    below = first.split("/", 1)[1]
+    Image.open(fresh / "out" / wrong / below).save(fresh / "out/unknown/twin.png")
+    move(fresh, "unknown/twin.png", to=right)
+    learned(fresh)
+    gallery = recognize.load_gallery("runs/a-lora")
+    (label,) = (
+        n for key, n in zip(gallery["keys"], gallery["labels"], strict=True) if "twin" in key
+    )
+    assert gallery["names"][label] == right
+    # moved out of its subfolder as well, it is still the picture that was sorted
+    assert len(Path(others[0]).parts) > 2
+    shutil.move(fresh / "out" / others[0], fresh / "out" / right / Path(others[0]).name)
+    assert f"1 unknown -> {right}" in learned(fresh)
 
 
 def test_after_a_picture_was_copied_to_a_second_folder_more_can_be_sorted(fresh):

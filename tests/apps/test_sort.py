@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def table(fresh):
         return list(csv.DictReader(file))
 
 
-def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh):
+def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh, monkeypatch):
     before = files_of(fresh / "images")
     other = fresh / "images/photo.heic"
     other.write_bytes(b"not read")
@@ -37,7 +38,7 @@ def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh)
     rows = table(fresh)
     answers = json_of(f"apps.recognize runs/a-lora {CPU} images --json", fresh)
     names = {r["picture"]: r["name"] or "" for r in answers}
-    assert {r["picture"].removeprefix("images/"): r["name"] for r in rows} == names
+    assert {os.path.relpath(r["picture"], fresh / "images"): r["name"] for r in rows} == names
     for row in rows:
         copy = fresh / "out" / row["copy"]
         assert copy.parts[len(fresh.parts) + 1] == (row["name"] or "unknown")
@@ -54,6 +55,10 @@ def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh)
     own.write_bytes(copy)
     assert "of them done" in run_line(line, fresh, check=0).stdout
     assert table(fresh) == rows and not gone.exists()
+    (fresh / "elsewhere").mkdir()  # another folder to start in is no reason to copy all again
+    monkeypatch.chdir(fresh / "elsewhere")
+    again = run_line(f"apps.sort ../runs/a-lora ../images --out ../out {CPU}", Path.cwd(), check=0)
+    assert f"{len(rows)} pictures, {len(rows)} of them done" in again.stdout
 
 
 def test_a_kill_at_the_first_copy_leaves_a_folder_that_is_known_as_sorted(fresh, monkeypatch):
@@ -107,7 +112,7 @@ def test_a_broken_picture_is_sorted_once_it_is_mended(fresh):
     assert "0 copies" in run_line(f"{SORT} images --out out", fresh, check=0).stdout
     (fresh / FOLDER / "illust0_0.png").write_bytes(whole)
     assert "1 copies" in run_line(f"{SORT} images --out out", fresh, check=0).stdout
-    (row,) = [row for row in table(fresh) if row["picture"] == f"{FOLDER}/illust0_0.png"]
+    (row,) = [x for x in table(fresh) if x["picture"] == str(fresh / FOLDER / "illust0_0.png")]
     assert (fresh / "out" / row["copy"]).read_bytes() == whole
 
 
@@ -178,10 +183,23 @@ def test_a_folder_is_grouped_and_what_is_known_has_its_name(fresh):
 
 
 def test_every_character_has_a_folder_that_every_system_allows():
-    names = ["re:zero", "re?zero", "Miku", "miku", "unknown", "CON", "a/b", "dot.", "初音ミク"]
+    names = [
+        "re:zero",
+        "re?zero",
+        "Miku",
+        "miku",
+        "unknown",
+        "CON",
+        "a/b",
+        "dot.",
+        "初音ミク",
+        ".hack",
+    ]
+    names += ["ミ" * 100, "ミ" * 99 + "ク"]
     folders = sort.folders_of(names)
     assert folders["初音ミク"] == "初音ミク" and folders["Miku"] == "Miku"
     assert len({folder.casefold() for folder in folders.values()}) == len(names)
     for folder in folders.values():
         assert not set('<>:"/\\|?*') & set(folder) and folder[-1] not in ". "
+        assert folder[0] != "." and len(folder.encode()) < 255
         assert folder.casefold() not in ("con", "unknown")

@@ -104,6 +104,16 @@ def test_a_set_is_found_where_pictures_are_and_not_where_a_network_has_its_name(
     assert found.samefile("moved/datasets/toon-of-mine")
 
 
+def test_a_set_that_was_packed_anew_does_not_measure_what_learned_the_old_one(fresh):
+    shutil.move(fresh / "datasets/packed", fresh / "datasets/old")
+    shutil.copytree(fresh / "datasets/other", fresh / "datasets/packed")  # dealt by another seed
+    assert "packed anew" in refused(run_line(MEASURE, fresh))
+    assert "packed anew" in refused(run_line(f"{MEASURE} --data datasets/packed", fresh))
+    run_line(f"{MEASURE} --data datasets/old", fresh, check=0)
+    (fresh / "runs/a-lora/gallery.safetensors").unlink()
+    assert "packed anew" in refused(run_line(f"apps.recognize runs/a-lora images {CPU}", fresh))
+
+
 @pytest.mark.parametrize(
     ("known", "right", "unknown", "error"),
     [

@@ -220,6 +220,20 @@ def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_the_digest_of_a_set_sees_a_label_of_each_split(tmp_path):
+    files = sorted(draw_folder(tmp_path / "images", classes=3, each=12).rglob("*.png"))
+    digests = set()
+    for wrong in (None, 0, 1, 2):  # whose label is another one: of train, val, dev
+        lines = ["path,label,split"]
+        for i, file in enumerate(files):
+            label = "class2" if i == wrong else file.parent.name
+            lines.append(f"{file},{label},{('train', 'val', 'dev')[i % 3]}")
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        packed(tmp_path, "list.csv", out=f"out{wrong}")
+        digests.add(data.digest(tmp_path / f"out{wrong}"))
+    assert len(digests) == 4
+
+
 @pytest.mark.slow
 def test_the_shared_faces_pack_whole(tmp_path):
     faces = shared_file("faces20.zip")

@@ -107,7 +107,7 @@ def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast):
     ],
 )
 def test_a_curve_has_points_enough(device, epochs, least, most):
-    flags = SimpleNamespace(epochs=epochs, contrast="none", given={"epochs"})
+    flags = SimpleNamespace(epochs=epochs, contrast="none", mask="random", given={"epochs"})
     pretrain.set_length(flags, 1680, 64, torch.device(device), 1)
     points = {*range(0, epochs, flags.eval_every), epochs}
     assert least <= len(points) <= most
@@ -117,7 +117,7 @@ def test_a_curve_has_points_enough(device, epochs, least, most):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_is_as_long_for_few_images_as_for_many(device, images):
     """Also where many of them do not fill a batch, and wait for another epoch."""
-    flags = SimpleNamespace(contrast="none", given=set())
+    flags = SimpleNamespace(contrast="none", mask="random", given=set())
     _, steps = pretrain.set_length(flags, images, 64, torch.device(device), 1)
     views = pretrain.DEFAULTS[device]["views"]
     assert flags.epochs * steps * flags.batch_size == pytest.approx(views, rel=0.1)
@@ -125,7 +125,7 @@ def test_a_run_is_as_long_for_few_images_as_for_many(device, images):
 
 @pytest.mark.parametrize(("N", "batch"), [(64, 256), (144, 128), (256, 64)])
 def test_a_step_of_a_mac_has_no_more_tokens_than_torch_adds_up_rightly(N, batch):
-    flags = SimpleNamespace(contrast="none", given=set())
+    flags = SimpleNamespace(contrast="none", mask="random", given=set())
     pretrain.set_length(flags, 5000, N, torch.device("mps"), 1)
     assert flags.batch_size == batch and batch * (N + 1) < 32_767
 
