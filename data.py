@@ -153,7 +153,7 @@ def fingerprint(split):
 
 
 def digest(folder):
-    """The fingerprints of all splits of a packed set: what was learned, chosen and reported by."""
+    """The fingerprints of train, val, test and dev: what was learned, chosen and reported by."""
     # That of train alone would not see that a label of dev was mended, or that pictures were dealt anew.
     return "-".join(fingerprint(open_split(folder, name)) for name in splits_in(folder))
 

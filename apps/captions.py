@@ -15,6 +15,7 @@ from common.locks import lock_beside, locked
 from ingest.pictures import demo_note, picture_files, tell_problems
 from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon
 
+GAP = rf"(\s|{SEPARATOR.pattern})+"  # between two tags
 OF_SENTENCES = {"a", "an", "the", "of", "in", "on", "with", "and", "is"}  # no tags
 
 
@@ -138,7 +139,7 @@ def add_caption(file, words, first=()):
     with locked(lock_beside(file), wait=True):  # another process may write the same caption
         if file.exists():
             with reading(file, "caption in UTF-8", "save it as UTF-8"):
-                old = file.read_text("utf-8-sig").strip().rstrip(",")
+                old = re.sub(f"^{GAP}|{GAP}$", "", file.read_text("utf-8-sig"))
         if is_spaced(old):
             there, join, space = old.split(), " ", "_"
         else:
@@ -155,7 +156,7 @@ def add_caption(file, words, first=()):
             ours = set(map(plain, first))
             head, tail = [*itertools.takewhile(lambda word: plain(word) in ours, there)], old
             for word in head:
-                tail = re.sub(rf"^(\s|{SEPARATOR.pattern})+", "", tail.removeprefix(word))
+                tail = re.sub(f"^{GAP}", "", tail.removeprefix(word))
             save_text(join.join(filter(None, [*head, *before, tail, *behind])), file)
     return bool(new)
 

@@ -18,6 +18,7 @@ known; it is taken out of the gallery. A new training learns from all of OUT: py
     n pictures   D width of an embedding
 """
 
+import filecmp
 import itertools
 import math
 import os
@@ -41,9 +42,9 @@ from apps.recognize import (
     save_gallery,
     with_named,
 )
-from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted
+from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted, save_sorted
 from common.command import cli, progress, refuse_useless
-from common.io import UserError, quoted, save_csv
+from common.io import UserError, quoted
 from common.locks import lock_beside, locked, reserve
 from data import CHUNK, evenly_spaced
 from ingest.layouts import UNNAMED, shows_nobody
@@ -77,6 +78,9 @@ def by_hand(out, rows, names):
     who_of = who_is_in(rows, names)
     copies = {Path(row["copy"]): row for row in rows if row["copy"]}
     left = {Path(*copy.parts[1:]): row for copy, row in copies.items() if not (out / copy).exists()}
+    named = {}  # the same, by the name of the file alone: it may have been moved out of its subfolder
+    for below, row in left.items():
+        named.setdefault(below.name, []).append(row)
     shows, moved = {}, {}
     for file in picture_files(out).values():
         copy = file.relative_to(out)
@@ -89,11 +93,14 @@ def by_hand(out, rows, names):
         shows[str(file)] = who_of[folder]
         if copy not in copies:
             added = dict.fromkeys(COLUMNS, "") | {"picture": os.path.abspath(file)}
-            # It may have been moved out of its subfolder, too.
-            alike = [row for below, row in left.items() if below.name == copy.name]
-            found = alike[0] if len(alike) == 1 else left.get(Path(*copy.parts[1:]), added)
-            moved[str(file)] = found
+            equal = (row for row in named.get(copy.name, ()) if is_copy(file, row["picture"]))
+            moved[str(file)] = left.get(Path(*copy.parts[1:])) or next(equal, added)
     return shows, moved
+
+
+def is_copy(file, original):
+    """Is a file the copy of another one, which may be gone?"""
+    return os.path.exists(original) and filecmp.cmp(file, original, shallow=False)
 
 
 def told(shows, moved):
@@ -123,12 +130,18 @@ def learn(run, shows, moved, faces):
     path, done, told = Path(run) / GALLERY, [], []
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        # What was moved comes last: of two copies of one picture, the one that somebody moved is right.
-        for was_moved, who in itertools.product((False, True), sorted({*shows.values()})):
-            files = [file for file in shows if shows[file] == who and file in faces]
-            files = [file for file in files if (file in moved) == was_moved]
-            if not was_moved:
-                files = [files[i] for i in evenly_spaced(len(files), STAYED)] if who else []
+        known = {*gallery["names"]}
+        # What was moved comes last, and what was added before stays where it is: of two copies of one
+        # picture, the one that somebody moved is right.
+        for last, who in itertools.product((False, True), sorted({*shows.values()})):
+            own = [file for file in shows if shows[file] == who and file in faces]
+            files = [file for file in own if file in moved] if last else []
+            if who and last == (
+                who not in known
+            ):  # of somebody new, all together have to be enough
+                stayed = [file for file in own if file not in moved]
+                stayed = [file for file in stayed if not was_added(faces[file][1], gallery)]
+                files += [stayed[i] for i in evenly_spaced(len(stayed), STAYED)]
             if not files:
                 continue
             embeddings = torch.stack([faces[file][1] for file in files])
@@ -146,6 +159,11 @@ def learn(run, shows, moved, faces):
     for line in told:
         print(line)
     return done
+
+
+def was_added(embedding, gallery):
+    """Is this picture, an embedding (D,), one of those that were added to a gallery?"""
+    return same_pictures(embedding[None], gallery["embeddings"][gallery["trained"] :]).any()
 
 
 def without(gallery, embeddings):
@@ -191,7 +209,7 @@ def main():
     for file, row in taken.items():
         copy = Path(file).relative_to(out).as_posix()
         rows.append(row | {"name": shows[file], "copy": copy})
-    save_csv(rows, table, COLUMNS)
+    save_sorted(rows, table)
     after = load_gallery(args.run)
     stayed, asked = faces.keys() - moved.keys(), faces.keys() & moved.keys()
     taught = sum(shows[file] != "" for file in done)

@@ -140,13 +140,13 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
         return row["picture"].rpartition("[")[0] if args.detect else row["picture"]
 
     before = saved = len(rows)
-    save_csv(rows, table, COLUMNS)  # from now on the folder is known as ours
+    save_sorted(rows, table)  # from now on the folder is known as ours
     try:
         pictures = None if args.detect else len(args.images)  # a page may have several faces
         for file, faces in itertools.groupby(progress(found, "sort", pictures), file_of):
             rows += copies_of(file, faces, wanted[file], folders, table.parent)
             if len(rows) > 1.02 * saved + SAVED_AFTER:  # all of it is written each time
-                save_csv(rows, table, COLUMNS)
+                save_sorted(rows, table)
                 saved = len(rows)
         # Of the others, those without a face are done. Those that can't be read may be mended.
         unread = {key for key, _ in problems}
@@ -157,7 +157,7 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
         if not before or {*args.images} - {key for key, _ in problems}:
             raise
     finally:  # Ctrl-C, too
-        save_csv(rows, table, COLUMNS)
+        save_sorted(rows, table)
     copies = [row["copy"] != "" for row in rows]
     more = f"{sum(copies[before:])} copies, {sum(copies)} in all"
     if len(copies) > sum(copies):
@@ -209,10 +209,25 @@ def open_sorted(table):
     if table.exists():
         with reading(table, "table of apps/sort.py", "choose another --out"):
             _, *rows = csv.reader(io.StringIO(table.read_text("utf-8", "surrogateescape")))
-            return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+            rows = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        return [row | {"picture": os.path.abspath(table.parent / row["picture"])} for row in rows]
     if any(not path.name.startswith(".") for path in table.parent.iterdir()):  # .lock, .DS_Store
         raise UserError(f"{table.parent} has files, and no {SORTED}; choose a new folder")
     return []
+
+
+def save_sorted(rows, table):
+    """Rows with absolute paths -> sorted.csv, in which they begin at its folder.
+
+    So both can be moved, and the next command can be given in another folder.
+    """
+    cells = []
+    for row in rows:
+        picture = row["picture"]
+        with contextlib.suppress(ValueError):  # it lies on another drive
+            picture = Path(os.path.relpath(picture, table.parent)).as_posix()
+        cells.append(row | {"picture": picture})
+    save_csv(cells, table, COLUMNS)
 
 
 def folders_of(names):
@@ -245,7 +260,6 @@ def copies_of(file, faces, name, folders, out):
         with contextlib.suppress(OSError):  # not every disk keeps times and modes
             shutil.copystat(file, out / copy)  # it may forbid to write
         numbers = face["similarity"], face["confidence"]
-        # A whole path, and / in it: the next command may be given in another folder, or on another system.
         cells = os.path.abspath(file), who, *numbers, copy.as_posix()
         rows.append(dict(zip(COLUMNS, cells, strict=True)))
     return rows

@@ -219,9 +219,16 @@ def measure(asked, own, learned, least=ALIKE):
     return row
 
 
+def cut_of(header):
+    """How a set was cut, as --crop says it."""
+    margin = f":margin={header['margin']:g}" if header.get("crop") == "figure" else ""
+    return f"{header.get('crop')}{margin}"
+
+
 def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
-    learned = place_of_set(header["data"], args.run, header.get("digest"))
+    digest = None if args.data else header.get("digest")
+    learned = place_of_set(header["data"], args.run, digest)
     by_folds = header.get("split") == BY_FOLDS
     folder = Path(data.open_or_pack(args.data or learned))
     if by_folds and folder.resolve() == learned.resolve():
@@ -232,18 +239,17 @@ def measure_run(args, net, header, gallery, autocast):
     home = results_folder(args.run, folder, args.split, learned)
     reserve([home / "recognize.json"], fix="choose another --data or --split")
     of_split = data.open_split(folder, args.split)["header"]
-    asked_cut, own_cut = (
-        [some.get(name) for name in ("crop", "margin")] for some in (of_split, header)
-    )
+    asked_cut, own_cut = cut_of(of_split), cut_of(header)
     if asked_cut != own_cut:
-        cuts = [f"--crop {crop}:margin={margin}" for crop, margin in (asked_cut, own_cut)]
-        fix = f"{args.run} learned from {cuts[1]}: pack it so"
-        print(f"note: {folder} was packed by {cuts[0]}, and {fix}", file=sys.stderr)
+        fix = f"{args.run} learned from --crop {own_cut}: pack it so"
+        print(f"note: {folder} was packed by --crop {asked_cut}, and {fix}", file=sys.stderr)
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and data.splits_in(learned) and not by_folds:
-        with contextlib.suppress(UserError):  # another set may lie there now
+        try:
             place = place_of_learned(header, args.run)
             own = faces_of(net, gallery, place, header.get("split", "val"), autocast)
+        except UserError as problem:
+            print(f"note: no known characters are compared: {problem}", file=sys.stderr)
     found = measure(asked, own, gallery["learned"], gallery.get("alike", ALIKE))
     if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")

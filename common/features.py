@@ -3,6 +3,7 @@
 A set of features is a dict {"train": (n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -119,8 +120,8 @@ def place_of_set(name, run, digest=None):
     Of several, it is the first with this digest, or else the first.
     """
     packed = [*filter(data.splits_in, places_of(name, run))]
-    same = [place for place in packed if digest and data.digest(place) == digest]
-    return next(iter(same + packed), Path(name))
+    same = (place for place in packed if digest and data.digest(place) == digest)
+    return next(itertools.chain(same, packed), Path(name))
 
 
 def place_of_learned(header, run):
@@ -132,8 +133,8 @@ def place_of_learned(header, run):
     digest = header.get("digest")  # older files do not say it
     place = place_of_set(header["data"], run, digest)
     if digest and data.splits_in(place) and data.digest(place) != digest:
-        fix = "put the old set back, or train again; --data measures a set that lies elsewhere"
-        raise UserError(f"{place} was packed anew since {run} learned from it: {fix}")
+        fix = "put the old set back, or train again"
+        raise UserError(f"{place} was packed anew since {run} learned from it; {fix}")
     return place
 
 

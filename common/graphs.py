@@ -20,7 +20,7 @@ class Replayed:
     Inputs are tensors of the GPU, numbers, or None; inside, numbers are tensors, too. A graph reads
     and writes at fixed addresses. So each call copies its inputs there, and its results are
     overwritten by the next call: clone what is kept. Nothing in `update` may wait for the GPU. What
-    can't be recorded runs as it is from then on, with a note.
+    can't be recorded runs as it is from then on, with the inputs as they are, and a note says so.
     """
 
     def __init__(self, update, optimizer, device):

@@ -144,7 +144,7 @@ def test_nothing_but_the_scores_depends_on_what_is_reported(places, case, no_pic
     found = differences(*(written(place / out) for place in places))
     for place in places:
         shutil.rmtree(place / "run", ignore_errors=True)
-    # The digest of a set is that of all its splits, and decides nothing.
+    # The digest of a set is that of all its splits, and decides only whether it is still the same set.
     others = {name for name in found if reported.isdisjoint(name) and name[-1] != "digest"}
     assert not others, "these were chosen on what is reported, or learned from it"
     assert found, "no poison arrived"

@@ -206,6 +206,10 @@ def test_each_source_gives_the_score_of_its_name(batch):
     assert drawn["attention"].shape == (6, 4, 4) and len(drawn) == 2  # the view is no score
 
 
+def test_of_a_small_grid_a_patch_stays_visible_on_the_sheet():
+    assert sheets.hidden_by(masking.random, {}, 2, 9, 0.9).sum(1).tolist() == [8, 8]
+
+
 def test_parts_get_a_colour_each_and_dark_maps_stay_maps():
     parts = sheets.coloured(torch.arange(21)[None, None])[0, 0]
     assert len({*map(tuple, parts.tolist())}) == 21

@@ -283,6 +283,14 @@ def contrast_of(settings, figures=None):
     return Contrast(M.ViT(32, 8, 32, 1, 1), settings, train_set, figures, 0.4)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.01, 2), (0.5, 3), (1.0, 6)])
+def test_a_second_view_has_another_one_to_take_the_background_from(share, count):
+    contrast = contrast_of(SETTINGS["cls"] | {"share": share})
+    images = torch.zeros(6, 32, 32, 3, dtype=torch.uint8)
+    drawn = contrast.draw(images, torch.tensor([0, 1, 2, 3, 0, 1]), seeded(0))
+    assert len(drawn[0]) == count
+
+
 def test_the_projector_is_a_normed_network_on_the_groups_of_the_data():
     contrast = contrast_of(SETTINGS["cls"] | {"weight": 3.0, "temperature": 0.15, "dcl": 1})
     tokens, others = torch.randn(4, 5, 32), torch.randn(2, 5, 32)

@@ -16,6 +16,7 @@ from common import train
 from common.checkpoints import is_decoder
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import read_log
+from model import Pooler, ViT
 
 QUICK = ["--device", "cpu", "--batch-size", 16, "--epochs", 2]
 WHOLE = ["--model", "nano:image_size=32", *QUICK, "--epochs", 4, "--mask", "attn_high:start=.3"]
@@ -121,6 +122,33 @@ def test_a_run_is_as_long_for_few_images_as_for_many(device, images):
     _, steps = pretrain.set_length(flags, images, 64, torch.device(device), 1)
     views = pretrain.DEFAULTS[device]["views"]
     assert flags.epochs * steps * flags.batch_size == pytest.approx(views, rel=0.1)
+
+
+def test_a_picture_alone_has_no_other_one_to_take_a_map_or_a_pair_from():
+    flags = SimpleNamespace(contrast="none", mask="fg_heavy", batch_size=1, given={"batch_size"})
+    assert pretrain.set_length(flags, 100, 64, torch.device("cpu"), 1)[0] == 1
+    for changed in ({"mask": "fg_heavy:shuffle=1"}, {"contrast": "pooler"}):
+        with pytest.raises(UserError, match="too few"):
+            few = SimpleNamespace(**vars(flags) | changed)
+            pretrain.set_length(few, 100, 64, torch.device("cpu"), 1)
+
+
+@pytest.mark.parametrize(
+    ("contrast", "attention", "warned"),
+    [
+        ("pooler", "cls", "cls"),
+        ("none", "pooler", "pooler"),
+        ("cls", "cls", ""),
+        ("pooler", "outlier", ""),
+    ],
+)
+def test_an_attention_that_nothing_trains_is_warned_of(contrast, attention, warned, capsys):
+    flags = SimpleNamespace(teacher="self", attention=attention, contrast=contrast, epochs=2)
+    encoder = ViT(32, 8, 32, 1, 1)
+    encoder.pooler = Pooler(32, 1)
+    pretrain.make_teacher(encoder, flags, 0.1)
+    said = capsys.readouterr().out
+    assert (f"nothing trains the attention ({warned})" in said) == bool(warned)
 
 
 @pytest.mark.parametrize(("N", "batch"), [(64, 256), (144, 128), (256, 64)])
