@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What a machine with a GPU can say about this repository, in ten to twenty minutes and in order of value:
+# What a machine with a GPU can say about this repository, in ten to twenty-five minutes and in order of value:
 #
 #     bash lab/gpu.sh [--small] [FOLDER]           (FOLDER: runs/gpu)
+#     TOTAL=540 bash lab/gpu.sh                    ends by itself after so many seconds
 #
-# The gate of the kernels, the parts of a step, the default pre-training to its end, a probe and LoRA
-# on it, tests, kernels alone, a step beside other libraries. Each step writes FOLDER/STEP.log. A step
-# whose log is there is skipped, so run it again after a stop: it goes on. A step that takes too long
-# is stopped, and keeps the rows that it has. FOLDER/send is what to send, written anew after each
+# The gate of the kernels, the default pre-training to its end, a probe and LoRA on it, the parts of a
+# step, tests, kernels alone, a step beside other libraries (this last one takes ten minutes itself).
+# Each step writes FOLDER/STEP.log. A step whose log is there is skipped, so run it again after a stop:
+# it goes on. A step that takes too long is stopped, and keeps the rows that it has. FOLDER/send is what to send, written anew after each
 # step: logs and tables, and the weights in 16 bits, in pieces (cat weights.* | tar x). --small tries
 # all of it on tiny inputs, on any Linux; without a GPU, the interpreter of Triton runs the gate.
 set -uo pipefail
@@ -39,8 +40,13 @@ step() {
         echo "== $1: $log is there, skipped"
         return
     fi
+    local left=$((${TOTAL:-86400} - SECONDS))
+    if [ "$left" -lt 15 ]; then
+        failed+=("$1")
+        return 1
+    fi
     echo "== $1, after $SECONDS s: ${command[*]}"
-    if { echo "\$ ${command[*]}"; timeout -k 5 -s INT "$2" "${command[@]}" < /dev/null; } 2>&1 | tee "$log.part" | tail -n 4; then
+    if { echo "\$ ${command[*]}"; timeout -k 5 -s INT $(($2 < left ? $2 : left)) "${command[@]}" < /dev/null; } 2>&1 | tee "$log.part" | tail -n 4; then
         mv "$log.part" "$log"
     else
         failed+=("$1")
@@ -88,20 +94,22 @@ step machine 30 bash -c facts
 # A speed is never reported where the kernels are wrong.
 for dtype in fp32 bf16 fp16; do
     step "gate-$dtype" 180 env TRITON_INTERPRET=$((1 - gpu)) python3 -m lab.bench_kernels --gate --dtype $dtype || {
-        echo "error: the gate is red, so nothing is timed. Send $folder/send" >&2
+        echo "error: the gate is not green, so nothing is timed. Send $folder/send" >&2
         exit 2
     }
 done
-step parts 100 python3 -m lab.bench_parts "${small[@]}" --out "$folder"
-step pretrain 240 python3 "${pretrain[@]}"
-step weights 30 python3 -m apps.export "$folder/run" --to half --out "$folder/half"
-step probe 40 python3 probe.py "$folder/run" --headline
-step lora 120 python3 "${lora[@]}"
+# The training compiles the losses, and what is timed later finds them in the cache.
+if step pretrain 330 python3 "${pretrain[@]}"; then
+    step weights 30 python3 -m apps.export "$folder/run" --to half --out "$folder/half"
+    step probe 40 python3 probe.py "$folder/run" --headline
+    step lora 150 python3 "${lora[@]}"
+fi
+step parts 150 python3 -m lab.bench_parts "${small[@]}" --out "$folder"
 if [ ${#small[@]} -eq 0 ]; then
     step tests 200 python3 -m pytest -q -n 4 --dist load tests/lesson/test_gpu.py tests/lesson/test_kernels.py
 fi
 step kernels 100 python3 -m lab.bench_kernels "${small[@]}" --turns 2 --out "$folder"
-step peers 200 python3 -m lab.bench_step "${small[@]}" --turns 1 --out "$folder"
+step peers 900 python3 -m lab.bench_step "${small[@]}" --turns 1 --out "$folder"
 
 echo "Send $folder/send, after $SECONDS s"
 if [ ${#failed[@]} -gt 0 ]; then
