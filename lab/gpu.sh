@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What a machine with a GPU can say about this repository, in ten to twenty-five minutes and in order of value:
+# What a machine with a GPU can say about this repository, in ten to twenty-five minutes:
 #
 #     bash lab/gpu.sh [--small] [FOLDER]           (FOLDER: runs/gpu)
 #     TOTAL=540 bash lab/gpu.sh                    ends by itself after so many seconds
 #
-# The gate of the kernels, the default pre-training to its end, a probe and LoRA on it, the parts of a
-# step, tests, kernels alone, a step beside other libraries (this last one takes ten minutes itself).
-# Each step writes FOLDER/STEP.log. A step whose log is there is skipped, so run it again after a stop:
-# it goes on. A step that takes too long is stopped, and keeps the rows that it has. FOLDER/send is what to send, written anew after each
-# step: logs and tables, and the weights in 16 bits, in pieces (cat weights.* | tar x). --small tries
-# all of it on tiny inputs, on any Linux; without a GPU, the interpreter of Triton runs the gate.
+# In order of value: the gate of the kernels, the default pre-training to its end, a probe and LoRA on
+# it, the parts of a step, tests, kernels alone, and a step beside other libraries, which takes ten
+# minutes itself. Each step writes FOLDER/STEP.log. A step whose log is there is skipped, so run it
+# again after a stop: it goes on. A step that takes too long is stopped, and keeps the rows that it
+# has. FOLDER/send is what to send, written anew after each step: logs and tables, and the weights in
+# 16 bits, in pieces (cat weights.* | tar x). --small tries all of it on tiny inputs, on any Linux;
+# without a GPU, the interpreter of Triton runs the gate.
 set -uo pipefail
 trap 'echo "stopped; the same command goes on" >&2; exit 130' INT TERM
 cd "$(dirname "$0")/.."
