@@ -9,11 +9,12 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+from common.classifier import read_head
 from common.command import progress, refuse_useless
 from common.io import UserError, reading, save_text
 from common.locks import lock_beside, locked
 from ingest.pictures import demo_note, picture_files, tell_problems
-from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon
+from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon, unescaped
 
 GAP = rf"(\s|{SEPARATOR.pattern})+"  # between two tags
 OF_SENTENCES = {"a", "an", "the", "of", "in", "on", "with", "and", "is"}  # no tags
@@ -53,6 +54,10 @@ def write_captions(flags, answers=None, learned_from=None):
     a caption has the name alone. The character is that of --names, where it is given: the network of
     the tags knows others. learned_from: the data set of that network.
     """
+    trained_on = {} if answers is None else {flags.encoder: learned_from}
+    if flags.names:
+        trained_on[flags.names] = read_head(flags.names)[1]["data"]
+    refuse_demo(trained_on, flags)
     without = {plain(word) for word in words_of(flags.without)}
     first = written(words_of(flags.prepend), flags.escape)
     files = caption_files(flags.pictures, flags.append)
@@ -76,8 +81,8 @@ def write_captions(flags, answers=None, learned_from=None):
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
     if flags.names:
         known = sum(name is not None for name in names.values())
-        told = "a picture of somebody unknown may have got a wrong one"
-        print(f"{flags.names} gave a name to {known} of them; {told}")
+        note = "a picture of somebody unknown may have got a wrong one"
+        print(f"{flags.names} gave a name to {known} of them; {note}")
 
 
 def words_of(text):
@@ -87,7 +92,7 @@ def words_of(text):
 
 def plain(word):
     """What two spellings of a tag have in common: "Long_Hair" and "long hair"; \\( and (."""
-    return re.sub(r"\\([()])", r"\1", word).replace("_", " ").casefold()
+    return unescaped(word).replace("_", " ").casefold()
 
 
 def readable(tag):

@@ -136,9 +136,9 @@ def learn(run, shows, moved, faces):
         for last, who in itertools.product((False, True), sorted({*shows.values()})):
             own = [file for file in shows if shows[file] == who and file in faces]
             files = [file for file in own if file in moved] if last else []
-            if who and last == (
-                who not in known
-            ):  # of somebody new, all together have to be enough
+            # Of somebody new, all pictures come together, because there have to be enough of them.
+            is_new = who not in known
+            if who and last == is_new:
                 stayed = [file for file in own if file not in moved]
                 stayed = [file for file in stayed if not was_added(faces[file][1], gallery)]
                 files += [stayed[i] for i in evenly_spaced(len(stayed), STAYED)]

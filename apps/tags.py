@@ -765,10 +765,6 @@ def use(flags, device, autocast):
     net.to(device)
     answer = partial(answer_rows, net, header, threshold=threshold, autocast=autocast)
     if flags.captions:
-        trained_on = {flags.encoder: header.get("data")}
-        if flags.names:
-            trained_on[flags.names] = classifier.read_head(flags.names)[1]["data"]
-        captions.refuse_demo(trained_on, flags)
         every = partial(each_answer, answer, header, most=len(header["words"]))
         return captions.write_captions(flags, every, header.get("data"))
     as_json = flags.json
@@ -786,7 +782,6 @@ def use_names_alone(flags):
         raise UserError(f"{flags.encoder} knows characters and no tags: {fix}")
     refuse_useless(flags.given & {"names", "threshold"}, "on a recogniser, which knows no tags")
     flags.names = flags.encoder
-    captions.refuse_demo({flags.names: classifier.read_head(flags.names)[1]["data"]}, flags)
     captions.write_captions(flags)
 
 

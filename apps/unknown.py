@@ -42,7 +42,7 @@ from apps.recognize import (
 )
 from common import metrics
 from common.command import cli, command
-from common.features import BY_FOLDS, place_of_learned, place_of_set, results_folder
+from common.features import BY_FOLDS, check_learned, place_of_learned, place_of_set, results_folder
 from common.io import UserError, save_json
 from common.locks import reserve
 from common.train import commit, machine
@@ -235,7 +235,7 @@ def measure_run(args, net, header, gallery, autocast):
         fix = f"{args.run}/{PROMISE} says what was measured before; give --data OTHER"
         raise UserError(f"{args.run} learned every picture of {folder}; {fix}")
     if folder.resolve() == learned.resolve():
-        place_of_learned(header, args.run)  # it is still the same set
+        check_learned(header, args.run, folder)
     home = results_folder(args.run, folder, args.split, learned)
     reserve([home / "recognize.json"], fix="choose another --data or --split")
     of_split = data.open_split(folder, args.split)["header"]

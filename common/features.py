@@ -127,15 +127,22 @@ def place_of_set(name, run, digest=None):
 def place_of_learned(header, run):
     """Where the set that a recogniser learned lies now; a UserError if another set lies there.
 
-    header: of its head.safetensors. In a set that was packed anew, pictures that it has learned may be
-    among those that are to measure it.
+    header: of its head.safetensors.
     """
-    digest = header.get("digest")  # older files do not say it
-    place = place_of_set(header["data"], run, digest)
-    if digest and data.splits_in(place) and data.digest(place) != digest:
+    place = place_of_set(header["data"], run, header.get("digest"))
+    check_learned(header, run, place)
+    return place
+
+
+def check_learned(header, run, place):
+    """A UserError if a packed set is not the one that a recogniser learned.
+
+    In a set that was packed anew, pictures that it has learned may be among those that measure it.
+    """
+    known = header.get("digest")  # older files do not say it
+    if known and data.splits_in(place) and data.digest(place) != known:
         fix = "put the old set back, or train again"
         raise UserError(f"{place} was packed anew since {run} learned from it; {fix}")
-    return place
 
 
 def set_of(run):

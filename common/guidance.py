@@ -130,8 +130,9 @@ class MapScore(Source):
 class TeacherScore(MapScore):
     """attn: the attention of a teacher, kept as maps that it makes at the start of some epochs.
 
-    A map for every crop would add 57.5 % to a step (results/bench_masks.csv), because the teacher reads all
-    patches and the encoder a quarter. Maps of whole images are made a few times, and cropped as the images.
+    A map for every crop would add 57.5 % to a step (results/bench_masks.csv), because the teacher
+    reads all patches and the encoder a quarter. Maps of whole images are made a few times, and cropped
+    as the images.
     """
 
     def __init__(self, encoder, teacher, out, shuffle=False):

@@ -70,9 +70,7 @@ DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
 UNKNOWN = "unknown"  # the file of pictures that show nobody who should be known
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8
-FEW = (
-    1000  # pictures, at most, that are cross-validated however long it takes: 20 minutes of a core
-)
+FEW = 1000  # pictures at most that are cross-validated however long it takes: 20 minutes of a core
 ONE_COLOUR = 8  # levels of 256 by which the pixels of such a picture differ, at most
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 REASONS = 2**18  # bytes of a header for a hundred skipped files

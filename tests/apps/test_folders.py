@@ -100,7 +100,7 @@ def test_brackets_of_a_tag_are_escaped_where_that_is_asked_for(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     row = {"picture": str(tmp_path / "a.png"), "name": None, "tags": {"saber_(fate)": 0.9}}
     asked = {"without": "", "prepend": "a (x), \\(y\\)", "append": False, "pictures": [tmp_path]}
-    flags = SimpleNamespace(**asked, escape=True, names=None)
+    flags = SimpleNamespace(**asked, escape=True, names=None, encoder="runs/a-tags", given=set())
     captions.write_captions(flags, lambda files, problems: [row])
     assert (tmp_path / "a.txt").read_text() == r"a \(x\), \(y\), saber \(fate\)"
     (record,), _, _ = sources.find(tmp_path)  # and data.py reads what was written

@@ -110,6 +110,15 @@ def test_a_set_that_was_packed_anew_does_not_measure_what_learned_the_old_one(fr
     assert "packed anew" in refused(run_line(MEASURE, fresh))
     assert "packed anew" in refused(run_line(f"{MEASURE} --data datasets/packed", fresh))
     run_line(f"{MEASURE} --data datasets/old", fresh, check=0)
+    # Of two sets of that name, the one that was learned is found, and the other one is refused.
+    (fresh / "elsewhere/datasets").mkdir(parents=True)
+    (fresh / "datasets/packed").rename(fresh / "elsewhere/datasets/packed")
+    (fresh / "datasets/old").rename(fresh / "datasets/packed")
+    line = f"apps.unknown {fresh}/runs/a-lora {CPU}"
+    run_line(line, fresh / "elsewhere", check=0)
+    assert "packed anew" in refused(run_line(f"{line} --data datasets/packed", fresh / "elsewhere"))
+    shutil.rmtree(fresh / "datasets/packed")
+    (fresh / "elsewhere/datasets/packed").rename(fresh / "datasets/packed")
     (fresh / "runs/a-lora/gallery.safetensors").unlink()
     assert "packed anew" in refused(run_line(f"apps.recognize runs/a-lora images {CPU}", fresh))
 
