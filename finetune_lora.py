@@ -63,7 +63,7 @@ from common.features import (
     evenly_of_each,
     name_of,
     open_all,
-    open_rows,
+    open_subsets,
     split_suffix,
     untrained_like,
 )
@@ -493,7 +493,7 @@ class Task:
 
     def sizes(self):
         """Training pictures of each class, (C,)."""
-        return torch.bincount(self.train.labels[self.train.rows])
+        return torch.bincount(self.train.labels[self.train.index])
 
     def parameters_trained(self):
         """-> how many, and their share of all."""
@@ -514,9 +514,9 @@ def open_task(flags, device, autocast):
         sets = every, None, None
     else:
         # Where there is no dev, a tenth of train is held out (common/features.py).
-        sets, classes = open_rows(flags.data, flags.split, flags.hold_out)
+        sets, classes = open_subsets(flags.data, flags.split, flags.hold_out)
     train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
-    pictures = len(sets[0].rows)
+    pictures = len(sets[0].index)
     flags.batch_size = min(flags.batch_size, pictures)
     if flags.method != "linear":  # there, no gradient passes through the encoder
         tokens = encoder.side**2 * max(flags.keep) + 1  # of a view, at most
@@ -545,7 +545,7 @@ def split_for(flags, encoder, device, autocast):
 
 
 def task_of(flags, encoder, sets, classes, device, autocast):
-    """An encoder with a new head, and LoRA where it is asked for, for sets of `open_rows`."""
+    """An encoder with a new head, and LoRA where it is asked for, for sets of `open_subsets`."""
     method, keys = parse_keys(flags.method, METHODS, "--method")
     head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
     # Random weights have nothing in their lower blocks that is worth keeping: no layer decay.
@@ -578,7 +578,7 @@ def describe(flags, task):
     """Print what is learned by what."""
     sizes = task.sizes()
     names = task.train.split["header"]["classes"]
-    choose = "folds choose" if task.dev is None else f"{len(task.dev.rows)} dev pictures choose"
+    choose = "folds choose" if task.dev is None else f"{len(task.dev.index)} dev pictures choose"
     count, share = task.parameters_trained()
     print(
         f"data     {flags.data}: {len(task.classes)} of {len(names)} characters, "
@@ -586,10 +586,10 @@ def describe(flags, task):
         f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {count:,} "
         f"parameters trained ({share:.2%})"
     )
-    few = [name for name in names if name not in task.classes]
-    if few and not flags.hold_out:
-        fix = "apps.recognize --enrol makes a character known by three pictures"
-        print(f"note: too few pictures to learn {few[0]}, one of {len(few)} such characters; {fix}")
+    rare = [name for name in names if name not in task.classes]
+    if rare and not flags.hold_out:
+        line = f"note: too few pictures to learn {rare[0]}, one of {len(rare)} such characters"
+        print(f"{line}; apps.recognize --enrol makes a character known by three pictures")
 
 
 # ---- training: the loop --------------------------------------------------------------------------
@@ -641,7 +641,7 @@ def settle_neck(task, most=None):
     # Another neck, such as the LayerNorm of ifa, takes each picture by itself.
     if not isinstance(task.net.neck, nn.BatchNorm1d):
         return
-    index = task.train.rows
+    index = task.train.index
     chosen = index[torch.cat(evenly_of_each(task.train.labels[index], NECK_OF_CLASS))]
     chosen = chosen[data.evenly_spaced(len(chosen), most or len(chosen))]
     pooled = pooled_of(task, task.train, chosen)
@@ -651,8 +651,8 @@ def settle_neck(task, most=None):
 
 def predict(task, subset):
     """-> logits (n, C) and labels (n,) of whole pictures, those of task.dev or task.report."""
-    logits, _ = classifier.predict(task.net.eval(), pooled_of(task, subset, subset.rows))
-    return logits, subset.labels[subset.rows]
+    logits, _ = classifier.predict(task.net.eval(), pooled_of(task, subset, subset.index))
+    return logits, subset.labels[subset.index]
 
 
 def finetune(flags, task, make_run=train.Run):
@@ -663,7 +663,7 @@ def finetune(flags, task, make_run=train.Run):
     net = task.net
     device = task.device
     C = len(task.classes)
-    train_index, labels = task.train.rows, task.train.labels
+    train_index, labels = task.train.index, task.train.labels
     B, seed = flags.batch_size, flags.seed
     per_epoch = len(train_index) // B
     total = per_epoch * flags.epochs
@@ -786,7 +786,7 @@ def measure(task):
     sets = task.train, task.dev, task.report
     return Answers(
         *predict(task, task.report),
-        data.groups_of(task.report.split)[task.report.rows],
+        data.groups_of(task.report.split)[task.report.index],
         100 * readout.topk(*predict(task, controls.in_gray(task.report)), 1),
         # How much do colours tell without any network? An accuracy is good only where it beats these two.
         controls.thumbnail_top1(*sets),

@@ -113,17 +113,17 @@ def caption_words(row):
 
 def caption_files(paths, append):
     """-> {picture: caption file} of the pictures at paths. Captions that are there are refused."""
-    found = {}
+    caption_of = {}
     for path in paths:
         files = [str(file) for file in picture_files(path).values()]
         captions = captions_of(files)
-        found |= {x: captions.get(x, Path(x).with_suffix(".txt")) for x in files}
-    if not found:
+        caption_of |= {x: captions.get(x, Path(x).with_suffix(".txt")) for x in files}
+    if not caption_of:
         raise UserError(f"no picture was found in {', '.join(paths)}")
-    twice = [file for file, n in Counter(found.values()).items() if n > 1]
+    twice = [file for file, n in Counter(caption_of.values()).items() if n > 1]
     if twice:
         raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")
-    there = sorted(file for file in found.values() if file.exists())
+    there = sorted(file for file in caption_of.values() if file.exists())
     boxes = []
     for file in there:  # now, and not in the middle of the work
         with reading(file, "caption in UTF-8", "save it as UTF-8"):
@@ -135,7 +135,7 @@ def caption_files(paths, append):
     if there and not append:
         fix = "--append keeps what they say and adds new tags"
         raise UserError(f"{len(there)} captions are there already, such as {there[0]}; {fix}")
-    return found
+    return caption_of
 
 
 def add_caption(file, words, first=()):

@@ -258,15 +258,15 @@ def maps_of(net, picture, view):
     place = torch.zeros(1, dtype=torch.long), *data.full_boxes(1), net.encoder.side
     source = "rollout" if net.encoder.pooler is None else "pooler"
     with MACHINE.autocast():
-        found = {"attn": net.encoder.patch_attention(view, source).float().mean(1)}
+        scores = {"attn": net.encoder.patch_attention(view, source).float().mean(1)}
     if picture.number is None:
         fg = (255 * maps.coarse(view.cpu())[0]).byte().numpy()  # Metal lacks the pooling
-        found["fg"] = guidance.crop_map(fg[None], *place)
+        scores["fg"] = guidance.crop_map(fg[None], *place)
     else:
         figure = figure_of(picture.name, picture.number)
-        found["fg"] = guidance.crop_map(figure["fg"][None], *place)
-        found["parts"] = guidance.crop_parts(figure["parts"][None], *place, len(toon.PARTS))
-    return {"view": view} | {name: score.to(view.device) for name, score in found.items()}
+        scores["fg"] = guidance.crop_map(figure["fg"][None], *place)
+        scores["parts"] = guidance.crop_parts(figure["parts"][None], *place, len(toon.PARTS))
+    return {"view": view} | {name: score.to(view.device) for name, score in scores.items()}
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
@@ -319,8 +319,8 @@ def recognise_page(run, picture):
     """
     net, header = loaded(load_classifier, run)
     image = square_of(picture, header["packed_size"], header["crop"], header["margin"])
-    found = recognize.embed(net, image, MACHINE.autocast)
-    row = recognize.answers([picture.name], *found, recognize.open_gallery(run), 3)[0]
+    outputs = recognize.embed(net, image, MACHINE.autocast)
+    row = recognize.answers([picture.name], *outputs, recognize.open_gallery(run), 3)[0]
     text = element("h2", row["name"] or "unknown")
     if not row["known"]:
         text += element("p", f"Unlike all known characters. Nearest: {row['best_guess']}.")
@@ -387,8 +387,8 @@ def pages_page(run, picture):
     if who:
         command = f"-m apps.recognize {who} PICTURE --detect {run}"
     if who and cut:
-        found = recognize.embed(known, np.stack(cut), MACHINE.autocast)
-        rows = recognize.answers(names, *found, recognize.open_gallery(who), 0)
+        outputs = recognize.embed(known, np.stack(cut), MACHINE.autocast)
+        rows = recognize.answers(names, *outputs, recognize.open_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
     text = note_on(picture, about) or note_on(picture, header)
     items = [(f"{len(cut)} faces", scenes.outlined(pixels, boxes)), *zip(names, cut, strict=True)]

@@ -218,18 +218,18 @@ def giou(a, b):
     return area(both) / union - 1 + union / area(hull).clamp(min=1e-6)
 
 
-def loss_of(logits, found, boxes, S, patch):
+def loss_of(logits, predicted, boxes, S, patch):
     """Focal loss of the centres, plus GIoU and relative side error of the boxes, per face.
 
-    logits (B, N), found (B, N, 4): what the network answers; boxes (B, K, 4): the truth.
+    logits (B, N), predicted (B, N, 4): what the network answers; boxes (B, K, 4): the truth.
     """
     heat, true, weight = targets(boxes, S, patch)
     p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
     is_centre = heat == 1
     focal = torch.where(is_centre, (1 - p) ** 2 * p.log(), (1 - heat) ** 4 * p**2 * (1 - p).log())
     side = (true[..., 2:] - true[..., :2]).clamp(min=1).mean(2)
-    sides_error = (found - true).abs().mean(2) / side
-    box_loss = weight * (1 - giou(found, true) + SIDES_WEIGHT * sides_error)
+    sides_error = (predicted - true).abs().mean(2) / side
+    box_loss = weight * (1 - giou(predicted, true) + SIDES_WEIGHT * sides_error)
     return (box_loss.sum() - focal.sum()) / is_centre.sum().clamp(min=1)
 
 
@@ -247,11 +247,11 @@ def detect(net, view):
     peaks, boxes = (torch.cat(parts, 1) for parts in zip(*maps, strict=True))
     boxes = boxes.clamp(0, S) / S
     answers = []
-    for score, found, peak in zip(scores, boxes, peaks, strict=True):
+    for score, box, peak in zip(scores, boxes, peaks, strict=True):
         best = torch.where(peak, score, 0).topk(min(MOST, int(peak.sum()))).indices
-        best = best[(found[best, 2:] > found[best, :2]).all(1)]
-        best = best[suppress(found[best])]
-        answers.append((found[best].cpu(), score[best].cpu()))
+        best = best[(box[best, 2:] > box[best, :2]).all(1)]
+        best = best[suppress(box[best])]
+        answers.append((box[best].cpu(), score[best].cpu()))
     return answers
 
 
@@ -360,21 +360,21 @@ def coco_set(boxes, scores, side):
             row = {"id": len(rows) + 1, "image_id": page, "category_id": 1, "iscrowd": 0}
             row |= {"bbox": [x1, y1, w, h], "area": w * h}
             rows.append(row if sure is None else row | {"score": sure[i].item()})
-    found = COCO()
+    coco = COCO()
     images = [{"id": page} for page in range(len(boxes))]
-    found.dataset = {"images": images, "categories": [{"id": 1}], "annotations": rows}
-    found.createIndex()
-    return found
+    coco.dataset = {"images": images, "categories": [{"id": 1}], "annotations": rows}
+    coco.createIndex()
+    return coco
 
 
-def judge(task, net, split, rows):
-    """Answers for whole pages, and their true boxes, both in the order of rows."""
+def judge(task, net, split, index):
+    """Answers for whole pages, and their true boxes, both in the order of index."""
     answers = []
     net.eval()
-    for _, view in data.whole_views(split["images"], rows, task.page, task.device, "judging"):
+    for _, view in data.whole_views(split["images"], index, task.page, task.device, "judging"):
         with task.autocast():
             answers += detect(net, view)
-    return answers, [true[true[:, 0] >= 0] for true in boxes_of(split, rows)]
+    return answers, [true[true[:, 0] >= 0] for true in boxes_of(split, index)]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -385,9 +385,9 @@ class Task:
     """What a run works with."""
 
     train: dict  # a split
-    rows: torch.Tensor  # of it, that are learned from
-    dev: tuple  # split and rows to choose by
-    report: tuple  # split and rows that are reported
+    index: torch.Tensor  # which of its pages are learned from
+    dev: tuple  # split and index to choose by
+    report: tuple  # split and index that are reported
     view: int  # side of a crop in pixels
     page: int  # side of a whole page that is judged
     late: int  # side of a page at the end of training
@@ -399,14 +399,14 @@ class Task:
 
 
 def open_task(flags, device, autocast):
-    """Splits, rows, sides of the views in pixels, the encoder."""
+    """Splits, which pages of them, sides of the views in pixels, the encoder."""
     splits = open_splits(flags.data, flags.split)
     train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
-    rows, chosen, where = set_apart(splits)
+    index, chosen, where = set_apart(splits)
     dev = (splits[where], chosen)
     held = splits[flags.split]
     report = (held, torch.arange(len(held["images"])))
-    parts = {"train": (splits["train"], rows), "dev": dev, flags.split: report}
+    parts = {"train": (splits["train"], index), "dev": dev, flags.split: report}
     for name, (split, some) in parts.items():
         if "boxes" not in split or (boxes_of(split, some) < 0).all():
             fix = "python data.py scenes draws pages with some, python data.py PATH --detect packs others"
@@ -421,7 +421,7 @@ def open_task(flags, device, autocast):
     sides = (flags.view, page, late)
     start = load_start(flags.encoder, page)
     machine = (flags.seed, device, autocast)
-    return Task(splits["train"], rows, dev, report, *sides, *start, *machine)
+    return Task(splits["train"], index, dev, report, *sides, *start, *machine)
 
 
 def is_detector(path):
@@ -440,9 +440,9 @@ def load_start(path, page=None):
     return net.encoder, heads
 
 
-def boxes_of(split, rows):
+def boxes_of(split, index):
     """Boxes of some pages, (n, K, 4) fp32 in shares of the page; -1 fills up."""
-    return torch.from_numpy(np.array(split["boxes"][rows.numpy()]))
+    return torch.from_numpy(np.array(split["boxes"][index.numpy()]))
 
 
 def crops(images, boxes, generator, side, least, most=1.0):
@@ -468,15 +468,15 @@ def mosaic(images, boxes, generator, side, least):
     """The same, but each crop shows four pages of the batch, one in each quarter."""
     half = side // 2
     views = []
-    found = []
+    quarters = []
     for turn, (y, x) in enumerate([(0, 0), (0, half), (half, 0), (half, half)]):
         pages, truth = images.roll(turn, 0), boxes.roll(turn, 0)
         view, inside = crops(pages, truth, generator, half, 0.7 * least, 0.7)
         views.append(view)
-        found.append(torch.where(inside >= 0, inside + torch.tensor([x, y, x, y]), inside))
+        quarters.append(torch.where(inside >= 0, inside + torch.tensor([x, y, x, y]), inside))
     upper = torch.cat(views[:2], 2)
     lower = torch.cat(views[2:], 2)
-    return torch.cat([upper, lower], 1), torch.cat(found, 1)
+    return torch.cat([upper, lower], 1), torch.cat(quarters, 1)
 
 
 def build(task, method):
@@ -493,17 +493,17 @@ def build(task, method):
     return net.to(task.device)
 
 
-def step_loss(task, net, rows, pages, late, generator):
+def step_loss(task, net, index, pages, late, generator):
     """The loss of a batch of crops, at a random place of a whole page's grid of patches."""
-    boxes = boxes_of(task.train, rows)
+    boxes = boxes_of(task.train, index)
     cut = mosaic if torch.rand(1, generator=generator) < MOSAIC else crops
     side, least = (task.late, 0.7) if late else (task.view, 0.5)
     view, boxes = cut(pages, boxes, generator, side, least)
     room = (task.page - side) // net.patch + 1
     corner = torch.randint(room, (2,), generator=generator).tolist()
     with task.autocast():
-        logits, found = net(view, corner)
-    return loss_of(logits, found, data.send(boxes, task.device), side, net.patch)
+        logits, predicted = net(view, corner)
+    return loss_of(logits, predicted, data.send(boxes, task.device), side, net.patch)
 
 
 def learn(task, net, optimizer, run, lr):
@@ -512,12 +512,12 @@ def learn(task, net, optimizer, run, lr):
     epochs = run.total // run.per_epoch
     first_late = round((1 - LATE) * epochs)
     for epoch in range(run.step // run.per_epoch, epochs):
-        order = task.rows[data.epoch_order(len(task.rows), task.seed, epoch)]
+        order = task.index[data.epoch_order(len(task.index), task.seed, epoch)]
         start = run.step % run.per_epoch
         batches = data.batches(images, order, run.batch_size, task.device, start)
-        for rows, pages in batches:
+        for index, pages in batches:
             generator = train.seeded_step(task.seed, epoch, run.step)
-            loss = step_loss(task, net.train(), rows, pages, epoch >= first_late, generator)
+            loss = step_loss(task, net.train(), index, pages, epoch >= first_late, generator)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             train.set_lr(optimizer, train.lr_at(run.step, run.total, 0.1 * run.total, lr))
@@ -532,17 +532,17 @@ def learn(task, net, optimizer, run, lr):
 def fit(flags, device, autocast):
     """Train a detector, or go on with it, then evaluate it and write its files."""
     task = open_task(flags, device, autocast)
-    enough = math.ceil(LEAST_VIEWS / len(task.rows))
+    enough = math.ceil(LEAST_VIEWS / len(task.index))
     set_defaults(flags, lr=RATES[flags.method], epochs=max(EPOCHS, enough))
-    flags.batch_size = min(flags.batch_size, len(task.rows))
+    flags.batch_size = min(flags.batch_size, len(task.index))
     epochs, lr = flags.epochs, flags.lr
     net = build(task, flags.method)
     optimizer = train.make_optimizer(net, lr, WEIGHT_DECAY, BETAS)
-    per_epoch = len(task.rows) // flags.batch_size
+    per_epoch = len(task.index) // flags.batch_size
     parts = {"model": net, "optimizer": optimizer}
     run = train.Run(flags, parts, epochs * per_epoch, per_epoch, device)
     run.resume_or_begin()
-    print(f"data     {flags.data}: {len(task.rows)} pages of {task.page} px, crops of {task.view}")
+    print(f"data     {flags.data}: {len(task.index)} pages of {task.page} px, crops of {task.view}")
     print(f"run      {run.out}: {flags.method}, {epochs} epochs, rate {lr:g}")
     learn(task, net, optimizer, run, lr)
     if flags.method == "lora":  # the file is a plain network
@@ -557,9 +557,9 @@ def write_results(flags, task, net, run):
     threshold = coco(*judge(task, net, *task.dev), side)["threshold"]
     answers, truth = judge(task, net, *task.report)
     row = coco(answers, truth, side) | {"threshold": threshold}
-    split, rows = task.report
+    split, index = task.report
     gray_pages = split | {"images": controls.Gray(split["images"])}
-    gray = coco(*judge(task, net, gray_pages, rows), side)
+    gray = coco(*judge(task, net, gray_pages, index), side)
     row |= {f"gray_{name}": gray[name] for name in ("ap", "ap50", "ap75")}
     row |= {"pages": len(truth), "faces": sum(map(len, truth))}
     recipe = {name: getattr(flags, name) for name in RECIPE}

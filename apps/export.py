@@ -274,15 +274,15 @@ def recognise(net, view, gallery):
     embedding = net.neck(torch.stack(both).mean(0))
     seen = torch.cat([embedding, controls.histograms(view)], 1) if gallery["colours"] else embedding
     who, similarity, margin, sure = decide(net.head(embedding), seen, gallery)
-    found = {"who": who, "similarity": similarity, "threshold": similarity - margin}
-    return found | {"confidence": sure, "embedding": embedding}
+    answers = {"who": who, "similarity": similarity, "threshold": similarity - margin}
+    return answers | {"confidence": sure, "embedding": embedding}
 
 
 def tag(net, view):
     """-> probabilities of characters (B, C), where the arm names them, and of tags (B, V)."""
     characters, probabilities = tags.answers(net, view)
-    found = {} if characters is None else {"characters": characters.softmax(1)}
-    return found | {"tags": probabilities}
+    answers = {} if characters is None else {"characters": characters.softmax(1)}
+    return answers | {"tags": probabilities}
 
 
 def graph_of(source, image_size=None):
@@ -328,11 +328,11 @@ def write_onnx(graph, notes, out):
     program.model.metadata_props["animask"] = json.dumps(notes, ensure_ascii=False)
     program.save(str(out), external_data=False)
     try:
-        found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
+        answers = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
     except Exception as problem:  # onnxruntime's own kinds
         fix = "in what you changed, write x.shape[0] and not len(x), which becomes a constant"
         raise UserError(f"onnxruntime can't run it: {one_line(problem)}; {fix}") from None
-    for x, y in zip(found, expected.values(), strict=True):
+    for x, y in zip(answers, expected.values(), strict=True):
         if not torch.allclose(torch.from_numpy(x), y, atol=1e-4, equal_nan=True):
             raise UserError(f"onnxruntime's answers are not torch's; try newer ones: {PIP}")
 
@@ -369,14 +369,14 @@ class WDGraph(nn.Module):
         x = images.flip(3).permute(0, 3, 1, 2)  # (B, RGB, H, W)
         for _ in range(2):  # along W, then along H; Pillow rounds after each
             x = (x @ self.resize).round().clamp(0, 255).mT
-        found = self.inner(x.permute(0, 2, 3, 1).to(torch.uint8))
-        if "who" in found:
-            found |= {
+        answers = self.inner(x.permute(0, 2, 3, 1).to(torch.uint8))
+        if "who" in answers:
+            answers |= {
                 "tags": x.new_zeros(x.shape[0], 0),
-                "characters": name_alone(found, self.names),
+                "characters": name_alone(answers, self.names),
             }
-        tags = F.pad(found["tags"], (0, 1))[:, self.order]
-        characters = [found["characters"]] if "characters" in found else []
+        tags = F.pad(answers["tags"], (0, 1))[:, self.order]
+        characters = [answers["characters"]] if "characters" in answers else []
         return {"output": torch.cat([tags, *characters], 1)}
 
 
@@ -387,11 +387,11 @@ def pillow_matrix(n_in, n_out):
     return torch.from_numpy(np.array(resized))
 
 
-def name_alone(found, characters):
+def name_alone(answers, characters):
     """-> (B, characters): the confidence at the name; 1 of an enrolled one, 0 of unknown pictures."""
-    known = found["similarity"] >= found["threshold"]
-    sure = torch.where(known, found["confidence"].nan_to_num(1.0), 0.0)
-    return sure[:, None] * F.one_hot(found["who"], characters)
+    known = answers["similarity"] >= answers["threshold"]
+    sure = torch.where(known, answers["confidence"].nan_to_num(1.0), 0.0)
+    return sure[:, None] * F.one_hot(answers["who"], characters)
 
 
 def save_wd(source, folder, image_size=None):
@@ -445,10 +445,10 @@ def sets_behind(source, later=()):
     if not source.exists() or source.resolve() in later:
         return ["not known here"]
     flags = flags_of_run(source)
-    found = [flags.get("data", "not known here")]
+    sets = [flags.get("data", "not known here")]
     if before := flags.get("encoder") or flags.get("init"):
-        found += sets_behind(checkpoints.place_of(before, source), (*later, source.resolve()))
-    return list(dict.fromkeys(found))
+        sets += sets_behind(checkpoints.place_of(before, source), (*later, source.resolve()))
+    return list(dict.fromkeys(sets))
 
 
 def card_of(source, library, use):

@@ -88,17 +88,17 @@ def draw_folds(labels, groups, count):
 
 def sets_of(every, classes, of_character, of_picture, fold):
     """A set of all pictures -> sets that a fold learns from and is asked about, of characters that it
-    leaves out (rows of the split), and the numbers of the characters that it learns."""
-    labels = every.labels[every.rows]
+    leaves out (their index in the split), and the numbers of the characters that it learns."""
+    labels = every.labels[every.index]
     held = torch.from_numpy(of_picture == fold)
     left_out = torch.from_numpy(of_character == fold)[labels]
     learned = labels[~held & ~left_out].unique()
     names = every.split["header"]["classes"]
     fit = relabelled("all", every.split, [names.index(classes[c]) for c in learned])
     known = torch.isin(labels, learned)
-    dev = replace(fit, rows=every.rows[held & known])
-    fit.rows = every.rows[~held & known]
-    return fit, dev, every.rows[left_out], learned
+    dev = replace(fit, index=every.index[held & known])
+    fit.index = every.index[~held & known]
+    return fit, dev, every.index[left_out], learned
 
 
 # ---- the networks of the folds -------------------------------------------------------------------
@@ -130,8 +130,8 @@ class FoldRun(train.Run):
 
 
 def steps_of_epoch(flags, images):
-    """Steps in which a set of `open_rows` is seen once."""
-    return len(images.rows) // flags.batch_size
+    """Steps in which a set of `open_subsets` is seen once."""
+    return len(images.index) // flags.batch_size
 
 
 def train_fold(flags, whole, sets, learned, bar):
@@ -140,7 +140,7 @@ def train_fold(flags, whole, sets, learned, bar):
     flags.resume, flags.log = None, ()
     # As many steps as when everything is learned, of smaller batches. With fewer, it would learn less,
     # and known pictures would seem less similar than they will be.
-    flags.batch_size = max(2, len(sets[0].rows) // steps_of_epoch(flags, whole.train))
+    flags.batch_size = max(2, len(sets[0].index) // steps_of_epoch(flags, whole.train))
     classes = [whole.classes[c] for c in learned]
     encoder = finetune_lora.fresh_encoder(flags)
     task = finetune_lora.task_of(
@@ -165,10 +165,10 @@ def answers_of(task, left_out, learned, C, folds, others=None):
     that show nobody; they are asked, too.
     """
     outputs = partial(outputs_of, task.net.eval(), task.train.split, autocast=task.autocast)
-    rows, labels = task.train.rows, task.dev.labels[task.dev.rows]
-    of_each = evenly_of_each(task.train.labels[rows], FACES)
-    rows = rows[torch.cat(of_each)]
-    faces, numbers = outputs(rows)[1], task.train.labels[rows]
+    index, labels = task.train.index, task.dev.labels[task.dev.index]
+    of_each = evenly_of_each(task.train.labels[index], FACES)
+    index = index[torch.cat(of_each)]
+    faces, numbers = outputs(index)[1], task.train.labels[index]
     place = torch.cat(
         [torch.arange(len(some)) for some in of_each]
     )  # among the faces of a character
@@ -195,13 +195,13 @@ def answers_of(task, left_out, learned, C, folds, others=None):
         said |= {"colours": colours.amax(1), "unit": compared(embeddings, gallery)}
         return said, embeddings, colours.argmax(1)
 
-    known, embeddings, by_colours = answer(task.dev.rows, smaller)
+    known, embeddings, by_colours = answer(task.dev.index, smaller)
     unknown, _, _ = answer(left_out, smaller_yet)
     if others:
         _, shown = outputs_of(task.net.eval(), *others, autocast=task.autocast)
         known["others_similarity"] = grown(shown, gallery, smaller_yet)
     gray, _ = finetune_lora.predict(task, controls.in_gray(task.dev))
-    thumbnails = thumbnail_scores(task.train, task.dev.rows)
+    thumbnails = thumbnail_scores(task.train, task.dev.index)
     return known | {
         **{f"unknown_{name}": x for name, x in unknown.items()},
         "enrolled_threshold": torch.tensor(enrolled_threshold(gallery, embeddings, labels)),
@@ -222,10 +222,10 @@ def grown(embeddings, gallery, smaller):
 
 
 def answers_of_folds(flags, task, of_character, of_picture):
-    """Train the folds, or read those that are finished -> a list of `answers_of` with rows and labels."""
+    """Train the folds, or read those that are finished -> a list of `answers_of` with index and labels."""
     every, classes, count = task.train, task.classes, int(of_picture.max()) + 1
     parts = [sets_of(every, classes, of_character, of_picture, fold) for fold in range(count)]
-    if not all(len(dev.rows) and len(learned) > 1 for _, dev, _, learned in parts):
+    if not all(len(dev.index) and len(learned) > 1 for _, dev, _, learned in parts):
         fix = "give two illustrations or more of each character (copies are one), or --split val"
         raise UserError(f"a part of {flags.data} has too few pictures or characters; {fix}")
     of_start = train.UNSAVED | {"out", "device", "command"}  # others, where a run goes on
@@ -236,7 +236,7 @@ def answers_of_folds(flags, task, of_character, of_picture):
     config["others"] = others and data.fingerprint(others[0])
     steps = flags.epochs * steps_of_epoch(flags, every)
     bar = progress(total=steps * count, name="folds", unit="step")
-    found = []
+    answers = []
     for fold, (fit, dev, left_out, learned) in enumerate(parts):
         path = task.out / "folds" / f"{fold + 1}.safetensors"
         if path.exists():
@@ -252,10 +252,10 @@ def answers_of_folds(flags, task, of_character, of_picture):
                 tensors[name] = torch.tensor([row[name] for row in run.rows if name in row])
             save_safetensors(tensors, path, config)
             run.save_if_due()  # somebody may have stopped it while the answers were made
-        rows = {"rows": dev.rows, "labels": every.labels[dev.rows]}
-        found.append(tensors | rows | {"unknown_labels": every.labels[left_out]})
+        of_known = {"index": dev.index, "labels": every.labels[dev.index]}
+        answers.append(tensors | of_known | {"unknown_labels": every.labels[left_out]})
     bar.close()
-    return found
+    return answers
 
 
 def curves_of(folds):
@@ -275,25 +275,25 @@ def epoch_of(rows, pictures):
 # ---- controls, without a dev to choose on --------------------------------------------------------
 
 
-def thumbnail_scores(train, rows):
-    """A ridge regression on thumbnails, its penalty fixed: scores (m, C) of rows (m,) of the split."""
+def thumbnail_scores(train, index):
+    """A ridge regression on thumbnails, its penalty fixed: scores (m, C) of pictures, index (m,) of the split."""
     small_side = partial(readout.thumbnails, side=8)
-    small = [controls.features_of(small_side, train, some) for some in (train.rows, rows)]
+    small = [controls.features_of(small_side, train, some) for some in (train.index, index)]
     x, judged = readout.standardise(*small)
-    labels = train.labels[train.rows]
+    labels = train.labels[train.index]
     W, b = readout.ridge(x, labels, int(labels.max()) + 1, controls.PENALTIES[2])
     return judged @ W + b
 
 
 def histogram_scorer(train):
-    """An SVM on histograms of colours, its cost fixed -> a function of rows (m,): scores (m, C), 0 on a border."""
+    """An SVM on histograms of colours, its cost fixed -> a function of an index (m,): scores (m, C), 0 on a border."""
     [fit] = controls.histogram_svms(train, controls.COSTS[1:2])
 
-    def scores(rows):
-        x = controls.features_of(controls.histograms, train, rows)
-        found = torch.from_numpy(fit.decision_function(x))
+    def scores(index):
+        x = controls.features_of(controls.histograms, train, index)
+        distance = torch.from_numpy(fit.decision_function(x))
         # Of two characters scikit-learn gives one number: above 0 it is the second.
-        return found if found.ndim > 1 else torch.stack([-found, found], 1)
+        return distance if distance.ndim > 1 else torch.stack([-distance, distance], 1)
 
     return scores
 
@@ -306,23 +306,23 @@ def together(folds):
 
     others_similarity (k,): of pictures of nobody, perhaps none. alike: see `best_threshold`.
     """
-    found = SimpleNamespace()
+    answers = SimpleNamespace()
     for name in folds[0].keys() - {"enrolled_threshold", "unit", "unknown_unit", *CURVES}:
-        setattr(found, name, torch.cat([fold[name] for fold in folds]))
+        setattr(answers, name, torch.cat([fold[name] for fold in folds]))
     thresholds = torch.stack([fold["enrolled_threshold"] for fold in folds])
-    found.enrolled_threshold = thresholds.mean().item()
+    answers.enrolled_threshold = thresholds.mean().item()
     # Each fold by itself, because scores of two networks, or of two machines, differ in scale.
     for name, kind in (("auroc", "similarity"), ("colours_auroc", "colours")):
         scores = [100 * metrics.auroc(fold[kind], fold[f"unknown_{kind}"]) for fold in folds]
-        setattr(found, name, sum(scores) / len(scores))
+        setattr(answers, name, sum(scores) / len(scores))
     if "others_similarity" not in folds[0]:
-        found.others_similarity = torch.empty(0)
+        answers.others_similarity = torch.empty(0)
     curves = []
     for fold in folds:  # each has embeddings of its own
         unit = torch.cat([fold["unit"], fold["unknown_unit"]])
         curves.append(f1_curve(unit, torch.cat([fold["labels"], fold["unknown_labels"]])))
-    found.alike = best_threshold(curves, len(found.unknown_labels))
-    return found
+    answers.alike = best_threshold(curves, len(answers.unknown_labels))
+    return answers
 
 
 def share_of(hits, labels, of_new=False):
@@ -346,32 +346,32 @@ def share_of(hits, labels, of_new=False):
     return {"mean": 100 * mean, "low": 100 * low, "high": 100 * high}
 
 
-def promise(found, numbers, sizes):
+def promise(answers, numbers, sizes):
     """What to expect, by `together` and the numbers of the calibration -> promise.json, in percent."""
     row = {"characters": len(sizes), "pictures": int(sizes.sum()), "least": int(sizes.min())}
-    named = found.similarity >= numbers["threshold"]
-    right = named & (found.logits.argmax(1) == found.labels)
+    named = answers.similarity >= numbers["threshold"]
+    right = named & (answers.logits.argmax(1) == answers.labels)
     row["names_right"] = 100 * right.double().mean().item()
-    row["known_unknown"] = share_of(found.similarity < numbers["threshold"], found.labels)
-    below = found.unknown_similarity < numbers["threshold"]
-    row["unknown"] = share_of(below, found.unknown_labels, of_new=True)
-    if len(found.others_similarity):
-        below = found.others_similarity < numbers["threshold"]
+    row["known_unknown"] = share_of(answers.similarity < numbers["threshold"], answers.labels)
+    below = answers.unknown_similarity < numbers["threshold"]
+    row["unknown"] = share_of(below, answers.unknown_labels, of_new=True)
+    if len(answers.others_similarity):
+        below = answers.others_similarity < numbers["threshold"]
         row["others"] = 100 * below.double().mean().item()
-    row |= {"auroc": found.auroc, "colours_auroc": found.colours_auroc}
-    sure = confidence(found.logits, found.similarity - numbers["threshold"], numbers)
+    row |= {"auroc": answers.auroc, "colours_auroc": answers.colours_auroc}
+    sure = confidence(answers.logits, answers.similarity - numbers["threshold"], numbers)
     unsure = confidence(
-        found.unknown_logits, found.unknown_similarity - numbers["threshold"], numbers
+        answers.unknown_logits, answers.unknown_similarity - numbers["threshold"], numbers
     )
-    return row | reliability(sure, found.logits.argmax(1) == found.labels, unsure)
+    return row | reliability(sure, answers.logits.argmax(1) == answers.labels, unsure)
 
 
 def promised(row):
     """promise.json -> what is printed, in lines."""
     known, new = row["known_unknown"], row["unknown"]
     share = "{mean:.0f} % (95 % interval {low:.0f} to {high:.0f})"
-    few = row["least"] < ENOUGH[0] or row["characters"] < ENOUGH[1]
-    if few:
+    small = row["least"] < ENOUGH[0] or row["characters"] < ENOUGH[1]
+    if small:
         share = "{low:.0f} to {high:.0f} %"
     both = f"{row['auroc']:.1f} %; {row['colours_auroc']:.1f} %"
     wins = ", so colours alone tell better" if row["colours_auroc"] > row["auroc"] else ""
@@ -382,7 +382,7 @@ def promised(row):
     }
     if "others" in row:
         cells["pictures of nobody called unknown"] = f"{row['others']:.0f} %"
-    if few:
+    if small:
         least, C = row["least"], row["characters"]
         there = f"{C} characters, one of them with {least} pictures"
         cells["too few to say how many"] = f"{there}; {ENOUGH[1]} with {ENOUGH[0]} each say more"
@@ -396,7 +396,7 @@ def promised(row):
     among = f"{count} of the {C} characters at a time"
     note = f"note: Top-1 was measured among {among}, so among all it may be lower"
     lines = [note, "unknown" + lines[0][len("unknown") :], *lines[1:]]
-    if not few:
+    if not small:
         right, wrong = row["names_right"], 100 - new["mean"]
         short = f"in short: of 100 new pictures of these characters, about {right:.0f} get the right name"
         lines.insert(0, f"{short}; of 100 of other characters, about {wrong:.0f} get a wrong one")
@@ -462,27 +462,27 @@ def cross_validate(flags, task):
     if count < 3:
         why = "one of three has to be left out, to see what a new character looks like"
         raise UserError(f"--split folds can't be done with {count} characters: {why}; --split val")
-    parts = draw_folds(every.labels[every.rows], groups[every.rows], count)
+    parts = draw_folds(every.labels[every.index], groups[every.index], count)
     folds = answers_of_folds(flags, task, *parts)
-    found = together(folds)
-    unknown = torch.cat([found.unknown_similarity, found.others_similarity])
-    numbers = decided(found.logits, found.labels, found.similarity, unknown)
-    numbers |= {"enrolled_threshold": found.enrolled_threshold, "alike": found.alike}
+    answers = together(folds)
+    unknown = torch.cat([answers.unknown_similarity, answers.others_similarity])
+    numbers = decided(answers.logits, answers.labels, answers.similarity, unknown)
+    numbers |= {"enrolled_threshold": answers.enrolled_threshold, "alike": answers.alike}
     # The head's logits have no part in these similarities: those of a network that learned few
     # pictures say less of unknown characters than colours do, and mixed in they made it worse.
     numbers |= {"lift": [0.0, 0.0], "colours": COLOURS}
     curve = curves_of(folds)
-    epoch = epoch_of(curve, len(found.labels))
-    row = promise(found, numbers, task.sizes()) | {"folds": count, "epoch": epoch}
+    epoch = epoch_of(curve, len(answers.labels))
+    row = promise(answers, numbers, task.sizes()) | {"folds": count, "epoch": epoch}
     row |= {"calibration": numbers, "command": flags.command, "commit": train.commit()}
     save_json(row, task.out / PROMISE)
     of_controls = {
-        f"{name}_top1": 100 * getattr(found, name).double().mean().item() for name in MEASURED
+        f"{name}_top1": 100 * getattr(answers, name).double().mean().item() for name in MEASURED
     }
     return finetune_lora.Answers(
-        found.logits,
-        found.labels,
-        groups[found.rows],
+        answers.logits,
+        answers.labels,
+        groups[answers.index],
         **of_controls,
         curve=curve,
         epoch=epoch,

@@ -188,11 +188,11 @@ def shape_of(weights):
 def facts_of(weights, path):
     """-> what shapes tell, and what they do not, of weights under our names."""
     shape = shape_of(weights)
-    told = facts_beside(path.parent)
+    beside = facts_beside(path.parent)
     table = FACTS | {"dim?": fields.one_of(shape["dim"])}
-    fields.check_fields(told, table, f"{path} or the config.json beside it", REMEDY)
+    fields.check_fields(beside, table, f"{path} or the config.json beside it", REMEDY)
     facts = {"heads": HEADS.get(shape["dim"]), "decoder_heads": shape["decoder_dim"] // 32}
-    facts |= {"norm_eps": EPS} | {k: v for k, v in told.items() if v is not None} | shape
+    facts |= {"norm_eps": EPS} | {k: v for k, v in beside.items() if v is not None} | shape
     if not facts["heads"]:  # they change no shape: wrong ones would be seen in the features alone
         fix = 'a config.json in its folder has to say {"num_attention_heads": N}'
         raise UserError(f"{path} is {shape['dim']} wide, and nothing tells its heads; {fix}")

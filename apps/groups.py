@@ -39,10 +39,11 @@ def alike(unit, least=ALIKE):
     if len(unit) < 2:
         return [0] * len(unit)
     settings = {"metric": "cosine", "linkage": "average", "distance_threshold": 1 - least}
-    found = AgglomerativeClustering(n_clusters=None, **settings).fit_predict(centred(unit).numpy())
-    by_size = Counter(found.tolist()).most_common()
+    x = centred(unit).numpy()
+    clusters = AgglomerativeClustering(n_clusters=None, **settings).fit_predict(x)
+    by_size = Counter(clusters.tolist()).most_common()
     rank = {number: i for i, (number, _) in enumerate(by_size)}
-    return [rank[number] for number in found.tolist()]
+    return [rank[number] for number in clusters.tolist()]
 
 
 def pair_f1(groups, labels):

@@ -65,9 +65,9 @@ def parse_args():
 
 def who_is_in(rows, names):
     """Rows of sorted.csv, names of a gallery -> {folder of OUT: its character; unknown: ""}."""
-    found = {folder: name for name, folder in folders_of(names).items()}
-    found |= {Path(row["copy"]).parts[0]: row["name"] for row in rows if row["copy"]}
-    return found | {UNKNOWN: ""}
+    who_in = {folder: name for name, folder in folders_of(names).items()}
+    who_in |= {Path(row["copy"]).parts[0]: row["name"] for row in rows if row["copy"]}
+    return who_in | {UNKNOWN: ""}
 
 
 def by_hand(out, rows, names):
@@ -103,7 +103,7 @@ def is_copy(file, original):
     return os.path.exists(original) and filecmp.cmp(file, original, shallow=False)
 
 
-def told(shows, moved):
+def moves(shows, moved):
     """-> a line on what was moved from where to where, and on what was added."""
     ways = Counter()
     for file, row in moved.items():
@@ -115,19 +115,19 @@ def told(shows, moved):
 def embedded(args, net, header, autocast, files, problems):
     """-> {file: logits (C,), embedding (D,)}; with --detect of those that show one face."""
     args.images = list(files)
-    found = {}
+    faces_of = {}
     chunks = None if args.detect else math.ceil(len(files) / CHUNK)  # a page may have several faces
     batches = predictions(args, net, header, autocast, problems)
     for some in progress(batches, "learn", chunks):
         for key, *numbers in zip(*some, strict=True):
             file = key.rpartition("[")[0] if args.detect else key
-            found.setdefault(file, []).append(numbers)
-    return {file: faces[0] for file, faces in found.items() if len(faces) == 1}
+            faces_of.setdefault(file, []).append(numbers)
+    return {file: faces[0] for file, faces in faces_of.items() if len(faces) == 1}
 
 
 def learn(run, shows, moved, faces):
     """Change the gallery by what the folders say -> the files that it has taken."""
-    path, done, told = Path(run) / GALLERY, [], []
+    path, done, printed = Path(run) / GALLERY, [], []
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
         known = {*gallery["names"]}
@@ -152,11 +152,11 @@ def learn(run, shows, moved, faces):
                     gallery, lines = without(gallery, embeddings)
             except UserError as problem:  # too few of a new character; the others go on
                 lines, files = [f"note: {problem}"], []
-            told += lines
+            printed += lines
             done += files
         if done:
             save_gallery(path, gallery)
-    for line in told:
+    for line in printed:
         print(line)
     return done
 
@@ -199,7 +199,7 @@ def main():
     shows, moved = by_hand(out, rows, before["names"])
     if not moved:
         return print(f"{out}: no picture was moved or added since the last time")
-    print(told(shows, moved))
+    print(moves(shows, moved))
     problems = []
     faces = embedded(args, net, header, autocast, shows, problems)
     done = {*learn(args.run, shows, moved, faces)}

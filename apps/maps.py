@@ -224,10 +224,10 @@ def kmeans(x, K):
     """Points (n, D) -> K centres (K, D), the largest cluster first."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(K, n_init=4, random_state=0).fit(x.numpy())
-    sizes = np.bincount(found.labels_, minlength=K)
+    fit = KMeans(K, n_init=4, random_state=0).fit(x.numpy())
+    sizes = np.bincount(fit.labels_, minlength=K)
     order = np.argsort(-sizes, kind="stable")
-    return torch.from_numpy(found.cluster_centers_[order])
+    return torch.from_numpy(fit.cluster_centers_[order])
 
 
 def parts_of(tokens, foreground, place, centres):

@@ -40,7 +40,7 @@ from common import fields
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, cli, refuse_useless
 from common.controls import BINS, histograms
-from common.features import BY_FOLDS, evenly_of_each, open_all, open_rows, place_of_learned
+from common.features import BY_FOLDS, evenly_of_each, open_all, open_subsets, place_of_learned
 from common.io import UserError, quoted, read_json, read_safetensors, reading, save_safetensors
 from common.locks import lock_beside, locked
 from common.train import autocast_of, pick_device, pick_dtype
@@ -303,19 +303,19 @@ def calibrate(embeddings, labels, held_out, unknown=None):
     new_score = as_unknown(gallery, held_out)
     if unknown:
         new_score = torch.cat([new_score, similarity_of(*unknown[:2], gallery)])
-    found = {"enrolled_threshold": enrolled_threshold(gallery, known, known_labels)}
-    found["lift"] = gallery["lift"]
+    numbers = {"enrolled_threshold": enrolled_threshold(gallery, known, known_labels)}
+    numbers["lift"] = gallery["lift"]
     curve = f1_curve(compared(known, gallery), known_labels)
-    found["alike"] = best_threshold([curve], len(known))
-    return found | decided(logits, known_labels, known_score, new_score)
+    numbers["alike"] = best_threshold([curve], len(known))
+    return numbers | decided(logits, known_labels, known_score, new_score)
 
 
 def decided(logits, labels, known, unknown):
     """Logits (m, C), labels (m,) and similarities (m,) of known faces, those of unknown ones (k,)
     -> threshold and confidence. At most MOST_REJECTED of the known are called unknown."""
     threshold = threshold_of(known, unknown)
-    found = {"threshold": threshold, "temperature": fit_temperature(logits, labels)}
-    return found | {"platt": fit_platt(known - threshold, unknown - threshold)}
+    numbers = {"threshold": threshold, "temperature": fit_temperature(logits, labels)}
+    return numbers | {"platt": fit_platt(known - threshold, unknown - threshold)}
 
 
 def lift_of(logits):
@@ -340,15 +340,15 @@ def as_unknown(gallery, held_out):
     """Similarities (m,) of known faces while a fifth of the characters at a time is left out."""
     logits, known, known_labels = held_out
     labels, embeddings = gallery["labels"], gallery["embeddings"]
-    found = torch.empty(len(known))
+    similarity = torch.empty(len(known))
     for fold in range(FOLDS):
         stay = labels % FOLDS != fold
         asked = known_labels % FOLDS == fold
         less = make_gallery(embeddings[stay], labels[stay], gallery["learned"], gallery["lift"])
         others = torch.arange(logits.shape[1]) % FOLDS != fold
         heads = logits[asked][:, others]
-        found[asked] = similarity_of(heads, known[asked], less)
-    return found
+        similarity[asked] = similarity_of(heads, known[asked], less)
+    return similarity
 
 
 def enrolled_threshold(gallery, known, known_labels):
@@ -476,15 +476,15 @@ def open_recogniser(args):
     return net, header, gallery, autocast
 
 
-def outputs_of(net, split, rows, autocast, name="", colours=True):
+def outputs_of(net, split, index, autocast, name="", colours=True):
     """Whole images -> logits (n, C), embeddings (n, D), each of the mean of picture and mirror image.
 
     With colours, histograms are the last columns of the embeddings, (n, D + COLOURS).
     """
-    logits, embeddings = predict(net, pooled_of(net, split, rows, autocast, name, mirrored=True))
+    logits, embeddings = predict(net, pooled_of(net, split, index, autocast, name, mirrored=True))
     if not colours:
         return logits, embeddings
-    views = data.whole_views(split["images"], rows, net.encoder.image_size, torch.device("cpu"))
+    views = data.whole_views(split["images"], index, net.encoder.image_size, torch.device("cpu"))
     return logits, torch.cat([embeddings, torch.cat([histograms(view) for _, view in views])], 1)
 
 
@@ -515,24 +515,25 @@ def faces_learned(run, device, dtype):
     if by_folds:
         train, classes = open_all(folder)
     else:
-        (train, dev, _), classes = open_rows(folder, held, hold_out)
+        (train, dev, _), classes = open_subsets(folder, held, hold_out)
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
     outputs = partial(outputs_of, net, autocast=autocast, name="gallery", colours=by_folds)
-    rows = torch.cat([train.rows[some] for some in evenly_of_each(train.labels[train.rows], FACES)])
-    keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
-    found = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[rows])
-    _, found.embeddings = outputs(train.split, rows)
-    found.held_out = found.others = None
-    found.left_out = hold_out
+    chosen = torch.cat(evenly_of_each(train.labels[train.index], FACES))
+    index = train.index[chosen]
+    keys = [train.split["header"]["keys"][i] for i in index.tolist()]
+    faces = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[index])
+    _, faces.embeddings = outputs(train.split, index)
+    faces.held_out = faces.others = None
+    faces.left_out = hold_out
     if by_folds:
-        return found
-    found.held_out = *outputs(dev.split, dev.rows), dev.labels[dev.rows]
+        return faces
+    faces.held_out = *outputs(dev.split, dev.index), dev.labels[dev.index]
     # Pictures of the characters that --hold-out left out set no threshold: they are there to be asked.
     if others := open_others(folder):
-        split, rows = others
-        found.others = *outputs(split, rows), split["labels"][rows]
-    return found
+        split, index = others
+        faces.others = *outputs(split, index), split["labels"][index]
+    return faces
 
 
 def in_file(gallery):
@@ -736,10 +737,10 @@ def with_named(gallery, who, keys, embeddings):
     gallery = with_faces(only(gallery, stay), who, kept, embeddings[new])
     count = len(gallery["names"])
     if gallery["names"].index(who) < gallery["learned"]:
-        told = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
+        line = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
     else:
-        told = f"{who} is enrolled with {total} pictures"
-    return gallery, [*lines, f"{told}; the gallery knows {count} characters"]
+        line = f"{who} is enrolled with {total} pictures"
+    return gallery, [*lines, f"{line}; the gallery knows {count} characters"]
 
 
 def same_pictures(embeddings, others):
@@ -753,16 +754,16 @@ def only(gallery, stay):
     left, labels = gallery["labels"][stay].unique(return_inverse=True)
     names = [gallery["names"][i] for i in left]
     keys = list(itertools.compress(gallery["keys"], stay))
-    found = {"names": names, "keys": keys, "labels": labels}
-    return in_file(gallery) | found | {"embeddings": gallery["embeddings"][stay]}
+    new = {"names": names, "keys": keys, "labels": labels}
+    return in_file(gallery) | new | {"embeddings": gallery["embeddings"][stay]}
 
 
 def with_faces(gallery, who, keys, embeddings):
     """What a gallery's file holds, and so many faces (n, D) more of a character, new or not."""
     names = list(dict.fromkeys([*gallery["names"], who]))
     labels = F.pad(gallery["labels"], (0, len(keys)), value=names.index(who))
-    found = {"names": names, "keys": gallery["keys"] + keys, "labels": labels}
-    return in_file(gallery) | found | {"embeddings": torch.cat([gallery["embeddings"], embeddings])}
+    new = {"names": names, "keys": gallery["keys"] + keys, "labels": labels}
+    return in_file(gallery) | new | {"embeddings": torch.cat([gallery["embeddings"], embeddings])}
 
 
 @torch.no_grad()
@@ -779,13 +780,13 @@ def known_faces(run, net, header, autocast, gallery):
     with contextlib.suppress(UserError):
         held = header.get("split", "val")
         place = place_of_learned(header, run)
-        sets, classes = open_rows(place, held, header.get("hold_out", 0))
+        sets, classes = open_subsets(place, held, header.get("hold_out", 0))
         if classes != header["classes"]:
             raise UserError("another set lies there")  # nobody reads it: the gallery's are asked
         parts = []
         for some in sets[1:2] if held == "dev" else sets[1:]:  # there, both are the same pictures
-            rows = some.rows[data.evenly_spaced(len(some.rows), ASKED)]
-            parts.append(outputs_of(net, some.split, rows, autocast)[1])
+            index = some.index[data.evenly_spaced(len(some.index), ASKED)]
+            parts.append(outputs_of(net, some.split, index, autocast)[1])
         embeddings, own, what = torch.cat(parts), None, "held-out pictures of learned characters"
     seen = embeddings[:, : len(gallery["mean"])]  # without histograms
     logits = net.head(seen.to(net.encoder.cls_token.device)).cpu()

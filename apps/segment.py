@@ -159,13 +159,13 @@ def crops(task, images, masks, generator):
     return cut_together(view, drawn, generator)
 
 
-def patch_loss(task, net, rows, images, generator):
+def patch_loss(task, net, index, images, generator):
     """Cross-entropy of the patches seen; the target of a patch is the share of it that is drawn."""
-    kind = task.train.kind[rows].float()
+    kind = task.train.kind[index].float()
     N = net.encoder.side**2
     patch = net.encoder.patch_size
     view, drawn = crops(task, images, kind[:, None, None], generator)
-    noise = data.send(torch.rand(len(rows), N, generator=generator), view.device)
+    noise = data.send(torch.rand(len(index), N, generator=generator), view.device)
     ids, _ = masking.sample(noise, max(1, round(KEEP * N)))
     logits = net(masked_patch_gather(view, ids, patch), ids)
     share = F.avg_pool2d(drawn[:, None], patch).flatten(1).gather(1, ids)
@@ -179,10 +179,10 @@ def set_centroids(task, net):
     net.scale.fill_(1.0)
     total = torch.zeros_like(net.centroids)
     count = torch.zeros(2, 1, device=task.device)
-    for rows, view in views(task, task.train, task.train.plain):
+    for index, view in views(task, task.train, task.train.plain):
         with task.autocast():
             tokens = net.encoder.features(view)[:, 1:].float().mean(1)
-        one_hot = data.send(F.one_hot(task.train.kind[rows], 2).float(), task.device)
+        one_hot = data.send(F.one_hot(task.train.kind[index], 2).float(), task.device)
         total += one_hot.T @ tokens
         count += one_hot.sum(0)[:, None]
     net.centroids.copy_(total / count)
@@ -200,9 +200,9 @@ def judge_frames(task, net, frames):
     if not len(frames.plain):
         return None
     right = []
-    for rows, view in views(task, frames, frames.plain):
+    for index, view in views(task, frames, frames.plain):
         with task.autocast():
-            right.append((net.scores(view)[0] > 0).cpu() == (frames.kind[rows] == 1))
+            right.append((net.scores(view)[0] > 0).cpu() == (frames.kind[index] == 1))
     return round(100 * torch.cat(right).float().mean().item(), 2)
 
 
@@ -268,9 +268,9 @@ def proxy_masks(net, view, autocast):
 def proxies_of(task, net):
     """Masks u8 (n, S, S) of train: proxies of mixed frames, 0 elsewhere."""
     masks = np.zeros((len(task.train.kind), task.S, task.S), np.uint8)
-    for rows, view in views(task, task.train, task.train.mixed, "proxies"):
+    for index, view in views(task, task.train, task.train.mixed, "proxies"):
         probability = two_means(proxy_masks(net, view, task.autocast))
-        masks[rows.numpy()] = (255 * probability).round().byte().cpu().numpy()
+        masks[index.numpy()] = (255 * probability).round().byte().cpu().numpy()
     return masks
 
 
@@ -384,16 +384,16 @@ def pixel_masks(net, view, autocast):
     return F.interpolate(logits[:, None], size=view.shape[1:3], mode="bilinear")[:, 0].sigmoid()
 
 
-def masks_to_learn(task, rows):
+def masks_to_learn(task, index):
     """Masks (B, ., .) fp32, 0 or 1: of a mixed frame from task.masks, else all of it is one kind."""
-    kind = task.train.kind[rows][:, None, None]
-    mixed = torch.from_numpy(np.asarray(task.masks[rows.numpy()]) > 127).float()
+    kind = task.train.kind[index][:, None, None]
+    mixed = torch.from_numpy(np.asarray(task.masks[index.numpy()]) > 127).float()
     return torch.where(kind < 0, mixed, kind.clamp(min=0).float())
 
 
-def pixel_loss(task, net, rows, images, generator):
+def pixel_loss(task, net, index, images, generator):
     """Cross-entropy at the size of the network's answer."""
-    view, drawn = crops(task, images, masks_to_learn(task, rows), generator)
+    view, drawn = crops(task, images, masks_to_learn(task, index), generator)
     logits = net(view)
     drawn = F.interpolate(drawn[:, None], size=logits.shape[1:], mode="area")[:, 0]
     return F.binary_cross_entropy_with_logits(logits, drawn)
@@ -405,8 +405,8 @@ def pixel_loss(task, net, rows, images, generator):
 def judge_masks(pairs):
     """Pairs of (found, true) masks (B, H, W) bool -> IoU over all of them, of each kind, in %."""
     both, either = torch.zeros(2), torch.zeros(2)
-    for found, true in pairs:
-        for kind, (a, b) in enumerate([(~found, ~true), (found, true)]):
+    for predicted, true in pairs:
+        for kind, (a, b) in enumerate([(~predicted, ~true), (predicted, true)]):
             both[kind] += (a & b).sum().cpu()
             either[kind] += (a | b).sum().cpu()
     iou = 100 * both / either.clamp(min=1)
@@ -425,13 +425,13 @@ def judge(task, masks_of):
     for name, frames in task.judged.items():
         if "drawn" not in frames.split:
             continue
-        for rows, view in views(task, frames, frames.mixed):
+        for index, view in views(task, frames, frames.mixed):
             masks = masks_of(view)
-            true = data.take(frames.split["drawn"], rows, view.device)[:, None].float()
+            true = data.take(frames.split["drawn"], index, view.device)[:, None].float()
             truth = F.interpolate(true, size=view.shape[1:3], mode="area")[:, 0] > 127.5
-            for version, found in ((name, masks), (f"{name}_known", two_means(masks))):
+            for version, predicted in ((name, masks), (f"{name}_known", two_means(masks))):
                 of_kind = pairs.setdefault(version, {})
-                for row, mask, true in zip(rows, found > 0.5, truth, strict=True):
+                for row, mask, true in zip(index, predicted > 0.5, truth, strict=True):
                     for kind in kinds_of(frames.split, row):
                         of_kind.setdefault(kind, []).append((mask[None], true[None]))
     return {v: {k: judge_masks(p) for k, p in some.items()} for v, some in pairs.items()}
@@ -506,36 +506,36 @@ def open_task(flags, device, autocast):
     return Task(frames, judged, flags.split, encoder, *settings, device, autocast)
 
 
-def frames_of(split, rows):
-    """Some frames of a split: kind (n,) of all, -1 if mixed, and the rows of plain and mixed ones."""
+def frames_of(split, index):
+    """Some frames of a split: kind (n,) of all, -1 if mixed, and the index of plain and of mixed ones."""
     kind = torch.full((len(split["header"]["classes"]) + 1,), -1)  # the last: without a label
     for k, name in enumerate(KINDS):
         kind[split["header"]["classes"].index(name)] = k
     kind = kind[split["labels"]]
-    plain = rows[kind[rows] >= 0]
-    mixed = rows[kind[rows] < 0]
+    plain = index[kind[index] >= 0]
+    mixed = index[kind[index] < 0]
     return SimpleNamespace(split=split, kind=kind, plain=plain, mixed=mixed)
 
 
-def views(task, frames, rows, name=""):
-    """Yield (rows, u8 (B, S, S, 3)) of whole frames; name: of a bar."""
-    return data.whole_views(frames.split["images"], rows, task.S, task.device, name)
+def views(task, frames, index, name=""):
+    """Yield (index, u8 (B, S, S, 3)) of whole frames; name: of a bar."""
+    return data.whole_views(frames.split["images"], index, task.S, task.device, name)
 
 
 def fit(task, run, part):
     """Train the network of a stage from the run's step to the last step of the stage."""
     images = data.resident(task.train.split["images"], task.device)
     done = run.step - part.first  # steps of this stage
-    B = min(run.batch_size, len(part.rows))
-    per_epoch = len(part.rows) // B
+    B = min(run.batch_size, len(part.index))
+    per_epoch = len(part.index) // B
     for epoch in range(done // per_epoch, -(-part.steps // per_epoch)):
-        order = part.rows[data.epoch_order(len(part.rows), task.seed, epoch)]
+        order = part.index[data.epoch_order(len(part.index), task.seed, epoch)]
         order = order[: B * (part.steps - epoch * per_epoch)]
         batches = data.batches(images, order, B, task.device, done % per_epoch)
-        for rows, frames in batches:
+        for index, frames in batches:
             generator = train.seeded_step(task.seed, part.stage, epoch, done)
             with task.autocast():
-                loss = part.loss(task, part.net.train(), rows, frames, generator)
+                loss = part.loss(task, part.net.train(), index, frames, generator)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(part.net.parameters(), CLIP)
             lr = train.lr_at(done, part.steps, 0.1 * part.steps, part.lr)
@@ -550,9 +550,9 @@ def fit(task, run, part):
 
 
 def patch_stage(flags, task):
-    """Learning patches: its network, rows of train, loss, first step, number of steps and learning rate."""
-    rows = task.train.plain
-    stage = SimpleNamespace(stage=1, rows=rows, loss=patch_loss, first=0, steps=0)
+    """Learning patches: its network, index of train, loss, first step, number of steps and learning rate."""
+    index = task.train.plain
+    stage = SimpleNamespace(stage=1, index=index, loss=patch_loss, first=0, steps=0)
     if flags.patches:
         stage.net = load_patches(Path(flags.patches) / "patches.safetensors").to(task.device)
         size = stage.net.encoder.image_size
@@ -564,7 +564,7 @@ def patch_stage(flags, task):
         return stage
     torch.manual_seed(task.seed)
     stage.net = Patches(task.encoder).to(task.device)
-    stage.steps = flags.epochs * (len(rows) // min(flags.batch_size, len(rows)))
+    stage.steps = flags.epochs * (len(index) // min(flags.batch_size, len(index)))
     stage.lr = flags.lr
     stage.optimizer = train.make_optimizer(stage.net, stage.lr, WEIGHT_DECAY, BETAS)
     return stage
@@ -572,10 +572,10 @@ def patch_stage(flags, task):
 
 def pixel_stage(flags, task, one):
     """The same of stage 3; `one` is stage 1."""
-    rows = torch.cat([task.train.plain, task.train.mixed])
+    index = torch.cat([task.train.plain, task.train.mixed])
     if task.learn_from == "frames":
-        rows = task.train.plain
-    stage = SimpleNamespace(stage=3, rows=rows, loss=pixel_loss, first=one.steps, lr=PIXEL_LR)
+        index = task.train.plain
+    stage = SimpleNamespace(stage=3, index=index, loss=pixel_loss, first=one.steps, lr=PIXEL_LR)
     stage.steps = flags.pixel_steps
     stage.network, keys = parse_keys(flags.network, NETWORKS, "--network")
     torch.manual_seed(task.seed)
@@ -624,10 +624,10 @@ def run_stages(flags, device, autocast):
     parts = {"model": three.net, "optimizer": three.optimizer}
     if one.steps:
         parts |= {"patches": one.net, "patches_optimizer": one.optimizer}
-    per_epoch = max(1, len(one.rows) // flags.batch_size)
+    per_epoch = max(1, len(one.index) // flags.batch_size)
     run = train.Run(flags, parts, one.steps + three.steps, per_epoch, device)
     run.resume_or_begin()
-    frames = f"{len(one.rows)} frames of one kind, {len(task.train.mixed)} mixed"
+    frames = f"{len(one.index)} frames of one kind, {len(task.train.mixed)} mixed"
     print(f"data     {flags.data}: {frames}, {task.S} px\nrun      {run.out}")
     row = {"run": run.out.name, "seed": task.seed, "data": flags.data, "evaluated_on": task.held}
     if one.steps:
@@ -663,11 +663,11 @@ def mask_of(net, picture, side, autocast, mixed=False):
     scale = side / min(size)
     seen = [min(8 * side, max(32, round(x * scale / 32) * 32)) for x in size]
     small = torch.from_numpy(np.array(copy.resize(seen, Image.BICUBIC)))[None].to(device)
-    found = pixel_masks(net, small, autocast)[:, None].float()
-    found = F.interpolate(found, size=guide.shape[1:3], mode="bilinear")[:, 0]
-    found = guided_filter(found, guide, max(1, round(1 / scale))).clamp(0, 1)
-    found = two_means(found) if mixed else found
-    return F.interpolate(found[:, None], size=(H, W), mode="bilinear")[0, 0].cpu().numpy()
+    probability = pixel_masks(net, small, autocast)[:, None].float()
+    probability = F.interpolate(probability, size=guide.shape[1:3], mode="bilinear")[:, 0]
+    probability = guided_filter(probability, guide, max(1, round(1 / scale))).clamp(0, 1)
+    probability = two_means(probability) if mixed else probability
+    return F.interpolate(probability[:, None], size=(H, W), mode="bilinear")[0, 0].cpu().numpy()
 
 
 def use(flags, device, autocast):
@@ -681,8 +681,8 @@ def use(flags, device, autocast):
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["picture", "drawn"])
     for key, picture in whole_pictures(flags.pictures, problems):
-        found = mask_of(net, picture, header["image_size"], autocast, mixed)
-        drawn = found > 0.5
+        probability = mask_of(net, picture, header["image_size"], autocast, mixed)
+        drawn = probability > 0.5
         table.writerow([key, f"{drawn.mean():.4f}"])
         if out:
             mask = np.uint8(255 * drawn)  # white is drawn

@@ -77,17 +77,17 @@ def sort(args, net, header, gallery, autocast):
         done = len(wanted) - len(args.images)
         again = ", by whatever run; a new folder sorts them anew" if done else ""
         print(f"sort     {len(wanted)} pictures, {done} of them done{again}")
-    found = ()
+    faces = ()
     names = gallery["names"]
     if args.group:
         if not args.detect:  # now, and not after all of them are embedded
             check_grouped(len(args.images), "pictures")
         least = args.alike if "alike" in args.given else gallery.get("alike", ALIKE)
-        found = grouped(predictions(args, net, header, autocast, problems), gallery, least)
-        names = dict.fromkeys(row["name"] for row in found)
+        faces = grouped(predictions(args, net, header, autocast, problems), gallery, least)
+        names = dict.fromkeys(row["name"] for row in faces)
     elif args.images:
-        found = all_answers(args, net, header, gallery, autocast, problems)
-    copy_all(found, args, wanted, folders_of(names), rows, out / SORTED, problems)
+        faces = all_answers(args, net, header, gallery, autocast, problems)
+    copy_all(faces, args, wanted, folders_of(names), rows, out / SORTED, problems)
     tell_problems(problems, header["data"])
     words = [args.run, str(out), *(["--detect", args.detect] if args.detect else [])]
     learn = f"python -m apps.learn {quoted(*words)}"
@@ -96,13 +96,13 @@ def sort(args, net, header, gallery, autocast):
     )
 
 
-def grouped(found, gallery, least):
+def grouped(batches, gallery, least):
     """What `predictions` yields -> the rows of `answers`, named by the group of the face.
 
     least: the mean cosine that joins two groups.
     """
     rows, units = [], []
-    for keys, logits, embeddings in found:
+    for keys, logits, embeddings in batches:
         rows += answers(keys, logits, embeddings, gallery)
         units.append(compared(embeddings, gallery))
         check_grouped(len(rows), "faces")
@@ -120,20 +120,20 @@ def grouped(found, gallery, least):
 
 def names_of(groups, names):
     """Group and name (None: unknown) of each face -> {group: its name}, as most of its faces."""
-    names_in, found, unnamed = {}, {}, itertools.count(1)
+    names_in, name_of, unnamed = {}, {}, itertools.count(1)
     for number, name in zip(groups, names, strict=True):
         names_in.setdefault(number, []).append(name)
     for number, inside in sorted(names_in.items()):
         [(name, count)] = Counter(inside).most_common(1)
         known = name is not None and 2 * count > len(inside)
-        found[number] = name if known else f"group-{next(unnamed):03}"
-    return found
+        name_of[number] = name if known else f"group-{next(unnamed):03}"
+    return name_of
 
 
-def copy_all(found, args, wanted, folders, rows, table, problems):
+def copy_all(answered, args, wanted, folders, rows, table, problems):
     """Rows of `answers`, in the order of pictures -> copies, and a row of each in sorted.csv.
 
-    problems: (key, why) of pictures that can't be read, which fills while `found` is read.
+    problems: (key, why) of pictures that can't be read, which fills while `answered` is read.
     """
 
     def file_of(row):
@@ -143,7 +143,7 @@ def copy_all(found, args, wanted, folders, rows, table, problems):
     save_sorted(rows, table)  # from now on the folder is known as ours
     try:
         pictures = None if args.detect else len(args.images)  # a page may have several faces
-        for file, faces in itertools.groupby(progress(found, "sort", pictures), file_of):
+        for file, faces in itertools.groupby(progress(answered, "sort", pictures), file_of):
             rows += copies_of(file, faces, wanted[file], folders, table.parent)
             if len(rows) > 1.02 * saved + SAVED_AFTER:  # all of it is written each time
                 save_sorted(rows, table)

@@ -39,7 +39,7 @@ def out_of_fold(x, labels, groups, classes):
     group_of = np.unique(np.asarray(groups), return_inverse=True)[1]
     order = np.random.default_rng(0).permutation(group_of.max() + 1)
     fold = torch.from_numpy(order[group_of] % FOLDS)
-    found = torch.empty(len(x), classes, dtype=torch.float64)
+    probabilities = torch.empty(len(x), classes, dtype=torch.float64)
     for k in range(FOLDS):
         judged = fold == k
         choose = fold == (k + 1) % FOLDS
@@ -49,8 +49,8 @@ def out_of_fold(x, labels, groups, classes):
             raise UserError(f"suspects need {need}, because a fifth of them is held out")
         parts = x[fit].float(), labels[fit], x[choose].float(), labels[choose]
         classify, _ = metrics.logistic_probe(*parts, classes)
-        found[judged] = classify(x[judged].float()).exp()
-    return found
+        probabilities[judged] = classify(x[judged].float()).exp()
+    return probabilities
 
 
 def ranked(probabilities, labels):

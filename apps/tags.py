@@ -53,7 +53,7 @@ from common.command import (
     run_name,
     set_defaults,
 )
-from common.features import Subset, name_of, open_rows, split_suffix
+from common.features import Subset, name_of, open_subsets, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import (
     UserError,
@@ -276,7 +276,7 @@ class MFDN(nn.Module):
         super().__init__()
         shape = encoder.config
         dim, heads = shape["dim"], shape["heads"]
-        few = max(1, shape["depth"] // 6)
+        shallow = max(1, shape["depth"] // 6)
         self.config = {"encoder": shape, "norm_eps": checkpoints.epsilon_of(encoder)}
         self.config |= {"C": C, "V": V, "arm": arm, "length": length}
         self.encoder = encoder
@@ -284,10 +284,10 @@ class MFDN(nn.Module):
         self.arm, self.V, self.length = arm, V, length
         self.register_buffer("reach", torch.ones(length - 2))  # see `reaches`
         if arm in READS_TAGS:
-            self.language = TagEncoder(V, length, dim, few, heads)
+            self.language = TagEncoder(V, length, dim, shallow, heads)
             self.kind_token = nn.Parameter(torch.zeros(2, dim))  # added to the picture, to words
         if arm in HIDES_TAGS or arm == "l2l":
-            self.decoder = TagDecoder(dim, few, heads)
+            self.decoder = TagDecoder(dim, shallow, heads)
         if arm == "l2l":
             self.query_token = nn.Parameter(0.02 * torch.randn(1, V, dim))
         if arm in NAMES_TAGS:
@@ -433,15 +433,15 @@ class Task:
 def open_task(flags, device, autocast):
     """The sets, the network and the settings of the arm."""
     arm, keys = parse_keys(flags.arm, ARM_KEYS, "--arm")
-    sets, classes = open_rows(flags.data, flags.split, 0)
+    sets, classes = open_subsets(flags.data, flags.split, 0)
     train_set = sets[0]
     train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
     for images in sets:
-        if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
+        if "tags" not in images.split or not (tags_of(images, images.index) >= 0).any():
             fix = "python data.py LIST --out DIR packs a table with a column of tags"
             raise UserError(f"{flags.data}, {images.name} has no tags; {fix}")
     words = train_set.split["header"]["tags"]
-    count = (tags_of(train_set, train_set.rows) >= 0).sum(1)
+    count = (tags_of(train_set, train_set.index) >= 0).sum(1)
     length = min(LENGTH, max(2, int(count.max())) + 2)
     encoder = checkpoints.load_encoder(flags.encoder)
     torch.manual_seed(flags.seed)
@@ -452,9 +452,9 @@ def open_task(flags, device, autocast):
     return Task(*settings, net, classes, words, *sets, device, autocast)
 
 
-def tags_of(images, rows, plane="tags"):
-    """rows (n,) -> ids i64 (n, T), -1 fills up; plane "all_tags": the truth, where a set has it."""
-    return torch.from_numpy(np.array(images.split[plane][rows.numpy()])).long()
+def tags_of(images, index, plane="tags"):
+    """index (n,) -> ids i64 (n, T), -1 fills up; plane "all_tags": the truth, where a set has it."""
+    return torch.from_numpy(np.array(images.split[plane][index.numpy()])).long()
 
 
 def many_hot(ids, V):
@@ -465,7 +465,7 @@ def many_hot(ids, V):
     return hot[:, :V]
 
 
-def make_batch(task, rows, images, share, generator):
+def make_batch(task, index, images, share, generator):
     """The input and targets of one step; every random number is drawn from `generator`.
 
     -> patches, ids, words and hidden, an index of (B, L), as MFDN takes them. Targets: the ids of
@@ -475,7 +475,7 @@ def make_batch(task, rows, images, share, generator):
     batch = SimpleNamespace(patches=None, ids=None, words=None, hidden=None, targets=None)
     if task.arm != "tags":
         batch.patches, batch.ids = augment(task, images, generator)
-    ids = tags_of(task.train, rows)
+    ids = tags_of(task.train, index)
     if task.arm in READS_TAGS:
         batch.words = truth = to_words(ids, V, task.net.length, generator)
     if task.arm in HIDES_TAGS:
@@ -528,7 +528,7 @@ def losses(net, batch, labels):
 
 def open_run(flags, task):
     """-> the Run of this training, and the optimizer."""
-    count = len(task.train.rows)
+    count = len(task.train.index)
     batch_size = flags.batch_size = min(flags.batch_size, count)
     per_epoch = count // batch_size
     total = per_epoch * flags.epochs
@@ -550,15 +550,15 @@ def fit(task, run, optimizer, seed):
     images = data.resident(task.train.split["images"], device)
     pairs = []  # the two losses of each step since the last row of the log
     for epoch in range(run.step // run.per_epoch, run.total // run.per_epoch):
-        order = task.train.rows[data.epoch_order(len(task.train.rows), seed, epoch)]
+        order = task.train.index[data.epoch_order(len(task.train.index), seed, epoch)]
         start = run.step % run.per_epoch
-        for rows, some in data.batches(images, order, run.batch_size, device, start):
+        for index, some in data.batches(images, order, run.batch_size, device, start):
             # view and hidden tags: all random numbers are drawn here, on the CPU
             share = curriculum(run.step, run.total) if task.share is None else task.share
             generator = train.seeded_step(seed, epoch, run.step)
-            batch = make_batch(task, rows, some, share, generator)
+            batch = make_batch(task, index, some, share, generator)
             # forward, loss, backward
-            y = data.send(labels[rows], device)  # (B,)
+            y = data.send(labels[index], device)  # (B,)
             with task.autocast():
                 character_loss, tag_loss = losses(net.train(), batch, y)
             loss = character_loss + task.weight * tag_loss
@@ -596,14 +596,14 @@ def evaluate(run, task, epoch):
 
 
 @torch.no_grad()
-def whole_answers(task, images, rows, with_tags=False, ask_tags=False):
+def whole_answers(task, images, index, with_tags=False, ask_tags=False):
     """`answers` of whole pictures -> logits (n, C), probabilities (n, V) or None, on the CPU."""
     logits, tags = [], []
-    for some, view in data.whole_views(images.split["images"], rows, task.side, task.device):
+    for some, view in data.whole_views(images.split["images"], index, task.side, task.device):
         ids = tags_of(images, some) if with_tags else None
         with task.autocast():
-            found = answers(task.net.eval(), view, ids, ask_tags)
-        for parts, part in zip((logits, tags), found, strict=True):
+            both = answers(task.net.eval(), view, ids, ask_tags)
+        for parts, part in zip((logits, tags), both, strict=True):
             parts += [] if part is None else [part.cpu()]
     return [torch.cat(parts) if parts else None for parts in (logits, tags)]
 
@@ -615,9 +615,9 @@ def accuracies(task, images):
     """
     row = {}
     for way in ["with"] * (task.arm in READS_TAGS) + ["without"] * (task.arm != "bce"):
-        logits, _ = whole_answers(task, images, images.rows, with_tags=way == "with")
+        logits, _ = whole_answers(task, images, images.index, with_tags=way == "with")
         for k in (1, 5):
-            row[f"{way}_top{k}"] = round(100 * topk(logits, images.labels[images.rows], k), 3)
+            row[f"{way}_top{k}"] = round(100 * topk(logits, images.labels[images.index], k), 3)
     return row
 
 
@@ -626,19 +626,19 @@ def judge_tags(task):
     on dev, and the thresholds (V,), which are chosen there. Tags are named from pictures alone.
     """
     V = len(task.words)
-    found = {}
-    rows = task.dev.rows[data.evenly_spaced(len(task.dev.rows), JUDGED)]
-    _, scores = whole_answers(task, task.dev, rows, ask_tags=True)
-    truth = many_hot(tags_of(task.dev, rows), V)
+    judged = {}
+    index = task.dev.index[data.evenly_spaced(len(task.dev.index), JUDGED)]
+    _, scores = whole_answers(task, task.dev, index, ask_tags=True)
+    truth = many_hot(tags_of(task.dev, index), V)
     thresholds = fit_thresholds(scores.numpy(), truth)
     dev_map = judge(scores.numpy(), truth, thresholds)["map"]
-    rows = task.report.rows[data.evenly_spaced(len(task.report.rows), JUDGED)]
-    _, scores = whole_answers(task, task.report, rows, ask_tags=True)
+    index = task.report.index[data.evenly_spaced(len(task.report.index), JUDGED)]
+    _, scores = whole_answers(task, task.report, index, ask_tags=True)
     for key, plane in (("tags", "tags"), ("tags_truth", "all_tags")):
         if plane in task.report.split:
-            truth = many_hot(tags_of(task.report, rows, plane), V)
-            found[key] = judge(scores.numpy(), truth, thresholds)
-    return found, dev_map, thresholds.tolist()
+            truth = many_hot(tags_of(task.report, index, plane), V)
+            judged[key] = judge(scores.numpy(), truth, thresholds)
+    return judged, dev_map, thresholds.tolist()
 
 
 def judge(scores, truth, thresholds):
@@ -649,28 +649,28 @@ def judge(scores, truth, thresholds):
     """
     from sklearn.metrics import average_precision_score
 
-    found = scores >= thresholds
+    named = scores >= thresholds
     there = truth.any(0)
-    right = found & truth
-    wrong = (found != truth).mean(0)
+    right = named & truth
+    wrong = (named != truth).mean(0)
     top = np.argsort(-truth.sum(0), kind="stable")[:TOP_TAGS]
     ap = np.full(min(AP_TAGS, len(there)), np.nan)
     for tag in there[:AP_TAGS].nonzero()[0]:
         ap[tag] = average_precision_score(truth[:, tag], scores[:, tag])
     row = {
         "map": np.nanmean(ap),
-        "micro_f1": f1(right.sum(), found.sum(), truth.sum()),
+        "micro_f1": f1(right.sum(), named.sum(), truth.sum()),
         "error": wrong.mean(),
-        "macro_f1": f1(right.sum(0), found.sum(0), truth.sum(0))[there].mean(),
+        "macro_f1": f1(right.sum(0), named.sum(0), truth.sum(0))[there].mean(),
         "error_top": wrong[top].mean(),
     }
     row = {key: round(100 * float(x), 3) for key, x in row.items()}
     return row | {"ap": [None if np.isnan(x) else round(100 * float(x), 2) for x in ap]}
 
 
-def f1(right, found, there):
+def f1(right, named, there):
     """Counts -> F1, 0 where nothing was found and nothing is there."""
-    return 2 * right / np.maximum(found + there, 1)
+    return 2 * right / np.maximum(named + there, 1)
 
 
 def fit_thresholds(scores, truth):
@@ -679,10 +679,10 @@ def fit_thresholds(scores, truth):
     Rare tags get the best threshold of all tags together: up to 200 million scores, so in bins.
     """
     edges = np.linspace(0, 1, BINS + 1)
-    found = np.histogram(scores, edges)[0]
+    named = np.histogram(scores, edges)[0]
     right = np.histogram(scores[truth], edges)[0]
-    found, right = found[::-1].cumsum()[::-1], right[::-1].cumsum()[::-1]  # over each edge
-    thresholds = np.full(truth.shape[1], edges[f1(right, found, truth.sum()).argmax()])
+    named, right = named[::-1].cumsum()[::-1], right[::-1].cumsum()[::-1]  # over each edge
+    thresholds = np.full(truth.shape[1], edges[f1(right, named, truth.sum()).argmax()])
     for tag in (truth.sum(0) >= FEWEST).nonzero()[0]:
         thresholds[tag] = best_threshold(scores[:, tag], truth[:, tag])
     return thresholds
@@ -691,16 +691,16 @@ def fit_thresholds(scores, truth):
 def best_threshold(scores, truth):
     """scores (n,), truth (n,) bool -> the score with the best F1, half way to the next one below."""
     falling, level = np.unique(-scores, return_inverse=True)  # equal scores are one level
-    found = np.bincount(level).cumsum()
+    named = np.bincount(level).cumsum()
     right = np.bincount(level, truth).cumsum()
     levels = np.append(-falling, 0).astype(scores.dtype)
-    best = f1(right, found, truth.sum()).argmax()
+    best = f1(right, named, truth.sum()).argmax()
     return float((levels[best] + levels[best + 1]) / 2)
 
 
 def least_confidence(task):
     """The confidence that all but MOST_UNKNOWN of the names on dev have, from the picture alone."""
-    logits, _ = whole_answers(task, task.dev, task.dev.rows)
+    logits, _ = whole_answers(task, task.dev, task.dev.index)
     best = logits.softmax(1).amax(1).sort().values
     return best[int(MOST_UNKNOWN * len(best))].item()
 

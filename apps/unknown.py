@@ -83,8 +83,15 @@ def faces_of(net, gallery, folder, name, autocast):
     groups = data.groups_of(split)[rows]
     true = torch.tensor([*known, -1])[labels]  # the last: without a label
     who, _, margin, sure = decide(logits, embeddings, gallery)
-    found = {"unit": compared(embeddings, gallery), "labels": labels, "groups": groups}
-    return SimpleNamespace(**found, true=true, right=who == true, margin=margin, sure=sure)
+    return SimpleNamespace(
+        unit=compared(embeddings, gallery),
+        labels=labels,
+        groups=groups,
+        true=true,
+        right=who == true,
+        margin=margin,
+        sure=sure,
+    )
 
 
 def verification(same, other):
@@ -160,12 +167,12 @@ def grouping(unit, labels, least=ALIKE):
     from sklearn.metrics import adjusted_rand_score
 
     groups = alike(unit, least)
-    found = {
+    scores = {
         "pair_f1": pair_f1(groups, labels),
         "adjusted_rand": 100 * adjusted_rand_score(labels, groups),
     }
-    found |= as_ccip(unit, labels)
-    return {name: round(float(value), 3) for name, value in found.items()}
+    scores |= as_ccip(unit, labels)
+    return {name: round(float(value), 3) for name, value in scores.items()}
 
 
 def as_ccip(unit, labels):
@@ -250,11 +257,11 @@ def measure_run(args, net, header, gallery, autocast):
             own = faces_of(net, gallery, place, header.get("split", "val"), autocast)
         except UserError as problem:
             print(f"note: no known characters are compared: {problem}", file=sys.stderr)
-    found = measure(asked, own, gallery["learned"], gallery.get("alike", ALIKE))
-    if not found:
+    measured = measure(asked, own, gallery["learned"], gallery.get("alike", ALIKE))
+    if not measured:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row = {"run": str(args.run), "data": str(folder), "split": args.split}
-    row |= {"threshold": gallery["threshold"] + gallery["growth"]} | found
+    row |= {"threshold": gallery["threshold"] + gallery["growth"]} | measured
     row |= {"command": command(), "commit": commit()}
     row["machine"] = machine(net.encoder.cls_token.device)
     save_json(row, home / "recognize.json")
@@ -282,11 +289,11 @@ LINES = (  # printed, from the numbers of recognize.json; a line whose number is
 
 def table(row):
     """recognize.json -> the lines that are printed."""
-    found = row | row.get("verification", {}) | row.get("open_set", {}) | row.get("groups", {})
+    numbers = row | row.get("verification", {}) | row.get("open_set", {}) | row.get("groups", {})
     lines = []
-    for line in LINES if found.get("strangers") == 0 else LINES[:-1]:
+    for line in LINES if numbers.get("strangers") == 0 else LINES[:-1]:
         with contextlib.suppress(KeyError, TypeError):  # missing, or None
-            lines.append(line.format_map(found))
+            lines.append(line.format_map(numbers))
     return lines
 
 

@@ -336,10 +336,10 @@ def load_encoder(path, image_size=None):
 
 def warn_of_other_code(encoder, expected, path):
     """A line if this model.py computes something else from the same weights; see `of_fixed_picture`."""
-    if not expected or len(found := of_fixed_picture(encoder)) != len(expected):
+    if not expected or len(computed := of_fixed_picture(encoder)) != len(expected):
         return
-    found, expected = torch.tensor(found), torch.tensor(expected)
-    off = ((found - expected).norm() / expected.norm()).item()
+    computed, expected = torch.tensor(computed), torch.tensor(expected)
+    off = ((computed - expected).norm() / expected.norm()).item()
     if off > TOLERANCE:
         warn_once(f"warning  {path}: its features are {100 * off:.1g} % off; {OTHER_CODE}")
 
@@ -434,11 +434,11 @@ def answers(net):
     encoder = getattr(net.eval(), "encoder", net)
     patches, ids = encoder.all_patches(fixed_view(encoder.image_size))
     K = ids.shape[1] // 2
-    found = [encoder(patches, ids)]
+    outputs = [encoder(patches, ids)]
     if net is not encoder:
-        found += net(patches[:, :K], ids[:, :K], ids[:, K:])[:2]
+        outputs += net(patches[:, :K], ids[:, :K], ids[:, K:])[:2]
     net.train(training)
-    return found
+    return outputs
 
 
 def check_registered(network):

@@ -141,14 +141,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        found, rest = super().parse_known_args(words, namespace)
+        args, rest = super().parse_known_args(words, namespace)
         flags = [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, words)]
         known = {name: action.dest for name, action in self._option_string_actions.items()}
         given = [known[flag] for flag in flags if flag in known]
-        found.given = getattr(found, "given", set()) | {*given}
-        found.could_give = self.could_give
-        for name in found.given:
-            flag, value = f"--{name.replace('_', '-')}", getattr(found, name, None)
+        args.given = getattr(args, "given", set()) | {*given}
+        args.could_give = self.could_give
+        for name in args.given:
+            flag, value = f"--{name.replace('_', '-')}", getattr(args, name, None)
             if value == "" or f"{flag}=--" in words:
                 self.error(f"{flag} gives no value")
             if given.count(name) > 1:
@@ -156,7 +156,7 @@ class Parser(argparse.ArgumentParser):
             if re.search("[\ud800-\udfff]", str(value)):  # bytes that are no text
                 fix = "give other letters, or set PYTHONUTF8=1 if they are right"
                 self.error(f"{flag} is not UTF-8; {fix}")
-        return found, rest
+        return args, rest
 
     def could_give(self, name, value):
         """Whether the command line could have given a flag this value, which was read from a file."""

@@ -26,17 +26,17 @@ def histograms(images):
     return (counts / place.shape[1]).sqrt()
 
 
-def features_of(extract, images, rows):
-    """extract(u8 (b, S, S, 3)) -> (b, D), of rows (n,) of a set's packed pictures -> (n, D)."""
-    chunks = (data.take(images.split["images"], some, CPU) for some in rows.split(1024))
+def features_of(extract, images, index):
+    """extract(u8 (b, S, S, 3)) -> (b, D), of packed pictures, index (n,) of a set -> (n, D)."""
+    chunks = (data.take(images.split["images"], some, CPU) for some in index.split(1024))
     return torch.cat([extract(chunk) for chunk in chunks])
 
 
 def thumbnail_top1(train, dev, report):
     """Three Subsets -> Top-1 in percent of a ridge regression on thumbnails, chosen on dev."""
     sets = train, dev, report
-    small = [features_of(functools.partial(thumbnails, side=8), x, x.rows) for x in sets]
-    labels = [images.labels[images.rows] for images in sets]
+    small = [features_of(functools.partial(thumbnails, side=8), x, x.index) for x in sets]
+    labels = [images.labels[images.index] for images in sets]
     x, choose, judged = standardise(*small)
     fits = [ridge(x, labels[0], int(labels[0].max()) + 1, penalty) for penalty in PENALTIES]
     W, b = max(fits, key=lambda fit: topk(choose @ fit[0] + fit[1], labels[1], 1))
@@ -51,7 +51,7 @@ def histogram_svms(train, costs=COSTS):
     """
     from sklearn.svm import SVC
 
-    some, labels = train.rows, train.labels[train.rows]
+    some, labels = train.index, train.labels[train.index]
     if len(some) > SVM_IMAGES:
         share = max(1, SVM_IMAGES // len(labels.unique()))
         some = some[torch.cat(evenly_of_each(labels, share))]
@@ -61,7 +61,7 @@ def histogram_svms(train, costs=COSTS):
 
 def histogram_top1(train, dev, report):
     """A control: Top-1 in percent of an SVM on histograms of colours, its cost chosen on dev."""
-    judged = [(features_of(histograms, y, y.rows), y.labels[y.rows]) for y in (dev, report)]
+    judged = [(features_of(histograms, y, y.index), y.labels[y.index]) for y in (dev, report)]
     best = max(histogram_svms(train), key=lambda fit: fit.score(*judged[0]))
     return 100 * best.score(*judged[1])
 

@@ -152,7 +152,7 @@ def set_of(run):
 
 
 def open_all(folder):
-    """All splits of a set as one -> labelled pictures, as of `open_rows`; the learned classes.
+    """All splits of a set as one -> labelled pictures, as of `open_subsets`; the learned classes.
 
     Its pictures are copied into memory, because they come from several files: it is for small sets.
     """
@@ -175,7 +175,7 @@ class Subset:
 
     name: str  # of the split
     split: dict  # as data.open_split returns it
-    rows: torch.Tensor  # (n,): which pictures of the split
+    index: torch.Tensor  # (n,): which pictures of the split
     labels: torch.Tensor  # of all pictures of the split: the class among the learned ones, or -1
 
 
@@ -195,12 +195,12 @@ def relabelled(name, split, learned):
     new_label = torch.full((len(split["header"]["classes"]) + 1,), -1)
     new_label[learned] = torch.arange(len(learned))
     labels = new_label[split["labels"]]
-    rows = (labels >= 0).nonzero()[:, 0]
-    return Subset(name, split, rows, labels)
+    index = (labels >= 0).nonzero()[:, 0]
+    return Subset(name, split, index, labels)
 
 
-def set_apart(splits, rows=None):
-    """-> rows of train to fit on (of these, or of all), rows to choose on, the split of the latter.
+def set_apart(splits, index=None):
+    """-> which pictures of train to fit on (of these, or of all), which to choose on, in which split.
 
     It is dev (also where that is reported, which is for choices between runs), or train, of which a
     tenth is held out, whole illustrations, always the same.
@@ -208,12 +208,12 @@ def set_apart(splits, rows=None):
     # Whole illustrations, because two faces of one drawing are nearly the same picture. With one of them
     # in train, the other would be an easy question, and the choice would go to what remembers best.
     train = splits["train"]
-    rows = torch.arange(len(train["labels"])) if rows is None else rows
+    index = torch.arange(len(train["labels"])) if index is None else index
     if "dev" in splits:
-        return rows, torch.arange(len(splits["dev"]["labels"])), "dev"
-    apart = data.hold_apart(data.groups_of(train)[rows], train["labels"][rows], data.APART)
+        return index, torch.arange(len(splits["dev"]["labels"])), "dev"
+    apart = data.hold_apart(data.groups_of(train)[index], train["labels"][index], data.APART)
     apart = torch.from_numpy(apart)
-    return rows[~apart], rows[apart], "train"
+    return index[~apart], index[apart], "train"
 
 
 def set_apart_to_choose(task):
@@ -226,12 +226,12 @@ def set_apart_to_choose(task):
 
 
 def evenly_of_each(labels, most):
-    """labels (n,) -> a list of rows for each label: at most so many, evenly spaced."""
-    rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
-    return [some[data.evenly_spaced(len(some), most)] for some in rows]
+    """labels (n,) -> for each label the places of some pictures (k,): at most so many, evenly spaced."""
+    of_each = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    return [some[data.evenly_spaced(len(some), most)] for some in of_each]
 
 
-def open_rows(folder, held, left_out):
+def open_subsets(folder, held, left_out):
     """-> Subsets with labels to learn from, to choose by and to report; the learned classes.
 
     left_out: so many characters are not learned, the same ones of each data set. Neither are classes
@@ -246,10 +246,10 @@ def open_rows(folder, held, left_out):
         raise UserError(f"--hold-out {left_out} leaves fewer than two of {len(classes)} characters")
     sets = {name: relabelled(name, split, learned) for name, split in splits.items()}
     train = sets["train"]
-    train.rows, chosen, where = set_apart(splits, train.rows)
-    dev = sets["dev"] if where == "dev" else replace(train, rows=chosen)
+    train.index, chosen, where = set_apart(splits, train.index)
+    dev = sets["dev"] if where == "dev" else replace(train, index=chosen)
     for name, some in {"dev": dev, held: sets[held]}.items():
-        if not len(some.rows):
+        if not len(some.index):
             fix = "data.py needs more pictures, or a larger share for it: --split .6,.2,.2"
             raise UserError(f"{folder} has no picture of a learned character for {name}; {fix}")
     return [train, dev, sets[held]], [classes[c] for c in learned]
@@ -276,13 +276,13 @@ def extract(extractor, size, task):
 
     extractor(view u8 (B, size, size, 3)) -> {pool: (B, D)}.
     """
-    found = {}
+    features = {}
     for name, split in task.splits.items():
         images = split["images"]
         chunks = []
-        rows = torch.arange(len(images))
+        index = torch.arange(len(images))
         bar = f"features {name}"
-        for _, view in data.whole_views(images, rows, size, task.device, bar):
+        for _, view in data.whole_views(images, index, size, task.device, bar):
             with task.autocast():
                 pools = extractor(view)
             # fp16 takes half the memory, and hides most of the tiny differences between machines.
@@ -290,8 +290,8 @@ def extract(extractor, size, task):
         for pool in chunks[0]:
             x = torch.cat([chunk[pool] for chunk in chunks])
             check_finite({pool: x}, f"features of {name}")
-            found.setdefault(pool, {})[name] = x
-    return found
+            features.setdefault(pool, {})[name] = x
+    return features
 
 
 def of_encoder(encoder, task):

@@ -74,22 +74,22 @@ def reading(path, what, remedy):
 def parse_table(text):
     """-> the dict in a JSON text; a ValueError for broken JSON and for another value."""
     try:
-        found = json.loads(text)
+        table = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise ValueError("it holds no table of fields")
-    return found
+    return table
 
 
 def read_json(path, keys=(), fix="remove it and run again"):
     """-> the dict of a JSON file; a UserError with the fix where it is broken or lacks a key."""
     with reading(path, "JSON file", fix):
-        found = parse_table(Path(path).read_text("utf-8"))
-    missing = [key for key in keys if key not in found]
+        table = parse_table(Path(path).read_text("utf-8"))
+    missing = [key for key in keys if key not in table]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; {fix}")
-    return found
+    return table
 
 
 def read_torch(path, remedy):

@@ -33,10 +33,10 @@ def retrieval(features, labels, groups, most=5000):
         right = right[right.any(1)].double()
         precision = (right.cumsum(1) / ranks * right).sum(1) / right.sum(1)
         scores.append(torch.stack([precision, right[:, 0], right[:, :5].amax(1)]))
-    found = torch.cat(scores, 1)
-    if not found.numel():
+    scores = torch.cat(scores, 1)
+    if not scores.numel():
         return {}
-    means = [score.mean().item() for score in found]
+    means = [score.mean().item() for score in scores]
     return dict(zip(("map", "recall1", "recall5"), means, strict=True))
 
 
@@ -199,9 +199,9 @@ def logistic_probe(x, labels, choose, truth, classes):
     best = max(fits, key=lambda fit: fit.score(held, truth.numpy()))
 
     def scores(new):
-        found = torch.full((len(new), classes), float("-inf"), dtype=torch.float64)
+        log_p = torch.full((len(new), classes), float("-inf"), dtype=torch.float64)
         z = standardise(x, new)[1].numpy()
-        found[:, best.classes_] = torch.from_numpy(best.predict_log_proba(z))
-        return found
+        log_p[:, best.classes_] = torch.from_numpy(best.predict_log_proba(z))
+        return log_p
 
     return scores, best.C

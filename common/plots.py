@@ -51,8 +51,8 @@ def save(figure, path):
     letters = "".join(dict.fromkeys(chr(int(code[1])) for code in codes if code))
     if letters:
         fix = "the font Noto Sans CJK has those of Chinese, Japanese and Korean"
-        told = f"no font here has {letters[:20]}, which are boxes; {fix}"
-        print(f"note: {Path(path).name}: {told}", file=sys.stderr)
+        problem = f"no font here has {letters[:20]}, which are boxes; {fix}"
+        print(f"note: {Path(path).name}: {problem}", file=sys.stderr)
 
 
 @contextlib.contextmanager

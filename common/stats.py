@@ -16,12 +16,12 @@ def mean_std(values):
     return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
 
 
-def plus_minus(found, digits=1):
+def plus_minus(measured, digits=1):
     """{"mean", "std"} -> "84.2 ± 0.3"; "-" for None."""
-    if found is None:
+    if measured is None:
         return "-"
-    std = "" if found["std"] is None else f" ± {found['std']:.{digits}f}"
-    return f"{found['mean']:.{digits}f}{std}"
+    std = "" if measured["std"] is None else f" ± {measured['std']:.{digits}f}"
+    return f"{measured['mean']:.{digits}f}{std}"
 
 
 def varies(values):
@@ -40,9 +40,9 @@ def t_interval(differences):
     d = np.asarray(differences, np.float64)
     if not varies(d):
         return None
-    found = ttest_1samp(d, 0)
-    low, high = found.confidence_interval(0.95)
-    return {"mean": d.mean(), "low": float(low), "high": float(high), "p": float(found.pvalue)}
+    test = ttest_1samp(d, 0)
+    low, high = test.confidence_interval(0.95)
+    return {"mean": d.mean(), "low": float(low), "high": float(high), "p": float(test.pvalue)}
 
 
 def standard_error(percent, n):
@@ -65,10 +65,10 @@ def share_interval(right, groups):
 
     It draws whole groups, and is at least as wide as that of n independent pictures.
     """
-    found = bootstrap(100.0 * np.asarray(right, np.float64)[None], groups)
-    reach = 196 * least_error(found["mean"] / 100, len(right))
-    low = min(found["low"], max(0.0, found["mean"] - reach))
-    high = max(found["high"], min(100.0, found["mean"] + reach))
+    interval = bootstrap(100.0 * np.asarray(right, np.float64)[None], groups)
+    reach = 196 * least_error(interval["mean"] / 100, len(right))
+    low = min(interval["low"], max(0.0, interval["mean"] - reach))
+    high = max(interval["high"], min(100.0, interval["mean"] + reach))
     return low, high
 
 

@@ -218,8 +218,8 @@ def commit(checkout=Path(__file__).parent.parent):
 
 def code_files(checkout):
     """Its Python files but the tests, in order."""
-    found = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
-    return [path for path in found if path.is_file()]  # Emacs leaves links to nothing
+    paths = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
+    return [path for path in paths if path.is_file()]  # Emacs leaves links to nothing
 
 
 def digest_of(paths):
@@ -431,8 +431,8 @@ class Run:
         fix = "take the code that wrote it, or choose another --out"
         wrote = state.get("commit") or self.commit
         if wrote != self.commit:
-            told = f"the code of {shown(wrote)} wrote it, and that of {self.commit} goes on"
-            print(f"warning  {self.path}: {told}; if that should not be, {fix}", file=sys.stderr)
+            change = f"the code of {shown(wrote)} wrote it, and that of {self.commit} goes on"
+            print(f"warning  {self.path}: {change}; if that should not be, {fix}", file=sys.stderr)
         before = state["config"].get("batch_size", self.batch_size)
         if before != self.batch_size:
             again = "start as many processes as before, on the same pictures"

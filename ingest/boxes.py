@@ -83,8 +83,8 @@ def find(path):
     bare = [page.place for page in pages if not page.faces]
     if 2 * len(bare) > len(pages):
         fix = "where nobody has boxed them yet, give the boxed ones alone"
-        few = f"{len(bare)} pictures have no box, and count as pages without a face"
-        notes.append(f"{few}, the first: {bare[0]}; {fix}")
+        line = f"{len(bare)} pictures have no box, and count as pages without a face"
+        notes.append(f"{line}, the first: {bare[0]}; {fix}")
     if len(kinds) > 1:
         notes.append(f"{len(kinds)} classes are taken as one: {', '.join(kinds[:5])}")
     pages, empty = without_empty(pages)
@@ -112,19 +112,19 @@ def left_out(lines, among, things, path):
 def present(pages, path):
     """-> the pages whose picture is there, and a note on the others."""
     absent = list(dict.fromkeys(page.name for page in pages if not page.place))
-    found = [page for page in pages if page.place]
-    if not found:
+    pages = [page for page in pages if page.place]
+    if not pages:
         named = f"none of the {len(absent)} pictures that {path} names lies beside it"
         raise UserError(f"{named}; the first: {next(iter(absent), None)!r}")
-    few = f"{len(absent)} pictures are not there, the first: "
-    return found, [few + absent[0]] if absent else []
+    line = f"{len(absent)} pictures are not there, the first: "
+    return pages, [line + absent[0]] if absent else []
 
 
 def without_empty(pages):
     wrong = [f"{page.name} {box}" for page in pages for box in page.faces if not usable(box)]
-    found = [page._replace(faces=list(filter(usable, page.faces))) for page in pages]
-    few = f"{len(wrong)} boxes are empty or inverted, and left out, the first: "
-    return found, [few + wrong[0]] if wrong else []
+    pages = [page._replace(faces=list(filter(usable, page.faces))) for page in pages]
+    line = f"{len(wrong)} boxes are empty or inverted, and left out, the first: "
+    return pages, [line + wrong[0]] if wrong else []
 
 
 def usable(box):
@@ -141,12 +141,12 @@ def records_of(pages):
         boxes.setdefault(page.place, []).extend(map(tuple, page.faces))
         splits[page.place] = split_of_page(page)
     records, twice = [], []
-    for place, found in boxes.items():
-        own = list(dict.fromkeys(found))
-        twice += [place] * (len(found) - len(own))
+    for place, faces in boxes.items():
+        own = list(dict.fromkeys(faces))
+        twice += [place] * (len(faces) - len(own))
         records.append(Record(nfc(place), place, split=splits[place], box=own))
-    few = f"{len(twice)} boxes repeat another of their picture, and are left out, the first: "
-    return records, [few + twice[0]] if twice else []
+    line = f"{len(twice)} boxes repeat another of their picture, and are left out, the first: "
+    return records, [line + twice[0]] if twice else []
 
 
 # ---- boxes and pixels ----------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def records_of(pages):
 
 def fitted(pages, root, path):
     """Pages -> those whose boxes fit their pixels, now or after a change, and notes on the others."""
-    found, odd, scaled, turned = [], [], [], []
+    fitting, odd, scaled, turned = [], [], [], []
     for page in pages:
         shape = shape_of(root / page.place) if page.size and page.faces else None
         if shape:  # what can't be opened is named when it is packed
@@ -167,12 +167,12 @@ def fitted(pages, root, path):
             turned += [page.place] * turns
             if scales or turns:
                 page = page._replace(faces=own.tolist())
-        found.append(page)
+        fitting.append(page)
     notes = left_out(odd, len(pages), "pictures", path)
     for places, done in ((scaled, "scaled to the pixels"), (turned, "turned as EXIF says")):
         if places:
             notes.append(f"boxes of {len(places)} pictures are {done}, the first: {places[0]}")
-    return found, notes
+    return fitting, notes
 
 
 def shape_of(file):
@@ -225,8 +225,8 @@ def decode(data, size, boxes, most, shares):
         shown = [max(1, round(x * size / side)) for x in img.size]
         square.paste(on_paper(img).resize(shown, Image.Resampling.BICUBIC, reducing_gap=2.0))
     edge = np.array([*img.size, *img.size], np.float32)
-    found = np.array(boxes, np.float32).reshape(-1, 4) * (edge if shares else scale)
-    inside = found.clip(0, edge)
+    pixels = np.array(boxes, np.float32).reshape(-1, 4) * (edge if shares else scale)
+    inside = pixels.clip(0, edge)
     if not (inside[:, 2:] > inside[:, :2]).all():
         raise ValueError("a box lies outside of the picture")
     return {"images": np.asarray(square), "boxes": padded(inside / side, most)}

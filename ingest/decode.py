@@ -227,8 +227,8 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
                 raise ValueError("its box lies outside of the picture")
         area = square(img, box if crop == "figure" else None, margin)
         img = resized(img, area, size)
-    found = {"images": np.asarray(on_paper(img))}
-    return found | ({"fg": np.asarray(img.convert("RGBA"))[..., 3]} if fg else {})
+    planes = {"images": np.asarray(on_paper(img))}
+    return planes | ({"fg": np.asarray(img.convert("RGBA"))[..., 3]} if fg else {})
 
 
 def on_paper(img):

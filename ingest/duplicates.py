@@ -125,13 +125,13 @@ def matches(key, ask, most):
 def lookup(c, built, hashes, most):
     """Frequencies (m, 63) -> i, j: picture i and row j have hashes of few differing bits."""
     ask = packed(c > 0)
-    found = []
+    pairs = []
     for bits, key, order in built:
         at, j = matches(key, keys_of(c, bits).astype(np.uint32), most)
         i = order[at].astype(np.int64)
         differing = np.unpackbits((hashes[i] ^ ask[j])[:, None].view(np.uint8), axis=1).sum(1)
-        found.append((i * MOST + j)[differing <= MOST_BITS])
-    return np.divmod(np.unique(np.concatenate(found)), MOST)
+        pairs.append((i * MOST + j)[differing <= MOST_BITS])
+    return np.divmod(np.unique(np.concatenate(pairs)), MOST)
 
 
 def candidates(thumbs, most=16, size=4096):
@@ -231,15 +231,15 @@ def rows(records, pairs, kept, root):
     root: the folder of the source.
     """
     stay = {record.key for record in kept}
-    found = []
+    table = []
     for i, j in sorted(pairs, key=lambda pair: records[pair[0]].label == records[pair[1]].label):
         row, gone = {}, []
         for name, record in (("picture", records[i]), ("copy", records[j])):
             row[name] = path_of(record, root)
             row[f"label of {name}"] = record.label or ""
             gone += [name] * (record.key not in stay)
-        found.append(row | {"left out": " and ".join(gone)})
-    return found
+        table.append(row | {"left out": " and ".join(gone)})
+    return table
 
 
 def path_of(record, root):

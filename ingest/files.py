@@ -1,6 +1,6 @@
 """Picture files in folders, lists, zips and tars: names and bytes. Nothing is extracted to disk.
 
-open_...(path) -> (found, fetch, *notes): found is [(place, name)] of the pictures, and fetch(records)
+open_...(path) -> (pictures, fetch, *notes): pictures is [(place, name)] of them, and fetch(records)
 yields (record, load) for records with such a place, where load() -> bytes. notes are lines on files
 that are no pictures, and on code pages.
 """
@@ -72,8 +72,8 @@ def left_out(names, kinds, pictures):
     if not lost:
         return []
     count = Counter(lost.values()).most_common()
-    told = ", ".join(f"{n} {kind}" for kind, n in count[:5]) + ", ..." * (len(count) > 5)
-    line = f"{len(lost)} files left out: {told}; the first: {next(iter(lost))}"
+    by_kind = ", ".join(f"{n} {kind}" for kind, n in count[:5]) + ", ..." * (len(count) > 5)
+    line = f"{len(lost)} files left out: {by_kind}; the first: {next(iter(lost))}"
     folders = {posixpath.dirname(name.removeprefix("./")) for name in pictures}
     read = {"", *(folder for inner in folders for folder in folders_above(inner))}
     empty = sorted(set(map(posixpath.dirname, lost)) - read)
@@ -162,9 +162,9 @@ def open_list(_):
         except ValueError:  # on Windows
             raise UserError("-: these paths lie on several drives; give one drive's") from None
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    found = [(p, name) for p, name in named if is_image(name)]
+    pictures = [(p, name) for p, name in named if is_image(name)]
     others = [name for p, name in named if not is_image(name) and not os.path.isdir(p)]
-    return found, fetch_files, *left_out(others, {}, [name for _, name in found])
+    return pictures, fetch_files, *left_out(others, {}, [name for _, name in pictures])
 
 
 # ---- archives ------------------------------------------------------------------------------------
@@ -235,11 +235,11 @@ def open_tar(path):
         if not member.isdir():
             names.append(member.name)
     places = {name: whole.get(end_of(posixpath.normpath(name), links)) for name in names}
-    found = [(places[name], name) for name in names if places[name] and is_image(name)]
-    read = {name for pair in found for name in pair}  # what a link leads to is read, too
+    pictures = [(places[name], name) for name in names if places[name] and is_image(name)]
+    read = {name for pair in pictures for name in pair}  # what a link leads to is read, too
     others = [name for name in names if name not in read]
     kinds = {name: LINK for name in names if not places[name]}
-    return found, fetch, *left_out(others, kinds, [name for _, name in found])
+    return pictures, fetch, *left_out(others, kinds, [name for _, name in pictures])
 
 
 def end_of(name, links):
@@ -317,8 +317,8 @@ def tar_members(path, wanted=()):
                 refuse_escape(path, member.name)
                 most -= 4096  # else a megabyte could hold a million members of nothing
                 if member.offset_data + member.size > most:
-                    told = f"{member.name[:80]!r} says {member.size} bytes"
-                    raise tarfile.ReadError(f"it unpacks to far more than its size; {told}")
+                    claims = f"{member.name[:80]!r} says {member.size} bytes"
+                    raise tarfile.ReadError(f"it unpacks to far more than its size; {claims}")
                 # one too large can't be read, and is named
                 size = member.size if member.size <= MOST_BYTES else 0
                 asked = member.isfile() and member.name in wanted

@@ -139,14 +139,14 @@ def from_coco(path, pictures, odd):
 
 def coco_images(file, odd):
     """Yield (image, its faces), but no image of which no annotation can be read."""
-    found = parse_table(file.read_bytes())
-    images = {str(image["id"]): image for image in found["images"]}
-    if len(images) < len({(str(image["id"]), image["file_name"]) for image in found["images"]}):
+    table = parse_table(file.read_bytes())
+    images = {str(image["id"]): image for image in table["images"]}
+    if len(images) < len({(str(image["id"]), image["file_name"]) for image in table["images"]}):
         raise ValueError("two images have one id")
-    kinds = {c["id"]: str(c["name"]) for c in found.get("categories", ())}
+    kinds = {c["id"]: str(c["name"]) for c in table.get("categories", ())}
     faces = {key: [] for key in images}
     annotated = set()
-    for number, one in enumerate(found["annotations"], 1):
+    for number, one in enumerate(table["annotations"], 1):
         key = str(one.get("image_id"))
         annotated.add(key)
         with noting(odd, file.name, f"annotation {one.get('id', number)}"):

@@ -9,7 +9,7 @@ nothing):
 
 One rule decides what a level means. The first level of folders named like splits is the split. Of
 the other levels, the one with the most names is the class. Pictures that do not fit are set aside.
-`told` says so in one line, and --layout overrules it.
+`described` says so in one line, and --layout overrules it.
 """
 
 import re
@@ -31,8 +31,8 @@ NUMBERED = re.compile(r"\d+_(\D.*)")  # 10_miku of kohya's scripts, 000_hatsune_
 @cache
 def split_of(name):
     """A folder's name -> the split that it stands for, or None: Training is train."""
-    found = SPLIT.fullmatch(name.lower())
-    return found and WORDS[found[1]]
+    match = SPLIT.fullmatch(name.lower())
+    return match and WORDS[match[1]]
 
 
 # of folders and labels: pictures of characters that are not to be learned
@@ -77,8 +77,8 @@ def are_numbered(names):
 
 
 def without_number(name):
-    found = NUMBERED.fullmatch(name)
-    return found[1] if found else name
+    match = NUMBERED.fullmatch(name)
+    return match[1] if match else name
 
 
 # ---- finding the pattern -------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def detect(dirs):
 def split_level(dirs):
     """-> the first level with splits, or None."""
     for k in shared_levels(dirs):
-        found = {split_of(d[k]) for d in dirs if len(d) > k}
-        if None not in found or "train" in found or {"val", "test"} <= found:
+        splits = {split_of(d[k]) for d in dirs if len(d) > k}
+        if None not in splits or "train" in splits or {"val", "test"} <= splits:
             return k
     return None
 
@@ -206,7 +206,7 @@ def read(dirs, pattern):
     return rows
 
 
-def told(what, rows, aside=()):
+def described(what, rows, aside=()):
     """ "read as split/class: train, test; 38 classes (A, B, C, ...); 2 pictures set aside (x.png)".
 
     rows: (split, label) of each picture; aside: names of those that have none.

@@ -46,7 +46,7 @@ from common.command import (
     refuse_useless,
     set_defaults,
 )
-from common.features import can_leave_out, open_rows
+from common.features import can_leave_out, open_subsets
 from common.io import UserError, aside, one_line, open_tensors, quoted, save_csv
 from common.locks import lock_beside, locked, reserve
 from common.rows import write_rows
@@ -103,17 +103,17 @@ def open_images(flags, size):
     """Pictures, cut as --crop says; their alpha is the foreground where most have some."""
     records, fetch, notes = sources.find(flags.path, flags.layout, flags.names)
     if flags.unknown:
-        records, fetch, told = with_others(records, fetch, flags.unknown, flags.path)
-        notes += told
+        records, fetch, more = with_others(records, fetch, flags.unknown, flags.path)
+        notes += more
     crop, margin = flags.crop
-    found, long, tried = look_at(records, fetch)
-    fg = found * 2 > tried
+    transparent, long, tried = look_at(records, fetch)
+    fg = transparent * 2 > tried
     if crop == "centre" and long * 2 > tried and not any(record.box for record in records):
         what = f"{long} of {tried} images that were looked at have one side over {LONG:g} times the other"
         notes.append(f"crop: {what}; their centre may miss the head: see Crops in docs/data.md")
-    if found:
+    if transparent:
         use = "alpha is the foreground" if fg else "too few for masks, so they are laid on white"
-        looked = f"{found} of {tried} images that were looked at have transparent pixels"
+        looked = f"{transparent} of {tried} images that were looked at have transparent pixels"
         notes.append(f"alpha: {looked}; {use}")
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
 
@@ -133,21 +133,21 @@ def with_others(records, fetch, path, source):
         root = os.path.realpath(sources.folder_of(folder))
         return [os.path.normpath(os.path.join(root, str(r.place))) for r in some]
 
-    found, fetch_others, told = sources.find(path, layout=())
-    own = {Path(path, r.key).as_posix(): r for r in found}
+    others, fetch_others, notes = sources.find(path, layout=())
+    own = {Path(path, r.key).as_posix(): r for r in others}
     others = [r._replace(key=key, label=UNKNOWN) for key, r in own.items()]
 
     def fetch_both(some):
         yield from fetch([r for r in some if r.key not in own])
         yield from fetch_others([r for r in some if r.key in own])
 
-    twice = {*files_of(found, path)}
+    twice = {*files_of(others, path)}
     stay = [
         r
         for r, file in zip(records, files_of(records, source), strict=True)
         if r.key not in own and file not in twice
     ]
-    notes = [f"--unknown {path}: {line}" for line in (f"{len(others)} pictures", *told[1:])]
+    notes = [f"--unknown {path}: {line}" for line in (f"{len(others)} pictures", *notes[1:])]
     return stay + others, fetch_both, notes
 
 
@@ -265,7 +265,7 @@ def refuse_flags_of_deal(flags, source):
 def deal(source, pairs, how, shares):
     """-> the records that stay, each with its split, and lines that tell what was left out."""
     records, dropped = without_copies(source.records, how["group_by"], pairs, how["dedupe"])
-    records, few = large_enough(records, how["min_per_class"])
+    records, small = large_enough(records, how["min_per_class"])
     rows = [(r.label, r.group) for r in records]
     named = dict(zip(("train", "val", "test"), shares, strict=True))
     splits = assign_splits([r.split for r in records], rows, named, how["dev"], how["seed"])
@@ -273,7 +273,7 @@ def deal(source, pairs, how, shares):
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
     records, others = others_apart(records)
     splits = {r.split for r in records}
-    notes = dropped + few + others
+    notes = dropped + small + others
     if "train" not in splits:
         line = "no train: stages can measure on this set, not learn from it"
         if any(r.split for r in source.records):  # and not by --split 0,0,1
@@ -287,11 +287,11 @@ def deal(source, pairs, how, shares):
     dealt = ("val", "dev") if any(r.split for r in source.records) else asked
     lost = [name for name in asked if asked[name] and name in dealt and name not in splits]
     if lost:
-        few = f"{len(records)} are too few"
+        reason = f"{len(records)} are too few"
         [(_, most)] = Counter(r.group for r in records).most_common(1)
         if most * 2 > len(records):
-            few = f"{most} of {len(records)} are one group: copies (--dedupe off), or of one --group-by"
-        notes.append(f"no picture is left for {' and '.join(lost)}: {few}")
+            reason = f"{most} of {len(records)} are one group: copies (--dedupe off), or of one --group-by"
+        notes.append(f"no picture is left for {' and '.join(lost)}: {reason}")
     return records, notes
 
 
@@ -314,18 +314,18 @@ def others_apart(records):
     use = "they are no character, but fit what is called unknown"
     notes.append(f"{len(stay)} pictures show nobody ({', '.join(sorted(names))}): {use}")
     copies = [r.key for r in others if r.group in groups]
-    told = f"{len(copies)} unknown pictures are copies of somebody's, and left out"
-    return people + stay, notes + [f"{told}: {layouts.first(copies)}"] * bool(copies)
+    line = f"{len(copies)} unknown pictures are copies of somebody's, and left out"
+    return people + stay, notes + [f"{line}: {layouts.first(copies)}"] * bool(copies)
 
 
 def unlearned(records):
     """-> a line on the classes that train has too few pictures of."""
     inside = Counter(r.label for r in records if r.split == "train")
     labels = {r.label for r in records} - {None}
-    few = sorted(label for label in labels if inside[label] < 2)
-    if not inside or not few:
+    small = sorted(label for label in labels if inside[label] < 2)
+    if not inside or not small:
         return []
-    count = f"classes with fewer than two pictures in train: {len(few)}, such as {few[0]}"
+    count = f"classes with fewer than two pictures in train: {len(small)}, such as {small[0]}"
     fix = "finetune_lora.py does not learn them; --min-per-class 3 leaves small ones out"
     return [f"{count}; {fix}"]
 
@@ -336,8 +336,8 @@ def spelled_alike(records):
     for label in sorted({r.label for r in records} - {None}):
         alike[re.sub(r"[\s_-]+", " ", label.casefold()).strip()].append(label)
     twice = [" and ".join(names) for names in alike.values() if len(names) > 1]
-    told = f"classes that are spelled alike: {layouts.first(twice)}; give one character one name"
-    return [told] * bool(twice)
+    line = f"classes that are spelled alike: {layouts.first(twice)}; give one character one name"
+    return [line] * bool(twice)
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -378,18 +378,18 @@ def write_splits(flags):
     # Mistakes show now, and not after the search for copies, which reads every picture.
     class_names(large_enough(source.records, how["min_per_class"])[0])
     join_groups(source.records, how["group_by"], [])
-    pairs, told = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
+    pairs, lines = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
     records, more = deal(source, pairs, how, shares)
-    told += more
+    lines += more
     words, left_out = tags.vocabulary(records)
     dims, stream = tags.add_planes(words, records, source.dims, source.stream, path == "toon")
-    told += left_out
-    print("\n".join(told), end="\n" * bool(told), flush=True)
+    lines += left_out
+    print("\n".join(lines), end="\n" * bool(lines), flush=True)
     about = {"format": 1, "source": path, "classes": class_names(records), "size": size}
     about |= {"split_seed": how["seed"], "split_shares": shares}
     about |= dict(zip(("crop", "margin"), how["crop"], strict=True))
     about |= {name: how[name] for name in AS_GIVEN}
-    about |= {"tags": words, "notes": source.notes + told, "style": None, "parts": None}
+    about |= {"tags": words, "notes": source.notes + lines, "style": None, "parts": None}
     copies = duplicates.rows(source.records, pairs, records, sources.folder_of(path))
     write_all(how["out"], records, dims, stream, about | source.more, copies)
 
@@ -449,7 +449,7 @@ def write_all(out, records, dims, stream, about, copies):
     """
     classes = about["classes"]
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
-    lost, told = [], []
+    lost, lines = [], []
     with aside(out) as folder:  # a set is there whole, or not at all
         folder.mkdir()
         if copies:
@@ -473,8 +473,8 @@ def write_all(out, records, dims, stream, about, copies):
             why = f"; skipped {len(skipped)}: {first}" if skipped else ""
             if plain:  # such as the blank middle of a tall screenshot
                 why += f"; of one colour, so look at them: {layouts.first(plain)}"
-            told.append(f"{path}: {n} images of {size} px, {len(classes)} classes{why}")
-    print("\n".join(fields.shown(line) for line in told))
+            lines.append(f"{path}: {n} images of {size} px, {len(classes)} classes{why}")
+    print("\n".join(fields.shown(line) for line in lines))
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -585,9 +585,9 @@ def to_learn(out):
         return quoted(*words + of_split)
     problem = ""
     try:
-        open_rows(out, have[0], 0)  # as finetune_lora.py will open them
-    except UserError as found:
-        problem = f"; finetune_lora.py can't learn from it: {found}"
+        open_subsets(out, have[0], 0)  # as finetune_lora.py will open them
+    except UserError as error:
+        problem = f"; finetune_lora.py can't learn from it: {error}"
     if small and not problem:  # two characters: val is reported
         return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
     words = ["python", "pretrain.py", "--data", str(out)]

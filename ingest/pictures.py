@@ -107,12 +107,12 @@ def picture_files(path):
         pairs, _, *notes = files.open_folder(folder)
         for note in notes:
             print(f"note: {path}: {note}", file=sys.stderr)
-        found = {}
+        pictures = {}
         names = [name for name, _ in pairs]
         for name in sorted(names, key=lambda name: sources.nfc(name) != name):
             key = sources.nfc(name)
-            found[name if key in found else key] = folder / name
-        return found
+            pictures[name if key in pictures else key] = folder / name
+        return pictures
     if str(path) != "-" and not folder.exists():
         raise UserError(f"{path} does not exist")
     if str(path) == "-" or not is_picture(folder):

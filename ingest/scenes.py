@@ -138,16 +138,16 @@ def draw(item, size=256):
     for left, top, right, bottom in areas:
         page[top:bottom, left:right] = backdrop(rng, right - left, bottom - top)
     count = 0 if rng.random() < EMPTY else rng.integers(1, MOST + 1)
-    found = []
+    faces = []
     for number in range(count):
         who = item["people"][rng.integers(len(item["people"]))]
         drawing = {"who": who, "seed": (*item["seed"], number)}
         panel = areas[rng.integers(len(areas))]
-        found.append((place(page, owner, number, drawing, panel, rng), who["name"]))
+        faces.append((place(page, owner, number, drawing, panel, rng), who["name"]))
     for _ in range(rng.integers(3)):
         bubble(page, owner, rng)
     boxes, names = [], []
-    for number, (face, name) in enumerate(found):
+    for number, (face, name) in enumerate(faces):
         if face and (face[1] & (owner == number)).sum() > VISIBLE * face[1].sum():
             boxes.append(face[0] / size)
             names.append(name)

@@ -47,40 +47,40 @@ def find(path, layout=None, names=None):
     if reader is files.open_zip:
         reader = partial(files.open_zip, code=names)
     if name:
-        found, fetch, *notes = reader(Path(path))
-        notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
+        records, fetch, *notes = reader(Path(path))
+        notes.insert(0, layouts.described(name, [(r.split, r.label) for r in records]))
     else:
-        pictures, fetch, *told = reader(Path(path))
-        found, *notes = by_path(pictures, layout)
-        notes += told
+        pictures, fetch, *more = reader(Path(path))
+        records, *notes = by_path(pictures, layout)
+        notes += more
     if reader in (open_folder, open_beside) and layout != ():
-        told = []
+        lines = []
         if layout is None:
-            found, told = with_metadata(found, Path(path))
+            records, lines = with_metadata(records, Path(path))
             if Path(path, "metadata.csv").is_file():
-                told += ["metadata.csv is not read; give that file itself if it has the labels"]
-        found, more = tags.with_captions(found, folder_of(path))
-        notes += told + more
-    if not found:
+                lines += ["metadata.csv is not read; give that file itself if it has the labels"]
+        records, more = tags.with_captions(records, folder_of(path))
+        notes += lines + more
+    if not records:
         looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
         fix = "data.py reads a file of boxes with --detect"
         if reader is not from_danbooru:
             fix = f"give an archive itself; {fix}"
         elif Path(path).is_dir():
             fix = "no line of its metadata names one; --layout class reads the folders alone"
-        told = [f"no image found in {path}", *notes[1:], f"looked for {looked}", fix]
-        raise UserError("; ".join(told))
-    records = {}
-    for r in found:
-        records.setdefault(r.key, r)
-    refuse_odd(path, records)
+        reasons = [f"no image found in {path}", *notes[1:], f"looked for {looked}", fix]
+        raise UserError("; ".join(reasons))
+    first = {}
+    for r in records:
+        first.setdefault(r.key, r)
+    refuse_odd(path, first)
     if reader in (from_table, open_list):
-        refuse_absent([r.place for r in records.values()], Path(path).parent)
-    if twice := len(found) - len(records):
-        again = min(key for key, n in Counter(r.key for r in found).items() if n > 1)
+        refuse_absent([r.place for r in first.values()], Path(path).parent)
+    if twice := len(records) - len(first):
+        again = min(key for key, n in Counter(r.key for r in records).items() if n > 1)
         notes.append(f"{twice} names came twice, such as {again}; the first of each is kept")
-    records, told = tags.without_names(list(records.values()))
-    return records, fetch, notes + told
+    records, more = tags.without_names(list(first.values()))
+    return records, fetch, notes + more
 
 
 def reader_of(path, layout=None):
@@ -130,9 +130,9 @@ def refuse_absent(names, root):
 # ---- what folders tell ---------------------------------------------------------------------------
 
 
-def by_path(found, layout=None):
+def by_path(pictures, layout=None):
     """[(place, name)] -> records whose folders say split and class, and lines: read as what."""
-    named = [(place, nfc(name.removeprefix("./"))) for place, name in found]
+    named = [(place, nfc(name.removeprefix("./"))) for place, name in pictures]
     named, others = without_others(named, layout)
     rows, what, *doubt = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
     pairs = [*zip(named, rows, strict=True)]
@@ -141,7 +141,7 @@ def by_path(found, layout=None):
     if named and not records:
         problem = f"--layout {what} fits none of the {len(rows)} pictures, such as {named[0][1]}"
         raise UserError(f"{problem}; a split is named train, val, dev or test, or much like it")
-    return records + others, layouts.told(what, [row for row in rows if row], aside), *doubt
+    return records + others, layouts.described(what, [row for row in rows if row], aside), *doubt
 
 
 def without_others(named, layout):
@@ -215,8 +215,8 @@ def table_rows(path, columns=COLUMNS):
                 where = f"{path}, line {rows.line_num}"
                 cells = dict(zip(columns, map(str.strip, row), strict=False))
                 if len(row) > len(columns) or ("path" in columns and not cells.get("path")):
-                    found = f"{','.join(row)[:80]!r}"
-                    raise UserError(f"{where} is not {','.join(columns)} but {found}")
+                    line = f"{','.join(row)[:80]!r}"
+                    raise UserError(f"{where} is not {','.join(columns)} but {line}")
                 yield where, cells
         except (UnicodeDecodeError, csv.Error) as problem:
             after = f"after line {rows.line_num}: {problem}"
@@ -225,13 +225,13 @@ def table_rows(path, columns=COLUMNS):
 
 def box_of(cells, where):
     """The box in the cells of a row, four numbers; None where they are empty or not there."""
-    found = [cells.get(name, "") for name in BOX]
-    if not any(found):
+    numbers = [cells.get(name, "") for name in BOX]
+    if not any(numbers):
         return None
     try:
-        return tuple(map(float, found))
+        return tuple(map(float, numbers))
     except ValueError:
-        raise UserError(f"{where}: {','.join(found)} is no box {','.join(BOX)}") from None
+        raise UserError(f"{where}: {','.join(numbers)} is no box {','.join(BOX)}") from None
 
 
 def read_table(path, columns=COLUMNS, names=None, split=None):
@@ -537,8 +537,8 @@ def tags_of_post(post):
     elif isinstance(words, list):
         named = [t for t in words if isinstance(t, dict) and t.get("name")]
         for kind, number in NAMING.items():
-            found = [t["name"] for t in named if str(t.get("category")) in (kind, number)]
-            lists[kind] = found or lists[kind]
+            of_kind = [t["name"] for t in named if str(t.get("category")) in (kind, number)]
+            lists[kind] = of_kind or lists[kind]
         words = [t["name"] for t in named] + [t for t in words if not isinstance(t, dict)]
     else:
         strings = post.get("tag_string") or post.get("tag_string_general")
@@ -597,12 +597,12 @@ def with_metadata(records, path):
     for place in filter(names_files, [path, *splits]):
         above = f"{nfc(place.name)}/" if place in splits else ""
         keys = [r.key for r in records if r.key.startswith(above)]
-        posts, told = read_posts(place, {key.removeprefix(above): key for key in keys})
+        posts, lines = read_posts(place, {key.removeprefix(above): key for key in keys})
         of |= {post.key: post for post in posts}
         tagged = sum(bool(post.tags) for post in posts)
         line = f"metadata of {place}: {len(posts)} of {len(keys)} pictures, {tagged} with tags"
         unread = sorted(first_post(place).keys() - READ)
-        notes += [line + f"; not read: {', '.join(unread)}" * bool(unread), *told]
+        notes += [line + f"; not read: {', '.join(unread)}" * bool(unread), *lines]
     if path.is_file():
         records = [r for r in records if r.key in of]
     records = [r._replace(tags=of[r.key].tags) if r.key in of else r for r in records]

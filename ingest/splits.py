@@ -58,11 +58,11 @@ def without_copies(records, pattern, pairs, dedupe):
     count = Counter(records[i].split for i in gone)
     places = [f"{count[s]} from {s}" for s in ORDER if count[s]]
     fix = "--dedupe keep keeps them, as published"
-    told = f"{len(gone)} copies dropped: {', '.join(places) or 'one of each group stays'}; {fix}"
+    line = f"{len(gone)} copies dropped: {', '.join(places) or 'one of each group stays'}; {fix}"
     grouped = join_groups(records, pattern, [] if dedupe == "drop" else pairs)
     left = [r for i, r in enumerate(grouped) if i not in gone]
     refuse_gone(records, left, "images of {} are copies of others", fix)
-    return left, [told] * bool(gone) + crossing(left)
+    return left, [line] * bool(gone) + crossing(left)
 
 
 def crossing(records):
@@ -71,8 +71,8 @@ def crossing(records):
     for r in records:
         splits[r.group].add(r.split)
     torn = sum(len(s) > 1 for s in splits.values())
-    told = f"{torn} groups cross the splits that the source gives, and stay as published"
-    return [f"{told}; a score then counts pictures that were learned from"] * bool(torn)
+    line = f"{torn} groups cross the splits that the source gives, and stay as published"
+    return [f"{line}; a score then counts pictures that were learned from"] * bool(torn)
 
 
 def refuse_gone(before, after, why, fix):

@@ -54,14 +54,14 @@ def unescaped(text):
 
 def captions_of(places, root=""):
     """Paths of pictures below root -> {path: its caption}: x.txt, x.caption or x.png.txt of x.png."""
-    found = {}
+    beside = {}
     for folder in {PurePath(place).parent for place in places}:
         for file in Path(root, folder).iterdir():
             if file.suffix.lower() in CAPTIONS and file.is_file():
-                found.setdefault(folder / file.stem, []).append(file)
+                beside.setdefault(folder / file.stem, []).append(file)
     captions = {}
     for place in places:
-        own = found.get(PurePath(place).with_suffix("")) or found.get(PurePath(place))
+        own = beside.get(PurePath(place).with_suffix("")) or beside.get(PurePath(place))
         if own:
             captions[place] = min(own, key=lambda file: CAPTIONS.index(file.suffix.lower()))
     return captions
@@ -70,7 +70,7 @@ def captions_of(places, root=""):
 def with_captions(records, root):
     """Records with the tags of their captions, and lines on how many, and on texts that are none."""
     captions = captions_of([r.place for r in records], root)
-    found, tagged, boxes, unread = [], [], [], []
+    read, tagged, boxes, unread = [], [], [], []
     for r in records:
         words = ()
         if r.place in captions:
@@ -83,7 +83,7 @@ def with_captions(records, root):
         elif words:
             tagged.append(r.key)
             r = r._replace(tags=words)
-        found.append(r)
+        read.append(r)
     notes = []
     if tagged:
         notes.append(
@@ -93,7 +93,7 @@ def with_captions(records, root):
         notes.append(f"{len(boxes)} captions are numbers ({first(boxes)}); --detect reads boxes")
     if unread:
         notes.append(f"{len(unread)} captions are not in UTF-8 ({first(unread)}); save them so")
-    return found, notes
+    return read, notes
 
 
 # ---- names among tags ----------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def without_names(records):
         return records, []
     kept = [r._replace(tags=tuple(t for t in r.tags if t not in gone)) for r in records]
     count = sum(old.tags != new.tags for old, new in zip(records, kept, strict=True))
-    told = f"tags: names of classes are left out of those of {count} pictures ({first(gone)})"
-    return kept, [told]
+    line = f"tags: names of classes are left out of those of {count} pictures ({first(gone)})"
+    return kept, [line]
 
 
 def is_emoticon(tag):
@@ -136,8 +136,8 @@ def vocabulary(records):
         f"on fewer than {LEAST} pictures": [t for t, n in count.items() if n < LEAST],
     }
     words = set(count).difference(*gone.values())
-    told = [f"{len(tags)} {why}" for why, tags in gone.items() if tags]
-    notes = [f"tags: {len(words)} of {len(count)} are learned; {', '.join(told)}"] if told else []
+    reasons = ", ".join(f"{len(tags)} {why}" for why, tags in gone.items() if tags)
+    notes = [f"tags: {len(words)} of {len(count)} are learned; {reasons}"] if reasons else []
     return sorted(words, key=lambda t: (-count[t], t)), notes
 
 

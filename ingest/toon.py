@@ -473,16 +473,16 @@ PIECE = r"\s*([^\d]*?)\s*((?:o?-?\d.*)?)"  # words, and paths from the first num
 
 def drawings(text):
     """The wardrobe's text -> {name: [(tone, how, points), ...]}."""
-    found = {}
+    pieces_of = {}
     for entry in re.split(r"\n+(?=\w)|; ", text.strip()):
         names, body = entry.split(": ")
         pieces = []
         for piece in body.split("/"):
             words, paths = re.fullmatch(PIECE, piece, re.DOTALL).groups()
-            known, (tone, *how) = found.get(words[1:]), words.split()  # =x are the pieces of x
+            known, (tone, *how) = pieces_of.get(words[1:]), words.split()  # =x are the pieces of x
             pieces += known or [(tone, how, path(points)) for points in paths.split("|")]
-        found |= dict.fromkeys(names.split(", "), pieces)
-    return found
+        pieces_of |= dict.fromkeys(names.split(", "), pieces)
+    return pieces_of
 
 
 DRAWINGS = drawings(WARDROBE)

@@ -138,14 +138,14 @@ def right_of(task, spoil=None):
     spoil: (images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of them.
     """
     found = []
-    for some in task.rows.split(data.CHUNK):
+    for some in task.index.split(data.CHUNK):
         images = data.take(task.split["images"], some, task.device)
         images = spoil(images, some) if spoil else images
         boxes = data.full_boxes(len(some))
         view = data.view_images(images, *boxes, task.encoder.image_size)
         with task.autocast():
             found.append(features.pooled(task.encoder, view)[task.args.pool].half().cpu())
-    return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][task.rows]
+    return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][task.index]
 
 
 def percent(right):
@@ -176,7 +176,7 @@ def robustness(task):
 def without_parts(task):
     """{part: {"area": share of the picture, "hidden", "control": Top-1 without it}}."""
     found = {}
-    parts = torch.from_numpy(task.split["parts"][task.rows.numpy()])
+    parts = torch.from_numpy(task.split["parts"][task.index.numpy()])
     for k, name in list(enumerate(task.split["header"]["parts"]))[1:]:  # 0 is the background
         hidden = right_of(task, partial(hide_part, task=task, part=k))
         control = partial(hide_part, task=task, part=k, generator=seeded(0, k))
@@ -193,7 +193,7 @@ def stress_probe(task):
     clean = right_of(task)
     most_frequent = torch.bincount(task.train["labels"]).argmax()
     row = {"clean": percent(clean), "pool": task.args.pool}
-    row["chance"] = percent(task.split["labels"][task.rows] == most_frequent)
+    row["chance"] = percent(task.split["labels"][task.index] == most_frequent)
     row["robustness"] = robustness(task)
     return row | ({"parts": without_parts(task)} if "parts" in task.split else {})
 
@@ -252,7 +252,7 @@ def reconstruction(mae, task):
     total = {ratio: {} for ratio in RATIOS}
     S = model.config["image_size"]
     N = model.encoder.side**2
-    for rows, view in data.whole_views(task.split["images"], task.rows, S, task.device, "pixels"):
+    for rows, view in data.whole_views(task.split["images"], task.index, S, task.device, "pixels"):
         noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()])
         for ratio, scores in total.items():
             ids = masking.sample(noise.to(task.device), masking.kept(N, ratio))
@@ -314,13 +314,13 @@ def parse_args():
 
 
 def open_task(args):
-    """features.open_task, with the encoder, and in task.rows the images that are shown to it."""
+    """features.open_task, with the encoder, and in task.index the images that are shown to it."""
     encoder = load_encoder(args.run)
     task = features.open_task(args, args.run)
     task.args = args
     task.run = Path(args.run)
     task.encoder = encoder.to(task.device).requires_grad_(False)
-    task.rows = data.evenly_spaced(len(task.split["images"]), args.images)
+    task.index = data.evenly_spaced(len(task.split["images"]), args.images)
     task.out = features.results_folder(args.run, task.folder, args.split)
     return task
 
@@ -335,7 +335,7 @@ def main():
     mae = None if args.only else load_mae(task.run)
     report = {"command": command(), "machine": machine(task.device), "commit": commit()}
     report |= {"run": task.run.name, "data": str(task.folder), "split": args.split}
-    report["images"] = len(task.rows)
+    report["images"] = len(task.index)
     if task.labelled:
         fit_probe(task)
         report |= stress_some(task) if args.only else stress_probe(task)

@@ -51,18 +51,18 @@ def test_faces_of_one_illustration_are_asked_together():
 
 def test_a_fold_learns_neither_its_characters_nor_the_pictures_that_it_is_asked(small):
     every, classes = features.open_all(small)
-    labels = every.labels[every.rows]
-    of_character, of_picture = folds.draw_folds(labels, every.rows, 3)
+    labels = every.labels[every.index]
+    of_character, of_picture = folds.draw_folds(labels, every.index, 3)
     asked = []
     for fold in range(3):
         fit, dev, left_out, learned = folds.sets_of(every, classes, of_character, of_picture, fold)
-        assert not {*fit.rows.tolist()} & {*dev.rows.tolist(), *left_out.tolist()}
+        assert not {*fit.index.tolist()} & {*dev.index.tolist(), *left_out.tolist()}
         assert {*every.labels[left_out].tolist()} == {*np.flatnonzero(of_character == fold)}
-        assert {*every.labels[fit.rows].tolist()} == {*learned.tolist()}
+        assert {*every.labels[fit.index].tolist()} == {*learned.tolist()}
         # the numbers of the labels are those of the fold's own head
-        assert torch.equal(learned[dev.labels[dev.rows]], every.labels[dev.rows])
-        asked += dev.rows.tolist()
-    assert sorted(asked) == sorted(every.rows.tolist())
+        assert torch.equal(learned[dev.labels[dev.index]], every.labels[dev.index])
+        asked += dev.index.tolist()
+    assert sorted(asked) == sorted(every.index.tolist())
 
 
 def test_the_interval_of_a_share_is_students_over_characters():
@@ -117,9 +117,9 @@ def test_after_the_folds_every_picture_teaches(learned):
     header = read_head(home / OUT)[1]
     assert header["classes"] == classes and header["split"] == "folds"
     row = read_json(home / OUT / "metrics.json")
-    assert row["evaluated_on"] == "folds" and sum(map(sum, row["confusion"])) == len(every.rows)
+    assert row["evaluated_on"] == "folds" and sum(map(sum, row["confusion"])) == len(every.index)
     said = read_json(home / OUT / folds.PROMISE)
-    assert said["pictures"] == len(every.rows)
+    assert said["pictures"] == len(every.index)
     assert row["best_epoch"] == said["epoch"] <= 6
     counts = len(classes) - np.bincount(np.arange(len(classes)) % said["folds"])
     among = " to ".join(map(str, sorted({*counts.tolist()})))
@@ -227,7 +227,7 @@ def test_what_to_expect_is_said_in_a_line_where_there_are_enough_pictures(least,
 
 def test_a_part_of_one_character_is_refused_before_it_is_trained(monkeypatch):
     """A gallery without it would be one of nobody."""
-    some = SimpleNamespace(rows=[0])
+    some = SimpleNamespace(index=[0])
     monkeypatch.setattr(folds, "sets_of", lambda *_: (some, some, some, [0]))
     task = SimpleNamespace(train=None, classes=["a", "b", "c"])
     with pytest.raises(UserError, match="too few pictures or characters"):

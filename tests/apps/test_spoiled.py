@@ -122,7 +122,7 @@ def use_set(base):
     """What pre-training, fine-tuning and a sheet read of a packed set."""
     folder = base / "datasets/packed"
     split = data.open_split(folder, "train")
-    sets, names = features.open_rows(folder, "val", 0)
+    sets, names = features.open_subsets(folder, "val", 0)
     sizes = [len(data.groups_of(x.split)) for x in sets]
     return [names, sizes, sets[0].labels.tolist(), data.is_small(folder), data.fingerprint(split)]
 

@@ -13,7 +13,7 @@ from made import CPU, QUICK
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
 from apps import tags
-from common.features import open_rows
+from common.features import open_subsets
 from common.train import read_log, seeded
 from model import ViT
 
@@ -195,8 +195,8 @@ def test_it_learns_the_colours_and_their_names(base):
 
 def test_accuracies_with_tags_are_of_pictures_whose_tags_are_known(base, monkeypatch):
     """By a network that is right where it is told the tags, and always wrong where it is not."""
-    (*_, images), _ = open_rows(base / "datasets/packed", "val", 0)
-    right = torch.nn.functional.one_hot(images.labels[images.rows], 3).float()
+    (*_, images), _ = open_subsets(base / "datasets/packed", "val", 0)
+    right = torch.nn.functional.one_hot(images.labels[images.index], 3).float()
 
     def told(net, view, ids, ask):
         return (right if ids is not None else -right), None
@@ -212,7 +212,7 @@ def test_a_name_is_unknown_where_nine_of_a_hundred_known_faces_are_as_unsure(mon
     sure = torch.linspace(0.5, 0.99, 100)
     logits = torch.stack([sure.logit(), torch.zeros(100)], 1)
     monkeypatch.setattr(tags, "whole_answers", lambda *_: (logits, None))
-    task = SimpleNamespace(dev=SimpleNamespace(rows=None))
+    task = SimpleNamespace(dev=SimpleNamespace(index=None))
     least = tags.least_confidence(task)
     assert (sure < least).sum() == 9 and least == pytest.approx(sure[9].item())
 

@@ -148,7 +148,7 @@ def test_the_control_chooses_its_penalty_on_dev(monkeypatch):
     split, sets = {"images": np.zeros((4, 16, 16, 3), np.uint8)}, []
     for labels in ([0, 0, 1, 1], [0] * 4, [1] * 4):
         labels = torch.tensor(labels)
-        sets.append(SimpleNamespace(split=split, rows=torch.arange(4), labels=labels))
+        sets.append(SimpleNamespace(split=split, index=torch.arange(4), labels=labels))
     assert controls.thumbnail_top1(*sets) == 0
 
 
@@ -186,7 +186,7 @@ def test_a_run_writes_what_its_docstring_says(at, method, no_pictures):
     assert 100 * right.mean() == pytest.approx(row["top1"], abs=1e-4)
     assert (row["share_trained_percent"] == 100) == (method == "full")
     scores = [x["dev_macro_f1"] for x in read_log(out / "log.jsonl") if "dev_top1" in x]
-    n = len(features.open_rows("datasets/packed", "val", 0)[0][1].rows)
+    n = len(features.open_subsets("datasets/packed", "val", 0)[0][1].index)
     best = max(scores) / 100
     near = [i for i, x in enumerate(scores) if x / 100 >= best - (best * (1 - best) / n) ** 0.5]
     # the latest epoch within a standard error of the best one
@@ -225,20 +225,21 @@ def test_what_is_chosen_on_is_dev_or_a_tenth_of_train(small, tmp_path, with_dev)
     shutil.copytree(small, folder)
     if with_dev:
         shutil.copy(small / "test.safetensors", folder / "dev.safetensors")
-    (fit, dev, report), classes = features.open_rows(folder, "val", 0)
-    assert report.name == "val" and len(report.rows) == len(data.open_split(small, "val")["labels"])
+    (fit, dev, report), classes = features.open_subsets(folder, "val", 0)
+    assert report.name == "val"
+    assert len(report.index) == len(data.open_split(small, "val")["labels"])
     assert fit.name == "train" and dev.name == ("dev" if with_dev else "train")
-    every = sorted(fit.rows.tolist() + ([] if with_dev else dev.rows.tolist()))
+    every = sorted(fit.index.tolist() + ([] if with_dev else dev.index.tolist()))
     assert every == list(range(len(fit.labels)))
     groups = data.groups_of(fit.split)
     if not with_dev:
-        assert 0.05 < len(dev.rows) / len(every) < 0.2
-        assert not set(groups[fit.rows].tolist()) & set(groups[dev.rows].tolist())
-    (fit, dev, report), some = features.open_rows(folder, "val", 1)
-    assert len(some) == 2 and set(fit.labels[fit.rows].tolist()) == {0, 1}
+        assert 0.05 < len(dev.index) / len(every) < 0.2
+        assert not set(groups[fit.index].tolist()) & set(groups[dev.index].tolist())
+    (fit, dev, report), some = features.open_subsets(folder, "val", 1)
+    assert len(some) == 2 and set(fit.labels[fit.index].tolist()) == {0, 1}
     for images in (fit, dev, report):
-        names = [classes[c] for c in images.split["labels"][images.rows]]
-        assert names == [some[c] for c in images.labels[images.rows]]
+        names = [classes[c] for c in images.split["labels"][images.index]]
+        assert names == [some[c] for c in images.labels[images.index]]
 
 
 @pytest.fixture
@@ -256,11 +257,11 @@ def thin(at):
 
 
 def test_what_has_no_label_or_no_second_picture_is_not_learned(at, thin, no_pictures):
-    sets, classes = features.open_rows(thin, "val", 0)
+    sets, classes = features.open_subsets(thin, "val", 0)
     assert classes == ["class0", "class1"]
     for images in sets:
-        true = images.split["labels"][images.rows]
-        assert set(true.tolist()) == {0, 1} and images.labels[images.rows].equal(true)
+        true = images.split["labels"][images.index]
+        assert set(true.tolist()) == {0, 1} and images.labels[images.index].equal(true)
     fit = sets[0]
     assert (fit.split["labels"] == -1).any() and (fit.split["labels"] == 2).any()
     assert (fit.labels[fit.split["labels"] == 2] == -1).all()
