@@ -104,7 +104,8 @@ def open_or_pack(path, image_size=0, pages=False):
     if splits_in(path):
         note_small(path, image_size, pages)
         return path
-    # Runs up, because --data may name pictures: who reads a packed set loads no decoder.
+    # Imported here, and not at the top, because ingest/ imports this file, and who reads a packed set needs
+    # no decoder of images.
     from ingest.pack import default_out, pack
 
     if path.name in DRAWN and not any(path.glob("*")):
@@ -267,7 +268,8 @@ def send(x, device):
 
 
 def take(images, index, device):
-    """Rows `index` (i64, CPU) of a memory map or a tensor -> u8 (B, S, S, 3) on the device."""
+    """Rows `index` (i64, CPU) of a memory map or a tensor, such as images u8 (n, S, S, 3) -> (B, S, S, 3)
+    on the device, of the same dtype."""
     if isinstance(images, torch.Tensor):
         return send(images[send(index, images.device)], device)
     return send(torch.from_numpy(images[index.numpy()]), device)
@@ -458,7 +460,7 @@ def read_view(picture, size):
     picture: a path, an image of Pillow, or pixels u8 (H, W, 3). The square in its middle is cut out,
     and transparent pixels become white. A UserError where it can't be read.
     """
-    # Runs up, as in open_or_pack: this is for one picture in a notebook, and loops read packed sets.
+    # Imported here for the reason of open_or_pack: loops read packed sets, a notebook one picture.
     from ingest.decode import centre_of
 
     # Resized twice, as pictures of a packed set are: first for the file, and then for the network.
@@ -479,6 +481,6 @@ def whole_views(images, indices, side, device, name=""):
 
 
 if __name__ == "__main__":
-    from ingest.pack import main  # runs up: packing is a room of its own, and this its front door
+    from ingest.pack import main  # the command of this file packs; the code for that is there
 
     cli(main)

@@ -1,17 +1,18 @@
 """Stage 4: fine-tune an encoder to recognise characters: a head (linear), LoRA (lora), or all weights (full).
 
-    python finetune_lora.py runs/NAME --method lora:r=8
+    python finetune_lora.py runs/NAME                                LoRA of rank 8, into runs/NAME-lora
+    python finetune_lora.py runs/NAME --method lora:r=4              into runs/NAME-lora-r-4
     python finetune_lora.py --resume runs/NAME-lora                  continues a run
     python finetune_lora.py --resume runs/NAME-lora --split test     measures it on another split
 
 Reads:  an encoder (runs/NAME, or a checkpoint file that apps/formats.py knows), datasets/NAME
 Writes: runs/NAME-METHOD/ state.pt, log.jsonl, metrics.json (of another split: metrics-SPLIT.json),
         curves.png, confusion.png, head.safetensors; for lora adapter_model.safetensors and
-        adapter_config.json, for full model.safetensors
+        adapter_config.json; for full, and with --from-scratch, model.safetensors; folds/
 
 The kept epoch is chosen on dev, or on a held-out tenth of train, and results are those of --split.
 A small collection has no picture to spare for either. There, cross-validation chooses and measures
-(apps/folds.py), if it is quick or --split folds asks for it, and then every picture is learned.
+(apps/folds.py), if it is quick, there is no val, or --split folds asks for it. Then every picture is learned.
 
 The tokens of a picture are pooled to one vector. The neck, a batch norm, makes the embedding of it, by
 which pictures are compared, and the head a logit for each character (common/classifier.py).
@@ -116,7 +117,7 @@ CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray (of stres
 # Without smoothing the cross-entropy never stops asking for larger logits, and the head becomes too
 # sure of itself (Szegedy et al. 2016, arXiv:1512.00567, section 7).
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
-NEXT = "python -m apps.recognize"  # lab.convnets names its own
+NEXT = "python -m apps.recognize"  # what is printed at the end; lab.convnets names its own
 NECK_OF_CLASS = 20  # pictures of each character give the neck, a norm, its statistics at the end
 NECK_IN_ALL = 256  # at most so many of these pictures do so after an epoch
 
@@ -175,10 +176,13 @@ def read_flags():
     if method == "lora" and flags.from_scratch:
         raise UserError("--method lora needs a trained encoder; choose full")
     refuse_useless(flags.given & NOT_READ[method], f"with --method {method}")
-    refuse_useless(
-        flags.given & {"hold_out"} if flags.split == BY_FOLDS else (), "with --split folds"
-    )
-    refuse_useless(flags.given & {"pool"} if flags.head == "ifa" else (), "with --head ifa")
+    if flags.split == BY_FOLDS:
+        refuse_useless(flags.given & {"hold_out"}, "with --split folds")
+    if flags.head == "ifa":
+        refuse_useless(flags.given & {"pool"}, "with --head ifa")
+    if flags.balanced and flags.logit_adjust:
+        fix = "--balanced draws every character equally often, so nothing is left to adjust"
+        raise UserError(f"--logit-adjust {flags.logit_adjust:g} with --balanced; {fix}")
     set_defaults(flags, **RECIPE[method])
     in_name = {"head", "from_scratch", "seed"}
     name = run_name(flags, name_of(flags.encoder), flags.method, only=in_name)
@@ -254,7 +258,7 @@ def computes(lora, weight_of):
 
 
 def equation_3(lora):
-    """W + alpha/r B A, whatever `weight` of a changed class says."""
+    """W + alpha/r B A, all that peft computes. LoRA.weight says the same until somebody changes it."""
     A, B = lora.factors()
     return lora.base.weight + lora.scale * (B @ A)
 
@@ -355,7 +359,7 @@ def load_classifier(folder):
     weights, header = classifier.read_head(folder)
     method = {"method": one_of(*METHODS)}
     check_fields(header, method, folder / "head.safetensors", classifier.REMEDY)
-    # Only a run that changed all weights has an encoder of its own. Others name theirs.
+    # A run has an encoder of its own if it trained all weights or began with random ones. Others name theirs.
     base = folder if (folder / "model.safetensors").exists() else header["base"]
     encoder = load_base(base, folder, header["image_size"], header["fingerprint"])
     # Files decide as well: without its adapter, a run would answer, but not as it has learned.
@@ -458,7 +462,7 @@ class Best:
         self.macro_f1 = max(macro_f1, self.macro_f1)
         # Dev is small, so the single best of many epochs is the best by luck, too. Of those that can't be
         # told apart, the latest has learned most. It recognised more unknown characters as such
-        # (results/TRIED.md).
+        # (results/TRIED.md). The error is that of an accuracy, because macro-F1 has no simple one.
         if macro_f1 >= self.macro_f1 - standard_error(self.macro_f1, pictures):
             self.epoch = epoch
             self.weights = {name: w.cpu().clone() for name, w in trained.state_dict().items()}
@@ -607,8 +611,8 @@ def draw_order(index, labels, balanced, seed, epoch):
 
 
 def unfreeze(net, trained, epoch, every):
-    """Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146): the head first, then the last block,
-    and one more block every `every` epochs.
+    """Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146): first the head and the encoder's last
+    norm, then the last block, and one more block every `every` epochs.
     """
     depth = len(net.encoder.blocks)
     # While the head is still random, its gradients mean little, and could spoil good features (Kumar et
@@ -658,7 +662,8 @@ def predict(task, subset):
 def finetune(flags, task, make_run=train.Run):
     """Train for --epochs -> (run, the latest epoch within a standard error of the best on dev).
 
-    With task.stop it is that one, whatever dev says.
+    With task.stop it is that one, whatever dev says. make_run: what surrounds the loop; apps/folds.py
+    has one that writes no files.
     """
     net = task.net
     device = task.device
@@ -714,8 +719,9 @@ def finetune(flags, task, make_run=train.Run):
                 with task.autocast():
                     pooled = net.pooled(patches, ids)
             y = data.send(labels[index], device)  # (B,)
-            # The encoder has run; this is neck and head. A margin head makes the true class harder by
-            # its margin, so it has to know the labels.
+            # The encoder has run; this is neck and head, in fp32, because statistics of a batch and a softmax
+            # suffer from the 8 bits of bf16, and cost almost nothing. A margin head makes the true class
+            # harder by its margin, so it has to know the labels.
             logits = net(pooled, y)  # (B, C)
 
             # 3. loss

@@ -278,7 +278,7 @@ STRATEGIES = {
 
 
 def keywords(strategy):
-    """{key: default} of the parameters that a user can set; `throw` and `shuffle` are taken."""
+    """{key: default} of the parameters that a user can set. Each strategy has `throw` and `shuffle`, too."""
     parameters = inspect.signature(strategy).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -400,7 +400,7 @@ def sample(priority, K, T=0):
 
 
 if __name__ == "__main__":
-    from common.command import cli  # runs up: only the command draws, and masks need no more
+    from common.command import cli  # here, because only the command draws
     from common.sheets import main
 
     cli(main)

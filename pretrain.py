@@ -73,7 +73,9 @@ from model import MAE, SIZES, SimMIM, pooler_of
 
 WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
-UNCLIPPED = BESIDE  # their losses are not the MAE's
+# Beginnings of names: weights whose losses are not the MAE's, so that their gradients are not clipped with
+# its own. Add yours here, and not to BESIDE, which says what has files of its own.
+UNCLIPPED = (*BESIDE,)
 WARMUP = 0.1  # share of the run in which the learning rate rises
 RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those of processes
 SECOND_STREAM = 1  # seeds the second views, so that they change no other random number
@@ -101,7 +103,7 @@ def parse_flags():
     add("--ratio", metavar="R", help="share that is not seen; 0.5:0.9 rises, 0.5-0.9 is drawn")
     add("--teacher", default="self", metavar="self|maps|PATH", help="its attention guides")
     add("--attention", choices=guidance.ATTENTION, help="default: what was trained, else outlier")
-    add("--maps", default="auto", metavar="auto|truth|DIR", help="maps of foreground and parts")
+    add("--maps", default="auto", metavar="auto|truth|DIR", help="of foreground, parts, attention")
     add("--contrast", metavar="NAME[:key=value,...]", help="pooler, none; cls trains the encoder")
     add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="loss of flat patches")
     add("--no-norm-pix", action="store_true", help="predict raw pixels, not normalised patches")
@@ -116,7 +118,7 @@ def parse_flags():
         help="default: so that a run has 2 to 20",
     )
     train.add_flags(add)
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA, one ratio")
     flags = parser.parse_args()
     unread = {*OF_SCORES} - flags_of_mask(flags)
     if not flags.resume:
@@ -148,8 +150,8 @@ def start_processes(device):
                 f"{number + 1} processes and {there} GPUs; give --nproc-per-node {there}"
             )
         device = train.pick_device(f"cuda:{number}")
-    # Gradients are averaged on the GPU, but a signal is told by the CPU. Without a backend for each, torch
-    # would choose one of them.
+    # NCCL averages gradients between GPUs, but a tensor on the CPU, such as the number of a signal, needs
+    # Gloo. So both are named: by itself, torch would choose one of them.
     gpus = device.type == "cuda" and distributed.is_nccl_available()
     distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=WAIT)
     if distributed.get_rank() > 0:
@@ -182,8 +184,8 @@ def share_gradients(network):
 
 def stop_together(run):
     """A signal that one process got stops all of them after the same step."""
-    # One that comes after this question waits for the next step: who stopped alone would leave the
-    # others waiting for it.
+    # A signal that comes after this exchange waits for the next step. A process that stopped by itself
+    # would leave the others waiting for its gradients.
     if distributed.is_initialized():
         number = torch.tensor(run.caught[0] if run.caught else 0)
         distributed.all_reduce(number, distributed.ReduceOp.MAX)
@@ -307,16 +309,18 @@ def compiles(flags, device):
 
 def why_no_graph(flags, device, world, source, optimizer):
     """Why the update of a compiled run can't be replayed as one CUDA graph, or None if it can."""
-    torchs = type(optimizer).__module__.startswith("torch.optim")
-    reasons = {
-        f"on this {device.type}": device.type != "cuda",
-        "while processes share gradients": world > 1,
-        f"with --mask {flags.mask}, which learns": source.predictor is not None,
-        f"with --ratio {flags.ratio}, which changes": changes(flags.ratio),
-        # A graph repeats what the GPU did, and a number that Python counted would stay what it was.
-        f"with {type(optimizer).__name__}, which may count its steps in Python": not torchs,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    if device.type != "cuda":
+        return f"on this {device.type}"
+    if world > 1:
+        return "while processes share gradients"
+    if source.predictor is not None:
+        return f"with --mask {flags.mask}, which learns"
+    if changes(flags.ratio):
+        return f"with --ratio {flags.ratio}, which changes"
+    # A graph repeats what the GPU did, and a number that Python counted would stay what it was.
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return f"with {type(optimizer).__name__}, which may count its steps in Python"
+    return None
 
 
 def parse_mask(flags, N):
@@ -539,7 +543,8 @@ def main():
 
         view u8 (b, s, s, 3), ids_keep (b, K), ids_mask (b, M); second: what `contrast.draw` drew, in
         steps that have the contrastive loss.
-        -> the loss of the MAE, the sum of all, errors (b, M), two numbers of the contrastive loss
+        -> the loss of the MAE; its sum with the losses of the statistics and of the contrast; errors
+        (b, M); two numbers of the contrastive loss
         """
         # 3. forward
         # An MAE is cheap because its encoder reads visible patches alone (SimMIM reads all).
@@ -583,10 +588,10 @@ def main():
 
         -> the loss of the MAE, the norm of its gradient, two numbers of the contrastive loss
         """
-        loss, all_losses, error, for_log = losses(view, ids_keep, ids_mask, *second)
+        loss, sum_of_losses, error, for_log = losses(view, ids_keep, ids_mask, *second)
         # source.loss: for --mask learned, a small network learns to predict these errors; else it is 0.
         # All losses share a backward pass. Beside the MAE's, only --contrast cls reaches the encoder.
-        (all_losses + source.loss(ids_mask, error)).backward()
+        (sum_of_losses + source.loss(ids_mask, error)).backward()
 
         # 5. update
         grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
@@ -600,6 +605,8 @@ def main():
         cut_views = torch.compile(cut_views)
         no_graph = why_no_graph(flags, device, world, source, optimizer)
         if world == 1:
+            # Where the whole update can't be one CUDA graph, torch records forward and backward as graphs
+            # by itself (reduce-overhead). One graph can't be recorded within another.
             losses = torch.compile(losses, mode="reduce-overhead" if no_graph else None)
         if no_graph:
             print(f"note     no CUDA graph of the whole update {no_graph}")
@@ -619,9 +626,11 @@ def main():
             # Crops, flips and noise are drawn on the CPU from these four, so that a GPU and a laptop
             # see the same crops, and a resumed run sees those that it would have seen.
             stream = (flags.seed, epoch, run.step, rank)
-            boxes, flip, noise = draw(train.seeded_step(*stream), b, N, flags.min_crop, device)
+            generator = train.seeded_step(*stream)
+            boxes, flip, noise = draw(generator, b, N, flags.min_crop, device)
             view = cut_views(batch, boxes, flip, s)  # (b, s, s, 3)
-            # Colours may be changed here. What moves pixels would have to move the scores below, too.
+            # Colours may be changed here: data.jitter_colour(view, torch.rand(b, 3, generator=generator),
+            # 0.3). What moves pixels would have to move the scores below, too.
 
             # 2. which patches are hidden
             t = run.step / total  # progress of the run: a curriculum depends on it

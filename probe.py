@@ -375,8 +375,9 @@ def draw_attention(path, name, encoder, task, index):
 
 
 def draw_neighbours(path, name, vectors, task, index):
-    """A line for each picture: it, and its 8 nearest of train, their cosine under them.
+    """A line for each picture: it, and its 8 nearest of train, the cosine of their vectors under them.
 
+    main compares mean tokens, whatever --pool is; the votes of kNN in the table follow --pool.
     A neighbour of the picture's class has a green frame, another a dashed one.
     """
     from common import plots

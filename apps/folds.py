@@ -158,11 +158,11 @@ def train_fold(flags, whole, sets, learned, bar):
 def answers_of(task, left_out, learned, C, folds, others=None):
     """What the network of one of `folds` says of pictures that it was not taught -> {name: tensor}.
 
-    logits (m, C) and similarity (m,) of held-out pictures of its characters, the same of `left_out`, rows
+    logits (m, C) and similarity (m,) of held-out pictures of its characters, the same of `left_out`, index
     (k,) of unknown ones, and the control's scores of both. A logit of a character that it did not
     learn is -inf. Which held-out ones have the right name, also in gray and by the controls, (m,).
-    unit (m, D) and unknown_unit (k, D): faces as they are compared. others: a split, and rows of it
-    that show nobody; they are asked, too.
+    unit (m, D) and unknown_unit (k, D): faces as they are compared. others: a split, and an index of
+    pictures that show nobody; they are asked, too.
     """
     outputs = partial(outputs_of, task.net.eval(), task.train.split, autocast=task.autocast)
     index, labels = task.train.index, task.dev.labels[task.dev.index]

@@ -127,7 +127,7 @@ def embedded(args, net, header, autocast, files, problems):
 
 def learn(run, shows, moved, faces):
     """Change the gallery by what the folders say -> the files that it has taken."""
-    path, done, printed = Path(run) / GALLERY, [], []
+    path, done, report = Path(run) / GALLERY, [], []
     with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
         known = {*gallery["names"]}
@@ -152,11 +152,11 @@ def learn(run, shows, moved, faces):
                     gallery, lines = without(gallery, embeddings)
             except UserError as problem:  # too few of a new character; the others go on
                 lines, files = [f"note: {problem}"], []
-            printed += lines
+            report += lines
             done += files
         if done:
             save_gallery(path, gallery)
-    for line in printed:
+    for line in report:
         print(line)
     return done
 

@@ -489,7 +489,7 @@ def outputs_of(net, split, index, autocast, name="", colours=True):
 
 
 def open_others(folder):
-    """-> the split of unknown characters that data.py packed, and some of its rows; None without."""
+    """-> the split of unknown characters that data.py packed, and an index of some of its pictures; None without."""
     if not (Path(folder) / "unknown.safetensors").exists():
         return None
     split = data.open_split(folder, "unknown")
@@ -754,16 +754,17 @@ def only(gallery, stay):
     left, labels = gallery["labels"][stay].unique(return_inverse=True)
     names = [gallery["names"][i] for i in left]
     keys = list(itertools.compress(gallery["keys"], stay))
-    new = {"names": names, "keys": keys, "labels": labels}
-    return in_file(gallery) | new | {"embeddings": gallery["embeddings"][stay]}
+    changed = {"names": names, "keys": keys, "labels": labels}
+    return in_file(gallery) | changed | {"embeddings": gallery["embeddings"][stay]}
 
 
 def with_faces(gallery, who, keys, embeddings):
     """What a gallery's file holds, and so many faces (n, D) more of a character, new or not."""
     names = list(dict.fromkeys([*gallery["names"], who]))
     labels = F.pad(gallery["labels"], (0, len(keys)), value=names.index(who))
-    new = {"names": names, "keys": gallery["keys"] + keys, "labels": labels}
-    return in_file(gallery) | new | {"embeddings": torch.cat([gallery["embeddings"], embeddings])}
+    changed = {"names": names, "keys": gallery["keys"] + keys, "labels": labels}
+    changed["embeddings"] = torch.cat([gallery["embeddings"], embeddings])
+    return in_file(gallery) | changed
 
 
 @torch.no_grad()

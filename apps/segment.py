@@ -403,7 +403,7 @@ def pixel_loss(task, net, index, images, generator):
 
 
 def judge_masks(pairs):
-    """Pairs of (found, true) masks (B, H, W) bool -> IoU over all of them, of each kind, in %."""
+    """Pairs of (predicted, true) masks (B, H, W) bool -> IoU over all of them, of each kind, in %."""
     both, either = torch.zeros(2), torch.zeros(2)
     for predicted, true in pairs:
         for kind, (a, b) in enumerate([(~predicted, ~true), (predicted, true)]):

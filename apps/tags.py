@@ -276,7 +276,7 @@ class MFDN(nn.Module):
         super().__init__()
         shape = encoder.config
         dim, heads = shape["dim"], shape["heads"]
-        shallow = max(1, shape["depth"] // 6)
+        layers = max(1, shape["depth"] // 6)
         self.config = {"encoder": shape, "norm_eps": checkpoints.epsilon_of(encoder)}
         self.config |= {"C": C, "V": V, "arm": arm, "length": length}
         self.encoder = encoder
@@ -284,10 +284,10 @@ class MFDN(nn.Module):
         self.arm, self.V, self.length = arm, V, length
         self.register_buffer("reach", torch.ones(length - 2))  # see `reaches`
         if arm in READS_TAGS:
-            self.language = TagEncoder(V, length, dim, shallow, heads)
+            self.language = TagEncoder(V, length, dim, layers, heads)
             self.kind_token = nn.Parameter(torch.zeros(2, dim))  # added to the picture, to words
         if arm in HIDES_TAGS or arm == "l2l":
-            self.decoder = TagDecoder(dim, shallow, heads)
+            self.decoder = TagDecoder(dim, layers, heads)
         if arm == "l2l":
             self.query_token = nn.Parameter(0.02 * torch.randn(1, V, dim))
         if arm in NAMES_TAGS:
@@ -649,28 +649,28 @@ def judge(scores, truth, thresholds):
     """
     from sklearn.metrics import average_precision_score
 
-    named = scores >= thresholds
+    predicted = scores >= thresholds
     there = truth.any(0)
-    right = named & truth
-    wrong = (named != truth).mean(0)
+    right = predicted & truth
+    wrong = (predicted != truth).mean(0)
     top = np.argsort(-truth.sum(0), kind="stable")[:TOP_TAGS]
     ap = np.full(min(AP_TAGS, len(there)), np.nan)
     for tag in there[:AP_TAGS].nonzero()[0]:
         ap[tag] = average_precision_score(truth[:, tag], scores[:, tag])
     row = {
         "map": np.nanmean(ap),
-        "micro_f1": f1(right.sum(), named.sum(), truth.sum()),
+        "micro_f1": f1(right.sum(), predicted.sum(), truth.sum()),
         "error": wrong.mean(),
-        "macro_f1": f1(right.sum(0), named.sum(0), truth.sum(0))[there].mean(),
+        "macro_f1": f1(right.sum(0), predicted.sum(0), truth.sum(0))[there].mean(),
         "error_top": wrong[top].mean(),
     }
     row = {key: round(100 * float(x), 3) for key, x in row.items()}
     return row | {"ap": [None if np.isnan(x) else round(100 * float(x), 2) for x in ap]}
 
 
-def f1(right, named, there):
-    """Counts -> F1, 0 where nothing was found and nothing is there."""
-    return 2 * right / np.maximum(named + there, 1)
+def f1(right, predicted, there):
+    """Counts -> F1, 0 where nothing is predicted and nothing is there."""
+    return 2 * right / np.maximum(predicted + there, 1)
 
 
 def fit_thresholds(scores, truth):
@@ -679,10 +679,10 @@ def fit_thresholds(scores, truth):
     Rare tags get the best threshold of all tags together: up to 200 million scores, so in bins.
     """
     edges = np.linspace(0, 1, BINS + 1)
-    named = np.histogram(scores, edges)[0]
+    predicted = np.histogram(scores, edges)[0]
     right = np.histogram(scores[truth], edges)[0]
-    named, right = named[::-1].cumsum()[::-1], right[::-1].cumsum()[::-1]  # over each edge
-    thresholds = np.full(truth.shape[1], edges[f1(right, named, truth.sum()).argmax()])
+    predicted, right = predicted[::-1].cumsum()[::-1], right[::-1].cumsum()[::-1]  # over each edge
+    thresholds = np.full(truth.shape[1], edges[f1(right, predicted, truth.sum()).argmax()])
     for tag in (truth.sum(0) >= FEWEST).nonzero()[0]:
         thresholds[tag] = best_threshold(scores[:, tag], truth[:, tag])
     return thresholds
@@ -691,10 +691,10 @@ def fit_thresholds(scores, truth):
 def best_threshold(scores, truth):
     """scores (n,), truth (n,) bool -> the score with the best F1, half way to the next one below."""
     falling, level = np.unique(-scores, return_inverse=True)  # equal scores are one level
-    named = np.bincount(level).cumsum()
+    predicted = np.bincount(level).cumsum()
     right = np.bincount(level, truth).cumsum()
     levels = np.append(-falling, 0).astype(scores.dtype)
-    best = f1(right, named, truth.sum()).argmax()
+    best = f1(right, predicted, truth.sum()).argmax()
     return float((levels[best] + levels[best + 1]) / 2)
 
 

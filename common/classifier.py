@@ -187,7 +187,7 @@ def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
 
 
 @torch.no_grad()
-def pooled_of(net, split, rows, autocast, name="", mirrored=False):
+def pooled_of(net, split, index, autocast, name="", mirrored=False):
     """The neck's input for whole images: fp32 (n, D) or (n, D, L) on the CPU.
 
     name: of a progress bar. mirrored: the mean of picture and mirror image, in twice the time. It
@@ -196,7 +196,7 @@ def pooled_of(net, split, rows, autocast, name="", mirrored=False):
     pooled = []
     encoder = net.encoder
     device = encoder.cls_token.device
-    for _, view in data.whole_views(split["images"], rows, encoder.image_size, device, name):
+    for _, view in data.whole_views(split["images"], index, encoder.image_size, device, name):
         sides = (view, view.flip(2)) if mirrored else (view,)
         with autocast():
             both = [net.pooled(*encoder.all_patches(x)).cpu() for x in sides]

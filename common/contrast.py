@@ -36,8 +36,8 @@ HIDDEN, OUT = 1024, 128  # widths of the projector
 JITTER = 0.3  # by so much brightness, contrast and saturation of a second view change at most
 # Keys of --contrast. share: of the pictures that get a second view; every: in how many steps one
 # has the loss. The pooler has less to learn than the encoder, so that every second step is enough.
-# A weight of 2 would change nothing: AdamW divides by the size of the gradient, and no other loss
-# trains the pooler.
+# Another weight of pooler would change nothing: AdamW divides by the size of the gradient, and no other
+# loss trains it. That of cls counts, because the encoder has the MAE's loss, too.
 SETTINGS = {
     "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1, "share": 0.5, "every": 2},
     "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0, "share": 1.0, "every": 1},
@@ -94,7 +94,8 @@ class Contrast(nn.Module):
             fg = data.view_maps(figures, boxes, flip, self.image_size)[..., None] / 255
             view = data.swap_backgrounds(view, fg)  # fg (m, s, s, 1)
         view = data.jitter_colour(view, colours, JITTER)
-        # A random mask, whatever --mask is: what is visible must not tell the two views apart.
+        # A random mask, whatever --mask is. If the masks of both views followed one map, like places would
+        # be visible in both, and which ones they are would tell the pair.
         ids_keep, _ = masking.sample(noise, K)
         return view, ids_keep
 

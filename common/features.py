@@ -19,7 +19,7 @@ from common.readout import POOLS
 from common.train import open_machine
 from model import ViT
 
-HEADLINE = "extremes"
+HEADLINE = "extremes"  # the pool that is reported where nobody asks for another
 BY_FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
 
 
@@ -185,7 +185,7 @@ def learnable(labels, classes, folder):
     enough = np.nonzero(sizes >= 2)[0]
     if len(enough) < 2:
         fix = "python data.py FOLDER, a folder per character, makes a set with labels"
-        raise UserError(f"{folder}: train has fewer than two classes with two pictures; {fix}")
+        raise UserError(f"{folder}: fewer than two classes have two pictures to learn; {fix}")
     return enough
 
 
@@ -250,7 +250,10 @@ def open_subsets(folder, held, left_out):
     dev = sets["dev"] if where == "dev" else replace(train, index=chosen)
     for name, some in {"dev": dev, held: sets[held]}.items():
         if not len(some.index):
-            fix = "data.py needs more pictures, or a larger share for it: --split .6,.2,.2"
+            share = (
+                "a dev split: --dev 0.1" if name == "dev" else "a larger share: --split .6,.2,.2"
+            )
+            fix = f"data.py needs more pictures, or {share}"
             raise UserError(f"{folder} has no picture of a learned character for {name}; {fix}")
     return [train, dev, sets[held]], [classes[c] for c in learned]
 

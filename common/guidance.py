@@ -59,7 +59,7 @@ class Source:
     def scores(self, index, boxes, flip, view):
         """What a strategy reads, {name: tensor}, of views u8 (B, S, S, 3), cut from images `index`.
 
-        A score is (B, N), that of parts (B, N, P).
+        A score is (B, N), that of parts (B, N, P), and "view" is the views themselves.
         """
         return {}
 

@@ -37,6 +37,7 @@ from common.io import UserError, atomic, parse_table, quoted, read_torch, readin
 
 LOG_EVERY = 10  # steps
 CODE = ("*.py", "common/*.py", "kernels/*.py", "apps/*.py", "ingest/*.py", "lab/*.py")
+OTHERS_STREAM = 1 << 21  # seeds what asks no generator of ours; smaller numbers are other streams
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
@@ -300,12 +301,13 @@ def seeded_step(*numbers):
     """`seeded`, for a step of a loop: dropout, or whatever else you add, begins anew with it, too."""
     # Dropout asks no generator of ours but torch's own, whose state goes on from step to step. Seeded
     # anew at each step, it need not be saved, and a resumed run draws what it would have drawn. The same
-    # holds for the generators of NumPy and Python.
-    generator = seeded(*numbers)
-    torch.manual_seed(generator.initial_seed())
-    np.random.seed(generator.initial_seed() % 2**32)  # for what you add
-    random.seed(generator.initial_seed())
-    return generator
+    # holds for the generators of NumPy and Python. With the seed of ours, the first dropout would repeat
+    # the numbers of the crops, so they have another one.
+    others = seeded(*numbers, OTHERS_STREAM).initial_seed()
+    torch.manual_seed(others)
+    np.random.seed(others % 2**32)
+    random.seed(others)
+    return seeded(*numbers)
 
 
 # ---- what surrounds a loop -----------------------------------------------------------------------

@@ -225,8 +225,8 @@ def decode(data, size, boxes, most, shares):
         shown = [max(1, round(x * size / side)) for x in img.size]
         square.paste(on_paper(img).resize(shown, Image.Resampling.BICUBIC, reducing_gap=2.0))
     edge = np.array([*img.size, *img.size], np.float32)
-    pixels = np.array(boxes, np.float32).reshape(-1, 4) * (edge if shares else scale)
-    inside = pixels.clip(0, edge)
+    in_pixels = np.array(boxes, np.float32).reshape(-1, 4) * (edge if shares else scale)
+    inside = in_pixels.clip(0, edge)
     if not (inside[:, 2:] > inside[:, :2]).all():
         raise ValueError("a box lies outside of the picture")
     return {"images": np.asarray(square), "boxes": padded(inside / side, most)}

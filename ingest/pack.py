@@ -265,7 +265,7 @@ def refuse_flags_of_deal(flags, source):
 def deal(source, pairs, how, shares):
     """-> the records that stay, each with its split, and lines that tell what was left out."""
     records, dropped = without_copies(source.records, how["group_by"], pairs, how["dedupe"])
-    records, small = large_enough(records, how["min_per_class"])
+    records, too_small = large_enough(records, how["min_per_class"])
     rows = [(r.label, r.group) for r in records]
     named = dict(zip(("train", "val", "test"), shares, strict=True))
     splits = assign_splits([r.split for r in records], rows, named, how["dev"], how["seed"])
@@ -273,7 +273,7 @@ def deal(source, pairs, how, shares):
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
     records, others = others_apart(records)
     splits = {r.split for r in records}
-    notes = dropped + small + others
+    notes = dropped + too_small + others
     if "train" not in splits:
         line = "no train: stages can measure on this set, not learn from it"
         if any(r.split for r in source.records):  # and not by --split 0,0,1
@@ -322,10 +322,10 @@ def unlearned(records):
     """-> a line on the classes that train has too few pictures of."""
     inside = Counter(r.label for r in records if r.split == "train")
     labels = {r.label for r in records} - {None}
-    small = sorted(label for label in labels if inside[label] < 2)
-    if not inside or not small:
+    rare = sorted(label for label in labels if inside[label] < 2)
+    if not inside or not rare:
         return []
-    count = f"classes with fewer than two pictures in train: {len(small)}, such as {small[0]}"
+    count = f"classes with fewer than two pictures in train: {len(rare)}, such as {rare[0]}"
     fix = "finetune_lora.py does not learn them; --min-per-class 3 leaves small ones out"
     return [f"{count}; {fix}"]
 

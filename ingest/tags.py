@@ -70,7 +70,7 @@ def captions_of(places, root=""):
 def with_captions(records, root):
     """Records with the tags of their captions, and lines on how many, and on texts that are none."""
     captions = captions_of([r.place for r in records], root)
-    read, tagged, boxes, unread = [], [], [], []
+    updated, tagged, boxes, unread = [], [], [], []
     for r in records:
         words = ()
         if r.place in captions:
@@ -83,7 +83,7 @@ def with_captions(records, root):
         elif words:
             tagged.append(r.key)
             r = r._replace(tags=words)
-        read.append(r)
+        updated.append(r)
     notes = []
     if tagged:
         notes.append(
@@ -93,7 +93,7 @@ def with_captions(records, root):
         notes.append(f"{len(boxes)} captions are numbers ({first(boxes)}); --detect reads boxes")
     if unread:
         notes.append(f"{len(unread)} captions are not in UTF-8 ({first(unread)}); save them so")
-    return read, notes
+    return updated, notes
 
 
 # ---- names among tags ----------------------------------------------------------------------------

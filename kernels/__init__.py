@@ -1,7 +1,8 @@
 """The choice between the two implementations of each operation.
 
-The reference is plain PyTorch and runs anywhere. The Triton kernel moves each byte once and runs on
-a GPU. With TRITON_INTERPRET=1, the interpreter of Triton runs the kernels on a CPU, for tests.
+The reference is plain PyTorch and runs anywhere. The Triton kernel runs on a GPU, and writes no
+intermediate result to memory. With TRITON_INTERPRET=1, the interpreter of Triton runs the kernels on a
+CPU, for tests.
 """
 
 import os

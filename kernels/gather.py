@@ -7,8 +7,8 @@ Bytes, for B views of which K patches of P = p*p*3 numbers are visible: the kern
 and writes B*K*P numbers. At 224 px, p 16, K 49 in bf16 that is 0.04 + 0.08 MB a view. To convert,
 scale and cut the whole view first moves about 5 MB.
 
-On the way a patch x leaves its mean and the log of sqrt(var(x) + s0^2), eight bytes more: the loss
-predicts those of hidden patches by those of visible ones.
+On the way a patch x leaves its mean and sqrt(var(x) + s0^2), eight bytes more: the loss predicts those of
+hidden patches, the latter as a log, by those of visible ones.
 
 A view is stored as (B, S, S, 3): a row of a patch of 16 px is three 16-byte loads. From planes, the
 compiler would load single bytes. A patch is flattened in the order (row, column, colour).

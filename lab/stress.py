@@ -135,7 +135,7 @@ def fit_probe(task):
 def right_of(task, spoil=None):
     """(n,) bool: which images, corrupted or as they are, the clean probe classifies correctly.
 
-    spoil: (images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of them.
+    spoil: (images u8 (B, S, S, 3), index (B,)) -> what the encoder sees of them.
     """
     found = []
     for some in task.index.split(data.CHUNK):

@@ -203,6 +203,7 @@ def test_a_step_begins_all_random_numbers_anew():
         draws.append([torch.rand(3, generator=generator), torch.rand(3), others])
     assert equal(*(dict(enumerate(x)) for x in draws))
     assert draws[0][0].equal(torch.rand(3, generator=train.seeded(1, 2)))
+    assert not draws[0][0].equal(draws[0][1])  # dropout repeats no crop
 
 
 def test_full_memory_is_one_line_with_a_way_out(capsys):
