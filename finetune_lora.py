@@ -8,7 +8,8 @@
 Reads:  an encoder (runs/NAME, or a checkpoint file that apps/formats.py knows), datasets/NAME
 Writes: runs/NAME-METHOD/ state.pt, log.jsonl, metrics.json (of another split: metrics-SPLIT.json),
         curves.png, confusion.png, head.safetensors; for lora adapter_model.safetensors and
-        adapter_config.json; for full, and with --from-scratch, model.safetensors; folds/
+        adapter_config.json; for full, and with --from-scratch, model.safetensors; for
+        cross-validation folds/
 
 The kept epoch is chosen on dev, or on a held-out tenth of train, and results are those of --split.
 A small collection has no picture to spare for either. There, cross-validation chooses and measures
@@ -180,9 +181,9 @@ def read_flags():
         refuse_useless(flags.given & {"hold_out"}, "with --split folds")
     if flags.head == "ifa":
         refuse_useless(flags.given & {"pool"}, "with --head ifa")
-    if flags.balanced and flags.logit_adjust:
-        fix = "--balanced draws every character equally often, so nothing is left to adjust"
-        raise UserError(f"--logit-adjust {flags.logit_adjust:g} with --balanced; {fix}")
+    # Where every character is drawn equally often, log p is one constant, which softmax ignores.
+    if flags.balanced:
+        refuse_useless(flags.given & {"logit_adjust"}, "with --balanced")
     set_defaults(flags, **RECIPE[method])
     in_name = {"head", "from_scratch", "seed"}
     name = run_name(flags, name_of(flags.encoder), flags.method, only=in_name)

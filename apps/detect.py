@@ -247,11 +247,11 @@ def detect(net, view):
     peaks, boxes = (torch.cat(parts, 1) for parts in zip(*maps, strict=True))
     boxes = boxes.clamp(0, S) / S
     answers = []
-    for score, box, peak in zip(scores, boxes, peaks, strict=True):
+    for score, corners, peak in zip(scores, boxes, peaks, strict=True):
         best = torch.where(peak, score, 0).topk(min(MOST, int(peak.sum()))).indices
-        best = best[(box[best, 2:] > box[best, :2]).all(1)]
-        best = best[suppress(box[best])]
-        answers.append((box[best].cpu(), score[best].cpu()))
+        best = best[(corners[best, 2:] > corners[best, :2]).all(1)]
+        best = best[suppress(corners[best])]
+        answers.append((corners[best].cpu(), score[best].cpu()))
     return answers
 
 
@@ -360,11 +360,11 @@ def coco_set(boxes, scores, side):
             row = {"id": len(rows) + 1, "image_id": page, "category_id": 1, "iscrowd": 0}
             row |= {"bbox": [x1, y1, w, h], "area": w * h}
             rows.append(row if sure is None else row | {"score": sure[i].item()})
-    coco = COCO()
+    annotated = COCO()
     images = [{"id": page} for page in range(len(boxes))]
-    coco.dataset = {"images": images, "categories": [{"id": 1}], "annotations": rows}
-    coco.createIndex()
-    return coco
+    annotated.dataset = {"images": images, "categories": [{"id": 1}], "annotations": rows}
+    annotated.createIndex()
+    return annotated
 
 
 def judge(task, net, split, index):

@@ -103,7 +103,7 @@ def is_copy(file, original):
     return os.path.exists(original) and filecmp.cmp(file, original, shallow=False)
 
 
-def moves(shows, moved):
+def line_of_moves(shows, moved):
     """-> a line on what was moved from where to where, and on what was added."""
     ways = Counter()
     for file, row in moved.items():
@@ -199,7 +199,7 @@ def main():
     shows, moved = by_hand(out, rows, before["names"])
     if not moved:
         return print(f"{out}: no picture was moved or added since the last time")
-    print(moves(shows, moved))
+    print(line_of_moves(shows, moved))
     problems = []
     faces = embedded(args, net, header, autocast, shows, problems)
     done = {*learn(args.run, shows, moved, faces)}

@@ -489,7 +489,7 @@ def outputs_of(net, split, index, autocast, name="", colours=True):
 
 
 def open_others(folder):
-    """-> the split of unknown characters that data.py packed, and an index of some of its pictures; None without."""
+    """-> the split of unknown characters that data.py packed, and the index of some; None without."""
     if not (Path(folder) / "unknown.safetensors").exists():
         return None
     split = data.open_split(folder, "unknown")
@@ -522,18 +522,18 @@ def faces_learned(run, device, dtype):
     chosen = torch.cat(evenly_of_each(train.labels[train.index], FACES))
     index = train.index[chosen]
     keys = [train.split["header"]["keys"][i] for i in index.tolist()]
-    faces = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[index])
-    _, faces.embeddings = outputs(train.split, index)
-    faces.held_out = faces.others = None
-    faces.left_out = hold_out
+    learned = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[index])
+    _, learned.embeddings = outputs(train.split, index)
+    learned.held_out = learned.others = None
+    learned.left_out = hold_out
     if by_folds:
-        return faces
-    faces.held_out = *outputs(dev.split, dev.index), dev.labels[dev.index]
+        return learned
+    learned.held_out = *outputs(dev.split, dev.index), dev.labels[dev.index]
     # Pictures of the characters that --hold-out left out set no threshold: they are there to be asked.
     if others := open_others(folder):
         split, index = others
-        faces.others = *outputs(split, index), split["labels"][index]
-    return faces
+        learned.others = *outputs(split, index), split["labels"][index]
+    return learned
 
 
 def in_file(gallery):

@@ -431,8 +431,8 @@ def judge(task, masks_of):
             truth = F.interpolate(true, size=view.shape[1:3], mode="area")[:, 0] > 127.5
             for version, predicted in ((name, masks), (f"{name}_known", two_means(masks))):
                 of_kind = pairs.setdefault(version, {})
-                for row, mask, true in zip(index, predicted > 0.5, truth, strict=True):
-                    for kind in kinds_of(frames.split, row):
+                for i, mask, true in zip(index, predicted > 0.5, truth, strict=True):
+                    for kind in kinds_of(frames.split, i):
                         of_kind.setdefault(kind, []).append((mask[None], true[None]))
     return {v: {k: judge_masks(p) for k, p in some.items()} for v, some in pairs.items()}
 

@@ -77,17 +77,17 @@ def sort(args, net, header, gallery, autocast):
         done = len(wanted) - len(args.images)
         again = ", by whatever run; a new folder sorts them anew" if done else ""
         print(f"sort     {len(wanted)} pictures, {done} of them done{again}")
-    faces = ()
+    answered = ()
     names = gallery["names"]
     if args.group:
         if not args.detect:  # now, and not after all of them are embedded
             check_grouped(len(args.images), "pictures")
         least = args.alike if "alike" in args.given else gallery.get("alike", ALIKE)
-        faces = grouped(predictions(args, net, header, autocast, problems), gallery, least)
-        names = dict.fromkeys(row["name"] for row in faces)
+        answered = grouped(predictions(args, net, header, autocast, problems), gallery, least)
+        names = dict.fromkeys(row["name"] for row in answered)
     elif args.images:
-        faces = all_answers(args, net, header, gallery, autocast, problems)
-    copy_all(faces, args, wanted, folders_of(names), rows, out / SORTED, problems)
+        answered = all_answers(args, net, header, gallery, autocast, problems)
+    copy_all(answered, args, wanted, folders_of(names), rows, out / SORTED, problems)
     tell_problems(problems, header["data"])
     words = [args.run, str(out), *(["--detect", args.detect] if args.detect else [])]
     learn = f"python -m apps.learn {quoted(*words)}"

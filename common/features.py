@@ -250,10 +250,8 @@ def open_subsets(folder, held, left_out):
     dev = sets["dev"] if where == "dev" else replace(train, index=chosen)
     for name, some in {"dev": dev, held: sets[held]}.items():
         if not len(some.index):
-            share = (
-                "a dev split: --dev 0.1" if name == "dev" else "a larger share: --split .6,.2,.2"
-            )
-            fix = f"data.py needs more pictures, or {share}"
+            share = "--dev 0.1" if name == "dev" else "--split .6,.2,.2"
+            fix = f"data.py needs more pictures, or a larger share for it: {share}"
             raise UserError(f"{folder} has no picture of a learned character for {name}; {fix}")
     return [train, dev, sets[held]], [classes[c] for c in learned]
 

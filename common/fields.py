@@ -110,12 +110,12 @@ def check_arrays(arrays, table, path, remedy, **sizes):
             raise UserError(f"{path} has no array {name!r}; {remedy}")
         array = arrays[name]
         dtype, *letters = says.split()
-        has = f"{array.dtype} {tuple(array.shape)}"
+        actual = f"{array.dtype} {tuple(array.shape)}"
         if len(array.shape) == len(letters):
             sizes = dict(zip(letters, array.shape, strict=True)) | sizes
         wanted = tuple(int(x) if x.isdigit() else sizes.get(x, x) for x in letters)
-        if tuple(array.shape) != wanted or not re.search(rf"\bb?{dtype}", has):
-            raise UserError(f"{path}: {name} is {has}, not {dtype} {wanted}; {remedy}")
+        if tuple(array.shape) != wanted or not re.search(rf"\bb?{dtype}", actual):
+            raise UserError(f"{path}: {name} is {actual}, not {dtype} {wanted}; {remedy}")
 
 
 def check_range(array, low, high, name, path, remedy):

@@ -83,8 +83,8 @@ def read_scores(folder, split, rows, view, side, where):
 def attention_of(run, encoder, images, rows):
     """(n, N): the attention of a trained network, as masks with this --teacher read it."""
     kind = guidance.default_attention(flags_of(run), run)
-    maps = guidance.attention(encoder, images, rows, kind, contextlib.nullcontext)
-    return torch.cat([score for _, score in maps])
+    chunks = guidance.attention(encoder, images, rows, kind, contextlib.nullcontext)
+    return torch.cat([score for _, score in chunks])
 
 
 # ---- the picture ---------------------------------------------------------------------------------

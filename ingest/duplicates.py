@@ -125,13 +125,13 @@ def matches(key, ask, most):
 def lookup(c, built, hashes, most):
     """Frequencies (m, 63) -> i, j: picture i and row j have hashes of few differing bits."""
     ask = packed(c > 0)
-    pairs = []
+    codes = []
     for bits, key, order in built:
         at, j = matches(key, keys_of(c, bits).astype(np.uint32), most)
         i = order[at].astype(np.int64)
         differing = np.unpackbits((hashes[i] ^ ask[j])[:, None].view(np.uint8), axis=1).sum(1)
-        pairs.append((i * MOST + j)[differing <= MOST_BITS])
-    return np.divmod(np.unique(np.concatenate(pairs)), MOST)
+        codes.append((i * MOST + j)[differing <= MOST_BITS])
+    return np.divmod(np.unique(np.concatenate(codes)), MOST)
 
 
 def candidates(thumbs, most=16, size=4096):

@@ -287,11 +287,11 @@ def deal(source, pairs, how, shares):
     dealt = ("val", "dev") if any(r.split for r in source.records) else asked
     lost = [name for name in asked if asked[name] and name in dealt and name not in splits]
     if lost:
-        reason = f"{len(records)} are too few"
+        why = f"{len(records)} are too few"
         [(_, most)] = Counter(r.group for r in records).most_common(1)
         if most * 2 > len(records):
-            reason = f"{most} of {len(records)} are one group: copies (--dedupe off), or of one --group-by"
-        notes.append(f"no picture is left for {' and '.join(lost)}: {reason}")
+            why = f"{most} of {len(records)} are one group: copies (--dedupe off), or of one --group-by"
+        notes.append(f"no picture is left for {' and '.join(lost)}: {why}")
     return records, notes
 
 

@@ -107,12 +107,12 @@ def picture_files(path):
         pairs, _, *notes = files.open_folder(folder)
         for note in notes:
             print(f"note: {path}: {note}", file=sys.stderr)
-        pictures = {}
+        file_of = {}
         names = [name for name, _ in pairs]
         for name in sorted(names, key=lambda name: sources.nfc(name) != name):
             key = sources.nfc(name)
-            pictures[name if key in pictures else key] = folder / name
-        return pictures
+            file_of[name if key in file_of else key] = folder / name
+        return file_of
     if str(path) != "-" and not folder.exists():
         raise UserError(f"{path} does not exist")
     if str(path) == "-" or not is_picture(folder):

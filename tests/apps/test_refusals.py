@@ -182,6 +182,7 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{TUNE} --method linear", "--lr .1, --unfreeze-every 1, --keep .5"),
     (f"{TUNE} --method lora", "--unfreeze-every 1"),
     (f"{TUNE} --method lora --head ifa", "--pool cls"),
+    (f"{TUNE} --balanced", "--logit-adjust 1"),
     (f"{MAPS} --map saliency", "--attention cls, --parts 4, --run runs/a"),
     (f"{MAPS} --map attn --run runs/a", "--parts 4"),
     (f"{MAPS} --map parts --run runs/a", "--attention cls"),
