@@ -752,7 +752,7 @@ def finetune(flags, task, make_run=train.Run):
             if run.logs_now:
                 train_top1 = 100 * torch.stack(hits).mean().item()
                 head_lr = optimizer.param_groups[-1]["lr"]  # the last group is the head's
-                run.log_step(lr=head_lr, train_top1=train_top1)
+                run.log_step(head_lr=head_lr, train_top1=train_top1)
                 hits = []
             if run.step % per_epoch == 0 and task.dev:
                 settle_neck(task, NECK_IN_ALL)

@@ -422,6 +422,7 @@ class LinearDecoder(nn.Module):
         self.decoder_pred = nn.Linear(dim, patch_size * patch_size * 3)
         self.stats_head = nn.Linear(dim, 2)
         self.apply(init_weights)
+        nn.init.zeros_(self.stats_head.weight)  # before it has learned, it corrects nothing
         nn.init.normal_(self.mask_token, std=0.02)
 
 

@@ -196,14 +196,14 @@ def to_patches(maps, g):
 
 
 @torch.no_grad()
-def tokens_of(images, rows, encoder):
-    """Yield (index, patch tokens fp32 (B, N, D) on the CPU) of the images `rows`, in order.
+def tokens_of(images, indices, encoder):
+    """Yield (index, patch tokens fp32 (B, N, D) on the CPU) of the images `indices`, in order.
 
     Tokens leave the last block before the final LayerNorm. On the demo set, normalised tokens gave
     worse parts: an adjusted Rand index of 0.16 in place of 0.22.
     """
     device = encoder.cls_token.device
-    for index, view in data.whole_views(images, rows, encoder.image_size, device):
+    for index, view in data.whole_views(images, indices, encoder.image_size, device):
         x = encoder.run_blocks(encoder.embed(*encoder.all_patches(view)))
         yield index, x[:, 1:].float().cpu()
 
@@ -241,8 +241,8 @@ def part_rows(images, encoder, K):
     """-> generator of u8 (B, g, g) of all images, in order; the clusters are found first."""
     g = encoder.side
 
-    def chunks(rows):
-        for index, tokens in tokens_of(images, rows, encoder):
+    def chunks(indices):
+        for index, tokens in tokens_of(images, indices, encoder):
             saliency = coarse(data.take(images, index, tokens.device))
             yield tokens, to_patches(saliency, g) > 0.5
 
@@ -274,14 +274,14 @@ def rows_of_map(args, images, device):
 
 def draw_sheet(path, args, folder, split, maps):
     """What each strategy hides whose score is known; maps (n, G, G) give one of the scores."""
-    rows = data.evenly_spaced(len(maps), sheets.SHOWN)
+    indices = data.evenly_spaced(len(maps), sheets.SHOWN)
     side = sheets.SIDE if args.map == "saliency" else maps.shape[-1]
-    view = sheets.whole_images(split["images"], rows, side)
+    view = sheets.whole_images(split["images"], indices, side)
     where = {NEEDED_AS[args.map]: path.parent}
-    scores, _ = sheets.read_scores(folder, split, rows, view, side, where)
+    scores, _ = sheets.read_scores(folder, split, indices, view, side, where)
     known = (name for name in masking.STRATEGIES if masking.NEEDS.get(name) in (None, *scores))
     strategies = {name: masking.STRATEGIES[name] for name in known}
-    cells = torch.from_numpy(maps[rows.numpy()])
+    cells = torch.from_numpy(maps[indices.numpy()])
     shown = {args.map: cells.long() if args.map == "parts" else cells}
     title = f"Hidden patches, by {args.map} maps"
     sheets.draw_sheet(path, title, view, side, shown, strategies, scores)

@@ -54,14 +54,14 @@ def out_of_fold(x, labels, groups, classes):
 
 
 def ranked(probabilities, labels):
-    """-> rows whose label is not the likeliest class, the least probable first, and that class (n,).
+    """-> indices of those whose label is not the likeliest class, the least probable first; that class (n,).
 
     A class that no fit saw has probability 0, and is left out.
     """
     better = probabilities.argmax(1)
     given = probabilities.gather(1, labels[:, None])[:, 0]
-    rows = given.argsort(stable=True)
-    return rows[((better != labels) & (given > 0))[rows]], better
+    order = given.argsort(stable=True)
+    return order[((better != labels) & (given > 0))[order]], better
 
 
 def parse_args():
@@ -87,12 +87,12 @@ def together(splits, pool):
     """{name: split}, {name: (n, D)} -> features, labels, groups and [(split, row)] of labelled pictures."""
     x, labels, groups, places = [], [], [], []
     for name, split in splits.items():
-        rows = (split["labels"] >= 0).nonzero()[:, 0]
+        index = (split["labels"] >= 0).nonzero()[:, 0]
         keys = split["header"].get("groups") or split["header"]["keys"]
-        x.append(pool[name][rows])
-        labels.append(split["labels"][rows])
-        groups += [keys[row] for row in rows]
-        places += [(name, row) for row in rows.tolist()]
+        x.append(pool[name][index])
+        labels.append(split["labels"][index])
+        groups += [keys[i] for i in index]
+        places += [(name, i) for i in index.tolist()]
     return torch.cat(x), torch.cat(labels), groups, places
 
 
@@ -109,20 +109,20 @@ def main():
         raise UserError(f"{task.folder} has no two labelled classes, so no label can be wrong")
     names = task.train["header"]["classes"]
     probabilities = out_of_fold(x, labels, groups, len(names))
-    rows, better = ranked(probabilities, labels)
+    doubtful, better = ranked(probabilities, labels)
     doubted = [
-        table_row(task.splits, places[i], labels[i], better[i], probabilities[i]) for i in rows
+        table_row(task.splits, places[i], labels[i], better[i], probabilities[i]) for i in doubtful
     ]
     with aside(table) as made:
         save_csv(doubted, made, COLUMNS)
         with drawing(sheet.name):
-            draw(made.with_name(sheet.name), task.splits, [places[i] for i in rows], doubted)
-    print(f"wrote    {table}: {len(rows)} of {len(labels)} labels are doubted, the worst first")
+            draw(made.with_name(sheet.name), task.splits, [places[i] for i in doubtful], doubted)
+    print(f"wrote    {table}: {len(doubtful)} of {len(labels)} labels are doubted, the worst first")
     if doubted:
         print(f"next: look at {sheet}; move pictures with a wrong label, and pack the set again")
     planted = task.train["header"].get("planted")  # by lab/subset.py
     if planted:
-        of_train = [row for name, row in (places[i] for i in rows) if name == "train"]
+        of_train = [row for name, row in (places[i] for i in doubtful) if name == "train"]
         right = {*of_train[: len(planted)]} & {*planted}
         print(f"planted  {len(right)} of the first {len(planted)} labels of train were planted")
 

@@ -75,12 +75,12 @@ def faces_of(net, gallery, folder, name, autocast):
     margin   (n,), and sure, as `decide`
     """
     split = data.open_split(folder, name)
-    rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
-    logits, embeddings = outputs_of(net, split, rows, autocast, f"faces of {folder}")
+    indices = data.evenly_spaced(len(split["images"]), PAIRS_OF)
+    logits, embeddings = outputs_of(net, split, indices, autocast, f"faces of {folder}")
     ids = {who: i for i, who in enumerate(gallery["names"])}
     known = [ids.get(who, -1) for who in split["header"]["classes"]]
-    labels = split["labels"][rows]
-    groups = data.groups_of(split)[rows]
+    labels = split["labels"][indices]
+    groups = data.groups_of(split)[indices]
     true = torch.tensor([*known, -1])[labels]  # the last: without a label
     who, _, margin, sure = decide(logits, embeddings, gallery)
     return SimpleNamespace(

@@ -44,11 +44,11 @@ def predict(model, view, ids_keep, ids_mask, autocast=contextlib.nullcontext, fl
 
 def masked_views(model, split, most):
     """Yield (view u8 (b, S, S, 3), ids_keep, ids_mask) of `most` images under the fixed mask."""
-    rows = data.evenly_spaced(len(split["images"]), most)
+    indices = data.evenly_spaced(len(split["images"]), most)
     N = model.encoder.side**2
-    noise = masking.gumbel_noise(len(rows), N, seeded(0)).split(data.CHUNK)
+    noise = masking.gumbel_noise(len(indices), N, seeded(0)).split(data.CHUNK)
     device = model.encoder.cls_token.device
-    views = data.whole_views(split["images"], rows, model.config["image_size"], device)
+    views = data.whole_views(split["images"], indices, model.config["image_size"], device)
     for (_, view), chunk in zip(views, noise, strict=True):
         yield view, *masking.sample(chunk.to(device), masking.kept(N, EVAL_RATIO))
 
@@ -70,24 +70,24 @@ def masked_mse(model, split, target_options, autocast):
 
 
 @torch.no_grad()
-def pooled_tokens(encoder, autocast, split, rows):
+def pooled_tokens(encoder, autocast, split, indices):
     """-> extremes (n, 2D) and mean (n, D) of the patch tokens of whole images, fp32 on the CPU."""
     pools = []
-    for _, tokens in guidance.patch_tokens(encoder, split["images"], rows, autocast):
+    for _, tokens in guidance.patch_tokens(encoder, split["images"], indices, autocast):
         pools.append((extremes(tokens).cpu(), tokens.mean(1).cpu()))
     return [torch.cat(pool) for pool in zip(*pools, strict=True)]
 
 
-def small_thumbnails(split, rows):
+def small_thumbnails(split, indices):
     """The control: what colour alone tells, (n, 4*4*3), for both classifiers."""
-    small = thumbnails(data.take(split["images"], rows, rows.device), 4)
+    small = thumbnails(data.take(split["images"], indices, indices.device), 4)
     return small, small
 
 
 def recognition(features, train, held):
     """{"knn", "linear" (ridge): Top-1 in percent, "mean_rank": effective rank (1 is a collapse)}.
 
-    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
+    features(split, indices) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
     bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
     queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)
@@ -112,9 +112,9 @@ def attention_by_part(encoder, split, kind, autocast):
     """{part: share of the attention over share of the area}, 1 without a preference."""
     names = split["header"]["parts"]
     images = split["images"]
-    rows = data.evenly_spaced(len(images), 256)
+    indices = data.evenly_spaced(len(images), 256)
     mass, area = torch.zeros(2, len(names))
-    for index, score in guidance.attention(encoder, images, rows, kind, autocast):
+    for index, score in guidance.attention(encoder, images, indices, kind, autocast):
         boxes, flip = data.full_boxes(len(index))
         share = guidance.crop_parts(split["parts"], index, boxes, flip, encoder.side, len(names))
         score = (score / score.sum(1, keepdim=True)).cpu()

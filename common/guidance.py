@@ -260,8 +260,8 @@ def check_attention(kind, encoder):
 
 
 @torch.no_grad()
-def attention(encoder, images, rows, kind, autocast):
-    """Yield (index, (b, N) fp32): an encoder's attention to the patches of whole images `rows`.
+def attention(encoder, images, indices, kind, autocast):
+    """Yield (index, (b, N) fp32): an encoder's attention to the patches of whole images `indices`.
 
     pooler, rollout and cls are means over heads of ViT.patch_attention. outlier needs no trained
     attention: it is the distance of a patch token from the mean token at its place. It is for a
@@ -272,20 +272,20 @@ def attention(encoder, images, rows, kind, autocast):
         sample = patch_tokens(encoder, images, some, autocast)
         total = sum(tokens.cpu().double().sum(0) for _, tokens in sample)  # Metal has no float64
         mean = (total / len(some)).float()  # (N, D)
-        for index, tokens in patch_tokens(encoder, images, rows, autocast):
+        for index, tokens in patch_tokens(encoder, images, indices, autocast):
             yield index, (tokens - mean.to(tokens.device)).norm(dim=2)
         return
     device = encoder.cls_token.device
-    for index, view in data.whole_views(images, rows, encoder.image_size, device):
+    for index, view in data.whole_views(images, indices, encoder.image_size, device):
         with autocast():
             score = encoder.patch_attention(view, kind)  # (b, H, N)
         yield index, score.float().mean(1)
 
 
-def patch_tokens(encoder, images, rows, autocast):
-    """Yield (index, patch tokens (b, N, D) fp32) of whole images `rows`, in order."""
+def patch_tokens(encoder, images, indices, autocast):
+    """Yield (index, patch tokens (b, N, D) fp32) of whole images `indices`, in order."""
     device = encoder.cls_token.device
-    for index, view in data.whole_views(images, rows, encoder.image_size, device):
+    for index, view in data.whole_views(images, indices, encoder.image_size, device):
         with autocast():
             tokens = encoder.features(view)
         yield index, tokens[:, 1:].float()
@@ -293,8 +293,8 @@ def patch_tokens(encoder, images, rows, autocast):
 
 def attention_rows(images, encoder, kind, autocast):
     """Yield (b, g, g) fp16 of all images, in order: the chunks of a file of maps."""
-    rows = torch.arange(len(images))
-    for _, score in attention(encoder, images, rows, kind, autocast):
+    indices = torch.arange(len(images))
+    for _, score in attention(encoder, images, indices, kind, autocast):
         yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
 
 

@@ -19,12 +19,13 @@ def retrieval(features, labels, groups, most=5000):
     Queries without a right answer are left out; {} if all are. Recall@k: a right answer is among
     the first k. map: mean over queries of the mean precision at the rank of each right answer.
     """
-    rows = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()  # evenly spaced
-    features = F.normalize(features[rows].float(), dim=1)
-    labels, groups = labels[rows], groups[rows]
-    ranks = torch.arange(1, len(rows) + 1, dtype=torch.float64)
+    some = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()  # evenly spaced
+    features = F.normalize(features[some].float(), dim=1)
+    labels, groups = labels[some], groups[some]
+    n = len(some)
+    ranks = torch.arange(1, n + 1, dtype=torch.float64)
     scores = []
-    for query in torch.arange(len(rows)).split(512):
+    for query in torch.arange(n).split(512):
         own_group = groups[query][:, None] == groups
         similarity = (features[query] @ features.T).masked_fill(own_group, float("-inf"))
         similarity, order = similarity.sort(dim=1, descending=True, stable=True)
@@ -41,10 +42,10 @@ def retrieval(features, labels, groups, most=5000):
 
 
 def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, queries=15):
-    """-> rows of examples (episodes, ways, shots) and of questions (episodes, ways, queries).
+    """-> indices of examples (episodes, ways, shots) and of questions (episodes, ways, queries).
 
-    Examples are rows of the bank and questions rows of another split. Where a class has fewer
-    questions the rest are -1. None where too few classes have enough images.
+    Examples are in the bank, and questions in another split. Where a class has fewer questions, the
+    rest are -1. None where too few classes have enough images.
     """
     classes = [c for c in labels.unique() if (bank_labels == c).sum() >= shots]
     if len(classes) < ways:
@@ -53,8 +54,8 @@ def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, que
     of_bank = [(bank_labels == c).nonzero()[:, 0] for c in classes]
     of_split = [(labels == c).nonzero()[:, 0] for c in classes]
 
-    def choose(rows, count):
-        return rows[torch.randperm(len(rows), generator=generator)[:count]]
+    def choose(indices, count):
+        return indices[torch.randperm(len(indices), generator=generator)[:count]]
 
     examples = torch.empty(episodes, ways, shots, dtype=torch.long)
     questions = torch.full((episodes, ways, queries), -1)
@@ -102,9 +103,9 @@ def by_frequency(confusion, counts):
     head = counts > 100
     tail = counts < 20
     shares = {}
-    for name, rows in {"head": head, "mid": ~(head | tail), "tail": tail}.items():
-        images = confusion[rows].sum().item()
-        shares[name] = confusion.diagonal()[rows].sum().item() / images if images else None
+    for name, group in {"head": head, "mid": ~(head | tail), "tail": tail}.items():
+        images = confusion[group].sum().item()
+        shares[name] = confusion.diagonal()[group].sum().item() / images if images else None
     return shares
 
 

@@ -29,10 +29,10 @@ def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
     """
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     votes = torch.zeros(len(queries), classes, device=bank.device)
-    for rows in torch.arange(len(queries)).split(4096):
-        similarity, nearest = (queries[rows] @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
+    for chunk in torch.arange(len(queries)).split(4096):
+        similarity, nearest = (queries[chunk] @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
         weights = (similarity / temperature).exp()
-        votes[rows] = votes[rows].scatter_add_(1, bank_labels[nearest], weights)
+        votes[chunk] = votes[chunk].scatter_add_(1, bank_labels[nearest], weights)
     return votes
 
 

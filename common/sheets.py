@@ -52,20 +52,20 @@ def score_of(words):
     return masking.NEEDS.get(words.partition(":")[0])
 
 
-def whole_images(images, rows, side):
-    """Images `rows` of the set, u8 (n, S, S, 3), of a size that cuts into side * side patches."""
+def whole_images(images, indices, side):
+    """Images `indices` of the set, u8 (n, S, S, 3), of a size that cuts into side * side patches."""
     size = side * max(1, SIZE // side)
-    ((_, view),) = data.whole_views(images, rows, size, torch.device("cpu"))
+    ((_, view),) = data.whole_views(images, indices, size, torch.device("cpu"))
     return view
 
 
-def read_scores(folder, split, rows, view, side, where):
-    """-> {score: (n, N), of parts (n, N, P)} of whole images, `rows` of the set, and {score: why not}.
+def read_scores(folder, split, indices, view, side, where):
+    """-> {score: (n, N), of parts (n, N, P)} of whole images, `indices` of the set, and {score: why not}.
 
     The view itself is among the scores. where {score: folder of apps/maps.py}; other maps are those
     that pretrain.py would take.
     """
-    cut = (rows, *data.full_boxes(len(rows)), side)
+    cut = (indices, *data.full_boxes(len(indices)), side)
     scores, missing = {"view": view}, {}
     for name in guidance.IN_FILES:
         try:
@@ -80,10 +80,10 @@ def read_scores(folder, split, rows, view, side, where):
     return scores, missing | WITHOUT
 
 
-def attention_of(run, encoder, images, rows):
+def attention_of(run, encoder, images, indices):
     """(n, N): the attention of a trained network, as masks with this --teacher read it."""
     kind = guidance.default_attention(flags_of(run), run)
-    chunks = guidance.attention(encoder, images, rows, kind, contextlib.nullcontext)
+    chunks = guidance.attention(encoder, images, indices, kind, contextlib.nullcontext)
     return torch.cat([score for _, score in chunks])
 
 
@@ -179,11 +179,11 @@ def main():
     folder = data.open_or_pack(args.data)
     split = data.open_split(folder, "train")
     images = split["images"]
-    rows = data.evenly_spaced(len(images), SHOWN)
-    view = whole_images(images, rows, side)
-    scores, missing = read_scores(folder, split, rows, view, side, where={})
+    indices = data.evenly_spaced(len(images), SHOWN)
+    view = whole_images(images, indices, side)
+    scores, missing = read_scores(folder, split, indices, view, side, where={})
     if encoder:
-        scores["attn"] = attention_of(args.teacher, encoder, images, rows)
+        scores["attn"] = attention_of(args.teacher, encoder, images, indices)
     strategies = leave_out(args.strategies, scores, missing)
     read = {score: scores[score] for score in map(score_of, strategies) if score}
     maps = guidance.as_pictures(read)

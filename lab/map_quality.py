@@ -36,8 +36,8 @@ CPU = torch.device("cpu")
 
 def tokens_of(encoder, images):
     """-> (n, N, D), all in memory: these sets are small."""
-    rows = torch.arange(len(images))
-    return torch.cat([x for _, x in maps.tokens_of(images, rows, encoder)])
+    indices = torch.arange(len(images))
+    return torch.cat([x for _, x in maps.tokens_of(images, indices, encoder)])
 
 
 def mean_auc(scores, truths):

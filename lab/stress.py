@@ -156,12 +156,12 @@ def corrupted(name, level):
     """-> spoil, at this level of a sweep; each level draws its own random numbers."""
     function, levels, *_ = SWEEPS[name]
     generator = seeded(0, levels.index(level))
-    return lambda images, rows: function(images, level, generator)
+    return lambda images, index: function(images, level, generator)
 
 
-def hide_part(images, rows, task, part, generator=None):
+def hide_part(images, index, task, part, generator=None):
     """A part is painted gray; with a generator its shape elsewhere is, as control."""
-    where = torch.from_numpy(task.split["parts"][rows.numpy()] == part)
+    where = torch.from_numpy(task.split["parts"][index.numpy()] == part)
     return paint(images, moved(where, generator) if generator else where)
 
 
@@ -252,8 +252,8 @@ def reconstruction(mae, task):
     total = {ratio: {} for ratio in RATIOS}
     S = model.config["image_size"]
     N = model.encoder.side**2
-    for rows, view in data.whole_views(task.split["images"], task.index, S, task.device, "pixels"):
-        noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()])
+    for index, view in data.whole_views(task.split["images"], task.index, S, task.device, "pixels"):
+        noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in index.tolist()])
         for ratio, scores in total.items():
             ids = masking.sample(noise.to(task.device), masking.kept(N, ratio))
             pasted, where = (x.cpu() for x in filled_in(mae, view, *ids, task.autocast))

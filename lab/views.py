@@ -70,17 +70,17 @@ def crops(images, generator, side, shrink=1.0):
     return data.jitter_colour(data.view_images(images, boxes, flip, side), draws, JITTER)
 
 
-def simclr(flags, net, rows, images, generator, t, autocast):
+def simclr(flags, net, index, images, generator, t, autocast):
     """NT-Xent of 2B views."""
     views = [crops(images, generator, flags.image_size) for _ in range(2)]
     with autocast():
         tokens = [cls_of(net["student"], view)[:, None] for view in views]  # (B, 1, D) each
     contrast = net["contrast"]
-    loss, _ = contrast(*tokens, contrast.groups[data.send(rows, images.device)])
+    loss, _ = contrast(*tokens, contrast.groups[data.send(index, images.device)])
     return loss
 
 
-def dino(flags, net, rows, images, generator, t, autocast):
+def dino(flags, net, index, images, generator, t, autocast):
     """Cross-entropy of the student's answers with the teacher's, of pairs of different crops."""
     small = max(1, flags.image_size // 2 // flags.patch_size) * flags.patch_size
     large = [crops(images, generator, flags.image_size) for _ in range(LARGE)]
@@ -171,10 +171,10 @@ def main():
     run.resume_or_begin()
     for epoch in range(run.step // per_epoch, flags.epochs):
         order = data.epoch_order(n, flags.seed, epoch)
-        for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
+        for index, batch in data.batches(images, order, B, device, run.step % per_epoch):
             generator = train.seeded_step(flags.seed, epoch, run.step)
             t = run.step / total
-            loss = METHODS[flags.method](flags, net, rows, batch, generator, t, autocast)
+            loss = METHODS[flags.method](flags, net, index, batch, generator, t, autocast)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), CLIP)
             lr = train.lr_at(run.step, total, 0.1 * total, flags.lr)
