@@ -333,7 +333,7 @@ def recognise_page(run, picture):
         # By folds, pictures of all splits are learned.
         splits = [data.open_split(folder, name) for name in data.splits_in(folder)]
         for near, split in itertools.product(row["nearest"], splits):
-            keys = split["header"].get("keys", [])
+            keys = split["header"]["keys"]
             if near["picture"] in keys:
                 face = split["images"][keys.index(near["picture"])]
                 faces.append((f"{near['name']}, {near['similarity']:.2f}", face))

@@ -50,6 +50,7 @@ from common.command import (
     command,
     refuse_useless,
     require,
+    run_name,
     set_defaults,
 )
 from common.features import name_of, open_splits, set_apart, split_suffix, untrained_like
@@ -323,7 +324,7 @@ def cut_out(picture, box, size=None):
 
 
 def coco(answers, truth, side):
-    """pycocotools' numbers in percent, "precision" at IoU 0.5 for 101 recalls, "threshold".
+    """pycocotools' numbers in percent, and "threshold".
 
     answers: as `detect` gives them; truth: list of (k, 4) in shares; side: of a page, in pixels.
     AP is the mean over IoU 0.5 to 0.95; small faces have under 32^2 pixels, large ones over 96^2.
@@ -346,7 +347,7 @@ def coco(answers, truth, side):
     scores = judged.eval["scores"][0, :, 0, 0, -1]
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
     threshold = max(LOWEST, scores[f1.argmax()].item())
-    return row | {"precision": precision.round(4).tolist(), "threshold": round(threshold, 3)}
+    return row | {"threshold": round(threshold, 3)}
 
 
 def coco_set(boxes, scores, side):
@@ -667,7 +668,7 @@ def main():
     if flags.pictures:
         return use(flags, device, autocast)
     require("detect", "pycocotools")  # found out now, not after the training
-    name = f"{name_of(flags.encoder)}-det" + (f"-s{flags.seed}" if flags.seed else "")
+    name = run_name(flags, f"{name_of(flags.encoder)}-det", only={"seed"})
     set_defaults(flags, out=f"runs/{name}", command=command())
     print(machine)
     load_start(flags.encoder)  # before a data set is made

@@ -33,6 +33,7 @@ import data
 import finetune_lora
 from apps.groups import best_threshold, f1_curve
 from apps.recognize import (
+    FACES,
     PROMISE,
     best_similarity,
     compared,
@@ -52,7 +53,6 @@ from common.locks import reserve
 from common.stats import least_error, standard_error
 
 FOLDS = 5  # networks, or as many as there are characters
-FACES = 500  # of a character that others are compared with, at most
 MINUTES = 3  # that cross-validation may take where nobody asked for it
 ENOUGH = 10, 5  # pictures of a character, characters: from here on a promise says something
 COLOURS = 1.0  # their weight in a similarity (results/TRIED.md)

@@ -142,7 +142,7 @@ def boundary_connectivity(colours):
     """Colours (B, G, G, C) -> (B, G, G): a region's length on the border over the root of its area.
 
     It is high for background, and low for foreground even where that touches the border (Zhu et al.
-    2014, "Saliency Optimization from Robust Background Detection", eq. 5-7). Other than there, the
+    2014, "Saliency Optimization from Robust Background Detection"). Other than there, the
     lower edge is no border, and a step of colour costs only what goes beyond NOISE.
     """
     G = colours.shape[1]

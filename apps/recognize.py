@@ -580,20 +580,23 @@ def predictions(args, net, header, autocast, problems):
     """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, or with --detect of faces."""
     size = header["packed_size"]
     cut = size, header["crop"], header["margin"]
-    items = faces(args, size, problems) if args.detect else pictures(args.images, *cut, problems)
+    items = pictures(args.images, *cut, problems)
+    if args.detect:
+        items = faces(args, size, autocast, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         yield list(keys), *embed(net, np.stack(images), autocast)
 
 
-def faces(args, size, problems):
+def faces(args, size, autocast, problems):
     """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds."""
     from apps import detect
 
     net, header = detect.load(args.detect)
     net.to(pick_device(args.device))
     for key, picture in whole_pictures(args.images, problems):
-        boxes, _ = detect.faces_of(net, picture, header["page"], header["threshold"])
+        with autocast():
+            boxes, _ = detect.faces_of(net, picture, header["page"], header["threshold"])
         if not len(boxes):
             print(f"{fields.shown(key)}: no face was found", file=sys.stderr)
             if args.json:

@@ -52,6 +52,7 @@ from common.command import (
     parse_keys,
     refuse_useless,
     require,
+    run_name,
     set_defaults,
 )
 from common.features import name_of, open_splits, set_apart, split_suffix
@@ -729,7 +730,7 @@ def main():
     device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
-    name = f"{name_of(flags.encoder)}-seg" + (f"-s{flags.seed}" if flags.seed else "")
+    name = run_name(flags, f"{name_of(flags.encoder)}-seg", only={"seed"})
     set_defaults(flags, out=f"runs/{name}", command=command())
     print(machine)
     load_encoder(flags.encoder)  # before a data set is made

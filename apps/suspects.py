@@ -120,11 +120,6 @@ def main():
     print(f"wrote    {table}: {len(doubtful)} of {len(labels)} labels are doubted, the worst first")
     if doubted:
         print(f"next: look at {sheet}; move pictures with a wrong label, and pack the set again")
-    planted = task.train["header"].get("planted")  # by lab/subset.py
-    if planted:
-        of_train = [row for name, row in (places[i] for i in doubtful) if name == "train"]
-        right = {*of_train[: len(planted)]} & {*planted}
-        print(f"planted  {len(right)} of the first {len(planted)} labels of train were planted")
 
 
 def table_row(splits, place, label, better, probabilities):

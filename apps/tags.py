@@ -104,6 +104,7 @@ HEAD_LR = 1e-3  # of layers that are new
 LAYER_DECAY = 0.9  # a block learns at this share of the rate of the next
 WEIGHT_DECAY = 0.05  # of matrices
 CLIP = 1.0  # norm of the gradient
+MIN_CROP = 0.5  # smallest share of an image in a crop
 JUDGED = 8192  # pictures whose tags are evaluated at most: memory holds n * V scores
 TOP_TAGS = 25  # the most frequent tags, whose error is reported separately
 AP_TAGS = 1000  # the most frequent tags, whose average precision is computed: half a minute
@@ -414,7 +415,6 @@ class Task:
     arm: str
     weight: float  # of the loss on tags
     share: float | None  # of hidden tags; None: the curriculum
-    min_crop: float
     net: MFDN
     classes: list  # names of the characters
     words: list  # the tags
@@ -448,7 +448,7 @@ def open_task(flags, device, autocast):
     net = MFDN(encoder, len(classes), len(words), arm, length).to(device)
     net.reach.copy_(reaches(count, length - 2))
     encoder.requires_grad_(arm != "bce")
-    settings = (arm, keys.get("weight", TAG_WEIGHT), keys.get("share"), flags.min_crop)
+    settings = (arm, keys.get("weight", TAG_WEIGHT), keys.get("share"))
     return Task(*settings, net, classes, words, *sets, device, autocast)
 
 
@@ -495,7 +495,7 @@ def augment(task, images, generator):
     """images u8 (B, ., ., 3) -> patches (B, K, P) of a random view, and their places (B, K)."""
     B = len(images)
     N = task.net.encoder.side**2
-    boxes, flip = data.draw_boxes(B, generator, task.min_crop)
+    boxes, flip = data.draw_boxes(B, generator, MIN_CROP)
     colour = torch.rand(B, 3, generator=generator)
     noise = torch.rand(B, N, generator=generator)
     view = data.view_images(images, boxes, flip, task.side)
@@ -841,7 +841,6 @@ def read_flags():
     add("--epochs", type=at_least(2), default=30, help="passes over the data")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="images for one step")
     add("--lr", type=between(0, 1), help="of the encoder (default: 5e-4); arm bce: its head (3e-2)")
-    add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest crop")
     add = parser.add_argument_group("what is printed of pictures").add_argument
     add("--threshold", type=between(0, 1), metavar="P", help="of every tag (default: its own)")
     add("--json", action="store_true", help="print a JSON object a picture")
@@ -864,7 +863,7 @@ def read_flags():
 
 def refuse_flags(flags):
     """Flags of training have no effect on pictures, and the other way round."""
-    training = {"data", "out", "arm", "epochs", "batch_size", "lr", "min_crop"}
+    training = {"data", "out", "arm", "epochs", "batch_size", "lr"}
     training |= {"split", "seed", "log"}
     of_captions = {"append", "without", "prepend", "escape", "names", "anyway"}
     if not flags.pictures:
@@ -874,8 +873,6 @@ def refuse_flags(flags):
         refuse_useless(flags.given & {*training, "json"}, "on captions")
     else:
         refuse_useless(flags.given & (training | of_captions), "on pictures, without --captions")
-    if flags.arm.partition(":")[0] == "tags":
-        refuse_useless(flags.given & {"min_crop"}, "with --arm tags, which sees no picture")
 
 
 def fill_defaults(flags):

@@ -225,7 +225,7 @@ def palettes(seed=0):
     """Colours of layers of both kinds, of the train photographs -> list for recolour()."""
     rng = np.random.default_rng((seed, 7))
     photos = open_photos("train")
-    drawn = [toon.draw(item, 32)["image"] for item in toon.plan(PALETTES, min(48, PALETTES), seed)]
+    drawn = [toon.draw(item, 32)["image"] for item in toon.plan(PALETTES, seed=seed)]
     taken = [photographed(photos, rng, 64) for _ in range(PALETTES)]
     return [statistics(layer) for layer in drawn + taken]
 

@@ -177,7 +177,7 @@ def from_csv(path, pictures, odd):
     pages = {}
     for where, cells in table_rows(path, ("path", *BOX, "label")):
         name = cells["path"]
-        with noting(odd):
+        with noting(odd, where):
             box = box_of(cells, where)
             size = size_of(cells.get("width"), cells.get("height"))
             given = cells.get("split", "")

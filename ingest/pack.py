@@ -289,7 +289,7 @@ def deal(source, pairs, how, shares):
     if lost:
         why = f"{len(records)} are too few"
         [(_, most)] = Counter(r.group for r in records).most_common(1)
-        if most * 2 > len(records):
+        if most > 1 and most * 2 > len(records):
             why = f"{most} of {len(records)} are one group: copies (--dedupe off), or of one --group-by"
         notes.append(f"no picture is left for {' and '.join(lost)}: {why}")
     return records, notes
@@ -571,7 +571,9 @@ def to_learn(out):
         return quoted(*words + of_split)
     tensors = open_tensors(Path(out) / "train.safetensors")
     if "boxes" in tensors:
-        return quoted("python", "-m", "apps.detect", "weights/toon", "--data", str(out))
+        # toon-det has learned from the pages that we draw, and needs fewer of others (docs/detect.md).
+        start = "weights/toon" if tensors["header"]["source"] == "scenes" else "weights/toon-det"
+        return quoted("python", "-m", "apps.detect", start, "--data", str(out))
     of_frames = {*hybrid.PURE} <= {*tensors["header"]["classes"]}
     small = is_small(out) and not of_frames
     if small and can_leave_out(out):  # it is cross-validated, over all splits

@@ -292,13 +292,15 @@ def from_table(path):
         raise UserError(f"{path}: {records[0].key!r} is no picture; {fix}")
     _, cells = next(table_rows(path), ("", {}))
     unread = [name for name in cells if name not in KNOWN]
-    notes = [f"columns that are not read: {', '.join(unread)}; known are {', '.join(KNOWN)}"]
+    notes = []
+    if unread:
+        notes = [f"columns that are not read: {', '.join(unread)}; known are {', '.join(KNOWN)}"]
     records = [moved(r, files.as_it_lies(r.place, path.parent)) for r in records]
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
         fix = "give it to all or none"
         raise UserError(f"{path}: {without} of {len(records)} rows have no split; {fix}")
-    return records, files_below(path.parent), *notes[: len(unread)]
+    return records, files_below(path.parent), *notes
 
 
 def moved(record, place):

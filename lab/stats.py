@@ -107,7 +107,7 @@ def variance(values, baseline, claim=0.0):
         return row | {"p": 1.0, "p_against": 1.0, "notes": [note]}
     p = 2 * min(float(f.cdf(ratio, *df)), float(f.sf(ratio, *df)))
     against = float(f.sf(ratio / (1 - claim / 100), *df))
-    return row | {"p": p, "p_against": min(0.5, against), "notes": []}
+    return row | {"p": p, "p_against": against, "notes": []}
 
 
 # ---- epochs to a threshold -----------------------------------------------------------------------

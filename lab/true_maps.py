@@ -6,8 +6,8 @@
 Reads:  train of datasets/NAME, which has part masks
 Writes: OUT/attn.safetensors: f16 (n, g, g), for pretrain.py --mask attn_high --teacher maps --maps OUT
 
-A cell holds the share of its pixels that show PARTS. --mean: all pictures get one map, their mean,
-which knows the place of eyes and hair, but nothing of the picture.
+A cell holds the share of its pixels that show PARTS. --mean: all pictures get one map, their
+geometric mean, which knows the place of eyes and hair, but nothing of the picture.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ def main():
     reserve([path])
     maps = shares(split["parts"], [names.index(name) for name in PARTS])
     if args.mean:
-        # A mask follows the logarithm of a map, so these are what is averaged.
+        # Geometric, because a mask follows the logarithm of a map.
         maps = np.broadcast_to(np.exp(np.log(maps).mean(0)), maps.shape)
     header = {"map": "attn", "grid": GRID, "data": Path(args.data).name}
     header |= {"source": f"the true {', '.join(PARTS)}" + ", their mean" * args.mean}

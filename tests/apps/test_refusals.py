@@ -190,7 +190,6 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     ("apps.recognize runs/a-lora --list", "--device cpu, --json"),
     ("apps.recognize runs/a-lora --forget class1", "--json"),
     (TAGS, "--json, --threshold .5"),
-    (f"{TAGS} --arm tags", "--min-crop .5"),
     ("apps.tags runs/a-tags images", "--arm vilt, --epochs 3, --data datasets/packed, --seed 1"),
     (SEGMENT, "--mixed"),
     (f"{SEGMENT} --patches runs/a-seg", "--epochs 2"),

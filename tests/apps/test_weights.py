@@ -50,7 +50,7 @@ def test_its_encoder_fills_in_three_quarters(drawings):
             ids = demo.draw_mask("random", {}, net.encoder.side**2, 0.75, 1.0, i)
             pasted, where = demo.filled_in(mae, own, *ids, demo.MACHINE.autocast)
             found.append(demo.psnr(pasted, own, where).item())
-    assert np.mean(found) > 18  # dB, of the mid-term report
+    assert np.mean(found) > 18  # dB
 
 
 def test_its_recogniser_names_drawings_that_no_data_set_has(drawings):

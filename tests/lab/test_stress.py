@@ -84,9 +84,7 @@ def test_one_command_writes_what_its_docstring_says(base):
     assert set(report["robustness"]) == set(stress.SWEEPS) and "eyes" in report["parts"]
     assert [r["ratio"] for r in report["reconstruction"]] == [0.5, 0.75]
     assert all(r["psnr"] > 0 and -1 <= r["ssim"] <= 1 for r in report["reconstruction"])
-    grades = [stress.grade(x) for x in (18.1, 18.0, 10.0, 9.9)]
-    assert grades == ["good", "moderate", "moderate", "poor"]
-    assert all(f" {stress.grade(r['psnr'])} " in text for r in report["reconstruction"])
+    assert all(f"{r['psnr']:.2f}" in text for r in report["reconstruction"])
     text, some = report_of(base, "--only cutout,grayscale", "stress-cutout-grayscale.json")
     whole = report["robustness"]
     expected = {"cutout 0.3": whole["cutout"]["0.3"], "grayscale 1": whole["grayscale"]["1"]}

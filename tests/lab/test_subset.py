@@ -84,12 +84,12 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     assert len(changed) == round(len(old["labels"]) / 10)
     save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "run/model.safetensors", {})
     words = ["run", "--data", "wrong", "--out", "s", "--device", "cpu"]
-    said = call("apps.suspects", *words, cwd=tmp_path, check=0).stdout
+    call("apps.suspects", *words, cwd=tmp_path, check=0)
     with open(tmp_path / "s/suspects.csv") as file:
         rows = list(csv.DictReader(file))
     worst = {row["picture"] for row in rows[: len(changed)]}
     found = [i for i in changed if new["train"]["header"]["keys"][i] in worst]
-    assert len(found) >= 0.7 * len(changed) and f"planted  {len(found)} of the first" in said
+    assert len(found) >= 0.7 * len(changed)
     assert {row["split"] for row in rows} <= {*new}
     assert all(row["label"] != row["better"] for row in rows)
     assert (tmp_path / "s/suspects.png").exists()
