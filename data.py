@@ -32,7 +32,6 @@ from common.io import UserError, open_tensors, quoted
 
 SMALL = 3000  # pictures of a set: fewer are cross-validated, and weights/toon is the better start
 PACKED = 128  # side of packed pictures, unless --size or larger views ask for another
-APART = 0.1  # share of train that is held out for choices, if there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)
 
@@ -174,32 +173,6 @@ def numbered(names):
     # numpy would give every name the room of the longest.
     number = {name: i for i, name in enumerate(sorted(set(names)))}
     return np.array([number[name] for name in names], np.int64)
-
-
-def hold_apart(groups, labels, share, seed=0):
-    """The images that are held out for choices, (n,) bool: at most `share` of all, in whole groups.
-
-    groups (n,) and labels (n,) of any kind. Two images of each class stay in the rest.
-    """
-    group_of = np.unique(np.asarray(groups), return_inverse=True)[1]
-    label_of = np.unique(np.asarray(labels), return_inverse=True)[1]
-    remaining = np.bincount(label_of)  # images of each class that stay
-    held_out = np.zeros(len(label_of), bool)
-    count, most = 0, share * len(label_of)
-    ends = np.cumsum(np.bincount(group_of))
-    members = np.split(np.argsort(group_of, kind="stable"), ends[:-1])  # images of each group
-    # Whole groups: with one face of an illustration here and another one there, a choice would be
-    # made by how well a picture is remembered, and not by how well a new one is recognised.
-    for group in np.random.default_rng(seed).permutation(len(members)):
-        if count + 1 > most:
-            break  # it is full; of a million groups, most need not be asked
-        own = members[group]
-        kinds, counts = np.unique(label_of[own], return_counts=True)
-        if count + len(own) <= most and (remaining[kinds] - counts).min() > 1:
-            held_out[own] = True
-            remaining[kinds] -= counts
-            count += len(own)
-    return held_out
 
 
 # ---- maps: what apps/maps.py makes of train, one row per image ----------------------------------------

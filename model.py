@@ -22,13 +22,14 @@ from kernels import LARGEST
 from kernels.gather import MEAN, STD, all_places, masked_patch_gather
 
 # The decoders are narrow. MAE's decoder, 512 wide and 8 blocks deep, would cost 4.7 times as much
-# as a ViT-S encoder (224 px, ratio 0.75), and it is thrown away after pre-training. How deep it is
-# depends on the device (CPU and GPU in pretrain.py), unless --model nano:decoder_depth=4 says it.
+# as a ViT-S encoder (224 px, ratio 0.75), and it is thrown away after pre-training. A second
+# block was not shown to help `nano` (results/TRIED.md); --model nano:decoder_depth=2 has one.
+NARROW, WIDE = dict(decoder_dim=128, decoder_depth=1), dict(decoder_dim=256, decoder_depth=2)
 SIZES = {
-    "nano": dict(dim=192, depth=4, heads=3, image_size=64, patch_size=8, decoder_dim=128),
-    "tiny": dict(dim=256, depth=8, heads=4, image_size=96, patch_size=8, decoder_dim=128),
-    "small": dict(dim=384, depth=12, heads=6, image_size=128, patch_size=16, decoder_dim=256),
-    "base": dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, decoder_dim=256),
+    "nano": dict(dim=192, depth=4, heads=3, image_size=64, patch_size=8, **NARROW),
+    "tiny": dict(dim=256, depth=8, heads=4, image_size=96, patch_size=8, **NARROW),
+    "small": dict(dim=384, depth=12, heads=6, image_size=128, patch_size=16, **WIDE),
+    "base": dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, **WIDE),
 }
 EPS = 1e-6  # of each LayerNorm, as in public ViTs; files of pre-training do not keep it
 MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens

@@ -83,8 +83,8 @@ OF_SCORES = ("teacher", "attention", "maps")  # flags that only some masks read
 WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first packs or evaluates
 # What fits the device; views: of a whole run, batch: views of a step. On a CPU, many small steps learn
 # more (results/TRIED.md).
-GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
-CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
+GPU = {"model": "small", "blr": 6e-4, "views": 4_000_000, "batch": 512}
+CPU = {"model": "nano", "blr": 8e-3, "views": 64_000, "batch": 32}
 DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
 RECIPES = {
     "mae": {"mask": "random", "ratio": "0.75", "contrast": "pooler"},
@@ -202,10 +202,7 @@ def parse_model(flags, device):
     """
     defaults = DEFAULTS[device.type]
     set_defaults(flags, model=defaults["model"], blr=defaults["blr"])
-    # A run that is resumed on another machine keeps its decoder.
-    flags.began_on = getattr(flags, "began_on", device.type)
-    more = {"decoder_depth": DEFAULTS[flags.began_on]["decoder_depth"], "simmim": 0}
-    sizes = {name: more | size for name, size in SIZES.items()}
+    sizes = {name: size | {"simmim": 0} for name, size in SIZES.items()}
     _, size = parse_keys(flags.model, sizes, "--model")
     simmim = size.pop("simmim") != 0
     set_defaults(flags, **RECIPES["simmim" if simmim else "mae"])
@@ -229,7 +226,7 @@ def open_data(flags, image_size, rank):
     if rank > 0:
         flags.data = str(data.open_or_pack(flags.data, image_size))
     train_set = data.open_split(flags.data, "train")
-    train.same_as_begun(flags, "digest", data.fingerprint(train_set), flags.data)
+    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
     return train_set, data.open_split(flags.data, flags.split)
 
 
@@ -662,8 +659,7 @@ def main():
             stop_together(run)
             if run.logs_now:
                 check_priority(priority, flags.mask)
-                numbers = source.statistics(run.step, total)
-                numbers |= contrast.statistics(last_for_log) if contrast else {}
+                numbers = contrast.statistics(last_for_log) if contrast else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
                 draw_masks(run.out, view, scores, priority, ids_keep, p)

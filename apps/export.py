@@ -189,7 +189,7 @@ def save_hf(source, folder, image_size):
     config |= {"image_size": size, "patch_size": facts["patch_size"]}
     config["layer_norm_eps"] = facts["norm_eps"]
     if depth:
-        config["norm_pix_loss"] = facts.get("norm_pix", False)
+        config["norm_pix_loss"] = facts["norm_pix"]
     for stack in ("", "decoder_") if depth else ("",):
         config |= {stack + theirs: facts[stack + ours] for theirs, ours in HF_SHAPE.items()}
         config[f"{stack}intermediate_size"] = 4 * facts[f"{stack}dim"]

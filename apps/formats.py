@@ -51,6 +51,9 @@ FROM_HF["decoder.decoder_encoder.layer"] = "decoder_blocks"
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
 WIDTHS = (192, 256, 320, 384, 512, 640, 768, 896, 1024, 1536)  # public ViTs with heads of 64
 HEADS = {width: width // 64 for width in WIDTHS} | {1280: 16, 1408: 16, 1664: 16}
+MAE_FLOOR = (
+    1e-3  # of the standard deviation that normalises a patch: its code adds 1e-6 to the variance
+)
 FACTS = {  # what no shape tells
     "heads?": fields.whole(1, 1000),
     "decoder_heads?": fields.whole(1, 1000),
@@ -192,7 +195,10 @@ def facts_of(weights, path):
     table = FACTS | {"dim?": fields.one_of(shape["dim"])}
     fields.check_fields(beside, table, f"{path} or the config.json beside it", REMEDY)
     facts = {"heads": HEADS.get(shape["dim"]), "decoder_heads": shape["decoder_dim"] // 32}
-    facts |= {"norm_eps": EPS} | {k: v for k, v in beside.items() if v is not None} | shape
+    # A file of MAE does not say whether its pixels were normalised. The published ones for fine-tuning were
+    # trained so, and those for pictures were not (PRETRAIN.md of MAE).
+    facts |= {"norm_eps": EPS, "norm_pix": True, "floor": MAE_FLOOR}
+    facts |= {k: v for k, v in beside.items() if v is not None} | shape
     if not facts["heads"]:  # they change no shape: wrong ones would be seen in the features alone
         fix = 'a config.json in its folder has to say {"num_attention_heads": N}'
         raise UserError(f"{path} is {shape['dim']} wide, and nothing tells its heads; {fix}")

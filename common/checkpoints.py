@@ -199,7 +199,8 @@ def read_network(path):
     """A run of ours or a public checkpoint -> ({our name: tensor}, of encoder and decoder; facts).
 
     facts: the arguments of ViT, norm_eps; decoder_dim, decoder_heads and decoder_depth, which is 0
-    where there is no decoder; norm_pix where it is known; fixed_picture of a file of ours.
+    where there is no decoder; norm_pix and floor, of what was predicted; fixed_picture of a file of
+    ours.
     """
     file = model_file(path)
     config = about_model(file).get("config")
@@ -217,7 +218,8 @@ def read_network(path):
     check_fields(header, {"fixed_picture?": list_of(number(), 1, 16)}, file, REMEDY)
     with reading(file, "network", REMEDY):
         weights = as_matrix({name: w.float() for name, w in weights.items()})
-    facts = {"norm_eps": EPS, "norm_pix": header.get("norm_pix", True)}
+    facts = {"norm_eps": EPS, "norm_pix": True, "floor": FLOOR}
+    facts |= {name: header[name] for name in ("norm_pix", "floor") if name in header}
     facts |= {"decoder_dim": 0, "decoder_depth": 0} | config
     facts.setdefault("decoder_heads", facts["decoder_dim"] // 32)
     facts["fixed_picture"] = header.get("fixed_picture")
@@ -365,8 +367,7 @@ def load_mae(path, image_size=None):
         load_beside(model.decoder.stats_head, path, "stats_head")
     add_pooler(model.encoder, path)
     warn_of_other_code(model.encoder, facts.get("fixed_picture"), path)
-    norm_pix = facts.get("norm_pix") is not False  # a file that says nothing has MAE's own default
-    return model.eval(), {"norm_pix": norm_pix, "floor": FLOOR} | about_model(path)
+    return model.eval(), about_model(path) | {name: facts[name] for name in ("norm_pix", "floor")}
 
 
 def load_teacher(path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.fields import BOUNDS, is_text, shown
+from common.fields import BOUNDS, shown
 from common.io import FULL, UserError, one_line, quoted, temporary_files
 
 NO_MEMORY = f"{FULL}|OutOfMemory|MemoryError|alloc_cpu|calculation overflowed"
@@ -126,8 +126,7 @@ def at_least(low, kind=int):
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are a UserError. manual: the docstring of the script.
 
-    The namespace has two more attributes, `given`: the names of the flags on the command line, and
-    `could_give`, by which saved flags are checked.
+    The namespace has one more attribute, `given`: the names of the flags on the command line.
     """
 
     def __init__(self, manual=None, **options):
@@ -146,7 +145,6 @@ class Parser(argparse.ArgumentParser):
         known = {name: action.dest for name, action in self._option_string_actions.items()}
         given = [known[flag] for flag in flags if flag in known]
         args.given = getattr(args, "given", set()) | {*given}
-        args.could_give = self.could_give
         for name in args.given:
             flag, value = f"--{name.replace('_', '-')}", getattr(args, name, None)
             if value == "" or f"{flag}=--" in words:
@@ -157,22 +155,6 @@ class Parser(argparse.ArgumentParser):
                 fix = "give other letters, or set PYTHONUTF8=1 if they are right"
                 self.error(f"{flag} is not UTF-8; {fix}")
         return args, rest
-
-    def could_give(self, name, value):
-        """Whether the command line could have given a flag this value, which was read from a file."""
-        for action in self._actions:
-            if action.dest != name:
-                continue
-            if action.nargs == 0:  # a switch
-                return value is action.default or type(value) is bool
-            if value is None or action.nargs == "*":
-                return (action.default if value is None else value) in (None, [])
-            text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            with contextlib.suppress(ValueError, argparse.ArgumentTypeError, UserError):
-                same = (action.type or str)(text) == value and is_text(text)
-                return same and value in (action.choices or [value])
-            return False
-        return True
 
 
 def refuse_useless(names, where):

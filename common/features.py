@@ -19,6 +19,7 @@ from common.readout import POOLS
 from common.train import open_machine
 from model import ViT
 
+APART = 0.1  # share of train that is held out for choices, if there is no split dev
 HEADLINE = "extremes"  # the pool that is reported where nobody asks for another
 BY_FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
 
@@ -199,19 +200,43 @@ def relabelled(name, split, learned):
     return Subset(name, split, index, labels)
 
 
+def hold_apart(groups, labels, share, seed=0):
+    """The images that are held out for choices, (n,) bool: at most `share` of all, in whole groups.
+
+    groups (n,) and labels (n,) of any kind. Two images of each class stay in the rest.
+    """
+    group_of = np.unique(np.asarray(groups), return_inverse=True)[1]
+    label_of = np.unique(np.asarray(labels), return_inverse=True)[1]
+    remaining = np.bincount(label_of)  # images of each class that stay
+    held_out = np.zeros(len(label_of), bool)
+    count, most = 0, share * len(label_of)
+    ends = np.cumsum(np.bincount(group_of))
+    members = np.split(np.argsort(group_of, kind="stable"), ends[:-1])  # images of each group
+    # Whole groups, because two faces of one illustration are nearly the same picture. With one of them in
+    # train, the other would be an easy question, and the choice would go to what remembers best.
+    for group in np.random.default_rng(seed).permutation(len(members)):
+        if count + 1 > most:
+            break  # it is full; of a million groups, most need not be asked
+        own = members[group]
+        kinds, counts = np.unique(label_of[own], return_counts=True)
+        if count + len(own) <= most and (remaining[kinds] - counts).min() > 1:
+            held_out[own] = True
+            remaining[kinds] -= counts
+            count += len(own)
+    return held_out
+
+
 def set_apart(splits, index=None):
     """-> which pictures of train to fit on (of these, or of all), which to choose on, in which split.
 
     It is dev (also where that is reported, which is for choices between runs), or train, of which a
     tenth is held out, whole illustrations, always the same.
     """
-    # Whole illustrations, because two faces of one drawing are nearly the same picture. With one of them
-    # in train, the other would be an easy question, and the choice would go to what remembers best.
     train = splits["train"]
     index = torch.arange(len(train["labels"])) if index is None else index
     if "dev" in splits:
         return index, torch.arange(len(splits["dev"]["labels"])), "dev"
-    apart = data.hold_apart(data.groups_of(train)[index], train["labels"][index], data.APART)
+    apart = hold_apart(data.groups_of(train)[index], train["labels"][index], APART)
     apart = torch.from_numpy(apart)
     return index[~apart], index[apart], "train"
 

@@ -15,7 +15,6 @@ import copy
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -69,10 +68,6 @@ class Source:
 
     def update_teacher(self, encoder, step, total):
         """After an update of the encoder: the teacher follows it."""
-
-    def statistics(self, step, total):
-        """Numbers for the log."""
-        return {}
 
 
 class ViewScore(Source):
@@ -155,11 +150,6 @@ class TeacherScore(MapScore):
         if self.teacher.learns:
             self.teacher.update(encoder, step, total)
 
-    def statistics(self, step, total):
-        if not self.teacher.learns:
-            return {}
-        return {"teacher_initial": round(initial_share(step, total), 4)}
-
 
 def as_pictures(scores):
     """Scores (B, N) or (B, N, P) -> {name: (B, g, g)}; for parts, the largest part of each patch.
@@ -224,17 +214,12 @@ def average_of(encoder, attention_kind, epochs, start):
 
 
 def ema_momentum(step, total):
-    """The momentum of the average: which share of the old teacher is kept at a step, or at an array of steps.
+    """The momentum of the average: which share of the old teacher is kept at a step.
 
     It rises to 1 by half a cosine (arXiv:2203.12719).
     """
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
-    return 1 - new * (np.cos(np.pi * step / total) + 1) / 2
-
-
-def initial_share(step, total):
-    """The share of the teacher that is still the weights with which the run began."""
-    return float(ema_momentum(np.arange(step), total).prod())
+    return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
 
 
 def default_attention(flags, teacher):

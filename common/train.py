@@ -41,18 +41,12 @@ OTHERS_STREAM = 1 << 21  # seeds what asks no generator of ours; smaller numbers
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: about what a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
-UNSAVED = {"log", "resume", "given", "could_give"}  # of one start, and not of the run
+UNSAVED = {"log", "resume", "given"}  # of one start, and not of the run
 # On an M1 or M2, torch 2.13 adds up 32,767 rows or more wrongly, as the gradient of a weight does over
 # all tokens of a step (github.com/pytorch/pytorch/issues/177116, 195163).
 METAL_ROWS = 32_766
-# Flags that are never None in a saved run: the user gives them, or the stage sets them.
-FILLED = {"data", "model", "mask", "ratio", "contrast", "epochs", "batch_size", "eval_every"}
-FILLED |= {"lr", "blr", "head_lr", "keep", "encoder"}
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9), "commit?": TEXT}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
-MOVE_AWAY = "move it away: a run goes on without its rows, and no epochs are counted"
-TOGETHER = {"step": ["seconds"], "loss": ["images_per_s", "memory_mb"]}
-TOGETHER |= {"knn": ["epoch", "linear?", "val_mse?"]}  # a row with the first has the others, too
 ANEW = "remove the folder of the run, or choose another --out"
 
 # ---- flags of all stages that train --------------------------------------------------------------
@@ -91,14 +85,11 @@ def take_saved_flags(flags, *free):
     if not path.exists():
         raise UserError(f"--resume {flags.resume} has no state.pt; give a run that has one")
     saved = load_state(path)["config"]
-    saved = {k: v for k, v in saved.items() if v is not None or k not in FILLED}
     if unknown := sorted(vars(flags).keys() - saved.keys() - UNSAVED):
         why = f"which has no --{unknown[0].replace('_', '-')}"
         raise UserError(
             f"{flags.resume} is a run of another command or version, {why}; give its own"
         )
-    rules = {name: functools.partial(flags.could_give, name) for name in saved}
-    check_fields(saved, rules, f"{path}: config", ANEW)
     given = flags.given - {"resume", "device", "log", *free}
     refuse_useless(given, "beside --resume, which takes the flags of the run")
     for name, value in saved.items():
@@ -320,11 +311,6 @@ def read_log(path):
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             rows.append(parse_table(line))
-    for row in rows:
-        names = [name for first in TOGETHER.keys() & row for name in (first, *TOGETHER[first])]
-        least = {"images_per_s": 1e-6}  # times are divided by it
-        rules = {name: number(least.get(name, -1e9), 1e9) for name in names}
-        check_fields(row, rules, path, MOVE_AWAY)
     return rows
 
 
@@ -435,12 +421,6 @@ class Run:
         if wrote != self.commit:
             change = f"the code of {shown(wrote)} wrote it, and that of {self.commit} goes on"
             print(f"warning  {self.path}: {change}; if that should not be, {fix}", file=sys.stderr)
-        before = state["config"].get("batch_size", self.batch_size)
-        if before != self.batch_size:
-            again = "start as many processes as before, on the same pictures"
-            raise UserError(
-                f"{self.path} had steps of {before} pictures, now {self.batch_size}; {again}"
-            )
         with reading(self.path, "state of such a run", fix):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])

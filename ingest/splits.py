@@ -10,8 +10,9 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from common.features import hold_apart
 from common.io import UserError
-from data import hold_apart, numbered
+from data import numbered
 from ingest import duplicates
 from ingest.layouts import ORDER, shows_nobody
 

@@ -159,7 +159,7 @@ def main():
     device, autocast, machine = train.open_machine(flags)
     print(machine)
     train_set = data.open_split(flags.data, "train")
-    train.same_as_begun(flags, "digest", data.fingerprint(train_set), flags.data)
+    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
     images = data.resident(train_set["images"], device)
     n = len(train_set["labels"])
     B = flags.batch_size = min(flags.batch_size, n)

@@ -21,7 +21,6 @@ from test_poison import contents
 
 import data
 import finetune_lora
-import probe
 from apps import detect, recognize, segment, tags
 from common import command, features, fields, train
 from common.checkpoints import init_from, load_encoder
@@ -29,7 +28,6 @@ from common.io import UserError, open_tensors
 from ingest import sources
 from ingest.pack import class_names
 from ingest.tags import vocabulary
-from lab.run import curve_of
 from model import MAE
 
 SEED, DEEP = 0, "@deep"
@@ -127,31 +125,8 @@ def use_set(base):
     return [names, sizes, sets[0].labels.tolist(), data.is_small(folder), data.fingerprint(split)]
 
 
-def use_log(base):
-    """What a resumed run, its results and a probe read of a log."""
-    path = base / "runs/a/log.jsonl"
-    rows = [row for row in train.read_log(path) if row.get("step", 0) <= 10**9]
-    return [train.cost_of_steps(path, 8), probe.efficiency(rows, 50.0), curve_of(rows)]
-
-
-def use_flags(base):
-    """The flags of a run that is resumed: an epoch is as long as they say."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["finetune_lora.py", "--resume", "runs/a-lora"])
-        flags = finetune_lora.read_flags()
-    method, keys = command.parse_keys(flags.method, finetune_lora.METHODS, "--method")
-    head = command.parse_keys(flags.head, finetune_lora.classifier.HEADS, "--head")
-    assert (
-        0 < flags.epochs * flags.batch_size < 10**9 and 0 <= flags.lr <= 1 and len(flags.keep) == 2
-    )
-    assert isinstance(flags.data, str) and isinstance(flags.balanced, bool)
-    return [method, keys, head, flags.seed + 1]
-
-
 FILES = {  # file: how many cases, and what reads it
     "datasets/packed/train.safetensors": (80, use_set),
-    "runs/a/log.jsonl": (40, use_log),
-    "runs/a-lora/state.pt": (60, use_flags),
     "runs/a/model.safetensors": (80, use_encoder),
     "runs/new/state.pt": (80, lambda base: steps(base / "runs/new", base / "runs/new")),
     "runs/a-lora/head.safetensors": (60, use_recogniser),
@@ -174,8 +149,6 @@ def write(path, tensors, fields):
     if path.suffix == ".pt":
         return torch.save(fields, path)
     text = json.dumps(fields).replace(f'"{DEEP}"', "[" * 3000 + "]" * 3000)
-    if path.suffix == ".jsonl":
-        return path.write_text("\n".join(map(json.dumps, fields)))
     if path.suffix == ".json":
         return path.write_text(text)
     save_file(tensors, path, {"animask": text})
@@ -438,47 +411,6 @@ def test_a_kind_of_number_is_no_part_of_a_word(one, home, wrong):
     write(path, tensors | {"labels": tensors["labels"].to(wrong)}, header)
     with pytest.raises(UserError, match="labels is"):
         recognize.load_gallery("runs/a-lora")
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        {"epochs": -3},
-        {"epochs": None},
-        {"batch_size": "x"},
-        {"seed": 1.5},
-        {"lr": float("nan")},
-        {"keep": 5},
-        {"balanced": "yes"},
-        {"split": "nowhere"},
-        {"method": "full:layer_decay=-1"},
-        {"data": "a\0b"},
-    ],
-    ids=str,
-)
-def test_a_saved_flag_is_one_that_could_be_given(one, home, odd):
-    path = one("runs/a-lora/state.pt")
-    state = contents(path)
-    torch.save(state | {"config": state["config"] | odd}, path)
-    with pytest.raises(UserError):
-        use_flags(home)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"step": 4, "seconds": "long"},
-        {"step": 4, "seconds": 1, "loss": None, "images_per_s": 1, "memory_mb": 1},
-        {"step": 4, "seconds": 1, "loss": 1, "images_per_s": [9], "memory_mb": 1},
-        {"epoch": 4, "knn": "high", "linear": 1, "val_mse": 1},
-    ],
-    ids=str,
-)
-def test_a_row_of_another_type_is_named(one, row):
-    path = one("runs/a/log.jsonl")
-    path.write_text(f"{path.read_text()}{json.dumps(row)}\n{{cut short")
-    with pytest.raises(UserError, match="log.jsonl: "):
-        train.read_log(path)
 
 
 @pytest.mark.parametrize("words", ["--seed 1 --seed 2", "--seed=1 --lr 1 --seed 1", "--no-x --x"])

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import data
-from common import rows
+from common import features, rows
 from common.io import UserError
 from ingest import decode, pack, sources, splits, tags, toon
 
@@ -488,13 +488,13 @@ def test_what_is_held_apart_tears_no_group_and_empties_no_class():
     """200 groups of one picture and 133 of three: both kinds are held apart. One class is alone."""
     groups = np.concatenate([np.arange(200), np.arange(200, 333).repeat(3), [1000]])
     labels = np.append(groups[:-1] % 4, 5)
-    held = data.hold_apart(groups, labels, 0.1)
+    held = features.hold_apart(groups, labels, 0.1)
     assert not set(groups[held]) & set(groups[~held]) and 50 <= held.sum() <= 60
     assert set(labels[~held]) == {0, 1, 2, 3, 5}
     assert 0.45 < (groups[held] >= 200).mean() < 0.85
     labels = np.concatenate([np.arange(20).repeat(2), np.full(300, 20)])
     for seed in range(5):  # of small classes two pictures stay
-        held = data.hold_apart(np.arange(340), labels, 0.1, seed)
+        held = features.hold_apart(np.arange(340), labels, 0.1, seed)
         assert np.bincount(labels[~held]).min() == 2 and held.sum() == 34
 
 

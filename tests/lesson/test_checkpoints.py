@@ -489,4 +489,6 @@ def test_a_public_file_tells_what_was_predicted(tmp_path):
     C.save_model(small_mae(), tmp_path / "model.safetensors", {"norm_pix": False})
     (tmp_path / "hf").mkdir()
     save_hf(tmp_path, tmp_path / "hf", None)
-    assert C.load_mae(tmp_path / "hf")[1]["norm_pix"] is False
+    header = C.load_mae(tmp_path / "hf")[1]
+    assert header["norm_pix"] is False
+    assert header["floor"] == 1e-3  # their floor, and not ours

@@ -69,9 +69,12 @@ def test_the_teacher_is_the_moving_average_of_the_encoder():
 def test_the_first_map_is_made_by_a_teacher_that_learned(total):
     """Whatever the length of a run: at its first map, random weights are 2 % of the teacher."""
     first = round(masking.START * total)
-    assert guidance.initial_share(first, total) < 0.02
-    assert guidance.initial_share(first // 4, total) > 0.02  # an average, not a copy
-    assert guidance.initial_share(0, total) == 1
+
+    def initial(steps):
+        return math.prod(guidance.ema_momentum(step, total) for step in range(steps))
+
+    assert initial(first) < 0.02
+    assert initial(first // 4) > 0.02  # an average, not a copy
 
 
 @pytest.mark.parametrize(
@@ -238,13 +241,6 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
     assert not score.requires_grad
     assert source.predictor(torch.zeros(1, 16, 192)).unique().numel() == 16  # places differ
     assert guidance.ViewScore().loss(ids, error) == 0 and set(source.networks()) == {"predictor"}
-
-
-def test_the_log_says_how_much_of_the_teacher_is_old():
-    assert guidance.Source().statistics(3, 10) == {}
-    teacher = guidance.average_of(small_encoder(), "cls", 4, 0.1)
-    numbers = guidance.TeacherScore(small_encoder(), teacher, "out").statistics(3, 10)
-    assert numbers["teacher_initial"] == pytest.approx(guidance.initial_share(3, 10), abs=1e-4)
 
 
 def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, monkeypatch):

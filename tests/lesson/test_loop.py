@@ -255,16 +255,6 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"state.pt", running.name}
 
 
-def test_a_run_goes_on_with_steps_of_the_same_size_alone(tmp_path):
-    out = str(tmp_path / "run")
-    steps(flags_of("--out", out), 20)
-    AT_END.close()
-    flags = flags_of("--resume", out, "--out", out)
-    flags.batch_size -= 1  # as with fewer processes
-    with pytest.raises(UserError, match="as many processes as before"):
-        steps(flags, 40)
-
-
 def test_a_row_comes_every_tenth_step_and_before_each_evaluation(tmp_path):
     flags = flags_of("--out", str(tmp_path / "run"))
     for flags.eval_every, due in ((1, [3, 6, 9, 10, 12, 14]), (2, [6, 10, 12, 14]), (9, [10, 14])):
@@ -369,7 +359,7 @@ def test_two_processes_end_with_the_same_weights(small, tmp_path):
     assert one["writes"] and not two["writes"] and said.count("wrote") == 1
     assert equal(one["model"], two["model"]) and equal(one["predictor"], two["predictor"])
     torch.manual_seed(0)
-    start = MAE(**SIZES["nano"] | {"image_size": 32}, decoder_depth=1)
+    start = MAE(**SIZES["nano"] | {"image_size": 32})
     assert not torch.equal(one["model"]["encoder.cls_token"], start.encoder.cls_token)
     assert max(row["step"] for row in train.read_log(tmp_path / "run" / "log.jsonl")) == 10
     python(ROOT / "pretrain.py", "--resume", "run", cwd=tmp_path, check=2)  # not by one process
