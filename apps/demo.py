@@ -286,14 +286,14 @@ def mask_page(run, picture, first, second, ratio, t, seed):
     """The network predicts the dark patches from the others. Drag the hidden share, or choose two
     strategies: both get the same seed, so that only what they hide differs.
     """
-    mae = net, _ = loaded(load_mae, run)
+    net, target = loaded(load_mae, run)
     view = torch.from_numpy(square_of(picture, net.config["image_size"])).to(MACHINE.device)
     N = net.encoder.side**2
     scores = maps_of(net, picture, view)
     items = []
     for words in (first, second):
         ids_keep, ids_mask = draw_mask(words, scores, N, ratio, t, seed)
-        pasted, where = filled_in(mae, view, ids_keep, ids_mask, MACHINE.autocast)
+        pasted, where = filled_in(net, target, view, ids_keep, ids_mask, MACHINE.autocast)
         dark = torch.where(where[..., None], 0.2 * view + 20, view).byte()
         items.append((f"{words} hides {ids_mask.shape[1]} of {N} patches", dark[0].cpu()))
         items.append((f"predicted, {psnr(pasted, view, where).item():.1f} dB", pasted[0].cpu()))

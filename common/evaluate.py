@@ -187,13 +187,12 @@ def hide(view, ids, patch):
 
 
 @torch.no_grad()
-def filled_in(mae, view, ids_keep, ids_mask, autocast=contextlib.nullcontext):
+def filled_in(model, target_options, view, ids_keep, ids_mask, autocast=contextlib.nullcontext):
     """view u8 (B, S, S, 3) with predicted patches, and where they are (B, S, S).
 
-    mae: a model, and {"norm_pix", "floor"}: what it predicts. norm_pix is undone by predicted
+    target_options: {"norm_pix", "floor"}, what the model predicts. norm_pix is undone by predicted
     statistics alone: the true ones would tell the answer.
     """
-    model, target_options = mae
     pred, stats = predict(model, view, ids_keep, ids_mask, autocast, target_options["floor"])
     pixels = to_pixels(pred, stats if target_options["norm_pix"] else None)
     where = put_patches(torch.zeros_like(view), ids_mask, torch.ones_like(pixels))[..., 0] > 0
@@ -227,7 +226,7 @@ def mean_psnr(model, split, target_options, autocast=contextlib.nullcontext):
     """Number of pictures, and the mean PSNR of their hidden patches in dB: predicted, and neighbours'."""
     scores = []
     for view, ids_keep, ids_mask in masked_views(model, split, EVAL_IMAGES):
-        pasted, where = filled_in((model, target_options), view, ids_keep, ids_mask, autocast)
+        pasted, where = filled_in(model, target_options, view, ids_keep, ids_mask, autocast)
         blurred = neighbours_in(view, ids_keep, ids_mask, model.config["patch_size"])
         scores.append(torch.stack([psnr(x, view, where) for x in (pasted, blurred)]))
     scores = torch.cat(scores, 1)  # (2, n)
@@ -241,7 +240,7 @@ def reconstruct(model, split, target_options, autocast=contextlib.nullcontext):
     """[(name, u8 (8, S, S, 3))] of eight images, as they are and as they are filled in."""
     patch = model.config["patch_size"]
     view, ids_keep, ids_mask = next(masked_views(model, split, 8))
-    pasted, where = filled_in((model, target_options), view, ids_keep, ids_mask, autocast)
+    pasted, where = filled_in(model, target_options, view, ids_keep, ids_mask, autocast)
     return [
         ("original", view),
         ("what the\nencoder sees", hide(view, ids_mask, patch)),

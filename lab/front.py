@@ -33,7 +33,7 @@ INKS = {"light": (plots.INK, "white"), "dark": ("#E6EDF3", "#0D1117")}  # the tw
 
 def row_of(mae, person, which):
     """A drawing, and under both masks what is visible and what is predicted: six pictures."""
-    net, _ = mae
+    net, target = mae
     S, p, g = net.config["image_size"], net.config["patch_size"], net.encoder.side
     view = read_view(toon.draw(toon.unseen(person, which + 1)[which])["image"], S)
     attention = {"attn": net.encoder.patch_attention(view, "pooler").mean(1)}
@@ -43,7 +43,7 @@ def row_of(mae, person, which):
     row = [view[0]]
     for strategy in (masking.random, masking.attn_high):
         ids_keep, ids_mask = masking.sample(strategy(attention, noise, 1.0, g * g - K), K)
-        predicted, _ = evaluate.filled_in(mae, view, ids_keep, ids_mask)
+        predicted, _ = evaluate.filled_in(net, target, view, ids_keep, ids_mask)
         row += [evaluate.hide(view, ids_mask, p)[0], predicted[0]]
     return [*row[:3], sheets.coloured(cells)[0], *row[3:]]
 

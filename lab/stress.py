@@ -255,7 +255,7 @@ def reconstruction(mae, task):
         noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in index.tolist()])
         for ratio, scores in total.items():
             ids = masking.sample(noise.to(task.device), masking.kept(N, ratio))
-            pasted, where = (x.cpu() for x in filled_in(mae, view, *ids, task.autocast))
+            pasted, where = (x.cpu() for x in filled_in(*mae, view, *ids, task.autocast))
             for name, x in pixel_scores(view.cpu(), pasted, where).items():
                 scores.setdefault(name, []).append(x)
     rows = []

@@ -48,7 +48,7 @@ def test_its_encoder_fills_in_three_quarters(drawings):
     for some, view in data.whole_views(images, rows, net.config["image_size"], torch.device("cpu")):
         for i, own in zip(some.tolist(), view.split(1), strict=True):
             ids = demo.draw_mask("random", {}, net.encoder.side**2, 0.75, 1.0, i)
-            pasted, where = demo.filled_in(mae, own, *ids, demo.MACHINE.autocast)
+            pasted, where = demo.filled_in(*mae, own, *ids, demo.MACHINE.autocast)
             found.append(demo.psnr(pasted, own, where).item())
     assert np.mean(found) > 18  # dB
 

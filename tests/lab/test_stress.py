@@ -99,9 +99,9 @@ def test_pixels_are_made_without_the_answer(base):
     assert mae[1]["norm_pix"]
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
     ids = masking.sample(masking.gumbel_noise(2, 16, seeded(1)), 4)
-    made, where = stress.filled_in(mae, view, *ids, contextlib.nullcontext)
+    made, where = stress.filled_in(*mae, view, *ids, contextlib.nullcontext)
     other = torch.where(where[..., None], 255 - view, view)
-    again, _ = stress.filled_in(mae, other, *ids, contextlib.nullcontext)
+    again, _ = stress.filled_in(*mae, other, *ids, contextlib.nullcontext)
     assert torch.equal(made, again) and torch.equal(made[~where], view[~where])
     assert where.float().mean() == 0.75
 

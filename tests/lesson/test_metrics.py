@@ -243,7 +243,7 @@ def test_the_baseline_of_a_reconstruction_is_the_mean_colour_of_near_visible_pat
 def test_the_psnr_of_a_run_is_the_mean_over_pictures_that_are_not_blank(model, held):
     norm = {"norm_pix": True, "floor": 0.15}
     view, keep, hide = next(evaluate.masked_views(model, held, 5))
-    pasted, where = evaluate.filled_in((model, norm), view, keep, hide)
+    pasted, where = evaluate.filled_in(model, norm, view, keep, hide)
     ours = evaluate.psnr(pasted, view, where)
     baseline = evaluate.psnr(evaluate.neighbours_in(view, keep, hide, 8), view, where)
     expected = 5, ours.mean().item(), baseline.mean().item()
