@@ -119,7 +119,7 @@ CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray (of stres
 # sure of itself (Szegedy et al. 2016, arXiv:1512.00567, section 7).
 SMOOTHING = 0.1  # share of the target that is divided equally among all classes
 NEXT = "python -m apps.recognize"  # what is printed at the end; lab.convnets names its own
-ORDER_STREAM = 1  # seeds the draws of --balanced; a step's numbers are three, and no fourth
+ORDER_STREAM = 1  # the fourth number that seeds the draws of --balanced; a step's are three
 NECK_OF_CLASS = 20  # pictures of each character give the neck, a norm, its statistics at the end
 NECK_IN_ALL = 256  # at most so many of these pictures do so after an epoch
 

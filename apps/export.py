@@ -165,6 +165,7 @@ def plain_blocks(x, weights, stack, depth, heads, eps):
 
 
 def save_mae(source, out, image_size):
+    """Write the weights alone: such a file tells neither norm_pix nor a floor."""
     save_safetensors(public_weights(source, image_size)[0], out)
     return f"safetensors.torch.load_file({OUT})"
 
@@ -189,7 +190,8 @@ def save_hf(source, folder, image_size):
     config |= {"image_size": size, "patch_size": facts["patch_size"]}
     config["layer_norm_eps"] = facts["norm_eps"]
     if depth:
-        config["norm_pix_loss"] = facts["norm_pix"]
+        # transformers keeps a key that it does not know. Here, `formats.facts_beside` reads it again.
+        config |= {"norm_pix_loss": facts["norm_pix"], "norm_pix_floor": facts["floor"]}
     for stack in ("", "decoder_") if depth else ("",):
         config |= {stack + theirs: facts[stack + ours] for theirs, ours in HF_SHAPE.items()}
         config[f"{stack}intermediate_size"] = 4 * facts[f"{stack}dim"]

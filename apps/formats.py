@@ -51,15 +51,14 @@ FROM_HF["decoder.decoder_encoder.layer"] = "decoder_blocks"
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
 WIDTHS = (192, 256, 320, 384, 512, 640, 768, 896, 1024, 1536)  # public ViTs with heads of 64
 HEADS = {width: width // 64 for width in WIDTHS} | {1280: 16, 1408: 16, 1664: 16}
-MAE_FLOOR = (
-    1e-3  # of the standard deviation that normalises a patch: its code adds 1e-6 to the variance
-)
+MAE_FLOOR = 1e-3  # its code adds 1e-6 to the variance of a patch, and takes the root
 FACTS = {  # what no shape tells
     "heads?": fields.whole(1, 1000),
     "decoder_heads?": fields.whole(1, 1000),
     "hidden_act?": fields.one_of("gelu"),
     "norm_eps?": fields.EPSILON,
     "norm_pix?": fields.one_of(True, False),
+    "floor?": fields.number(1e-6, 10),
     "mean?": fields.list_of(fields.number(), 3, 3),
     "std?": fields.list_of(fields.number(1e-6), 3, 3),
 }
@@ -168,6 +167,7 @@ def facts_beside(folder):
         "hidden_act": config.get("hidden_act"),
         "norm_eps": config.get("layer_norm_eps"),
         "norm_pix": config.get("norm_pix_loss"),
+        "floor": config.get("norm_pix_floor"),  # of a file that apps.export wrote
         "mean": pixels.get("image_mean", timm.get("mean")),
         "std": pixels.get("image_std", timm.get("std")),
     }

@@ -574,7 +574,7 @@ def fit(task, run, optimizer, seed):
             pairs.append(torch.stack([character_loss.detach(), tag_loss.detach()]))
             if run.logs_now:
                 means = torch.stack(pairs).mean(0).tolist()
-                row = {"lr": group["lr"], "character_loss": means[0], "tag_loss": means[1]}
+                row = {"head_lr": group["lr"], "character_loss": means[0], "tag_loss": means[1]}
                 run.log_step(**row | ({"hidden": share} if task.arm in HIDES_TAGS else {}))
                 pairs = []
             if run.step % run.per_epoch == 0:

@@ -199,8 +199,8 @@ def read_network(path):
     """A run of ours or a public checkpoint -> ({our name: tensor}, of encoder and decoder; facts).
 
     facts: the arguments of ViT, norm_eps; decoder_dim, decoder_heads and decoder_depth, which is 0
-    where there is no decoder; norm_pix and floor, of what was predicted; fixed_picture of a file of
-    ours.
+    where there is no decoder; norm_pix and floor, which say what it predicts; fixed_picture of a
+    file of ours.
     """
     file = model_file(path)
     config = about_model(file).get("config")

@@ -103,7 +103,9 @@ def take_saved_flags(flags, *free):
 def same_as_begun(flags, name, now, what, fix="put the old one back"):
     """What a run began with, such as its data, is saved among its flags; a UserError if it has changed."""
     if getattr(flags, name, now) != now:
-        raise UserError(f"{what} has changed since {flags.out} began; {fix}")
+        raise UserError(
+            f"{what} has changed since {flags.out} began, or other code began it; {fix}"
+        )
     setattr(flags, name, now)
 
 
@@ -319,7 +321,7 @@ def cost_of_steps(log, batch_size):
     steps = [row for row in read_log(log) if "loss" in row]
     if not steps:
         return {}
-    speed = torch.tensor([row["images_per_s"] for row in steps]).median().item()
+    speed = max(1e-3, torch.tensor([row["images_per_s"] for row in steps]).median().item())
     memory = max(row["memory_mb"] for row in steps)
     return {"step_ms": round(1000 * batch_size / speed, 2), "peak_memory_mb": memory}
 

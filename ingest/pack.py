@@ -573,7 +573,8 @@ def to_learn(out):
     if "boxes" in tensors:
         # toon-det has learned from the pages that we draw, and needs fewer of others (docs/detect.md).
         start = "weights/toon" if tensors["header"]["source"] == "scenes" else "weights/toon-det"
-        return quoted("python", "-m", "apps.detect", start, "--data", str(out))
+        words = ["python", "-m", "apps.detect", start, "--data", str(out)]
+        return quoted(*words, "--out", f"runs/{Path(out).name}-det")
     of_frames = {*hybrid.PURE} <= {*tensors["header"]["classes"]}
     small = is_small(out) and not of_frames
     if small and can_leave_out(out):  # it is cross-validated, over all splits

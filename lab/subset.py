@@ -10,7 +10,8 @@ Writes: OUT/{train,dev,val,test}.safetensors; with --folders the pictures of tra
 
 --characters: the others leave every split. --pictures: of train and dev so many of each character
 stay; val and test stay whole. The smaller of two subsets of one --draw is a part of the larger.
---wrong: so large a share of train gets another label. The header lists their rows as "planted".
+--wrong: so large a share of train gets another label. The header lists their rows as "planted",
+to be compared with the suspects.csv of apps/suspects.py.
 """
 
 import hashlib

@@ -36,7 +36,11 @@ def parse_args():
     add = parser.add_argument
     add("data", metavar="DIR", help="a packed set with part masks")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the maps")
-    add("--mean", action="store_true", help="the mean map for every picture: the place alone")
+    add(
+        "--mean",
+        action="store_true",
+        help="the geometric mean of all maps for every picture: the place alone",
+    )
     return parser.parse_args()
 
 
@@ -54,7 +58,8 @@ def main():
         # Geometric, because a mask follows the logarithm of a map.
         maps = np.broadcast_to(np.exp(np.log(maps).mean(0)), maps.shape)
     header = {"map": "attn", "grid": GRID, "data": Path(args.data).name}
-    header |= {"source": f"the true {', '.join(PARTS)}" + ", their mean" * args.mean}
+    mean = ", their geometric mean" if args.mean else ""
+    header |= {"source": f"the true {', '.join(PARTS)}{mean}"}
     header |= {"images": len(maps), "data_digest": data.fingerprint(split)}
     data.write_maps(path, "attn", [maps.astype(np.float16)], maps.shape, "F16", header)
     print(f"{path}: {len(maps)} maps of {GRID} x {GRID}, {header['source']}")

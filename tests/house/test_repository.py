@@ -149,7 +149,7 @@ def test_the_numbers_in_tables_stand_in_results():
     assert checked > 30
 
 
-@pytest.mark.parametrize("title", ["What you see after five minutes", "What we found"])
+@pytest.mark.parametrize("title", ["What you see after the first command", "What we found"])
 def test_the_numbers_of_a_section_of_the_readme_stand_in_results(title):
     paragraph = re.search(rf"^## {title}\n.*?(?=^## )", README, re.S | re.M).group()
     numbers = re.findall(r"\d+\.\d+|[\d,]+(?= characters| seconds| MB)", paragraph)

@@ -486,9 +486,13 @@ def test_an_mae_comes_back_whole(tmp_path):
 
 
 def test_a_public_file_tells_what_was_predicted(tmp_path):
-    C.save_model(small_mae(), tmp_path / "model.safetensors", {"norm_pix": False})
-    (tmp_path / "hf").mkdir()
-    save_hf(tmp_path, tmp_path / "hf", None)
-    header = C.load_mae(tmp_path / "hf")[1]
-    assert header["norm_pix"] is False
-    assert header["floor"] == 1e-3  # their floor, and not ours
+    for told in ({"norm_pix": False, "floor": 0.15}, {"norm_pix": True, "floor": 0.2}):
+        C.save_model(small_mae(), tmp_path / "model.safetensors", told)
+        folder = tmp_path / f"hf-{told['norm_pix']}"
+        folder.mkdir()
+        save_hf(tmp_path, folder, None)
+        assert C.load_mae(folder)[1] == told
+    config = json.loads((folder / "config.json").read_text())
+    del config["norm_pix_floor"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert C.load_mae(folder)[1]["floor"] == 1e-3  # of a file of others
