@@ -321,6 +321,7 @@ def cost_of_steps(log, batch_size):
     steps = [row for row in read_log(log) if "loss" in row]
     if not steps:
         return {}
+    # A row rounds its speed, which may be 0 then.
     speed = max(1e-3, torch.tensor([row["images_per_s"] for row in steps]).median().item())
     memory = max(row["memory_mb"] for row in steps)
     return {"step_ms": round(1000 * batch_size / speed, 2), "peak_memory_mb": memory}
