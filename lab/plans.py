@@ -598,6 +598,27 @@ PLANS["pays"] = OF_RECOGNITION | {
     },
 }
 
+# With 20 labels, does the lead last if all learn three times as long? By the rates and sides that dev chose
+# for the shorter runs, the same for all arms.
+LONGER = {
+    "toon-full": "--lr 0.001 --image-size 64 --epochs 90",
+    "vit": "--lr 0.0003 --image-size 64 --epochs 90",
+    "resnet10": "--lr 0.003 --image-size 64 --epochs 165",
+}
+PLANS["longer"] = PLANS["pays"] | {
+    "question": "With 20 labels and three times the epochs, do the weights that ship still pay?",
+    "seeds": range(7200, 7203),
+    "made": {"few20": PLANS["pays"]["made"]["few20"]},
+    "arms": {name: [f"{paid(name, '{few20}')} {flags}"] for name, flags in LONGER.items()},
+    "against": {name: name for name in LONGER},
+    "differences": differences(
+        ("toon-full.top1", "vit.top1", "primary: to the same network from scratch"),
+        ("toon-full.top1", "resnet10.top1", "primary: to a convolutional network"),
+    ),
+    "trials": {},
+    "axes": {},
+}
+
 # ---- from what should weights/toon have learned? ---------------------------------------------------
 
 # Each encoder sees 100,000 views, and differs by one thing from the recipe of weights/toon (that with
