@@ -580,9 +580,11 @@ def predictions(args, net, header, autocast, problems):
     """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, or with --detect of faces."""
     size = header["packed_size"]
     cut = size, header["crop"], header["margin"]
-    items = pictures(args.images, *cut, problems)
-    if args.detect:
-        items = faces(args, size, autocast, problems)
+    items = (
+        faces(args, size, autocast, problems)
+        if args.detect
+        else pictures(args.images, *cut, problems)
+    )
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         yield list(keys), *embed(net, np.stack(images), autocast)

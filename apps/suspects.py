@@ -109,15 +109,15 @@ def main():
         raise UserError(f"{task.folder} has no two labelled classes, so no label can be wrong")
     names = task.train["header"]["classes"]
     probabilities = out_of_fold(x, labels, groups, len(names))
-    doubtful, better = ranked(probabilities, labels)
+    worst, better = ranked(probabilities, labels)
     doubted = [
-        table_row(task.splits, places[i], labels[i], better[i], probabilities[i]) for i in doubtful
+        table_row(task.splits, places[i], labels[i], better[i], probabilities[i]) for i in worst
     ]
     with aside(table) as made:
         save_csv(doubted, made, COLUMNS)
         with drawing(sheet.name):
-            draw(made.with_name(sheet.name), task.splits, [places[i] for i in doubtful], doubted)
-    print(f"wrote    {table}: {len(doubtful)} of {len(labels)} labels are doubted, the worst first")
+            draw(made.with_name(sheet.name), task.splits, [places[i] for i in worst], doubted)
+    print(f"wrote    {table}: {len(worst)} of {len(labels)} labels are doubted, the worst first")
     if doubted:
         print(f"next: look at {sheet}; move pictures with a wrong label, and pack the set again")
 

@@ -321,8 +321,7 @@ def cost_of_steps(log, batch_size):
     steps = [row for row in read_log(log) if "loss" in row]
     if not steps:
         return {}
-    # A row rounds its speed, which may be 0 then.
-    speed = max(1e-3, torch.tensor([row["images_per_s"] for row in steps]).median().item())
+    speed = torch.tensor([row["images_per_s"] for row in steps]).median().item()
     memory = max(row["memory_mb"] for row in steps)
     return {"step_ms": round(1000 * batch_size / speed, 2), "peak_memory_mb": memory}
 
@@ -506,7 +505,8 @@ class Run:
             "epoch": round(self.step / self.per_epoch, 4),
             "loss": losses.mean().item(),
             "grad_norm": norms.mean().item(),
-            "images_per_s": round(len(losses) * self.batch_size / seconds, 1),
+            # Four digits, and not one decimal: times are divided by it, so it may not be 0.
+            "images_per_s": float(f"{len(losses) * self.batch_size / seconds:.4g}"),
             "memory_mb": round(peak_memory_mb(self.device)),
         }
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)

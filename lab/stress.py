@@ -274,7 +274,7 @@ def lines_of_pixels(rows):
     """PSNR and SSIM of hidden patches, as lines."""
     lines = ["hidden   PSNR, dB   SSIM   mean colour, dB"]
     for r in rows:
-        scores = f"{r['psnr']:8.2f}   {r['ssim']:.3f} {r['psnr_flat']:11.2f}"
+        scores = f"{r['psnr']:8.2f}   {r['ssim']:.3f} {r['psnr_flat']:17.2f}"
         lines.append(f"{r['ratio']:>5.0%}   {scores}")
     return lines
 
