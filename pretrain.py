@@ -281,10 +281,11 @@ def build_contrast(encoder, flags, settings, train_set, figures):
     with torch.random.fork_rng(devices=[]):
         if name == "pooler":
             encoder.pooler = pooler_of(encoder)
-            check_registered(encoder.pooler)
         elif name != "cls":
             raise UserError(f"--contrast {name}: build_contrast has no branch for it; write one")
-        return Contrast(encoder, settings, train_set, figures, flags.min_crop)
+        contrast = Contrast(encoder, settings, train_set, figures, flags.min_crop)
+    check_registered(contrast)  # and with it the pooler
+    return contrast
 
 
 def changes(ratio):
@@ -653,7 +654,7 @@ def main():
             source.update_teacher(model.encoder, run.step, total)
             run.update(loss, grad_norm)  # from here on, run.step counts this step, too
             if run.step == 1:
-                train.name_unused(model, optimizer)
+                train.name_unused(nn.ModuleDict(networks), optimizer)
 
             # 6. log, evaluate, save
             stop_together(run)

@@ -63,7 +63,8 @@ class Contrast(nn.Module):
         for layer in (first, last):
             nn.init.xavier_uniform_(layer.weight)
         self.image_size, self.patches = encoder.image_size, encoder.side**2
-        self.settings, self.figures, self.min_crop = settings, figures, min_crop
+        self.settings, self.min_crop = settings, min_crop
+        self._figures = figures  # data, so its name begins with _ (check_registered)
         self.pooler = encoder.pooler  # None: the CLS token is compared, and the encoder learns
         self.trains_encoder = encoder.pooler is None
 
@@ -76,7 +77,7 @@ class Contrast(nn.Module):
         # Two at least, for the background of another picture.
         m = min(len(images), max(2, round(self.settings["share"] * len(images))))
         device = images.device
-        figures = None if self.figures is None else data.take(self.figures, index[:m], device)
+        figures = None if self._figures is None else data.take(self._figures, index[:m], device)
         boxes, flip = data.draw_boxes(m, generator, self.min_crop)
         colours = torch.rand(m, 3, generator=generator)
         noise = masking.gumbel_noise(m, self.patches, generator)

@@ -175,7 +175,27 @@ def test_what_no_loss_reaches_is_named_and_a_priority_without_an_order_is_refuse
     monkeypatch.setattr(sys, "argv", [str(word) for word in ["pretrain.py", *words]])
     with pytest.raises(UserError, match="--mask random: a priority is not finite"):
         pretrain.main()
-    assert "no loss reaches encoder.lost_token:" in capsys.readouterr().out
+    assert "no loss reaches model.encoder.lost_token:" in capsys.readouterr().out
+
+
+def test_what_a_student_adds_to_the_contrastive_loss_is_trained_and_saved_or_named(
+    small, tmp_path, monkeypatch, capsys
+):
+    class Changed(pretrain.Contrast):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.unused = torch.nn.Parameter(torch.zeros(2))
+            setattr(self, name, torch.zeros(8, 4))
+
+    monkeypatch.setattr(pretrain, "Contrast", Changed)
+    words = ["--data", small, "--out", tmp_path / "run", *QUICK]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in ["pretrain.py", *words]])
+    name = "queue"  # as a student might keep it: a resumed run would begin with another one
+    with pytest.raises(UserError, match="queue is neither trained nor saved"):
+        pretrain.main()
+    name = "_queue"
+    pretrain.main()
+    assert "no loss reaches contrast.unused:" in capsys.readouterr().out
 
 
 def test_a_run_does_not_go_on_with_other_pictures(small, tmp_path):
