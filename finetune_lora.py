@@ -268,15 +268,15 @@ def equation_3(lora):
 def is_plain(encoder):
     """Is its adapter a LoRA as peft knows it: is nothing learned but A and B, and used as in eq. 3?"""
     layers = lora_layers(encoder)
+    if learned(encoder).keys() != {f"{name}.{factor}" for name in layers for factor in "AB"}:
+        return False
     if not all(computes(lora, equation_3) for lora in layers.values()):
         return False
     shapes = {}  # of each kind of layer: peft has one rank and one alpha for those of all blocks
     for name, lora in layers.items():
         kind = re.sub(r"^blocks\.\d+\.", "", name)
         shapes.setdefault(kind, set()).add((*lora.A.shape, lora.scale))
-    if any(len(some) > 1 for some in shapes.values()):
-        return False
-    return learned(encoder).keys() == {f"{name}.{factor}" for name in layers for factor in "AB"}
+    return all(len(some) == 1 for some in shapes.values())
 
 
 def add_lora(encoder, r=8, alpha=0.0):
@@ -290,26 +290,38 @@ def add_lora(encoder, r=8, alpha=0.0):
     encoder.requires_grad_(False)
     for block in dict.fromkeys(encoder.blocks):  # each once, where one stands in several places
         for name, chunks in LAYERS.items():
-            if name not in dict(block.named_modules()):
+            layer = dict(block.named_modules()).get(name)
+            if not isinstance(layer, nn.Linear) or layer.out_features % chunks:
                 fix = "LAYERS in finetune_lora.py names the layers of a block that get LoRA"
-                raise UserError(f"a block has no {name}; {fix}")
-            block.set_submodule(name, LoRA(block.get_submodule(name), r, alpha or 2 * r, chunks))
+                raise UserError(f"a block has no {name} that is {chunks} stacked matrices; {fix}")
+            block.set_submodule(name, LoRA(layer, r, alpha or 2 * r, chunks))
 
 
-UNMERGED = (
-    "its forward does not multiply by its `weight`; let both say the same (finetune_lora.py). What is no "
-    "product with one matrix, such as a trained bias, can't be merged"
-)
+def why_not_merged(encoder):
+    """Why plain layers can't stand in place of the adapter, or None if they can."""
+    layers = lora_layers(encoder)
+    for name, lora in layers.items():
+        if not computes(lora, type(lora).weight):
+            return (
+                f"the forward of {name} does not multiply by its `weight`; let both say the same "
+                "(finetune_lora.py). What is no product with one matrix can't be merged"
+            )
+    with torch.random.fork_rng(devices=[]):
+        plain = untrained_like(encoder).state_dict()
+    modules = encoder.named_modules(remove_duplicate=False)  # a block may stand in several places
+    inside = tuple(f"{name}." for name, m in modules if isinstance(m, LoRA))
+    beside = [k for k in encoder.state_dict() if k not in plain and not k.startswith(inside)]
+    return f"{beside[0]} is neither in a LoRA nor in a plain network" if beside else None
 
 
 @torch.no_grad()
 def merge_lora(encoder):
     """Put plain layers in place of LoRA: W + alpha/r B A. A UserError where that would be another network."""
+    if reason := why_not_merged(encoder):
+        raise UserError(f"this adapter can't be merged: {reason}")
     # The product has the shape of the weight, so a merged encoder is as fast as a plain one. But the
     # product can't be subtracted again exactly, because the sum is rounded: training keeps them apart.
     for name, lora in lora_layers(encoder).items():
-        if not computes(lora, type(lora).weight):
-            raise UserError(f"the adapter of {name} can't be merged: {UNMERGED}")
         lora.base.weight.copy_(lora.weight())
         encoder.set_submodule(name, lora.base)
 
@@ -873,9 +885,8 @@ def check_readable(flags, task):
     for w in task.trained.tensors.values():
         if w.is_floating_point():
             w += 0.01 * torch.rand(w.shape, generator=generator).to(w.device)
-    layers = lora_layers(task.net.encoder)
-    if odd := [name for name, x in layers.items() if not computes(x, type(x).weight)]:
-        print(f"note: the adapter of {odd[0]} can be trained, but not be merged later: {UNMERGED}")
+    if task.method == "lora" and (reason := why_not_merged(task.net.encoder)):
+        print(f"note: this adapter can be trained, but not be merged later: {reason}")
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_network(flags, task, Path(folder), {})

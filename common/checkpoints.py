@@ -297,9 +297,10 @@ def at_size(weights, facts, image_size, path):
         raise UserError(f"{path} can't read {size} px; {fix}")
     if size == facts["image_size"]:
         return weights, facts
+    if facts.get("fixed_picture"):  # it has the size of the file, so it is compared before
+        encoder_with(weights, facts, path)
     there = [name for name in POSITIONS if name in weights]
     resized = {name: resize_positions(weights[name], size // p) for name in there}
-    # The fixed picture had the other size.
     return weights | resized, facts | {"image_size": size, "fixed_picture": None}
 
 
@@ -328,12 +329,16 @@ def load_encoder(path, image_size=None):
 
     image_size: resize the positions to views of so many pixels; None keeps the trained size.
     """
-    weights, facts = at_size(*read_network(path), image_size, path)
+    return encoder_with(*at_size(*read_network(path), image_size, path), path).eval()
+
+
+def encoder_with(weights, facts, path):
+    """The ViT of these facts and weights; a line if this code computes other features than the file says."""
     with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
         encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path)
     warn_of_other_code(encoder, facts.get("fixed_picture"), path)
-    return encoder.eval()
+    return encoder
 
 
 def warn_of_other_code(encoder, expected, path):

@@ -548,7 +548,7 @@ def parse_args():
     add("--out", type=Path, default=Path("runs/lab"), metavar="DIR", help="of the tables")
     add("--work", type=Path, default=Path("runs/work"), metavar="DIR", help="of the runs' folders")
     add("--retry", action="store_true", help="try again what diverged")
-    add("--dry", action="store_true", help="say what would run, and stop")
+    add("--dry", action="store_true", help="pack --data if need be, say what would run, and stop")
     args = parser.parse_args()
     if unknown := [pair for pair in args.set if "=" not in pair]:
         raise UserError(f"--set {unknown[0]} is no NAME=VALUE")

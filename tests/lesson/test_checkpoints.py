@@ -452,9 +452,10 @@ def test_code_that_makes_other_features_of_a_file_says_so(tmp_path, monkeypatch,
         return self.fc2(x * torch.sigmoid(1.702 * x))  # QuickGELU, which is almost GELU
 
     monkeypatch.setattr(M.MLP, "forward", forward)
-    C.load_encoder(tmp_path)
-    assert capsys.readouterr().err.startswith("warning")
-    C.warn_once.cache_clear()
+    for image_size in (None, 48):  # the fixed picture has the size of the file
+        C.load_encoder(tmp_path, image_size)
+        assert capsys.readouterr().err.startswith("warning")
+        C.warn_once.cache_clear()
     C.init_from(small_mae(), tmp_path)
     assert capsys.readouterr().err.startswith("warning")
     with pytest.raises(UserError, match="plain ViT"):

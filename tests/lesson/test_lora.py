@@ -23,6 +23,7 @@ from finetune_lora import (
     load_base,
     load_lora,
     lora_layers,
+    merge_lora,
     write_adapter,
 )
 
@@ -239,6 +240,62 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     close(encoder.features(some_view(S=48)), base.features(some_view(S=48)))
     with pytest.raises(UserError, match="--to merged"):
         export(tmp_path / "run", "timm")
+
+
+def test_an_adapter_that_no_plain_layer_can_stand_for_is_not_merged():
+    """What is not in a LoRA would be lost, or nothing could read the file."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.s = base, torch.nn.Parameter(torch.ones(1))
+
+    prompt, wrapped = adapted(), adapted()
+    prompt.prompt_token = torch.nn.Parameter(torch.zeros(1, 4, 64))
+    wrapped.blocks[1].mlp = Wrapped(wrapped.blocks[1].mlp)
+    for encoder, name in ((prompt, "prompt_token"), (wrapped, "blocks.1.mlp.s")):
+        with pytest.raises(UserError, match=f"can't be merged: {name}"):
+            merge_lora(encoder)
+        assert lora_layers(encoder)  # as it was
+    shared = small_vit()
+    shared.blocks[1] = shared.blocks[0]
+    merge_lora(adapted(shared))
+    assert not lora_layers(shared)
+
+
+def test_an_adapter_of_ones_own_needs_weight_and_forward_alone(monkeypatch):
+    class VeRA(LoRA):
+        """d B b A x with random A and B that stay (arXiv:2310.11454); it has no alpha and no factors."""
+
+        def __init__(self, base, r, alpha, chunks):
+            torch.nn.Module.__init__(self)
+            generator = torch.Generator().manual_seed(7)
+            self.base = base
+            A = torch.randn(r, base.in_features, generator=generator)
+            B = torch.randn(base.out_features, r, generator=generator)
+            self.A, self.B = torch.nn.Parameter(A, False), torch.nn.Parameter(B, False)
+            self.b = torch.nn.Parameter(torch.ones(r))
+            self.d = torch.nn.Parameter(torch.zeros(base.out_features))
+
+        def weight(self):
+            return self.base.weight + self.d[:, None] * self.B @ (self.b[:, None] * self.A)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight(), self.base.bias)
+
+    monkeypatch.setattr("finetune_lora.LoRA", VeRA)
+    encoder = adapted()
+    assert not is_plain(encoder)
+    features = encoder.features(some_view())
+    merge_lora(encoder)
+    close(encoder.features(some_view()), features)
+
+
+@pytest.mark.parametrize("layers", [{"norm1": 1}, {"mlp.fc1": 5}, {"attn.out": 1}])
+def test_a_layer_that_can_have_no_lora_is_named(monkeypatch, layers):
+    monkeypatch.setattr("finetune_lora.LAYERS", layers)
+    with pytest.raises(UserError, match=f"a block has no {next(iter(layers))}"):
+        add_lora(small_vit())
 
 
 # ---- the encoder that an adapter names -----------------------------------------------------------
