@@ -268,6 +268,10 @@ def equation_3(lora):
 def is_plain(encoder):
     """Is its adapter a LoRA as peft knows it: is nothing learned but A and B, and used as in eq. 3?"""
     layers = lora_layers(encoder)
+    if not all(
+        hasattr(lora, "scale") and lora.A.dim() == lora.B.dim() == 3 for lora in layers.values()
+    ):
+        return False
     if learned(encoder).keys() != {f"{name}.{factor}" for name in layers for factor in "AB"}:
         return False
     if not all(computes(lora, equation_3) for lora in layers.values()):
@@ -293,7 +297,7 @@ def add_lora(encoder, r=8, alpha=0.0):
             layer = dict(block.named_modules()).get(name)
             if not isinstance(layer, nn.Linear) or layer.out_features % chunks:
                 fix = "LAYERS in finetune_lora.py names the layers of a block that get LoRA"
-                raise UserError(f"a block has no {name} that is {chunks} stacked matrices; {fix}")
+                raise UserError(f"a block has no Linear {name} of {chunks} equal parts; {fix}")
             block.set_submodule(name, LoRA(layer, r, alpha or 2 * r, chunks))
 
 
@@ -309,9 +313,12 @@ def why_not_merged(encoder):
     with torch.random.fork_rng(devices=[]):
         plain = untrained_like(encoder).state_dict()
     modules = encoder.named_modules(remove_duplicate=False)  # a block may stand in several places
-    inside = tuple(f"{name}." for name, m in modules if isinstance(m, LoRA))
-    beside = [k for k in encoder.state_dict() if k not in plain and not k.startswith(inside)]
-    return f"{beside[0]} is neither in a LoRA nor in a plain network" if beside else None
+    bases = {name: m.base.state_dict() for name, m in modules if isinstance(m, LoRA)}
+    inside = tuple(f"{name}." for name in bases)
+    merged = {name for name in encoder.state_dict() if not name.startswith(inside)}
+    merged |= {f"{name}.{key}" for name, base in bases.items() for key in base}
+    odd = sorted(merged ^ plain.keys())
+    return f"{odd[0]} is in this network or in a plain one, and not in both" if odd else None
 
 
 @torch.no_grad()

@@ -248,12 +248,14 @@ def test_an_adapter_that_no_plain_layer_can_stand_for_is_not_merged():
     class Wrapped(torch.nn.Module):
         def __init__(self, base):
             super().__init__()
-            self.base, self.s = base, torch.nn.Parameter(torch.ones(1))
+            self.base = base
 
-    prompt, wrapped = adapted(), adapted()
+    prompt, wrapped, removed = adapted(), adapted(), adapted()
     prompt.prompt_token = torch.nn.Parameter(torch.zeros(1, 4, 64))
     wrapped.blocks[1].mlp = Wrapped(wrapped.blocks[1].mlp)
-    for encoder, name in ((prompt, "prompt_token"), (wrapped, "blocks.1.mlp.s")):
+    removed.blocks[0].norm1 = torch.nn.Identity()
+    odd = "prompt_token", "blocks.1.mlp.base.fc1.bias", "blocks.0.norm1.bias"
+    for encoder, name in zip((prompt, wrapped, removed), odd, strict=True):
         with pytest.raises(UserError, match=f"can't be merged: {name}"):
             merge_lora(encoder)
         assert lora_layers(encoder)  # as it was
@@ -294,7 +296,7 @@ def test_an_adapter_of_ones_own_needs_weight_and_forward_alone(monkeypatch):
 @pytest.mark.parametrize("layers", [{"norm1": 1}, {"mlp.fc1": 5}, {"attn.out": 1}])
 def test_a_layer_that_can_have_no_lora_is_named(monkeypatch, layers):
     monkeypatch.setattr("finetune_lora.LAYERS", layers)
-    with pytest.raises(UserError, match=f"a block has no {next(iter(layers))}"):
+    with pytest.raises(UserError, match=f"a block has no Linear {next(iter(layers))}"):
         add_lora(small_vit())
 
 

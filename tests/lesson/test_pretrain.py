@@ -178,7 +178,7 @@ def test_what_no_loss_reaches_is_named_and_a_priority_without_an_order_is_refuse
     assert "no loss reaches model.encoder.lost_token:" in capsys.readouterr().out
 
 
-def test_what_a_student_adds_to_the_contrastive_loss_is_trained_and_saved_or_named(
+def test_what_a_student_adds_to_the_contrastive_loss_is_named_or_refused(
     small, tmp_path, monkeypatch, capsys
 ):
     class Changed(pretrain.Contrast):
