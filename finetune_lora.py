@@ -268,11 +268,10 @@ def equation_3(lora):
 def is_plain(encoder):
     """Is its adapter a LoRA as peft knows it: is nothing learned but A and B, and used as in eq. 3?"""
     layers = lora_layers(encoder)
-    if not all(
-        hasattr(lora, "scale") and lora.A.dim() == lora.B.dim() == 3 for lora in layers.values()
-    ):
-        return False
     if learned(encoder).keys() != {f"{name}.{factor}" for name in layers for factor in "AB"}:
+        return False
+    # A layer of a student's may learn an A and a B, too, and have no scale or no chunks.
+    if not all(hasattr(x, "scale") and x.A.dim() == x.B.dim() == 3 for x in layers.values()):
         return False
     if not all(computes(lora, equation_3) for lora in layers.values()):
         return False

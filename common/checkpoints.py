@@ -289,7 +289,10 @@ def resize_positions(pos, side):
 
 
 def at_size(weights, facts, image_size, path):
-    """Weights and facts for views of image_size pixels (None: as they are): all positions resized."""
+    """Weights and facts for views of image_size pixels (None: as they are): all positions resized.
+
+    Where the size changes, a line first if this code computes other features than the file says.
+    """
     size = image_size or facts["image_size"]
     p = facts["patch_size"]
     if not SIDE(size) or size % p:

@@ -265,9 +265,10 @@ def test_an_adapter_that_no_plain_layer_can_stand_for_is_not_merged():
     assert not lora_layers(shared)
 
 
-def test_an_adapter_of_ones_own_needs_weight_and_forward_alone(monkeypatch):
+@pytest.mark.parametrize("learns", ["bd", "AB"])
+def test_an_adapter_of_ones_own_needs_weight_and_forward_alone(monkeypatch, learns):
     class VeRA(LoRA):
-        """d B b A x with random A and B that stay (arXiv:2310.11454); it has no alpha and no factors."""
+        """d B b A x, with random A and B that stay in VeRA (arXiv:2310.11454); no alpha, no factors."""
 
         def __init__(self, base, r, alpha, chunks):
             torch.nn.Module.__init__(self)
@@ -275,9 +276,9 @@ def test_an_adapter_of_ones_own_needs_weight_and_forward_alone(monkeypatch):
             self.base = base
             A = torch.randn(r, base.in_features, generator=generator)
             B = torch.randn(base.out_features, r, generator=generator)
-            self.A, self.B = torch.nn.Parameter(A, False), torch.nn.Parameter(B, False)
-            self.b = torch.nn.Parameter(torch.ones(r))
-            self.d = torch.nn.Parameter(torch.zeros(base.out_features))
+            first = {"A": A, "B": B, "b": torch.ones(r), "d": torch.ones(base.out_features)}
+            for name, tensor in first.items():
+                setattr(self, name, torch.nn.Parameter(tensor, name in learns))
 
         def weight(self):
             return self.base.weight + self.d[:, None] * self.B @ (self.b[:, None] * self.A)
