@@ -11,8 +11,8 @@ Writes: datasets/NAME/{train,val,test}.safetensors, dev with --dev, and unknown,
     n images of a split   B of a batch   S side of an image   s of a view   G of a map
 
 A split is a dict of arrays that stay in their file, so memory does not grow with the data set. A
-view is a crop, perhaps flipped, and resized on the device: by two matrix products, or from four
-neighbours where no view has fewer pixels than its crop. Maps of an image are cut in the same way.
+view is a crop, perhaps flipped, and resized on the device by two matrix products. Maps of an image are
+cut in the same way.
 """
 
 import hashlib
@@ -24,33 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from common.command import cli, progress
-from common.fields import NAMES, SIDE, TEXT, check_arrays, check_fields, check_range, list_of
-from common.io import UserError, open_tensors, quoted
+from common.train import UserError, cli, open_tensors, progress, quoted
 
-SMALL = 3000  # pictures of a set: fewer are cross-validated, and weights/toon is the better start
-PACKED = 128  # side of packed pictures, unless --size or larger views ask for another
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)
 
-FIELDS = {"classes": NAMES, "size": SIDE, "keys": list_of(TEXT), "split": TEXT, "source": TEXT}
-FIELDS |= {"tags?": NAMES, "parts?": NAMES, "style?": {}}  # of the header of a split
-PLANES = {  # arrays of a split; a name that ends in ? may be missing
-    "images": "uint8 n S S 3",
-    "labels": "int64 n",
-    "fg?": "uint8 n S S",
-    "parts?": "uint8 n S S",
-    "drawn?": "uint8 n S S",
-    "tags?": "int32 n T",
-    "all_tags?": "int32 n U",
-    "boxes?": "float32 n K 4",
-    "style?": "uint8 n Q",
-}
 SPLITS = ("train", "val", "test", "dev")  # some sets have no train
-DRAWN = ("toon", "hybrid", "scenes")  # sets that we draw ourselves
-MAP_DTYPE = {"attn": "float16", "saliency": "uint8", "parts": "uint8"}
 
 
 # ---- a split -------------------------------------------------------------------------------------
@@ -62,7 +42,11 @@ def splits_in(folder):
 
 
 def open_split(folder, name):
-    """{"images": u8 (n, S, S, 3), "labels": i64 (n), "header", ...}; PLANES as memory maps."""
+    """{"images": u8 (n, S, S, 3), "labels": i64 (n), "header", ...}: arrays of a file as memory maps.
+
+    The header says at least classes, keys and size. Where they are known, there are also fg, parts and
+    drawn u8 (n, S, S), tags i32 (n, T) and boxes f32 (n, K, 4). A picture without a label has -1.
+    """
     path = Path(folder) / f"{name}.safetensors"
     advice = f"python data.py IMAGES --out {quoted(folder)} makes it"
     names = sorted(file.stem for file in Path(folder).glob("*.safetensors"))
@@ -73,24 +57,10 @@ def open_split(folder, name):
         fix = "choose one of them, or pack it again, with a share for it: --split .7,.1,.2"
         raise UserError(f"{folder} has no split {name}, only {choices}; {fix}")
     split = open_tensors(path)
-    check_split(split, path, advice)
     # Pictures stay in the file, whatever their number. Labels are small, and are copied, because
     # torch warns of arrays that can't be written, and a memory map here is one.
     split["labels"] = torch.from_numpy(np.array(split["labels"]))
     return split
-
-
-def check_split(split, path, advice):
-    """A UserError where a field is missing or odd, or arrays do not fit together."""
-    header = split["header"]
-    check_fields(header, FIELDS, path, advice)
-    n = len(header["keys"])
-    check_fields(header, {"groups?": list_of(TEXT, n, n)}, path, advice)
-    style = len(header.get("style") or {})
-    check_arrays(split, PLANES, path, advice, n=n, S=header["size"], Q=style)
-    # -1 is a picture without a label; a class number that no name belongs to would crash a loss
-    # later.
-    check_range(split["labels"], -1, len(header["classes"]), "labels", path, advice)
 
 
 def open_or_pack(path, image_size=0, pages=False):
@@ -103,9 +73,8 @@ def open_or_pack(path, image_size=0, pages=False):
     if splits_in(path):
         note_small(path, image_size, pages)
         return path
-    # Imported here, and not at the top, because ingest/ imports this file, and who reads a packed set needs
-    # no decoder of images.
-    from ingest.pack import default_out, pack
+    # Imported here, and not at the top, because who reads a packed set needs no decoder of images.
+    from ingest.pack import DRAWN, PACKED, default_out, pack
 
     if path.name in DRAWN and not any(path.glob("*")):
         print(f"drawing {path} (once)")
@@ -137,13 +106,6 @@ def note_small(folder, image_size, pages):
         print(f"note     {folder} has pictures of {size} px, enlarged to {image_size}: {fix}")
 
 
-def is_small(folder, less_than=SMALL):
-    """Has a packed folder so few pictures of somebody's own that each of them should be learned?"""
-    headers = [open_split(folder, name)["header"] for name in splits_in(folder)]
-    drawn = any(header.get("source") in DRAWN for header in headers)
-    return not drawn and sum(len(header["keys"]) for header in headers) < less_than
-
-
 def fingerprint(split):
     """A hash of the header, which holds a digest of the pixels and labels ("pixels")."""
     # Where the pictures came from does not count, nor do notes about them: a moved folder is the same
@@ -162,28 +124,7 @@ def has_labels(split):
     return len(split["header"]["classes"]) > 1 and bool((split["labels"] >= 0).all())
 
 
-def groups_of(split):
-    """Numbers of the images' groups, (n,) i64: images of one illustration share a number."""
-    names = split["header"].get("groups")
-    return torch.from_numpy(numbered(names)) if names else torch.arange(len(split["labels"]))
-
-
-def numbered(names):
-    """A number for each name, in the order of the names, (n,) i64."""
-    # numpy would give every name the room of the longest.
-    number = {name: i for i, name in enumerate(sorted(set(names)))}
-    return np.array([number[name] for name in names], np.int64)
-
-
 # ---- maps: what apps/maps.py makes of train, one row per image ----------------------------------------
-
-
-def write_maps(path, name, chunks, shape, dtype, header=None):
-    """Write maps to a file, chunk (b, G, G) by chunk. Together they have the shape (n, G, G)."""
-    from common.rows import write_rows  # here, because few runs write maps
-
-    rows = ({name: chunk} for chunk in chunks)
-    write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
 
 
 def maps_command(folder, name):
@@ -193,7 +134,7 @@ def maps_command(folder, name):
 
 
 def open_map(path, name, split):
-    """The map `name` of this split's images, a memory map (n, G, G) of MAP_DTYPE, and its header.
+    """The map `name` of this split's images, a memory map (n, G, G), and its header.
 
     path: the file or its folder. A UserError names the command that makes the map.
     """
@@ -210,7 +151,6 @@ def open_map(path, name, split):
     # shape, and each mask would follow a wrong picture without an error.
     if arrays["header"].get("data_digest") != fingerprint(split):
         raise UserError(f"{path} holds maps of another data set; {advice}")
-    check_arrays(arrays, {name: f"{MAP_DTYPE[name]} n G G"}, path, advice, n=len(split["images"]))
     return arrays[name], arrays["header"]
 
 
@@ -256,7 +196,7 @@ def epoch_order(n, seed, epoch):
 
 
 def batches(images, order, batch_size, device, start=0):
-    """Yield (index (B,), images u8 (B, S, S, 3) on the device) from batch `start` on.
+    """Yield (index (B,), images u8 (B, S, S, 3) or features, on the device) from batch `start` on.
 
     Images that fill no batch are left out.
     """
@@ -318,7 +258,6 @@ def resampling_matrix(start, length, n_in, n_out):
     # w_ij = max(0, 1 - |j - c_i| / max(step, 1)): how much input pixel j counts in output pixel i.
     # F.interpolate has one size for a whole batch. grid_sample can cut each image differently, but
     # it weighs four pixels, however many a view's pixel covers: thin lines would be lost in places.
-    # Where a view's pixel covers at most one, four are all that this triangle reaches, too.
     step = (length * n_in / n_out)[:, None]  # (B, 1), input pixels of an output pixel
     out = torch.arange(n_out, device=start.device) + 0.5
     # Pixel j covers j to j + 1, so its centre is at j + 1/2. Without the halves every view would be
@@ -341,39 +280,16 @@ def view_matrices(boxes, flip, n_in, n_out):
     return Wy, Wx.transpose(1, 2)
 
 
-def bilinear(planes, boxes, flip, side):
-    """planes (B, C, S, S) -> fp32 (B, C, s, s), for s >= S alone: the same as by two matrices.
-
-    Each pixel is read from four. A row of the matrices would hold two numbers, and zeros.
-    """
-    # Where the pixels of the view lie, in shares of the picture. F.affine_grid would compute it by
-    # a matrix product, which a GPU rounds (TF32): crops would be a part of a pixel off.
-    out = (torch.arange(side, device=planes.device) + 0.5) / side
-    y = boxes[:, 0, None] + boxes[:, 2, None] * out  # (B, s)
-    x = boxes[:, 1, None] + boxes[:, 3, None] * out
-    x = torch.where(flip[:, None], x.flip(1), x)
-    places = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), 3)  # (B, s, s, 2)
-    # grid_sample counts from -1 to 1. Beyond the border it reads the border's pixel again, which is
-    # the same as weights that are divided by their sum.
-    grid = 2 * places - 1
-    return F.grid_sample(planes.float(), grid, padding_mode="border", align_corners=False)
-
-
 def view_images(images, boxes, flip, side):
     """images u8 (B, S, S, 3) -> views u8 (B, s, s, 3) of side s, on the same device."""
     B, S = images.shape[:2]
     boxes, flip = send(boxes, images.device), send(flip, images.device)
-    # The sizes decide, and not the boxes: a batch goes one way, and nothing waits for a GPU to tell
-    # its largest box.
-    if side >= S:
-        view = bilinear(images.permute(0, 3, 1, 2), boxes, flip, side).permute(0, 2, 3, 1)
-    else:
-        # Crop, resizing and flip are linear in the pixels and treat the two axes apart, so they are
-        # two batched matrix products: fast on every device, and the same formula on all of them.
-        Wy, Wx = view_matrices(boxes, flip, S, side)
-        lines = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
-        view = lines.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, s * 3, s)
-        view = view.view(B, side, 3, side).transpose(2, 3)
+    # Crop, resizing and flip are linear in the pixels and treat the two axes apart, so they are
+    # two batched matrix products: fast on every device, and the same formula on all of them.
+    Wy, Wx = view_matrices(boxes, flip, S, side)
+    lines = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
+    view = lines.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, s * 3, s)
+    view = view.view(B, side, 3, side).transpose(2, 3)
     view = view.contiguous()  # colours last, as in kernels/
     # Back to bytes: what is read most in a step takes a quarter of the memory of fp32, the
     # encoder's input and the loss's target have the same values, and flat colour is exactly flat.
@@ -419,10 +335,7 @@ def swap_backgrounds(view, fg):
 def view_maps(maps, boxes, flip, side):
     """maps (B, G, G) of whole images -> fp32 (B, s, s), cropped and flipped as the images."""
     # The boxes of the images, at another resolution: so a map of the whole image serves every crop.
-    # Attention computed anew for every crop would be 57.5 % of a step on a CPU.
     boxes, flip = send(boxes, maps.device), send(flip, maps.device)
-    if side >= maps.shape[-1]:
-        return bilinear(maps[:, None], boxes, flip, side)[:, 0]
     Wy, Wx = view_matrices(boxes, flip, maps.shape[-1], side)
     return Wy @ maps.float() @ Wx
 
@@ -434,7 +347,7 @@ def read_view(picture, size):
     and transparent pixels become white. A UserError where it can't be read.
     """
     # Imported here for the reason of open_or_pack: loops read packed sets, a notebook one picture.
-    from ingest.decode import centre_of
+    from ingest.decode import PACKED, centre_of
 
     # Resized twice, as pictures of a packed set are: first for the file, and then for the network.
     pixels = torch.from_numpy(centre_of(picture, max(PACKED, size)).copy())
@@ -445,6 +358,12 @@ def evenly_spaced(n, most):
     """Indices of at most `most` of n things, from the first to the last."""
     # Sets are often sorted by class, so the first `most` of them would be a few classes.
     return torch.linspace(0, n - 1, min(n, most)).long()
+
+
+def evenly_of_each(labels, most):
+    """labels (n,) -> for each label the places of some pictures (k,): at most so many, evenly spaced."""
+    of_each = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    return [some[evenly_spaced(len(some), most)] for some in of_each]
 
 
 def whole_views(images, indices, side, device, name=""):

@@ -3,16 +3,16 @@
 A strategy returns one priority per patch, (B, N). The higher the priority, the sooner the patch is
 hidden. `sample` turns priorities into an exact number of hidden patches.
 
-    B views   N = g * g patches of a view   K visible   M hidden   P parts
+    B views   s their side   N = g * g patches of a view   K visible   M hidden
 
 Arguments of a strategy:
 
-    patches   {name: tensor}, what is known of the patches; NEEDS says which strategy reads what
-              attn        (B, N)     a teacher's attention to the patch
-              fg          (B, N)     share of foreground, 0 to 1
-              parts       (B, N, P)  share of each part; part 0 is the background
-              difficulty  (B, N)     predicted loss of the patch
-              view        (B, S, S, 3) u8: the pixels, for a strategy that computes its own score
+    scores    {name: tensor}, what is known of the patches: the pixels, and what NEEDS names
+              attn        (B, N)         a teacher's attention to the patch
+              fg          (B, N)         share of foreground, 0 to 1
+              parts       (B, N, parts)  share of each part; part 0 is the background
+              difficulty  (B, N)         predicted loss of the patch
+              view        (B, s, s, 3) u8: the pixels, of which a strategy can compute its own
     noise     (B, N) Gumbel noise. The top M of score + noise are M patches drawn without
               replacement with odds exp(score) (Gumbel-top-k; Kool et al. 2019, arXiv:1903.06059).
     t         progress of the run, from 0 to 1
@@ -22,17 +22,25 @@ Keyword parameters are keys of the flag: `--mask attn_high:beta=2,start=0.2`. A 
 also has shuffle=1, the control: each image then gets the score of another image. Any strategy
 has throw=0.4: that share of the patches, of the lowest priority, is neither seen nor predicted.
 
+What `--mask attn_high` follows, from the network to the patches that it hides:
+
+    guidance.make_guide       copies the encoder: the teacher, its average over the run
+    ViT.patch_attention       what the teacher attends to: its pooler, which the contrastive loss trains
+    Guide.make_maps           keeps that of every whole image, at the start of three epochs
+    Guide.scores              cuts the maps of a batch as its images are cut: scores["attn"] (B, N)
+    attn_high, guided         the logarithm, scaled, times beta, plus noise: a priority (B, N)
+    sample                    hides the M patches of the highest priority
+
 To add a strategy, write a function, add it to STRATEGIES, and say in NEEDS what it reads, if it reads
 anything. For example, this one reads the pixels and hides bright patches first. Once STRATEGIES
 has `"bright": bright` and NEEDS has `"bright": "view"`, it is trained, tested and drawn as others are:
 
-    def bright(patches, noise, t, hidden, beta=1.0):
-        pixels = pixels_of(patches["view"], noise)  # (B, N, p*p, 3), from 0 to 1
+    def bright(scores, noise, t, hidden, beta=1.0):
+        pixels = pixels_of(scores["view"], noise)  # (B, N, p*p, 3), from 0 to 1
         return guided(pixels.mean((2, 3)), beta, noise)
 
-To see what it hides before you train: python mask.py --show bright bright:beta=3. A score that can't
-be computed from the pixels needs a class in common/guidance.py, and a branch in make_source of
-pretrain.py.
+To see what it hides before you train: python -m apps.masks bright bright:beta=3. A score that can't be
+computed from the pixels needs a branch in Guide.scores of common/guidance.py.
 """
 
 import inspect
@@ -41,8 +49,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.gather import all_places
-from kernels.loss import patch_detail
+from kernels.patches import all_places, patch_detail
 
 START = 0.1  # share of the run before guidance starts: until then the teacher's attention is noise
 RAMP = 0.1  # share of the run over which guidance rises to its full strength
@@ -90,12 +97,12 @@ def ramp(t, start, length):
 # ---- strategies without a score: the baselines ---------------------------------------------------
 
 
-def random(patches, noise, t, hidden):
+def random(scores, noise, t, hidden):
     """Every patch has the same chance (MAE, He et al. 2021, arXiv:2111.06377)."""
     return noise
 
 
-def squares(patches, noise, t, hidden, unit=2):
+def squares(scores, noise, t, hidden, unit=2):
     """Squares of unit x unit patches (SimMIM, Xie et al. 2021, arXiv:2111.09886)."""
     row, column = rows_and_columns(noise)
     # All patches of a square take the rank of its first patch, and not its noise: two squares whose
@@ -104,7 +111,7 @@ def squares(patches, noise, t, hidden, unit=2):
     return ranks(noise)[:, corner.flatten()] + 1e-3 * noise  # ranks are whole: noise breaks ties
 
 
-def block(patches, noise, t, hidden, size=0.3):
+def block(scores, noise, t, hidden, size=0.3):
     """Squares at random places; size is their side as a share of the grid's (MAE, fig. 6).
 
     On a grid of 8 x 8 patches, as `nano`, `small` and `base` have, 0.3 is only 2 of them; 0.5 is 4.
@@ -120,7 +127,7 @@ def block(patches, noise, t, hidden, size=0.3):
     return highest + 1e-3 * noise
 
 
-def grid(patches, noise, t, hidden):
+def grid(scores, noise, t, hidden):
     """Keeps one patch of every 2 x 2, the same one in all of them (MAE, fig. 6)."""
     row, column = rows_and_columns(noise)
     # At ratio 0.75 three of the four places of every square are hidden in full. At another ratio,
@@ -129,7 +136,7 @@ def grid(patches, noise, t, hidden):
     return ranks(noise[:, :4])[:, place] + 1e-3 * noise  # four noises order the four places
 
 
-def green(patches, noise, t, hidden, fine=1.0, coarse=2.0):
+def green(scores, noise, t, hidden, fine=1.0, coarse=2.0):
     """Band-passed noise: blobs that are neither fine nor coarse (ColorMAE, arXiv:2407.13036).
 
     fine, coarse: standard deviations, in patches, of the two Gaussians whose difference is the band.
@@ -148,27 +155,27 @@ def green(patches, noise, t, hidden, fine=1.0, coarse=2.0):
 # ---- attention of a teacher ----------------------------------------------------------------------
 
 
-def attn_high(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
+def attn_high(scores, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
     """Hides what the teacher attends to (AttMask, Kakogeorgiou et al. 2022, arXiv:2203.12719)."""
     # AttMask takes the top scores themselves, at every step, from a teacher that sees every crop.
     # Here, as in AMT (Liu et al. 2022, arXiv:2211.15362), the maps of a picture are cached, and a mask
     # is drawn with odds that follow them. Until `start` beta is 0, because a teacher that has learned
     # nothing attends to nothing in particular.
-    return guided(log_attention(patches), beta * ramp(t, start, ramp_for), noise)
+    return guided(log_attention(scores), beta * ramp(t, start, ramp_for), noise)
 
 
-def attn_low(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
+def attn_low(scores, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP):
     """Hides what the teacher does not attend to: the opposite of attn_high."""
-    return guided(-log_attention(patches), beta * ramp(t, start, ramp_for), noise)
+    return guided(-log_attention(scores), beta * ramp(t, start, ramp_for), noise)
 
 
-def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, hint=0.5):
+def attn_hint(scores, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, hint=0.5):
     """attn_high, but of the tenth of the patches with the most attention a share `hint` is shown.
 
     Chance draws these, as in AttMask-Hint of the same paper. They hold so much of the attention that
     a little less of it is hidden than by random masks.
     """
-    priority = attn_high(patches, noise, t, hidden, beta, start, ramp_for)
+    priority = attn_high(scores, noise, t, hidden, beta, start, ramp_for)
     # Before guidance starts there is nothing to give a hint about, and the mask is the same, to the
     # bit, as that of `attn_high` with this seed. Then hints come one by one.
     tenth = round(TOP * noise.shape[1])
@@ -177,7 +184,7 @@ def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, 
         return priority
     # Where attention is equal everywhere, as before the first map, the noise decides, and not the place.
     by_noise = noise.argsort(dim=1)
-    attention = patches["attn"].gather(1, by_noise)
+    attention = scores["attn"].gather(1, by_noise)
     order = attention.argsort(dim=1, descending=True, stable=True)
     top = by_noise.gather(1, order[:, :tenth])
     drawn = noise.gather(1, top).argsort(1)[:, :count]
@@ -187,24 +194,24 @@ def attn_hint(patches, noise, t, hidden, beta=BETA, start=START, ramp_for=RAMP, 
 # ---- foreground and background -------------------------------------------------------------------
 
 
-def fg_heavy(patches, noise, t, hidden, share=0.9, spare=1):
+def fg_heavy(scores, noise, t, hidden, share=0.9, spare=1):
     """Hides `share` of the foreground first; `spare` patches of each side stay visible."""
     # The quota is the same for every image, if M patches are enough for it. A score would hide more of
     # the foreground on average, but by how much would depend on how large the figure is.
-    return side_quota(patches["fg"] > 0.5, hidden, noise, share, spare)
+    return side_quota(scores["fg"] > 0.5, hidden, noise, share, spare)
 
 
-def bg_heavy(patches, noise, t, hidden, share=0.9, spare=1):
+def bg_heavy(scores, noise, t, hidden, share=0.9, spare=1):
     """Hides `share` of the background first; `spare` patches of each side stay visible."""
     # `spare` leaves a patch of each side to see, because the colours of a side of which nothing is
     # visible can only be guessed.
-    return side_quota(patches["fg"] <= 0.5, hidden, noise, share, spare)
+    return side_quota(scores["fg"] <= 0.5, hidden, noise, share, spare)
 
 
 # ---- from easy to hard ---------------------------------------------------------------------------
 
 
-def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
+def parts(scores, noise, t, hidden, power=2.0, whole=-1.0):
     """From a share of each part to whole parts (SemMAE, Li et al. 2022, arXiv:2206.10207).
 
     The share of the mask that is whole parts is t^power, or `whole`, if that is 0 to 1.
@@ -212,13 +219,13 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
     # Easy at first: some of each part is hidden, and the rest of the part tells what is missing.
     # Hard at the end: a whole eye is gone, and has to be inferred from the rest of the face.
     whole = t**power if whole < 0 else whole
-    largest = patches["parts"].argmax(2)  # (B, N)
-    member = F.one_hot(largest, patches["parts"].shape[2])  # (B, N, P)
-    area = member.sum(1)  # (B, P), patches of each part
-    P = area.shape[1]
+    largest = scores["parts"].argmax(2)  # (B, N)
+    member = F.one_hot(largest, scores["parts"].shape[2])  # (B, N, parts)
+    area = member.sum(1)  # (B, parts), patches of each
+    count = area.shape[1]
     # The noise that is there anyway also puts the parts in a random order. So a strategy draws no
     # numbers of its own, and is a function of its arguments alone.
-    order = noise.repeat(1, P)[:, :P].argsort(1)  # P may be larger than N
+    order = noise.repeat(1, count)[:, :count].argsort(1)  # there may be more parts than patches
     sorted_area = area.gather(1, order)
     area_before = sorted_area.cumsum(1) - sorted_area
     # Parts are hidden whole in this order until M patches are; the last one is cut to what is left.
@@ -229,17 +236,17 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
     return by_quota(quota, member, noise)
 
 
-def detail(patches, noise, t, hidden, beta=1.0):
+def detail(scores, noise, t, hidden, beta=1.0):
     """Hides flat colour first and fine detail later; halfway, at t = 1/2, it is random."""
     # Flat colour is easy: its neighbours tell it. The sign of beta turns halfway, so that the
     # hidden patches go from what can be copied to what has to be understood.
-    view = patches["view"]
+    view = scores["view"]
     p = patch_side(view, noise.shape[1])
     score = patch_detail(view, all_places(view, p), p)  # (B, N)
     return guided(score, beta * (2 * t - 1), noise)
 
 
-def learned(patches, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
+def learned(scores, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
     """By the loss that a small network predicts, from easy to hard.
 
     CL-MAE (Madan et al. 2023, arXiv:2308.16572) turns the sign during the run. HPM (Wang et al.
@@ -247,10 +254,10 @@ def learned(patches, noise, t, hidden, beta=1.0, start=START, ramp_for=RAMP):
     """
     # CL-MAE trains the mask against the MAE. Hidden patches are dropped, which has no gradient, so
     # here a network learns to predict losses by itself, and the mask only reads what it predicts.
-    return guided(patches["difficulty"], beta * ramp(t, start, ramp_for) * (2 * t - 1), noise)
+    return guided(scores["difficulty"], beta * ramp(t, start, ramp_for) * (2 * t - 1), noise)
 
 
-NEEDS = {  # strategy: the score that it reads, or "view", of whose pixels it computes its own
+NEEDS = {  # strategy: the score that it reads beside the pixels; "view" are the pixels alone
     "attn_high": "attn",
     "attn_low": "attn",
     "attn_hint": "attn",
@@ -278,7 +285,7 @@ STRATEGIES = {
 
 
 def keywords(strategy):
-    """{key: default} of the parameters that a user can set. Each strategy has `throw` and `shuffle`, too."""
+    """{key: default} of the parameters that a user can set. Each strategy has `throw`, too."""
     parameters = inspect.signature(strategy).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -294,7 +301,7 @@ for name in PARAMS.keys() & NEEDS:
 
 
 def pixels_of(view, noise):
-    """Views u8 (B, S, S, 3) -> (B, N, p*p, 3): the pixels of each patch, from 0 to 1."""
+    """Views u8 (B, s, s, 3) -> (B, N, p*p, 3): the pixels of each patch, from 0 to 1."""
     p = patch_side(view, noise.shape[1])
     # Rows and columns of pixels are each split in two: of which patch, and where in it.
     cells = view.unflatten(2, (-1, p)).unflatten(1, (-1, p))  # (B, g, p, g, p, 3)
@@ -302,13 +309,13 @@ def pixels_of(view, noise):
 
 
 def patch_side(view, N):
-    """p, the side in pixels of each of the N patches of views (B, S, S, 3)."""
+    """p, the side in pixels of each of the N patches of views (B, s, s, 3)."""
     return view.shape[1] // math.isqrt(N)
 
 
-def log_attention(patches):
+def log_attention(scores):
     """(B, N): the logarithm, because attention is a probability with many orders of magnitude."""
-    return patches["attn"].clamp(min=1e-6).log()
+    return scores["attn"].clamp(min=1e-6).log()
 
 
 def show(shown, priority, M):
@@ -341,7 +348,7 @@ def blur_matrix(g, std, device):
 
 
 def by_quota(quota, member, noise):
-    """Priority that hides quota (B, P) patches of each part; member (B, N, P) is 0 or 1.
+    """Priority that hides quota (B, parts) patches of each part; member (B, N, parts) is 0 or 1.
 
     Within a part, patches with high noise come first: score = quota - (rank + 1/2). Where quotas
     are whole numbers with the sum M, the top M patches fill them.
@@ -397,10 +404,3 @@ def sample(priority, K, T=0):
     # alike anywhere.
     order = priority.argsort(dim=1, stable=True)
     return order[:, T : T + K].contiguous(), order[:, T + K :].contiguous()
-
-
-if __name__ == "__main__":
-    from common.command import cli  # here, because only the command draws
-    from common.sheets import main
-
-    cli(main)

@@ -1,15 +1,16 @@
-"""The networks: a Vision Transformer encoder, the decoder of MAE, and SimMIM.
+"""The networks: a Vision Transformer encoder, and the decoder of MAE.
 
     B  batch                                  D  width of the encoder
-    S  side of a view in pixels               W  width of the decoder
+    s  side of a view in pixels               W  width of the decoder
     p  side of a patch in pixels              H  attention heads
-    g = S / p      patches on a side          d = D / H      width of a head
+    g = s / p      patches on a side          d = D / H      width of a head
     N = g * g      patches of a view          P = p * p * 3  numbers of a patch, in the order
-    K  visible, M = N - K hidden patches                     (row, column, colour)
+    K  visible, M hidden patches                             (row, column, colour)
+    L  tokens: of the CLS token and of patches
 
 The encoder sees the K visible patches. The decoder adds mask tokens at the M hidden places and
-predicts their pixels (MAE; He et al. 2021, arXiv:2111.06377). Parameters have the names of the
-public MAE checkpoints. common/checkpoints.py saves and loads them.
+predicts their pixels (MAE; He et al. 2021, arXiv:2111.06377). Behind "encoder." and "decoder.",
+parameters have the names of the public MAE checkpoints. common/checkpoints.py saves and loads them.
 """
 
 import math
@@ -18,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import LARGEST
-from kernels.gather import MEAN, STD, all_places, masked_patch_gather
+from kernels import MEAN, STD
+from kernels.patches import LARGEST, all_places, masked_patch_gather
 
 # The decoders are narrow. MAE's decoder, 512 wide and 8 blocks deep, would cost 4.7 times as much
 # as a ViT-S encoder (224 px, ratio 0.75), and it is thrown away after pre-training. A second
@@ -31,7 +32,7 @@ SIZES = {
     "small": dict(dim=384, depth=12, heads=6, image_size=128, patch_size=16, **WIDE),
     "base": dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, **WIDE),
 }
-EPS = 1e-6  # of each LayerNorm, as in public ViTs; files of pre-training do not keep it
+EPS = 1e-6  # of each LayerNorm, as in most public ViTs
 MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens
 
 
@@ -39,19 +40,19 @@ MLP_RATIO = 4  # the hidden width of a block's MLP, by the width of the tokens
 
 
 def attention(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, N, d); bias -inf hides a key."""
-    # A GPU's fused kernel never writes the (N, N) probabilities to memory. On a CPU it has no such
+    """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, L, d); bias -inf hides a key."""
+    # A GPU's fused kernel never writes the (L, L) probabilities to memory. On a CPU it has no such
     # gain: two matrix products trained `tiny` in bf16 at 222 pictures/s, and the fused one at 142.
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, bias)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, L, L)
     if bias is not None:
         scores = scores + bias
     return scores.softmax(-1) @ v
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -62,20 +63,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x):
-        """x (B, N, D) -> q, k, v, each (B, H, N, d)."""
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        """x (B, L, D) -> q, k, v, each (B, H, L, d)."""
+        B, L, D = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
         return qkv.permute(2, 0, 3, 1, 4)
 
     def forward(self, x, start=0, bias=None):
-        """x (B, N, D) -> (B, N - start, D): the tokens from `start` on, which attend to all."""
+        """x (B, L, D) -> (B, L - start, D): the tokens from `start` on, which attend to all."""
         q, k, v = self.queries_keys_values(x)
         # Only queries are dropped: as keys and values, the tokens before `start` can still be read.
-        y = attention(q[:, :, start:], k, v, bias)  # (B, H, N - start, d)
+        y = attention(q[:, :, start:], k, v, bias)  # (B, H, L - start, d)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def probabilities(self, x, queries):
-        """Attention probabilities of the first `queries` tokens: x (B, N, D) -> (B, H, queries, N).
+        """Attention probabilities of the first `queries` tokens: x (B, L, D) -> (B, H, queries, L).
 
         In fp32. They are computed again, because a fused attention does not return them.
         """
@@ -102,15 +103,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, eps=EPS):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, MLP_RATIO * dim)
 
     def forward(self, x, start=0, bias=None):
-        """x (B, N, D) -> (B, N - start, D): tokens before `start` are read, and not updated."""
+        """x (B, L, D) -> (B, L - start, D): tokens before `start` are read, and not updated."""
         # Pre-norm: the sum over blocks is never normalised, so the last block's gradient also
         # reaches the first unchanged. Post-norm (the first transformer) needs a longer warm-up.
         x = x[:, start:] + self.attn(self.norm1(x), start, bias)
@@ -204,16 +205,27 @@ def pooler_of(encoder):
     return Pooler(encoder.config["dim"], encoder.config["heads"])
 
 
+def extremes(tokens):
+    """Patch tokens (B, N, D) -> (B, 2D): the largest and smallest value of each feature."""
+    return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
+
+
+POOLS = {  # tokens (B, 1+K, D), the CLS token first -> one vector for each picture
+    "mean": lambda tokens: tokens[:, 1:].mean(1),
+    "cls": lambda tokens: tokens[:, 0],
+    "extremes": lambda tokens: extremes(tokens[:, 1:]),
+}
+
+
 class ViT(nn.Module):
     """The encoder. It takes patches, not images, so that hidden patches never reach it."""
 
-    def __init__(self, image_size, patch_size, dim, depth, heads):
+    def __init__(self, image_size, patch_size, dim, depth, heads, norm_eps=EPS):
+        # All arguments. They go into every file of weights, from which ViT(**config) builds it again.
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         check_sizes(image_size, patch_size, dim, depth, heads)
-        # All arguments. They go into every file of weights, from which ViT(**config) builds it again.
-        self.config = dict(
-            image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads
-        )
+        self.config = config
         self.image_size = image_size
         self.patch_size = patch_size
         self.side = image_size // patch_size  # g
@@ -223,13 +235,17 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # A buffer is saved and moved to the GPU with the weights, but no optimizer trains it.
         self.register_buffer("pos_embed", sincos_positions(dim, self.side))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=EPS)
+        self.blocks = nn.ModuleList(Block(dim, heads, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.pooler = None  # or a Pooler, which pre-training adds
         self.apply(init_weights)
         # This has to follow init_weights, which would overwrite what it scales.
         shrink_branches(self.blocks)
         nn.init.normal_(self.cls_token, std=0.02)
+
+    @property
+    def device(self):
+        return self.cls_token.device
 
     def embed(self, patches, ids, pos=None):
         """patches (B, K, P) at places ids (B, K) -> tokens (B, 1+K, D); pos replaces pos_embed."""
@@ -246,7 +262,7 @@ class ViT(nn.Module):
         return self.norm(self.run_blocks(self.embed(patches, ids, pos)))
 
     def run_blocks(self, x, begin=0, end=None, bias=None, every=False):
-        """x (B, N, D) through blocks[begin:end] -> (B, N, D); every: a list, x after each block."""
+        """x (B, L, D) through blocks[begin:end] -> (B, L, D); every: a list, x after each block."""
         # Only here do tokens go through an encoder's blocks. What is added, such as register tokens, is
         # then in pre-training and in every head. (The two maps below compute attention by themselves.)
         outputs = []
@@ -258,29 +274,29 @@ class ViT(nn.Module):
         return outputs if every else x
 
     def all_patches(self, view):
-        """view u8 (B, S, S, 3), S = image_size -> all patches (B, N, P) and their places (B, N)."""
-        S = self.image_size
+        """view u8 (B, s, s, 3), s = image_size -> all patches (B, N, P) and their places (B, N)."""
+        s = self.image_size
         # Without this check, the upper left of a larger view would be read, and the rest ignored:
         # `ids` are the places of this encoder's grid, and all of them exist in a larger grid, too.
         if view.dim() != 4 or view.shape[3] != 3:
             shape = tuple(view.shape)
             raise ValueError(
-                f"views are u8 (B, {S}, {S}, 3), not {shape}; of one picture: view[None]"
+                f"views are u8 (B, {s}, {s}, 3), not {shape}; of one picture: view[None]"
             )
-        if view.shape[1:3] != (S, S):
+        if view.shape[1:3] != (s, s):
             size = " x ".join(str(side) for side in view.shape[1:3])
             raise ValueError(
-                f"views of {size} px, but the encoder reads {S}: resize them to {S} px"
+                f"views of {size} px, but the encoder reads {s}: resize them to {s} px"
             )
         ids = all_places(view, self.patch_size)
         return masked_patch_gather(view, ids, self.patch_size), ids
 
     def features(self, view):
-        """view u8 (B, S, S, 3), nothing hidden -> tokens (B, 1+N, D)."""
+        """view u8 (B, s, s, 3), nothing hidden -> tokens (B, 1+N, D)."""
         return self(*self.all_patches(view))
 
     def patch_attention(self, view, kind="cls"):
-        """view u8 (B, S, S, 3) -> attention to each patch, (B, H, N).
+        """view u8 (B, s, s, 3) -> attention to each patch, (B, H, N).
 
         kind  "cls": of the CLS token in the last block, as in DINO and AttMask; "rollout": of the
               CLS token through all blocks, H = 1; "pooler": of the pooler's queries
@@ -303,7 +319,7 @@ class ViT(nn.Module):
         return last.attn.probabilities(last.norm1(x), 1)[:, :, 0, 1:]
 
     def rollout(self, view):
-        """Attention of the CLS token through all blocks: view u8 (B, S, S, 3) -> (B, 1, N).
+        """Attention of the CLS token through all blocks: view u8 (B, s, s, 3) -> (B, 1, N).
 
         The product over blocks of (A + I) / 2, A the mean over heads (arXiv:2005.00928).
         """
@@ -336,13 +352,12 @@ def check_sizes(image_size, patch_size, dim, depth, heads):
 
 
 class Decoder(nn.Module):
-    """Predicts hidden pixels. In a file, decoder_... and mask_token are names of its parts alone."""
+    """Predicts hidden pixels. Its parts have the names of MAE's, decoder_... and mask_token."""
 
-    def __init__(self, encoder, decoder_dim, decoder_depth, decoder_heads=None):
+    def __init__(self, encoder, decoder_dim, decoder_depth, heads):
         super().__init__()
         side, patch_size = encoder.side, encoder.patch_size
         dim = encoder.config["dim"]
-        heads = decoder_heads or decoder_dim // 32  # heads of width 32, as in MAE
         if heads < 1 or decoder_dim % heads or decoder_dim % 32 or decoder_depth < 1:
             advice = "choose a width that 32 divides, and a depth of at least 1"
             sizes = f"width {decoder_dim}, depth {decoder_depth}, {heads} heads"
@@ -355,7 +370,7 @@ class Decoder(nn.Module):
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
         # norm_pix removes each patch's mean and standard deviation from what is predicted, but a
         # picture needs them. The true ones would leak the answer, so visible neighbours suggest two numbers
-        # for each patch (kernels.loss.predicted_stats), and this head learns to correct them.
+        # for each patch (kernels.patches.predicted_stats), and this head learns to correct them.
         self.stats_head = nn.Linear(decoder_dim, 2)
         self.apply(init_weights)
         shrink_branches(self.decoder_blocks)
@@ -391,14 +406,14 @@ class MAE(nn.Module):
 
     def __init__(self, decoder_dim, decoder_depth, decoder_heads=None, **vit):
         super().__init__()
+        decoder_heads = decoder_heads or decoder_dim // 32  # heads of width 32, as in MAE
         self.encoder = ViT(**vit)
         self.decoder = Decoder(self.encoder, decoder_dim, decoder_depth, decoder_heads)
         self.config = self.encoder.config | {
             "decoder_dim": decoder_dim,
             "decoder_depth": decoder_depth,
+            "decoder_heads": decoder_heads,
         }
-        if decoder_heads and decoder_heads != decoder_dim // 32:
-            self.config["decoder_heads"] = decoder_heads
 
     def forward(self, patches, ids_keep, ids_mask):
         """patches (B, K, P) -> pred (B, M, P), stats (B, M, 2), tokens (B, 1+K, D).
@@ -409,46 +424,6 @@ class MAE(nn.Module):
         tokens = self.encoder(patches, ids_keep)
         pred, stats = self.decoder(tokens, ids_keep, ids_mask)
         return pred, stats, tokens
-
-
-# ---- SimMIM --------------------------------------------------------------------------------------
-
-
-class LinearDecoder(nn.Module):
-    """The decoder of SimMIM: a mask token that the encoder sees, and one linear layer to pixels."""
-
-    def __init__(self, patch_size, dim):
-        super().__init__()
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.decoder_pred = nn.Linear(dim, patch_size * patch_size * 3)
-        self.stats_head = nn.Linear(dim, 2)
-        self.apply(init_weights)
-        nn.init.zeros_(self.stats_head.weight)  # before it has learned, it corrects nothing
-        nn.init.normal_(self.mask_token, std=0.02)
-
-
-class SimMIM(nn.Module):
-    """The baseline whose encoder also sees hidden places (Xie et al. 2021, arXiv:2111.09886).
-
-    Its interface is that of MAE, but the decoder's sizes are ignored, as it is one layer. The encoder
-    works on all N tokens, and learns from mask tokens, which it never meets again when it is used.
-    """
-
-    def __init__(self, **sizes):
-        super().__init__()
-        self.encoder = ViT(**{k: v for k, v in sizes.items() if not k.startswith("decoder_")})
-        self.config = self.encoder.config
-        self.decoder = LinearDecoder(self.encoder.patch_size, self.config["dim"])
-
-    def forward(self, patches, ids_keep, ids_mask):
-        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats, None."""
-        x = self.encoder.embed(patches, ids_keep)  # (B, 1+K, D)
-        hidden = self.decoder.mask_token + self.encoder.pos_embed[0, 1:][ids_mask]  # (B, M, D)
-        x = self.encoder.run_blocks(torch.cat([x, hidden.to(x.dtype)], 1))  # (B, 1+K+M, D)
-        # One linear layer is no decoder, so the last blocks of this encoder work on reconstruction.
-        # For its linear probe, the paper reads a middle block.
-        x = self.encoder.norm(x[:, -ids_mask.shape[1] :])  # (B, M, D)
-        return self.decoder.decoder_pred(x), self.decoder.stats_head(x.detach()), None
 
 
 # ---- patches back to pixels ----------------------------------------------------------------------
@@ -469,10 +444,10 @@ def to_pixels(pred, stats=None):
 
 
 def put_patches(view, ids, patches):
-    """A copy of view u8 (B, S, S, 3) with patches u8 (B, M, P) at places ids (B, M)."""
-    B, S = view.shape[:2]
+    """A copy of view u8 (B, s, s, 3) with patches u8 (B, M, P) at places ids (B, M)."""
+    B, s = view.shape[:2]
     p = math.isqrt(patches.shape[2] // 3)
-    g = S // p
+    g = s // p
     out = view.clone()
     # This is a view of the copy: what is written into `grid` stands in `out`.
     grid = out.view(B, g, p, g, 3 * p).transpose(2, 3)  # (image, row, column, pixel row, pixels)

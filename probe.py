@@ -13,7 +13,7 @@ The headline was chosen on dev of faces20: Top-1 of a linear probe (logistic reg
 largest and smallest values of the patch tokens. The same command with one --dtype gives the same
 digits, because features are fp16, classifiers run on the CPU, and all random numbers have fixed seeds.
 
-    n pictures of a split   D width of their features   B batch   S side of a view   N patches
+    n pictures of a split   D width of their features   B batch   s side of a view   N patches
 """
 
 import json
@@ -27,18 +27,24 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import features, metrics, readout, stats
+from common import features, metrics
 from common.checkpoints import flags_of, load_teacher
-from common.command import (
+from common.groups import groups_of
+from common.train import (
     Parser,
+    UserError,
     cli,
     command,
-    drawing,
+    commit,
+    machine,
+    quoted,
+    read_log,
+    refuse_overwrite,
     refuse_useless,
+    save_json,
+    seeded,
 )
-from common.io import UserError, quoted, save_json
-from common.locks import reserve
-from common.train import commit, machine, read_log, seeded
+from model import POOLS
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 PAIRED = 2000  # most images for verification: the number of their pairs grows with the square
@@ -71,7 +77,7 @@ def parse_args():
     add(
         "--pool",
         default=features.HEADLINE,
-        choices=features.POOLS,
+        choices=POOLS,
         help="how tokens become one vector",
     )
     add(
@@ -93,7 +99,7 @@ def parse_args():
 
 
 @dataclass
-class Task(features.Task):
+class Task(features.Evaluation):
     """What is measured of every set of features: the same rows, classes and episodes."""
 
     pool: str  # how the tokens become one vector
@@ -109,7 +115,7 @@ class Task(features.Task):
 
     def __post_init__(self):
         self.labels = {name: split["labels"] for name, split in self.splits.items()}
-        self.groups = data.groups_of(self.split)
+        self.groups = groups_of(self.split)
         self.names = self.train["header"]["classes"]
         self.filename = "probe-headline.json" if self.headline else "probe.json"
 
@@ -133,9 +139,9 @@ def open_task(flags):
     if flags.out and not out:
         fix = "choose another --out"
     for folder in folders.values():
-        reserve([folder / task.filename], fix=fix)  # where nothing can be written, it shows here
+        refuse_overwrite([folder / task.filename], fix)
     if out:
-        reserve([out / "compare.json"])
+        refuse_overwrite([out / "compare.json"])
     return task
 
 
@@ -192,7 +198,7 @@ def measure(vectors, task):
     # whole vectors, so it asks whether the character is what makes two pictures similar.
     scores = {
         "logistic": classify(queries),
-        "knn": readout.knn_votes(bank, task.labels["train"], queries, C),
+        "knn": metrics.knn_votes(bank, task.labels["train"], queries, C),
     }
     row = {head: metrics.classification(s, labels, task.counts) for head, s in scores.items()}
     row["logistic"]["C"] = strength  # of scikit-learn: large means little regularisation
@@ -245,9 +251,9 @@ def chance(task):
 
 
 def thumbs(view):
-    """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
+    """view u8 (B, s, s, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
     view = view.cpu()  # Metal lacks the pooling
-    return {f"thumb{side}": readout.thumbnails(view, side) for side in (4, 8, 16)}
+    return {f"thumb{side}": metrics.thumbnails(view, side) for side in (4, 8, 16)}
 
 
 def control_rows(encoder, task):
@@ -423,10 +429,9 @@ def probe(run, task, threshold):
     }
     if not task.headline:
         index = data.evenly_spaced(len(task.split["images"]), 8)
-        with drawing("attention.png and others"):
-            name = features.home_of(run).name
-            draw_attention(folder / "attention.png", name, encoder, task, index[:5])
-            draw_neighbours(folder / "neighbours.png", name, pooled["mean"], task, index[:6])
+        name = features.home_of(run).name
+        draw_attention(folder / "attention.png", name, encoder, task, index[:5])
+        draw_neighbours(folder / "neighbours.png", name, pooled["mean"], task, index[:6])
     right = {}
     log = read_log(features.home_of(run) / "log.jsonl")
     if task.labelled:
@@ -442,7 +447,7 @@ def probe(run, task, threshold):
 
 def measure_run(encoder, pooled, task):
     """Rows of all features and controls, printed -> (the report's part, which images are right)."""
-    pools = [task.pool] if task.headline else features.POOLS
+    pools = [task.pool] if task.headline else POOLS
     measured = {pool: measure(pooled[pool], task) for pool in pools}
     rows = {pool: row for pool, (row, _) in measured.items()}
     right = measured[task.pool][1]
@@ -455,7 +460,7 @@ def measure_run(encoder, pooled, task):
         "pool": task.pool,
         "headline": rows[task.pool]["logistic"]["top1"],
         "rows": {name: slim(row, name == task.pool) for name, row in rows.items()},
-        "right": {head: stats.to_bits(x) for head, x in right.items()},
+        "right": {head: metrics.to_bits(x) for head, x in right.items()},
     }
     return numbers, right
 
@@ -504,10 +509,10 @@ def summary(seeds):
     reports = list(seeds.values())
     row = {"runs": len(reports)}
     for head in HEADS:
-        row[head] = stats.mean_std([100 * r["rows"][r["pool"]][head]["top1"] for r in reports])
+        row[head] = metrics.mean_std([100 * r["rows"][r["pool"]][head]["top1"] for r in reports])
     epochs = [r["efficiency"]["reached_epoch"] for r in reports if r["efficiency"]]
     epochs = [epoch for epoch in epochs if epoch is not None]
-    row["reached_epoch"] = stats.mean_std(epochs) if epochs else None
+    row["reached_epoch"] = metrics.mean_std(epochs) if epochs else None
     return row
 
 
@@ -529,8 +534,8 @@ def differences(configs, groups):
             # Would the difference hold for other seeds and other pictures? The bootstrap draws both anew.
             # It draws whole illustrations, whose faces are right or wrong together: drawn one by one,
             # they would count as more evidence than they are. The t interval is about seeds alone.
-            row["images"] = stats.bootstrap(points, groups)
-            row["t"] = stats.t_interval(points.mean(1))
+            row["images"] = metrics.bootstrap(points, groups)
+            row["t"] = metrics.t_interval(points.mean(1))
             rows.append(row)
     return rows
 
@@ -556,7 +561,7 @@ def compare(reports, task, threshold):
     print("Top-1 as mean ± standard deviation over seeds, and epochs until the threshold of kNN")
     print(f"{'configuration':28}{'runs':>5}{'linear, %':>14}{'kNN, %':>14}{'epochs':>14}")
     for name, row in summaries.items():
-        cells = [stats.plus_minus(row[key]) for key in ("logistic", "knn", "reached_epoch")]
+        cells = [metrics.plus_minus(row[key]) for key in ("logistic", "knn", "reached_epoch")]
         print(f"{name[:27]:28}{row['runs']:>5}" + "".join(f"{cell:>14}" for cell in cells))
     rows = differences(configs, task.groups.numpy())
     print(*map(difference_line, rows), sep="\n")

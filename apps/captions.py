@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common.classifier import read_head
-from common.command import progress, refuse_useless
-from common.io import UserError, reading, save_text
+from common.door import reading
 from common.locks import lock_beside, locked
+from common.train import UserError, progress, refuse_useless, save_text
 from ingest.pictures import demo_note, picture_files, tell_problems
 from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon, unescaped
 

@@ -32,15 +32,22 @@ from PIL import Image
 
 import data
 import mask as masking
-from apps import detect, maps, recognize, segment, tags
-from common import guidance, sheets
+from apps import detect, maps, masks, recognize, segment, tags
+from common import guidance
 from common.checkpoints import about_model, load_mae, place_of
 from common.classifier import is_recogniser
-from common.command import AT_END, Parser, between, cli, require
+from common.door import require
 from common.evaluate import filled_in, psnr
-from common.features import place_of_set
-from common.io import UserError, read_header
-from common.train import keep_freed_memory, open_machine, seeded
+from common.train import (
+    AT_END,
+    Parser,
+    UserError,
+    between,
+    cli,
+    open_machine,
+    read_header,
+    seeded,
+)
 from finetune_lora import load_classifier
 from ingest import scenes, toon
 from ingest.decode import decode, on_paper, open_image, reason
@@ -265,14 +272,14 @@ def maps_of(net, picture, view):
     else:
         figure = figure_of(picture.name, picture.number)
         scores["fg"] = guidance.crop_map(figure["fg"][None], *place)
-        scores["parts"] = guidance.crop_parts(figure["parts"][None], *place, len(toon.PARTS))
+        scores["parts"] = guidance.crop_map(figure["parts"][None], *place, len(toon.PARTS))
     return {"view": view} | {name: score.to(view.device) for name, score in scores.items()}
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
     """words: a strategy with its keys; scores {score: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
-    strategy = sheets.parse_strategy(words or "", "mask")
-    score = sheets.score_of(words)
+    strategy = masks.parse_strategy(words or "")
+    score = masks.score_of(words)
     if score == "parts" and score not in scores:
         raise UserError("the parts of this picture are not known: choose a drawing or another mask")
     if score not in (None, *scores):
@@ -299,7 +306,7 @@ def mask_page(run, picture, first, second, ratio, t, seed):
         items.append((f"predicted, {psnr(pasted, view, where).item():.1f} dB", pasted[0].cpu()))
     items.append(("the picture as the network gets it", view[0].cpu()))
     for name, levels in guidance.as_pictures(scores).items():
-        items.append((name, sheets.coloured(levels.cpu())[0]))
+        items.append((name, masks.coloured(levels.cpu())[0]))
     command = element("code", f"python pretrain.py --mask {first} --ratio {ratio:g}")
     return figures(items, "pixels") + legend() + f"<p>Train with the first mask: {command}</p>"
 
@@ -307,7 +314,7 @@ def mask_page(run, picture, first, second, ratio, t, seed):
 def legend():
     """What numbers and colours of the masks mean, as HTML."""
     text = "More dB mean a closer prediction. In maps, yellow is much and blue little."
-    colours = sheets.coloured(torch.arange(len(toon.PARTS))[None, None])[0, 0].tolist()
+    colours = masks.coloured(torch.arange(len(toon.PARTS))[None, None])[0, 0].tolist()
     for name, colour in zip(toon.PARTS, colours, strict=True):
         text += f'<span><i style="background: rgb{(*colour,)}"></i>{name}</span>'
     return f'<p class="legend">{text}</p>'
@@ -329,7 +336,7 @@ def recognise_page(run, picture):
         shares["confidence"] = row["confidence"]
     faces = [("the picture", image[0])]
     with contextlib.suppress(UserError):  # the data set that it learned from may be gone
-        folder = place_of_set(header["data"], run)
+        folder = place_of(header["data"], run)
         # By folds, pictures of all splits are learned.
         splits = [data.open_split(folder, name) for name in data.splits_in(folder)]
         for near, split in itertools.product(row["nearest"], splits):
@@ -516,7 +523,6 @@ def build(gr, run):
 
 def main():
     args = parse_args()
-    keep_freed_memory(heaps=1)  # otherwise each thread of the server keeps its own
     Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6 // 2  # Pillow refuses twice as many
     run = choose_run(args.run)
     MACHINE.given, MACHINE.run = args.run or run, run

@@ -17,7 +17,6 @@ Shapes: B batch, S side of a view in pixels, K boxes of a view (-1 fills up), N 
 """
 
 import contextlib
-import copy
 import io
 import json
 import math
@@ -33,30 +32,30 @@ from PIL import Image
 from torch import nn
 
 import data
-from common import controls, fields, train
+from common import door, metrics, train
 from common.checkpoints import (
-    blank_encoder,
-    check_size,
-    epsilon_of,
     load_encoder,
-    load_exactly,
     resize_positions,
 )
-from common.command import (
+from common.door import require
+from common.features import name_of, open_splits, set_apart, split_suffix, untrained_like
+from common.train import (
     Parser,
+    UserError,
     at_least,
     between,
     cli,
     command,
+    quoted,
+    read_safetensors,
     refuse_useless,
-    require,
     run_name,
+    save_json,
+    save_safetensors,
     set_defaults,
 )
-from common.features import name_of, open_splits, set_apart, split_suffix, untrained_like
-from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
-from kernels.gather import all_places, masked_patch_gather
+from kernels.patches import all_places, masked_patch_gather
 from model import ViT
 
 RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
@@ -80,13 +79,6 @@ EPOCHS, LEAST_VIEWS = 16, 3200  # with few pages more epochs, until so many page
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
 RECIPE = ("data", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
 REMEDY = "python -m apps.detect ENCODER makes it"
-FIELDS = {
-    "detector": {"encoder": fields.ENCODER, "norm_eps": fields.EPSILON},
-    "page": fields.SIDE,
-    "threshold": fields.number(-1, 2),
-    "base?": fields.TEXT,
-    "run?": {"data?": fields.TEXT},
-}
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -98,7 +90,7 @@ class Detector(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         D = encoder.config["dim"]
-        self.config = {"encoder": encoder.config, "norm_eps": epsilon_of(encoder)}  # for load
+        self.config = {"encoder": encoder.config}  # for load
         self.encoder = encoder
         self.patch = encoder.patch_size
         maps = nn.ConvTranspose2d(D, WIDTH, 2, 2), nn.Conv2d(D, WIDTH, 1), nn.Conv2d(D, WIDTH, 2, 2)
@@ -153,11 +145,8 @@ def load(path):
     """A run of apps/detect.py, or its detector.safetensors -> the network in eval mode, and its header."""
     path = Path(path) / "detector.safetensors" if Path(path).is_dir() else Path(path)
     weights, header = read_safetensors(path, REMEDY)
-    fields.check_fields(header, FIELDS, path, REMEDY)
-    shape = header["detector"]["encoder"]
-    check_size(weights, shape, path, REMEDY)
-    net = Detector(blank_encoder(shape, header["detector"]["norm_eps"]))
-    load_exactly(net, weights, path)
+    net = Detector(ViT(**header["detector"]["encoder"]))
+    net.load_state_dict(weights)
     return net.eval(), header
 
 
@@ -402,7 +391,7 @@ class Task:
 def open_task(flags, device, autocast):
     """Splits, which pages of them, sides of the views in pixels, the encoder."""
     splits = open_splits(flags.data, flags.split)
-    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
+    flags.digest = data.digest(flags.data)
     index, chosen, where = set_apart(splits)
     dev = (splits[where], chosen)
     held = splits[flags.split]
@@ -487,7 +476,6 @@ def build(task, method):
     encoder.requires_grad_(method in ("full", "scratch"))
     if method == "lora":
         add_lora(encoder)
-        merge_lora(copy.deepcopy(encoder))  # fails now, and not after the last step, if it can't
     net = Detector(encoder)
     if method != "scratch":
         net.load_state_dict(task.heads, strict=False)  # the encoder has its weights already
@@ -517,7 +505,7 @@ def learn(task, net, optimizer, run, lr):
         start = run.step % run.per_epoch
         batches = data.batches(images, order, run.batch_size, task.device, start)
         for index, pages in batches:
-            generator = train.seeded_step(task.seed, epoch, run.step)
+            generator = train.seeded(task.seed, epoch, run.step)
             loss = step_loss(task, net.train(), index, pages, epoch >= first_late, generator)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
@@ -559,7 +547,7 @@ def write_results(flags, task, net, run):
     answers, truth = judge(task, net, *task.report)
     row = coco(answers, truth, side) | {"threshold": threshold}
     split, index = task.report
-    gray_pages = split | {"images": controls.Gray(split["images"])}
+    gray_pages = split | {"images": metrics.Gray(split["images"])}
     gray = coco(*judge(task, net, gray_pages, index), side)
     row |= {f"gray_{name}": gray[name] for name in ("ap", "ap50", "ap75")}
     row |= {"pages": len(truth), "faces": sum(map(len, truth))}
@@ -621,7 +609,7 @@ def use(flags, device, autocast):
                 shown = {"": outlined(picture, boxes)}
             save_pngs(out, key, shown, in_folders=crop)
     if without:
-        note = f"{len(without)} pictures show no face, such as {fields.shown(without[0])}"
+        note = f"{len(without)} pictures show no face, such as {door.shown(without[0])}"
         print(f"note: {note}; their figure was cut out", file=sys.stderr)
     if out:
         print(f"wrote    {out}/: {faces} faces of {pages} pictures", file=sys.stderr)

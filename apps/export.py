@@ -1,13 +1,14 @@
 """Write an encoder or a run for other tools: timm, transformers, ONNX and more.
 
-    python -m apps.export ENCODER --to mae|timm|hf|merged|onnx|half|wd [--out FILE] [--image-size PX]
+    python -m apps.export ENCODER --to mae|timm|hf|merged|peft|onnx|half|wd [--out FILE] [--image-size PX]
 
-Reads:  ENCODER: runs/NAME, or a checkpoint that apps/formats.py lists
+Reads:  ENCODER: runs/NAME, or a checkpoint that common/formats.py lists
 Writes: into the folder of ENCODER, or to --out, with a card: FILE.md, or README.md in the folder
         mae     mae.safetensors, names of the public MAE, decoder included
         timm    timm.safetensors, the encoder for timm's VisionTransformer
         hf      hf/, a folder for transformers
         merged  merged.safetensors, an encoder with its adapter in it
+        peft    peft/, the adapter of a run of finetune_lora.py, as the library peft reads it
         onnx    model.onnx, which runs without torch: an encoder, a recogniser or a tagger
         wd      wd/, a tagger or a recogniser for programs that load WD taggers
         half    half/, what stages read of a run of any stage, numbers in 16 bits
@@ -29,30 +30,28 @@ from torch import nn
 
 import data
 from apps import tags
-from apps.formats import HF, QKV, renamed
+from apps.adapters import adapter_tensors, load_adapter, read_config, save_adapter
 from apps.recognize import decide, open_gallery
-from common import checkpoints, controls
+from common import checkpoints, metrics
 from common.classifier import is_recogniser, read_head
-from common.command import Parser, at_least, cli, require
-from common.io import (
+from common.door import aside, one_line, read_json, reading, require, save_csv
+from common.formats import HF, QKV, as_convolution, of_decoder, renamed
+from common.locks import reserve
+from common.train import (
+    Parser,
     UserError,
-    aside,
-    one_line,
-    read_json,
+    between,
+    cli,
     read_safetensors,
-    reading,
-    save_csv,
     save_json,
     save_safetensors,
     save_text,
 )
-from common.locks import reserve
-from common.lora import ADAPTER, adapter_tensors, fingerprint, read_config, save_encoder
-from finetune_lora import load_base, load_classifier, load_lora, merge_lora
-from kernels.gather import MEAN, STD
+from finetune_lora import load_classifier, merge_lora
+from kernels import MEAN, STD
 from model import EPS
 
-TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
+TENSORS = ("model", "head", "gallery", "detector")
 TENSORS += ("patches",)  # stage 1 of apps/segment.py
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
@@ -68,19 +67,34 @@ OUT = "{out}"  # in a line that loads what was written: the path, which the writ
 
 def public_weights(source, image_size, whole=True):
     """A checkpoint -> its weights under public names, decoder included, and its facts."""
-    facts = checkpoints.at_size(*checkpoints.read_network(source), image_size, source)[1]
+    _, config, header = checkpoints.read_network(source)
+    facts = {"decoder_depth": 0, "norm_eps": EPS} | header | config
+    facts["image_size"] = image_size or facts["image_size"]
     if facts["norm_eps"] != EPS:
         print(f"note: LayerNorms have the epsilon {facts['norm_eps']:g}, which --to hf alone keeps")
     if not facts["decoder_depth"]:  # SimMIM's linear decoder is nobody else's
         encoder = checkpoints.load_encoder(source, image_size)
-        weights = checkpoints.as_convolution(encoder.state_dict())
+        weights = as_convolution(encoder.state_dict())
     else:
         model, _ = checkpoints.load_mae(source, image_size)
-        encoder, weights = model.encoder, checkpoints.public_weights(model)
-    check_plain(encoder, checkpoints.encoder_of(weights), source)
+        facts["decoder_heads"] = model.config["decoder_heads"]
+        beside = checkpoints.POOLER, checkpoints.STATS_HEAD  # which no public file has
+        own = {k: w for k, w in model.state_dict().items() if not k.startswith(beside)}
+        encoder = model.encoder
+        weights = as_convolution({k.partition(".")[2]: w for k, w in own.items()})
+    check_plain(encoder, without_decoder(weights), source)
     if whole and facts["decoder_depth"]:
         check_plain_decoder(model, weights, facts, source)
     return weights, facts
+
+
+def without_decoder(weights):
+    return {name: w for name, w in weights.items() if not of_decoder(name)}
+
+
+def fixed_view(side):
+    """A view u8 (1, side, side, 3) that is always the same, and like no drawing."""
+    return (torch.arange(side * side * 3) * 7919 % 251).to(torch.uint8).view(1, side, side, 3)
 
 
 @torch.no_grad()
@@ -94,9 +108,9 @@ def check_plain(encoder, weights, source):
     advice = "these formats hold a plain ViT alone; --to onnx keeps any network"
     if odd := sorted({"cls_token", "pos_embed", *names} ^ weights.keys()):
         raise UserError(f"{source}: {', '.join(odd[:3])} is not as in MAE, timm and HF; {advice}")
-    view = checkpoints.fixed_view(encoder.image_size)
+    view = fixed_view(encoder.image_size)
     patches, _ = encoder.all_patches(view)
-    eps = checkpoints.epsilon_of(encoder)
+    eps = encoder.config["norm_eps"]
     try:
         theirs = plain_tokens(encoder.state_dict(), encoder.config, eps, patches)
         same = torch.allclose(encoder.features(view), theirs, rtol=1e-2, atol=1e-3)
@@ -115,8 +129,8 @@ def check_plain_decoder(model, weights, facts, source):
     parts = ["decoder_embed", "decoder_norm", "decoder_pred"]
     parts += [f"decoder_blocks.{i}.{part}" for i in range(depth) for part in PARTS]
     names = {"mask_token", "decoder_pos_embed", *(f"{name}.{w}" for name in parts for w in WEIGHTS)}
-    same = names == weights.keys() - checkpoints.encoder_of(weights).keys()
-    patches, ids = model.encoder.all_patches(checkpoints.fixed_view(model.encoder.image_size))
+    same = names == weights.keys() - without_decoder(weights).keys()
+    patches, ids = model.encoder.all_patches(fixed_view(model.encoder.image_size))
     K = ids.shape[1] // 2
     pred, _, latent, *_ = model(patches[:, :K], ids[:, :K], ids[:, K:])
     try:
@@ -172,7 +186,7 @@ def save_mae(source, out, image_size):
 
 def save_timm(source, out, image_size):
     weights, facts = public_weights(source, image_size, whole=False)
-    save_safetensors(checkpoints.encoder_of(weights), out)
+    save_safetensors(without_decoder(weights), out)
     size = facts["image_size"]
     pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
     shape = f"img_size={size}, patch_size={facts['patch_size']}, embed_dim={facts['dim']}, "
@@ -218,17 +232,26 @@ tokens = net(pixels, noise=torch.arange({patches}.0)[None]).last_hidden_state  #
 
 @torch.no_grad()
 def save_merged(source, out, image_size):
-    """Write the encoder of an adapter with W + scale B A in place of W."""
-    base = read_config(source).get("base_model_name_or_path")
-    header = adapter_tensors(source)[1]
-    if not base:
-        raise UserError(f"{source}/{ADAPTER[1]} names no encoder: base_model_name_or_path")
-    size = image_size or header.get("image_size")
-    encoder = load_base(base, source, size, header.get("fingerprint"))
-    load_lora(encoder, source)
+    """Write the encoder of a run with LoRA, or of a folder of peft, with W + scale B A in place of W."""
+    if is_recogniser(source):
+        encoder = load_classifier(source)[0].encoder
+    else:
+        base = read_config(source).get("base_model_name_or_path")
+        size = image_size or adapter_tensors(source)[1].get("image_size")
+        encoder = checkpoints.load_encoder(checkpoints.place_of(base, source), size)
+        load_adapter(encoder, source)
     merge_lora(encoder)
-    save_encoder(encoder, out, {"merged": str(source), "origin": flags_of_run(source)})
+    notes = {"merged": str(source), "origin": flags_of_run(source)}
+    checkpoints.save_network(encoder, out, notes, "encoder.")
     return f"common.checkpoints.load_encoder({OUT})"
+
+
+def save_peft(source, folder, image_size):
+    """Write the adapter of a run of finetune_lora.py for peft."""
+    net, header = load_classifier(source)
+    notes = {name: header[name] for name in ("fingerprint", "image_size")}
+    save_adapter(net.encoder, notes, folder, header["base"])
+    return f"peft.PeftModel.from_pretrained(encoder, {OUT})"
 
 
 def save_half(source, out, image_size):
@@ -245,12 +268,9 @@ def save_half(source, out, image_size):
         tensors, header = read_safetensors(file)
         if "fingerprint" in header and (out / "model.safetensors").exists():
             encoder = checkpoints.load_encoder(out, header.get("image_size"))  # rounded by now
-            header["fingerprint"] = fingerprint(encoder)
+            header["fingerprint"] = checkpoints.fingerprint(encoder)
         half = {k: x.half() if x.is_floating_point() else x for k, x in tensors.items()}
         save_safetensors(half, out / file.name, header or None)
-    config = source / ADAPTER[1]
-    if config.exists():
-        (out / config.name).write_bytes(config.read_bytes())
     return f"give {OUT} wherever a stage asks for a run"
 
 
@@ -274,7 +294,7 @@ def recognise(net, view, gallery):
     """-> who (B,), a place in `names`; similarity, threshold, confidence (B,); embedding (B, D)."""
     both = [net.pooled(*net.encoder.all_patches(x)) for x in (view, view.flip(2))]
     embedding = net.neck(torch.stack(both).mean(0))
-    seen = torch.cat([embedding, controls.histograms(view)], 1) if gallery["colours"] else embedding
+    seen = torch.cat([embedding, metrics.histograms(view)], 1) if gallery["colours"] else embedding
     who, similarity, margin, sure = decide(net.head(embedding), seen, gallery)
     answers = {"who": who, "similarity": similarity, "threshold": similarity - margin}
     return answers | {"confidence": sure, "embedding": embedding}
@@ -428,13 +448,14 @@ FORMATS = {  # --to: what writes it, the name of the file or folder, the library
     "timm": (save_timm, "timm.safetensors", "timm"),
     "hf": (save_hf, "hf", "transformers"),
     "merged": (save_merged, "merged.safetensors", "pytorch"),
+    "peft": (save_peft, "peft", "peft"),
     "onnx": (save_onnx, "model.onnx", "onnx"),
     "wd": (save_wd, "wd", "onnx"),
     "half": (save_half, "half", "pytorch"),
 }
 MADE_BY = ("data", "mask", "epochs", "seed", "command")  # flags of the encoder under an adapter
 OURS = {"datasets/toon", "datasets/scenes"}  # pictures that the project's own program drew
-RESULTS = ("probe.json", "metrics.json", "recognize.json")
+RESULTS = ("probe.json", "metrics.json", "metrics-folds.json", "recognize.json")
 NUMBERS = ("headline", "top1", "without_top1", "macro_f1", "ap", "ap50", "map", "miou")
 NUMBERS += ("roc_auc", "eer")  # of these files, as far as one has them
 
@@ -519,7 +540,9 @@ def export(source, to, out=None, image_size=None):
     source = Path(source)
     write, name, library = FORMATS[to]
     out = Path(out or checkpoints.model_file(source).parent / name)
-    card = out / "README.md" if to in ("hf", "wd", "half") else out.parent / f"{out.stem}.md"
+    card = (
+        out / "README.md" if to in ("hf", "peft", "wd", "half") else out.parent / f"{out.stem}.md"
+    )
     if card == out:
         raise UserError(f"--out {out} would be the card, too; choose another name")
     reserve([out, card])
@@ -535,7 +558,12 @@ def main():
     add("encoder", type=Path, metavar="ENCODER", help="runs/NAME, or a checkpoint file")
     add("--to", required=True, choices=list(FORMATS), help="the format")
     add("--out", metavar="FILE", help="where to (default: its folder); hf, wd, half: a folder")
-    add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: as it is)")
+    add(
+        "--image-size",
+        type=between(8, 4096, int),
+        metavar="PX",
+        help="side of a view (default: as it is)",
+    )
     args = parser.parse_args()
     out, use = export(args.encoder, args.to, args.out, args.image_size)
     print(f"wrote    {out}, and its card\nload it  {use}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.io import UserError
+from common.train import UserError
 from data import evenly_spaced
 
 ALIKE = 0.15  # mean cosine that joins two groups, where no held-out faces have told a better one

@@ -1,15 +1,22 @@
-"""Stage 5, corrected by hand: what somebody moved in the folders of apps/sort.py is learned.
+"""Stage 5, a recogniser of your own: learns a small collection, and later what you correct by hand.
 
-    python -m apps.sort runs/NAME FOLDER --out OUT      copies into OUT/WHO and OUT/unknown
+    python -m apps.learn datasets/mine                    for the first time, into runs/mine-lora
+    python -m apps.sort runs/mine-lora FOLDER --out OUT   copies into OUT/WHO and OUT/unknown
     (look at them, and move each wrong picture into the folder where it belongs, or into a new one)
-    python -m apps.learn runs/NAME OUT                  takes what the folders say now
+    python -m apps.learn runs/mine-lora OUT               takes what the folders say now
 
-Reads:  OUT/ of apps/sort.py with its sorted.csv; runs/NAME/ of finetune_lora.py with its gallery
-Writes: runs/NAME/gallery.safetensors, which gets the pictures;
+Reads:  datasets/NAME of data.py, all of its splits, and an encoder (weights/toon);
+        or OUT/ of apps/sort.py with its sorted.csv, and the run with its gallery
+Writes: runs/NAME-METHOD/ as finetune_lora.py does, and folds/, with promise.json: how often names will be
+        right, and how many pictures of unknown characters will be called so; or
+        runs/NAME/gallery.safetensors, which gets the pictures, and
         OUT/sorted.csv, which says where they lie now, so that the next call learns what is new
 
-Where something was moved or added, somebody has looked at the folders, so the pictures that stayed
-are right as well, and some of each character are learned, too: without them, a new character would
+For the first time, apps/folds.py measures by cross-validation, so that no picture has to be kept from
+training. Where it is stopped, the same command goes on.
+
+Corrections: where something was moved or added, somebody has looked at the folders, so the pictures that
+stayed are right as well, and some of each character are learned, too: without them, a new character would
 take pictures from those that look like it. Pictures in a folder that is not known yet make a new
 character, three of them at least. One that was moved to unknown or others shows nobody who is
 known; it is taken out of the gallery. A new training learns from all of OUT: python data.py OUT
@@ -27,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from apps import folds
 from apps.recognize import (
     GALLERY,
     known_faces,
@@ -43,24 +51,44 @@ from apps.recognize import (
     with_named,
 )
 from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted, save_sorted
-from common.command import cli, progress, refuse_useless
-from common.io import UserError, quoted
+from common.classifier import is_recogniser
 from common.locks import lock_beside, locked, reserve
+from common.train import UserError, at_least, cli, progress, quoted, refuse_useless
 from data import CHUNK, evenly_spaced
 from ingest.layouts import UNNAMED, shows_nobody
 from ingest.pictures import picture_files, tell_problems
 
+OF_TRAINING = ("out", "method", "epochs", "seed")  # flags of the first time
 STAYED = 50  # pictures of a character that stayed in its folder and are learned at a time, at most
 
 
 def parse_args():
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="OUT", help="what apps/sort.py wrote, corrected by hand")
+    add("folder", nargs="?", type=Path, metavar="OUT", help="of apps/sort.py, corrected by hand")
     add("--detect", metavar="RUN", help="as for apps/sort.py: pages with one face are learned")
-    args = parser.parse_args()
-    refuse_useless(args.given & {"threshold"}, "on learning")
+    add("--encoder", default="weights/toon", help="where training begins, for the first time")
+    add("--out", metavar="RUN", help="run folder (default: runs/NAME-METHOD)")
+    add("--method", default="lora", help="linear, lora or full, as of finetune_lora.py")
+    add("--epochs", type=at_least(1), help="at most (default: of the method)")
+    add("--seed", type=int, default=0, help="of all random numbers")
+    args = parser.parse_intermixed_args()  # OUT may stand behind flags
+    if args.folder:
+        refuse_useless(args.given & {"threshold", "encoder", *OF_TRAINING}, "on corrections")
+    else:
+        refuse_useless(args.given & {"threshold", "detect"}, "on a first training")
+        if is_recogniser(args.run):
+            raise UserError(f"{args.run} has learned already; give OUT of apps.sort to correct it")
     return args
+
+
+def first_time(args):
+    """Learn a packed collection, or one that is packed first."""
+    out = args.out or f"runs/{Path(args.run).name}-{args.method}".replace(":", "-")
+    words = [args.encoder, "--data", args.run, "--out", out]
+    for name in sorted(args.given & {*OF_TRAINING, "device", "dtype"} - {"out"}):
+        words += [f"--{name}", str(getattr(args, name))]
+    folds.learn_all(words)
 
 
 def who_is_in(rows, names):
@@ -187,6 +215,8 @@ def agreeing(gallery, shows, faces):
 
 def main():
     args = parse_args()
+    if not args.folder:
+        return first_time(args)
     out = args.folder
     table = out / SORTED
     if not table.exists():

@@ -23,16 +23,27 @@ import torch.nn.functional as F
 
 import data
 import mask as masking
-from common import guidance, sheets
+from apps import masks
+from common import guidance
 from common.checkpoints import flags_of, load_teacher
-from common.command import Parser, between, cli, drawing, progress, refuse_useless
-from common.io import UserError, aside, quoted
+from common.door import aside, drawing
 from common.locks import reserve
-from common.train import commit, pick_device
+from common.rows import write_rows
+from common.train import (
+    Parser,
+    UserError,
+    between,
+    cli,
+    commit,
+    pick_device,
+    progress,
+    quoted,
+    refuse_useless,
+)
 
 SAMPLE = 1024  # images that give the mean token of each place and the clusters of parts
 EXACT = contextlib.nullcontext  # fp32: maps are made once, and are nearly the same on every machine
-NEEDED_AS = {name: need for need, name in guidance.IN_FILES.items()}  # map: its need in mask.py
+NEEDED_AS = {name: need for need, name in guidance.MAPS.items()}  # map: its need in mask.py
 GUIDES = {"attn": ["attn_high", "--teacher", "maps"], "saliency": ["fg_heavy"], "parts": ["parts"]}
 TAKES = {"attn": {"run", "attention"}, "saliency": set(), "parts": {"run", "parts"}}  # flags
 
@@ -52,8 +63,6 @@ def parse_args():
     refuse_useless(args.given - takes, f"with --map {args.map}")
     if "run" in takes and not args.run:
         raise UserError(f"--map {args.map} needs an encoder of pretrain.py; add --run RUN")
-    if args.map == "attn" and args.attention is None:
-        args.attention = guidance.default_attention(flags_of(args.run), args.run)
     return args
 
 
@@ -257,6 +266,12 @@ def part_rows(images, encoder, K):
     return (label.unflatten(1, (g, g)).numpy() for label in labels)
 
 
+def attention_rows(images, encoder, kind):
+    """Yield (b, g, g) fp16 of all images, in order: the chunks of a file of maps."""
+    for _, score in guidance.attention(encoder, images, torch.arange(len(images)), kind, EXACT):
+        yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
+
+
 def rows_of_map(args, images, device):
     """-> cells a side, dtype and chunks (B, G, G) of the map, in the order of the images."""
     if args.map == "saliency":
@@ -265,8 +280,16 @@ def rows_of_map(args, images, device):
     encoder = load_teacher(args.run).to(device)
     if args.map == "parts":
         return encoder.side, "U8", part_rows(images, encoder, args.parts)
-    guidance.check_attention(args.attention, encoder)
-    return encoder.side, "F16", guidance.attention_rows(images, encoder, args.attention, EXACT)
+    args.attention = args.attention or guidance.default_attention(encoder, flags_of(args.run))
+    if args.attention == "pooler" and encoder.pooler is None:
+        raise UserError("--attention pooler: --contrast pooler trains one; choose outlier")
+    return encoder.side, "F16", attention_rows(images, encoder, args.attention)
+
+
+def write_maps(path, name, chunks, shape, dtype, header=None):
+    """Write maps to a file, chunk (b, G, G) by chunk. Together they have the shape (n, G, G)."""
+    rows = ({name: chunk} for chunk in chunks)
+    write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -274,17 +297,17 @@ def rows_of_map(args, images, device):
 
 def draw_sheet(path, args, folder, split, maps):
     """What each strategy hides whose score is known; maps (n, G, G) give one of the scores."""
-    indices = data.evenly_spaced(len(maps), sheets.SHOWN)
-    side = sheets.SIDE if args.map == "saliency" else maps.shape[-1]
-    view = sheets.whole_images(split["images"], indices, side)
+    indices = data.evenly_spaced(len(maps), masks.SHOWN)
+    side = masks.SIDE if args.map == "saliency" else maps.shape[-1]
+    view = masks.whole_images(split["images"], indices, side)
     where = {NEEDED_AS[args.map]: path.parent}
-    scores, _ = sheets.read_scores(folder, split, indices, view, side, where)
+    scores, _ = masks.read_scores(folder, split, indices, view, side, where)
     known = (name for name in masking.STRATEGIES if masking.NEEDS.get(name) in (None, *scores))
     strategies = {name: masking.STRATEGIES[name] for name in known}
     cells = torch.from_numpy(maps[indices.numpy()])
     shown = {args.map: cells.long() if args.map == "parts" else cells}
     title = f"Hidden patches, by {args.map} maps"
-    sheets.draw_sheet(path, title, view, side, shown, strategies, scores)
+    masks.draw_sheet(path, title, view, side, shown, strategies, scores)
 
 
 def advice(args, folder, out, split):
@@ -314,7 +337,7 @@ def main():
     header |= {"images": n, "data_digest": data.fingerprint(split), "commit": commit()}
     header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(args.map, {})
     with aside(path) as made:
-        data.write_maps(made, args.map, bar, (n, grid, grid), dtype, header)
+        write_maps(made, args.map, bar, (n, grid, grid), dtype, header)
         with drawing(sheet.name):
             maps, _ = data.open_map(made, args.map, split)
             draw_sheet(made.with_name(sheet.name), args, folder, split, maps)

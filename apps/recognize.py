@@ -35,15 +35,27 @@ import torch
 import torch.nn.functional as F
 
 import data
+from apps.collection import BY_FOLDS, open_all
 from apps.groups import best_threshold, f1_curve
-from common import fields
-from common.classifier import pooled_of, predict, read_head
-from common.command import Parser, between, cli, refuse_useless
-from common.controls import BINS, histograms
-from common.features import BY_FOLDS, evenly_of_each, open_all, open_subsets, place_of_learned
-from common.io import UserError, quoted, read_json, read_safetensors, reading, save_safetensors
+from common import door as fields
+from common.classifier import pooled_of, predict
+from common.door import read_json, reading
+from common.features import open_subsets, place_of_learned
 from common.locks import lock_beside, locked
-from common.train import autocast_of, pick_device, pick_dtype
+from common.metrics import BINS, histograms
+from common.train import (
+    Parser,
+    UserError,
+    autocast_of,
+    between,
+    cli,
+    pick_device,
+    pick_dtype,
+    quoted,
+    read_safetensors,
+    refuse_useless,
+    save_safetensors,
+)
 from finetune_lora import load_classifier
 from ingest import sources
 from ingest.layouts import shows_nobody
@@ -120,7 +132,7 @@ def whitening(embeddings, labels):
     (x - mean) @ matrix varies alike in all directions in a class (Hatch et al. 2006, WCCN):
     matrix matrix^T is the inverse of the covariance within classes.
     """
-    groups = [embeddings[rows] for rows in evenly_of_each(labels, WHITENED)]
+    groups = [embeddings[rows] for rows in data.evenly_of_each(labels, WHITENED)]
     means = torch.stack([group.mean(0) for group in groups]).double()
     differences = torch.cat([group.double() - group.mean(0) for group in groups])
     W = differences.T @ differences / max(1, len(differences) - len(groups))
@@ -180,7 +192,7 @@ def growth(gallery):
     asked = torch.arange(trained, len(labels))
     if len(corrected) == 1:
         # No added face gains by what was added to its own character, so faces of the others are asked.
-        asked = torch.cat(evenly_of_each(labels[:trained], WHITENED))
+        asked = torch.cat(data.evenly_of_each(labels[:trained], WHITENED))
         asked = asked[labels[asked] != corrected]
     faces, own = gallery["embeddings"][asked], labels[asked, None] == torch.arange(learned)
     before = gallery | by_character(gallery, trained)
@@ -408,17 +420,14 @@ def fit_platt(known, unknown):
 
 # ---- gallery.safetensors: the first `learned` of the names are the head's, keys are of the faces --
 
-HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
-HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
-HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
-HEADER |= {"lift?": fields.list_of(fields.number(), 2, 2), "colours?": fields.number(0, 100)}
-HEADER |= {"alike?": fields.number(-1, 1)}  # cosine that joins two groups of apps/sort.py
-HEADER |= {"trained?": fields.whole(1)}  # faces that taught the head; they come first
+# trained: faces that taught the head, which come first; alike: the cosine that joins two groups of apps/sort.py
+HEADER = "names", "keys", "learned", "threshold", "enrolled_threshold", "temperature", "platt"
+HEADER += "lift", "colours", "alike", "trained"
 REMEDY = "remove it, and apps/recognize.py builds it anew"
-FOLDS_REMEDY = "finetune_lora.py --split folds makes it, in a new run"
+FOLDS_REMEDY = "python -m apps.learn datasets/NAME makes it, in a new run"
 UNMEASURED = (  # of a run that learned all characters of its set
-    "most new characters may get a known name; finetune_lora.py --split folds leaves each character out "
-    "once, and measures it"
+    "most new characters may get a known name; python -m apps.learn datasets/NAME leaves each character "
+    "out once, and measures it"
 )
 
 
@@ -443,7 +452,6 @@ def build_gallery(run, device, dtype):
         promise = Path(run) / PROMISE
         with reading(promise, "measure of the folds", FOLDS_REMEDY):
             header |= read_json(promise)["calibration"]
-            fields.check_fields(header, HEADER, promise, FOLDS_REMEDY)
     header["trained"] = len(faces.keys)
     save_gallery(path, header | {"embeddings": faces.embeddings, "labels": faces.labels})
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
@@ -519,7 +527,7 @@ def faces_learned(run, device, dtype):
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
     outputs = partial(outputs_of, net, autocast=autocast, name="gallery", colours=by_folds)
-    chosen = torch.cat(evenly_of_each(train.labels[train.index], FACES))
+    chosen = torch.cat(data.evenly_of_each(train.labels[train.index], FACES))
     index = train.index[chosen]
     keys = [train.split["header"]["keys"][i] for i in index.tolist()]
     learned = SimpleNamespace(keys=keys, classes=classes, labels=train.labels[index])
@@ -538,8 +546,7 @@ def faces_learned(run, device, dtype):
 
 def in_file(gallery):
     """What a gallery's file holds, without what `make_gallery` computes of it."""
-    names = "embeddings", "labels", *(key.removesuffix("?") for key in HEADER)
-    return {name: gallery[name] for name in names if name in gallery}
+    return {name: gallery[name] for name in ("embeddings", "labels", *HEADER) if name in gallery}
 
 
 def save_gallery(path, gallery):
@@ -553,23 +560,11 @@ def load_gallery(run):
     """-> a dict: embeddings (n, D), labels (n,), the header, and what `make_gallery` returns."""
     path = Path(run) / GALLERY
     tensors, header = read_safetensors(path, REMEDY)
-    fields.check_fields(header, HEADER, path, REMEDY)
-    learned, names = header["learned"], header["names"]
-    _, head = read_head(run)
-    colours = header.get("colours", 0.0)
-    width = head["config"]["dim"] + (COLOURS if colours else 0)
-    arrays = {"embeddings": f"float n {width}", "labels": "int64 n"}
-    fields.check_arrays(tensors, arrays, path, REMEDY, n=len(header["keys"]))
-    fields.check_finite(tensors, path)
-    embeddings = tensors["embeddings"].float()
-    labels = tensors["labels"]
-    fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
-    if names[:learned] != head["classes"] or len(labels.unique()) != len(names):
-        raise UserError(f"{path} is not of this run's characters; {REMEDY}")
+    learned, labels = header["learned"], tensors["labels"]
     trained = header.get("trained") or int((labels < learned).sum())  # older files do not say it
-    if trained > len(labels) or len(labels[:trained].unique()) != learned:
-        raise UserError(f"{path} has not the faces that were learned; {REMEDY}")
-    gallery = make_gallery(embeddings, labels, learned, trained=trained, colours=colours)
+    colours = header.get("colours", 0.0)
+    faces = tensors["embeddings"].float()
+    gallery = make_gallery(faces, labels, learned, trained=trained, colours=colours)
     return gallery | header | {"trained": trained}
 
 

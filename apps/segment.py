@@ -35,29 +35,29 @@ from torch import nn
 
 import data
 import mask as masking
-from common import fields, train
+from common import train
 from common.checkpoints import (
     about_model,
-    blank_encoder,
-    check_size,
-    epsilon_of,
     load_encoder,
-    load_exactly,
 )
-from common.command import (
+from common.door import require
+from common.features import name_of, open_splits, set_apart, split_suffix
+from common.train import (
     Parser,
+    UserError,
     at_least,
     cli,
     command,
     parse_keys,
+    quoted,
+    read_safetensors,
     refuse_useless,
-    require,
     run_name,
+    save_json,
+    save_safetensors,
     set_defaults,
 )
-from common.features import name_of, open_splits, set_apart, split_suffix
-from common.io import UserError, quoted, read_safetensors, save_json, save_safetensors
-from kernels.gather import masked_patch_gather
+from kernels.patches import masked_patch_gather
 from model import ViT
 
 KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
@@ -72,13 +72,6 @@ MIN_CROP, COLOUR = 0.5, 0.3  # smallest area of a crop; brightness, contrast, sa
 EPS = 1e-3  # of the guided filter: contrasts under 1/30 of the range are no edges
 LARGEST = 2048  # longer side of a picture whose mask is found at full size, in pixels
 REMEDY = "python -m apps.segment ENCODER --data DIR makes it"
-PATCHES = {"encoder": fields.ENCODER, "norm_eps": fields.EPSILON}
-PIXELS = {
-    "network": fields.one_of(*NETWORKS),
-    "patches?": PATCHES,
-    "image_size": fields.SIDE,
-    "run?": {"data?": fields.TEXT},
-}
 
 
 # ---- stage 1: patches ----------------------------------------------------------------------------
@@ -90,8 +83,7 @@ class Patches(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         dim = encoder.config["dim"]
-        # for blank_patches
-        self.config = {"encoder": encoder.config, "norm_eps": epsilon_of(encoder)}
+        self.config = {"encoder": encoder.config}  # for blank_patches
         self.encoder = encoder
         self.head = nn.Linear(dim, 1)
         self.register_buffer("centroids", torch.zeros(2, dim))
@@ -113,18 +105,16 @@ class Patches(nn.Module):
         return scores.mean(1), scores.unflatten(1, (self.encoder.side, self.encoder.side))
 
 
-def blank_patches(config, weights, path):
-    """Patches of a saved shape with random weights; `weights` of the file at path must fit it."""
-    check_size(weights, config["encoder"], path, REMEDY)
-    return Patches(blank_encoder(config["encoder"], config["norm_eps"]))
+def blank_patches(config):
+    """Patches of a saved shape with random weights."""
+    return Patches(ViT(**config["encoder"]))
 
 
 def load_patches(path):
     """patches.safetensors -> Patches in eval mode."""
     weights, header = read_safetensors(path, REMEDY)
-    fields.check_fields(header, {"patches": PATCHES}, path, REMEDY)
-    net = blank_patches(header["patches"], weights, path)
-    load_exactly(net, weights, path)
+    net = blank_patches(header["patches"])
+    net.load_state_dict(weights)
     return net.eval()
 
 
@@ -369,11 +359,9 @@ def load(path):
     """A run of apps/segment.py -> Pixels in eval mode, header of model.safetensors."""
     path = Path(path) / "model.safetensors"
     weights, header = read_safetensors(path, REMEDY)
-    fields.check_fields(header, PIXELS, path, REMEDY)
     config = header.get("patches")
-    inner = {k.removeprefix("patches."): w for k, w in weights.items()}
-    net = Pixels(header["network"], config and blank_patches(config, inner, path))
-    load_exactly(net, weights, path)
+    net = Pixels(header["network"], config and blank_patches(config))
+    net.load_state_dict(weights)
     return net.eval(), header
 
 
@@ -482,7 +470,7 @@ class Task:
 def open_task(flags, device, autocast):
     """Frames of each split, and the encoder."""
     splits = open_splits(flags.data, flags.split)
-    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
+    flags.digest = data.digest(flags.data)
     for kind in KINDS:
         if kind not in splits["train"]["header"]["classes"]:
             fix = "python data.py FOLDER packs the folders drawn, photographed, and more of mixed frames"
@@ -534,7 +522,7 @@ def fit(task, run, part):
         order = order[: B * (part.steps - epoch * per_epoch)]
         batches = data.batches(images, order, B, task.device, done % per_epoch)
         for index, frames in batches:
-            generator = train.seeded_step(task.seed, part.stage, epoch, done)
+            generator = train.seeded(task.seed, part.stage, epoch, done)
             with task.autocast():
                 loss = part.loss(task, part.net.train(), index, frames, generator)
             loss.backward()

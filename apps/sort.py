@@ -36,9 +36,9 @@ import torch
 
 from apps.groups import ALIKE, alike, check_grouped
 from apps.recognize import all_answers, answers, compared, open_recogniser, parser_of, predictions
-from common.command import between, cli, progress, refuse_useless
-from common.io import UserError, atomic, quoted, reading, save_csv
+from common.door import reading, save_csv
 from common.locks import reserve
+from common.train import UserError, atomic, between, cli, progress, quoted, refuse_useless
 from ingest.pictures import file_name, picture_files, shortened, tell_problems
 
 SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT

@@ -22,9 +22,9 @@ import torch
 import data
 from common import features, metrics
 from common.checkpoints import load_encoder
-from common.command import Parser, cli, drawing
-from common.io import UserError, aside, save_csv
+from common.door import aside, drawing, save_csv
 from common.locks import reserve
+from common.train import Parser, UserError, cli
 
 FOLDS = 5
 SHOWN = 6, 8  # rows and columns of the sheet
@@ -76,7 +76,7 @@ def parse_args():
 
 
 def open_set(args):
-    """-> common.features.Task with every split that the set has, train first."""
+    """-> common.features.Evaluation with every split that the set has, train first."""
     args.split = "train"
     task = features.open_task(args, args.run)
     task.splits = features.open_alike(task.folder, data.splits_in(task.folder))

@@ -7,7 +7,7 @@
     python -m apps.tags runs/NAME-lora FOLDER --captions    # nothing but the names of a recogniser
     python -m apps.tags --resume runs/NAME-tags             # go on with a run, with its flags
 
-Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that apps/formats.py knows) and
+Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
         datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures; for captions
         perhaps runs/NAME-lora of finetune_lora.py, with its gallery (apps/recognize.py)
 Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
@@ -41,36 +41,35 @@ from torch import nn
 import data
 import mask as masking
 from apps import captions
-from common import checkpoints, classifier, fields, train
-from common.command import (
+from common import checkpoints, classifier, train
+from common.door import shown
+from common.features import Subset, name_of, open_subsets, split_suffix
+from common.metrics import topk
+from common.train import (
     Parser,
+    UserError,
     at_least,
     between,
     cli,
     command,
     parse_keys,
-    refuse_useless,
-    run_name,
-    set_defaults,
-)
-from common.features import Subset, name_of, open_subsets, split_suffix
-from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
-from common.io import (
-    UserError,
     quoted,
     read_safetensors,
+    refuse_useless,
+    run_name,
     save_json,
     save_safetensors,
+    set_defaults,
 )
-from common.readout import topk
 from ingest.pictures import pictures, tell_problems
-from kernels.gather import masked_patch_gather
+from kernels.patches import masked_patch_gather
 from model import (
     EPS,
     MLP,
     MLP_RATIO,
     Attention,
     Block,
+    ViT,
     attention,
     init_weights,
     shrink_branches,
@@ -115,17 +114,6 @@ MOST_UNKNOWN = 0.09  # share of known faces on dev whose best name is so unsure 
 LIKELY = 0.5  # the least confidence of a name where a run has measured none
 
 REMEDY = "python -m apps.tags ENCODER --data DIR makes it"
-NETWORK = {
-    "encoder": ENCODER,
-    "norm_eps": EPSILON,
-    "C": whole(1, 10**6),
-    "V": whole(1, 10**6),
-    "arm": one_of(*ARMS),
-    "length": whole(2, 10**4),
-}
-HEADER = {"tags": NETWORK, "words": NAMES, "classes": NAMES, "image_size": SIDE} | CUT
-HEADER |= {"thresholds?": fields.list_of(fields.number(-1, 2)), "data?": fields.TEXT}
-HEADER |= {"least_confidence?": fields.number(0, 1)}  # of a name; below it nobody known is there
 
 
 # ---- words: a picture's tags as the network reads them -------------------------------------------
@@ -278,8 +266,7 @@ class MFDN(nn.Module):
         shape = encoder.config
         dim, heads = shape["dim"], shape["heads"]
         layers = max(1, shape["depth"] // 6)
-        self.config = {"encoder": shape, "norm_eps": checkpoints.epsilon_of(encoder)}
-        self.config |= {"C": C, "V": V, "arm": arm, "length": length}
+        self.config = {"encoder": shape, "C": C, "V": V, "arm": arm, "length": length}
         self.encoder = encoder
         self.half = shape["depth"] // 2
         self.arm, self.V, self.length = arm, V, length
@@ -390,18 +377,10 @@ def load_tagger(folder):
     """runs/NAME of apps/tags.py -> (MFDN in eval mode, header of its model file)."""
     path = checkpoints.model_file(folder)
     weights, header = read_safetensors(path, REMEDY)
-    fields.check_fields(header, HEADER, path, REMEDY)
     config = header["tags"]
-    words = len(header["words"])
-    thresholds = words if config["arm"] in NAMES_TAGS else 0
-    wanted = [config["C"], config["V"], thresholds, config["encoder"]["image_size"]]
-    listed = len(header.get("thresholds") or [])
-    if [len(header["classes"]), words, listed, header["image_size"]] != wanted:
-        raise UserError(f"{path} has lists that do not fit its network; {REMEDY}")
-    checkpoints.check_size(weights, config["encoder"], path, REMEDY)
-    encoder = checkpoints.blank_encoder(config["encoder"], config["norm_eps"])
+    encoder = ViT(**config["encoder"])
     net = MFDN(encoder, config["C"], config["V"], config["arm"], config["length"])
-    checkpoints.load_exactly(net, weights, path)
+    net.load_state_dict(weights)
     return net.eval(), header
 
 
@@ -435,7 +414,7 @@ def open_task(flags, device, autocast):
     arm, keys = parse_keys(flags.arm, ARM_KEYS, "--arm")
     sets, classes = open_subsets(flags.data, flags.split, 0)
     train_set = sets[0]
-    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
+    flags.digest = data.digest(flags.data)
     for images in sets:
         if "tags" not in images.split or not (tags_of(images, images.index) >= 0).any():
             fix = "python data.py LIST --out DIR packs a table with a column of tags"
@@ -555,7 +534,7 @@ def fit(task, run, optimizer, seed):
         for index, some in data.batches(images, order, run.batch_size, device, start):
             # view and hidden tags: all random numbers are drawn here, on the CPU
             share = curriculum(run.step, run.total) if task.share is None else task.share
-            generator = train.seeded_step(seed, epoch, run.step)
+            generator = train.seeded(seed, epoch, run.step)
             batch = make_batch(task, index, some, share, generator)
             # forward, loss, backward
             y = data.send(labels[index], device)  # (B,)

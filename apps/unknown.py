@@ -13,8 +13,8 @@ other pairs (verification)? Do the groups of apps/sort.py --group agree with the
 name as often right as its confidence says? For unknown characters the set has to contain some, so
 give --data OTHER, or fine-tune with --hold-out.
 
-A run that learned every picture of its set can't be measured on it. finetune_lora.py did so before,
-by cross-validation (apps/folds.py). For more, give --data OTHER with new pictures of the characters
+A run that learned every picture of its set can't be measured on it. apps/learn.py did so before, by
+cross-validation. For more, give --data OTHER with new pictures of the characters
 that it knows, and of others: a set of others alone has no known faces to compare them with.
 
     n, m, k faces   D width of an embedding
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from apps.collection import BY_FOLDS
 from apps.groups import ALIKE, alike, centred, pair_f1
 from apps.recognize import (
     PROMISE,
@@ -41,11 +42,11 @@ from apps.recognize import (
     parser_of,
 )
 from common import metrics
-from common.command import cli, command
-from common.features import BY_FOLDS, check_learned, place_of_learned, place_of_set, results_folder
-from common.io import UserError, save_json
+from common.checkpoints import place_of
+from common.features import check_learned, place_of_learned, results_folder
+from common.groups import groups_of
 from common.locks import reserve
-from common.train import commit, machine
+from common.train import UserError, cli, command, commit, machine, save_json
 
 RADII = np.arange(0.05, 1, 0.05)  # cosine distances that `as_ccip` tries as eps of DBSCAN
 PAIRS_OF = 4000  # images at most, because all pairs are compared
@@ -80,7 +81,7 @@ def faces_of(net, gallery, folder, name, autocast):
     ids = {who: i for i, who in enumerate(gallery["names"])}
     known = [ids.get(who, -1) for who in split["header"]["classes"]]
     labels = split["labels"][indices]
-    groups = data.groups_of(split)[indices]
+    groups = groups_of(split)[indices]
     true = torch.tensor([*known, -1])[labels]  # the last: without a label
     who, _, margin, sure = decide(logits, embeddings, gallery)
     return SimpleNamespace(
@@ -234,8 +235,7 @@ def cut_of(header):
 
 def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
-    digest = None if args.data else header.get("digest")
-    learned = place_of_set(header["data"], args.run, digest)
+    learned = place_of(header["data"], args.run)
     by_folds = header.get("split") == BY_FOLDS
     folder = Path(data.open_or_pack(args.data or learned))
     if by_folds and folder.resolve() == learned.resolve():

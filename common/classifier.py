@@ -16,22 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common.features import BY_FOLDS
-from common.fields import (
-    BOUNDS,
-    CUT,
-    NAMES,
-    SIDE,
-    TEXT,
-    check_fields,
-    list_of,
-    number,
-    one_of,
-    whole,
-)
-from common.io import UserError, read_safetensors
-from common.readout import POOLS
-from common.train import is_decayed
+from common.train import UserError, check_format, is_decayed, read_safetensors
+from model import POOLS
 
 # Keys of --head. Margins are the papers': an angle in radians, for cosface a cosine. A new name
 # needs a branch in Classifier, which otherwise refuses it.
@@ -213,18 +199,6 @@ def predict(net, pooled):
 
 # ---- head.safetensors, which finetune_lora.py writes ---------------------------------------------
 
-CONFIG = {"head": one_of(*HEADS), "pool": one_of(*HEAD_POOLS), "dim": whole(1, 2**14)}
-CONFIG |= {"margin?": number(*BOUNDS["margin"]), "scale": number(*BOUNDS["scale"])}
-BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
-LEARNED = {
-    "data": TEXT,
-    "digest?": TEXT,
-    "split?": one_of("val", "dev", "test", BY_FOLDS),
-    "hold_out?": whole(0),
-}
-HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
-HEAD |= {"fixed_picture?": list_of(number(), 1, 16)}
-
 
 def is_recogniser(folder):
     """Did finetune_lora.py write this run folder?"""
@@ -235,5 +209,5 @@ def read_head(folder):
     """-> weights of neck and head, and the header."""
     path = Path(folder) / "head.safetensors"
     weights, header = read_safetensors(path, REMEDY)
-    check_fields(header, HEAD, path, REMEDY)
+    check_format(header, path)
     return weights, header

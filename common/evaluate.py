@@ -9,10 +9,8 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import guidance
-from common.command import drawing
-from common.readout import (
+from common.metrics import (
     effective_rank,
-    extremes,
     knn_votes,
     ridge,
     standardise,
@@ -20,9 +18,15 @@ from common.readout import (
     topk,
 )
 from common.train import read_log, seeded
-from kernels.gather import masked_patch_gather, patch_bytes
-from kernels.loss import FLOOR, mean_of_neighbours, patch_error, predicted_stats
-from model import put_patches, to_pixels
+from kernels.patches import (
+    FLOOR,
+    masked_patch_gather,
+    mean_of_neighbours,
+    patch_bytes,
+    patch_error,
+    predicted_stats,
+)
+from model import extremes, put_patches, to_pixels
 
 EVAL_RATIO = 0.75  # of the fixed mask
 EVAL_IMAGES, BANK_IMAGES = 1024, 2048  # at most
@@ -33,7 +37,7 @@ GRAY = 128  # a masked patch in a picture
 
 
 def predict(model, view, ids_keep, ids_mask, autocast=contextlib.nullcontext, floor=FLOOR):
-    """view u8 (B, S, S, 3) -> pred (B, M, P), and stats (B, M, 2) that undo norm_pix."""
+    """view u8 (B, s, s, 3) -> pred (B, M, P), and stats (B, M, 2) that undo norm_pix."""
     p = model.config["patch_size"]
     visible, visible_stats = masked_patch_gather(view, ids_keep, p, return_stats=True, floor=floor)
     with autocast():
@@ -43,11 +47,11 @@ def predict(model, view, ids_keep, ids_mask, autocast=contextlib.nullcontext, fl
 
 
 def masked_views(model, split, most):
-    """Yield (view u8 (b, S, S, 3), ids_keep, ids_mask) of `most` images under the fixed mask."""
+    """Yield (view u8 (b, s, s, 3), ids_keep, ids_mask) of `most` images under the fixed mask."""
     indices = data.evenly_spaced(len(split["images"]), most)
     N = model.encoder.side**2
     noise = masking.gumbel_noise(len(indices), N, seeded(0)).split(data.CHUNK)
-    device = model.encoder.cls_token.device
+    device = model.encoder.device
     views = data.whole_views(split["images"], indices, model.config["image_size"], device)
     for (_, view), chunk in zip(views, noise, strict=True):
         yield view, *masking.sample(chunk.to(device), masking.kept(N, EVAL_RATIO))
@@ -57,7 +61,7 @@ def masked_views(model, split, most):
 def masked_mse(model, split, target_options, autocast):
     """Mean squared error of hidden patches, all of one weight, under the fixed mask.
 
-    target_options: {"norm_pix", "floor"}, what the model predicts (kernels.loss.targets).
+    target_options: {"norm_pix", "floor"}, what the model predicts (kernels.patches.targets).
     """
     # Training losses of two masks can't be compared: one of them has easier patches to predict. So every
     # run is judged under this mask, whatever it trains with.
@@ -85,7 +89,9 @@ def small_thumbnails(split, indices):
 
 
 def recognition(features, train, held):
-    """{"knn", "linear" (ridge): Top-1 in percent, "mean_rank": effective rank (1 is a collapse)}.
+    """{"knn", "linear": Top-1 in percent, "mean_rank": effective rank (1 is a collapse)}.
+
+    "linear" is a linear classifier that is solved in one step, a ridge regression.
 
     features(split, indices) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
@@ -116,7 +122,7 @@ def attention_by_part(encoder, split, kind, autocast):
     mass, area = torch.zeros(2, len(names))
     for index, score in guidance.attention(encoder, images, indices, kind, autocast):
         boxes, flip = data.full_boxes(len(index))
-        share = guidance.crop_parts(split["parts"], index, boxes, flip, encoder.side, len(names))
+        share = guidance.crop_map(split["parts"], index, boxes, flip, encoder.side, len(names))
         score = (score / score.sum(1, keepdim=True)).cpu()
         mass += torch.einsum("bn,bnp->p", score, share)
         area += share.mean(1).sum(0)
@@ -124,9 +130,14 @@ def attention_by_part(encoder, split, kind, autocast):
     return {name: round((m / a).item(), 3) for name, m, a in ratios if a > 0}
 
 
-def evaluate(model, splits, target_options, autocast, epoch):
-    """The row of the log, printed: masked error and, with labels, Top-1. splits: (train, judged)."""
+def evaluate(model, guide, flags, splits, target_options, autocast, epoch):
+    """A row of the log, printed: masked error; with labels, Top-1; with true parts, the attention to each.
+
+    splits: (train, judged); "val_mse" is of the latter, whatever its name. The attention is that of the
+    teacher or, where none learns, of the encoder.
+    """
     train, held = splits
+    model.eval()  # switches off dropout, if you add some
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, target_options, autocast)}
     text = f"epoch {epoch:<4g} masked error {row['val_mse']:.4f}"
     if data.has_labels(train) and data.has_labels(held):
@@ -137,11 +148,14 @@ def evaluate(model, splits, target_options, autocast, epoch):
             small = recognition(small_thumbnails, train, held)
             row |= {f"{key}_thumbnail": value for key, value in small.items()}
             text += f" before training; thumbnails {small['knn']:.1f} %, {small['linear']:.1f} %"
-            if len(train["images"]) < data.SMALL and train["header"].get("source") != "toon":
-                text += "; for so few, finetune_lora.py weights/toon needs no pre-training"
     elif epoch == 0:
         text += "; no Top-1: that needs two classes or more, and labels on all images"
     tqdm.write(text)
+    if held["header"].get("parts"):
+        encoder = guide.teacher or model.encoder
+        kind = guide.kind if guide.teacher else guidance.default_attention(encoder, vars(flags))
+        row["attention_on"] = attention_by_part(encoder, held, kind, autocast)
+    model.train()
     return row
 
 
@@ -149,46 +163,44 @@ def evaluate(model, splits, target_options, autocast, epoch):
 
 
 def draw_masks(out, view, scores, priority, ids_keep, patch):
-    """masks.png: views u8 (n, S, S, 3), what a strategy read and returned, and what the encoder sees.
+    """masks.png: views u8 (n, s, s, 3), what a strategy read and returned, and what the encoder sees.
 
-    scores {name: (n, N), of parts (n, N, P)}; priority (n, N), of which the highest are hidden.
+    scores {name: (n, N), of parts (n, N, parts)}; priority (n, N), of which the highest are hidden.
     """
     maps = guidance.as_pictures({**scores, "score + noise": priority})
     view, ids_keep = view[:8], ids_keep[:8]
     # What is painted are the visible patches: with --mask ...:throw=0.4, others are not all hidden ones.
     seen = put_patches(torch.full_like(view, GRAY), ids_keep, patch_bytes(view, ids_keep, patch))
     lines = [("view", view), *maps.items(), ("seen", seen)]
-    with drawing("masks.png"):
-        from common import plots  # matplotlib takes a second to load
+    from common import plots  # matplotlib takes a second to load
 
-        plots.image_grid(out / "masks.png", f"What the last batch hid: {out.name}", lines)
+    plots.image_grid(out / "masks.png", f"What the last batch hid: {out.name}", lines)
 
 
 def draw_run(out, model, held, target_options, autocast):
     """curves.png and recon.png of a run."""
-    with drawing("curves.png or recon.png"):
-        from common import plots
+    from common import plots
 
-        split = held["header"].get("split", "val")
-        plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
-        n, ours, neighbours = mean_psnr(model, held, target_options, autocast)
-        title = (
-            f"Pictures that it never trained on, {EVAL_RATIO:.0%} hidden at random. "
-            f"PSNR of hidden patches, mean of {n} pictures:\n"
-            f"{ours:.1f} dB predicted, {neighbours:.1f} dB with the mean colour of visible neighbours"
-        )
-        rows = reconstruct(model, held, target_options, autocast)
-        plots.image_grid(out / "recon.png", title, rows)
+    split = held["header"].get("split", "val")
+    plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
+    n, ours, neighbours = mean_psnr(model, held, target_options, autocast)
+    title = (
+        f"Pictures that it never trained on, {EVAL_RATIO:.0%} hidden at random. "
+        f"PSNR of hidden patches, mean of {n} pictures:\n"
+        f"{ours:.1f} dB predicted, {neighbours:.1f} dB with the mean colour of visible neighbours"
+    )
+    rows = reconstruct(model, held, target_options, autocast)
+    plots.image_grid(out / "recon.png", title, rows)
 
 
 def hide(view, ids, patch):
-    """view u8 (B, S, S, 3) with patches ids (B, M) painted gray."""
+    """view u8 (B, s, s, 3) with patches ids (B, M) painted gray."""
     return put_patches(view, ids, view.new_full((*ids.shape, 3 * patch * patch), GRAY))
 
 
 @torch.no_grad()
 def filled_in(model, target_options, view, ids_keep, ids_mask, autocast=contextlib.nullcontext):
-    """view u8 (B, S, S, 3) with predicted patches, and where they are (B, S, S).
+    """view u8 (B, s, s, 3) with predicted patches, and where they are (B, s, s).
 
     target_options: {"norm_pix", "floor"}, what the model predicts. norm_pix is undone by predicted
     statistics alone: the true ones would tell the answer.
@@ -212,7 +224,7 @@ def neighbours_in(view, ids_keep, ids_mask, patch):
 
 
 def psnr(a, b, where):
-    """Peak signal-to-noise ratio in dB, (n,), of u8 pictures a, b (n, S, S, 3) where (n, S, S) is true.
+    """Peak signal-to-noise ratio in dB, (n,), of u8 pictures a, b (n, s, s, 3) where (n, s, s) is true.
 
     10 log10(255^2 / mean squared error); nan where no pixel is true.
     """
@@ -237,7 +249,7 @@ def mean_psnr(model, split, target_options, autocast=contextlib.nullcontext):
 
 @torch.no_grad()
 def reconstruct(model, split, target_options, autocast=contextlib.nullcontext):
-    """[(name, u8 (8, S, S, 3))] of eight images, as they are and as they are filled in."""
+    """[(name, u8 (8, s, s, 3))] of eight images, as they are and as they are filled in."""
     patch = model.config["patch_size"]
     view, ids_keep, ids_mask = next(masked_views(model, split, 8))
     pasted, where = filled_in(model, target_options, view, ids_keep, ids_mask, autocast)

@@ -3,7 +3,6 @@
 A set of features is a dict {"train": (n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU.
 """
 
-import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,13 @@ import numpy as np
 import torch
 
 import data
-from common.checkpoints import flags_of, places_of
-from common.fields import check_finite
-from common.io import UserError
-from common.readout import POOLS
-from common.train import open_machine
-from model import ViT
+from common.checkpoints import flags_of, place_of
+from common.groups import groups_of, hold_apart
+from common.train import UserError, open_machine
+from model import POOLS, ViT
 
 APART = 0.1  # share of train that is held out for choices, if there is no split dev
 HEADLINE = "extremes"  # the pool that is reported where nobody asks for another
-BY_FOLDS = "folds"  # in the place of a split: cross-validation over the whole set (apps/folds.py)
 
 
 def home_of(run):
@@ -36,7 +32,7 @@ def name_of(encoder):
 
 def split_suffix(split):
     """Of files that depend on the reported split: metrics.json of val, metrics-test.json of test."""
-    return "" if split in ("val", BY_FOLDS) else f"-{split}"
+    return "" if split == "val" else f"-{split}"
 
 
 def results_folder(run, folder, split, trained_on=None):
@@ -52,7 +48,7 @@ def results_folder(run, folder, split, trained_on=None):
 
 
 @dataclass
-class Task:
+class Evaluation:
     """What a frozen encoder is measured on."""
 
     folder: str  # of the data
@@ -82,7 +78,7 @@ def open_task(args, run):
         raise UserError(f"{run} does not say what it was trained on; give --data datasets/NAME")
     device, autocast, _ = open_machine(args)
     splits = open_splits(folder, args.split)
-    return Task(str(folder), splits, args.split, device, args.dtype, autocast)
+    return Evaluation(str(folder), splits, args.split, device, args.dtype, autocast)
 
 
 def open_splits(folder, held="val"):
@@ -108,29 +104,12 @@ def open_alike(folder, names):
     return splits
 
 
-def can_leave_out(folder):
-    """Does a packed folder have three characters with two pictures or more, as folds need?"""
-    splits = [data.open_split(folder, name) for name in data.splits_in(folder)]
-    labels = torch.cat([split["labels"] for split in splits])
-    return int((torch.bincount(labels[labels >= 0]) > 1).sum()) >= 3
-
-
-def place_of_set(name, run, digest=None):
-    """Where the packed set that a run names lies now (see `places_of`); the name if it is nowhere.
-
-    Of several, it is the first with this digest, or else the first.
-    """
-    packed = [*filter(data.splits_in, places_of(name, run))]
-    same = (place for place in packed if digest and data.digest(place) == digest)
-    return next(itertools.chain(same, packed), Path(name))
-
-
 def place_of_learned(header, run):
     """Where the set that a recogniser learned lies now; a UserError if another set lies there.
 
     header: of its head.safetensors.
     """
-    place = place_of_set(header["data"], run, header.get("digest"))
+    place = place_of(header["data"], run)
     check_learned(header, run, place)
     return place
 
@@ -149,25 +128,7 @@ def check_learned(header, run, place):
 def set_of(run):
     """The packed set that a run of pretrain.py was trained on, where it lies now; None: it does not say."""
     name = flags_of(run).get("data")
-    return name and place_of_set(name, run)
-
-
-def open_all(folder):
-    """All splits of a set as one -> labelled pictures, as of `open_subsets`; the learned classes.
-
-    Its pictures are copied into memory, because they come from several files: it is for small sets.
-    """
-    splits = open_alike(folder, data.splits_in(folder) or ["train"])
-    first = next(iter(splits.values()))
-    header = dict(first["header"]) | {"split": BY_FOLDS}
-    for name in ("keys", "groups"):
-        lists = [split["header"].get(name) or split["header"]["keys"] for split in splits.values()]
-        header[name] = sum(map(list, lists), [])
-    every = {"header": header, "labels": torch.cat([x["labels"] for x in splits.values()])}
-    every["images"] = np.concatenate([x["images"] for x in splits.values()])
-    classes = header["classes"]
-    enough = learnable(every["labels"], classes, folder)
-    return relabelled("all", every, enough), [classes[c] for c in enough]
+    return name and place_of(name, run)
 
 
 @dataclass
@@ -200,32 +161,6 @@ def relabelled(name, split, learned):
     return Subset(name, split, index, labels)
 
 
-def hold_apart(groups, labels, share, seed=0):
-    """The images that are held out for choices, (n,) bool: at most `share` of all, in whole groups.
-
-    groups (n,) and labels (n,) of any kind. Two images of each class stay in the rest.
-    """
-    group_of = np.unique(np.asarray(groups), return_inverse=True)[1]
-    label_of = np.unique(np.asarray(labels), return_inverse=True)[1]
-    remaining = np.bincount(label_of)  # images of each class that stay
-    held_out = np.zeros(len(label_of), bool)
-    count, most = 0, share * len(label_of)
-    ends = np.cumsum(np.bincount(group_of))
-    members = np.split(np.argsort(group_of, kind="stable"), ends[:-1])  # images of each group
-    # Whole groups, because two faces of one illustration are nearly the same picture. With one of them in
-    # train, the other would be an easy question, and the choice would go to what remembers best.
-    for group in np.random.default_rng(seed).permutation(len(members)):
-        if count + 1 > most:
-            break  # it is full; of a million groups, most need not be asked
-        own = members[group]
-        kinds, counts = np.unique(label_of[own], return_counts=True)
-        if count + len(own) <= most and (remaining[kinds] - counts).min() > 1:
-            held_out[own] = True
-            remaining[kinds] -= counts
-            count += len(own)
-    return held_out
-
-
 def set_apart(splits, index=None):
     """-> which pictures of train to fit on (of these, or of all), which to choose on, in which split.
 
@@ -236,7 +171,7 @@ def set_apart(splits, index=None):
     index = torch.arange(len(train["labels"])) if index is None else index
     if "dev" in splits:
         return index, torch.arange(len(splits["dev"]["labels"])), "dev"
-    apart = hold_apart(data.groups_of(train)[index], train["labels"][index], APART)
+    apart = hold_apart(groups_of(train)[index], train["labels"][index], APART)
     apart = torch.from_numpy(apart)
     return index[~apart], index[apart], "train"
 
@@ -248,12 +183,6 @@ def set_apart_to_choose(task):
         fix = "data.py needs more pictures, or a dev split: --dev 0.1"
         raise UserError(f"{task.folder} has no picture to choose the regularisation on; {fix}")
     return fit, choose, where
-
-
-def evenly_of_each(labels, most):
-    """labels (n,) -> for each label the places of some pictures (k,): at most so many, evenly spaced."""
-    of_each = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
-    return [some[data.evenly_spaced(len(some), most)] for some in of_each]
 
 
 def open_subsets(folder, held, left_out):
@@ -291,7 +220,7 @@ def untrained_like(encoder, seed=0):
 
 
 def pooled(encoder, view):
-    """view u8 (B, S, S, 3) -> {"mean" (B, D), "cls" (B, D), "extremes" (B, 2D)} of the tokens."""
+    """view u8 (B, s, s, 3) -> {"mean" (B, D), "cls" (B, D), "extremes" (B, 2D)} of the tokens."""
     tokens = encoder.features(view).float()
     return {name: pool(tokens) for name, pool in POOLS.items()}
 
@@ -315,7 +244,6 @@ def extract(extractor, size, task):
             chunks.append({pool: x.half().cpu() for pool, x in pools.items()})
         for pool in chunks[0]:
             x = torch.cat([chunk[pool] for chunk in chunks])
-            check_finite({pool: x}, f"features of {name}")
             features.setdefault(pool, {})[name] = x
     return features
 

@@ -1,4 +1,6 @@
-"""What masks follow: a teacher's attention, maps from files, predicted losses, and pixels.
+"""What masks follow, and what teaches it: a teacher's attention, other scores, and the contrastive loss.
+
+A score of each patch is one of these; mask.py says which strategy reads which:
 
     attn        attention of a teacher: the average of the run, another encoder, or apps/maps.py
     fg          share of foreground: true masks of the data, or apps.maps --map saliency
@@ -8,7 +10,19 @@
 
 Maps belong to whole images, and are cropped and flipped as the images are.
 
-    B views   N = g * g patches of a view   M hidden patches   P parts   n training images
+A masked autoencoder has no loss of its own for the CLS token (its decoder only reads it). So the
+attention of that token depends mostly on the place of a patch, and a mask that follows it would
+hide the border. A second loss, the class Contrast, trains an attention that means something:
+
+    pooler   a small network reads the patch tokens (model.Pooler). No gradient passes from it to
+             the encoder, which stays a plain MAE's, to the bit
+    cls      the CLS token itself, and with it the encoder. CAN (Mishra et al. 2022,
+             arXiv:2210.16870) trains both losses at once, MAE-CT (Lehner et al. 2023,
+             arXiv:2304.10520) one after the other
+
+    B views   s their side   N = g * g patches of a view   K visible, M hidden patches
+    n training images   S their side   G side of a map   D width of the encoder
+    b images of a step, m of them have a second view   E numbers of a vector that is compared
 """
 
 import copy
@@ -20,139 +34,161 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common.checkpoints import beside, model_file
-from common.command import progress
-from common.io import UserError
-from kernels.gather import all_places, masked_patch_gather
-from model import Block, init_weights, sincos_positions
+import mask as masking
+from common.checkpoints import flags_of, load_teacher
+from common.groups import groups_of
+from common.train import UserError, progress
+from kernels.patches import all_places, masked_patch_gather
 
-IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # score: the map of apps/maps.py
+# Scores that are maps of whole images, and what apps/maps.py calls such a file.
+MAPS = {"attn": "attn", "fg": "saliency", "parts": "parts"}
 NAMES = {"attn": "attention", "fg": "foreground", "parts": "parts", "difficulty": "predicted loss"}
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # true maps that a data set may hold
 ATTENTION = ("pooler", "rollout", "cls", "outlier")  # kinds of it; see `attention`
 SAMPLE = 1024  # images that the mean token of each place is taken from, for `outlier`
 HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 % after a tenth
+HIDDEN, OUT = 1024, 128  # widths of the projector
+JITTER = 0.3  # by so much brightness, contrast and saturation of a second view change at most
+# Keys of --contrast. share: of the pictures that get a second view; every: in how many steps one
+# has the loss. The pooler has less to learn than the encoder, so that every second step is enough.
+# Another weight of pooler would change nothing: AdamW divides by the size of the gradient, and no other
+# loss trains it. That of cls counts, because the encoder has the MAE's loss, too.
+SETTINGS = {
+    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1, "share": 0.5, "every": 2},
+    "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0, "share": 1.0, "every": 1},
+    "none": {},
+}
+
+# ---- what a mask follows -------------------------------------------------------------------------
 
 
-# ---- where a score comes from --------------------------------------------------------------------
-# One class for each source. pretrain.py calls the same methods of all of them.
+class Guide(nn.Module):
+    """The score that a mask follows. It has one of three sources, and `scores` reads it at each step:
 
+    maps       of all training images, cropped as the images are. They come from files, or are the
+               attention of a teacher: of another checkpoint, or of the average of the run's encoder
+    predictor  a network that learns which patches are hard
+    view       the pixels themselves
 
-class Source:
-    """Where a score comes from. This base class is the source of masks that follow none, such as random."""
-
-    teacher = None  # a Teacher, whose attention is the score
-    predictor = None  # a network that predicts the score
-    file = None  # of the teacher's maps, which a resumed run opens again
-
-    def networks(self):
-        """{name: network} of those that are saved with the run."""
-        return {}
-
-    def state_dict(self):
-        return {"maps": self.file}
-
-    def load_state_dict(self, state):
-        """Nothing to restore; TeacherScore opens its maps."""
-
-    def scores(self, index, boxes, flip, view):
-        """What a strategy reads, {name: tensor}, of views u8 (B, S, S, 3), cut from images `index`.
-
-        A score is (B, N), that of parts (B, N, P), and "view" is the views themselves.
-        """
-        return {}
-
-    def loss(self, ids_mask, error):
-        """The loss of a network that predicts the score, by the errors (B, M) of hidden patches."""
-        return 0.0
-
-    def update_teacher(self, encoder, step, total):
-        """After an update of the encoder: the teacher follows it."""
-
-
-class ViewScore(Source):
-    """view: the strategy computes a score of its own from the pixels, as `detail` does in mask.py."""
-
-    def __init__(self, shuffle=False):
-        self.shuffle = shuffle
-
-    def scores(self, index, boxes, flip, view):
-        # The control: each mask follows the view before its own, so that only the content is lost.
-        return {"view": view.roll(1, 0) if self.shuffle else view}
-
-
-class PredictedScore(Source):
-    """difficulty: the loss that a small network expects in each patch. It learns during the run."""
-
-    def __init__(self, encoder, autocast, shuffle=False):
-        self.side, self.patch = encoder.side, encoder.patch_size
-        self.autocast, self.shuffle = autocast, shuffle
-        self.predictor = LossPredictor(self.side, self.patch)
-
-    def networks(self):
-        return {"predictor": self.predictor}
-
-    def scores(self, index, boxes, flip, view):
-        patches = masked_patch_gather(view, all_places(view, self.patch), self.patch)
-        with self.autocast():
-            self.predicted = self.predictor(patches).float()  # (B, N)
-        score = self.predicted.detach()
-        return {"difficulty": score.roll(1, 0) if self.shuffle else score}
-
-    def loss(self, ids_mask, error):
-        # By what `scores` has predicted for this very batch.
-        return ranking_loss(self.predicted.gather(1, ids_mask), error)
-
-
-class MapScore(Source):
-    """attn, fg or parts, from maps (n, G, G) of the training images; parts: how many a map has."""
-
-    def __init__(self, name, encoder, maps=None, parts=0, shuffle=False):
-        self.name, self.side = name, encoder.side
-        self.maps, self.parts = maps, parts
-        self.shuffle = shuffle
-
-    def scores(self, index, boxes, flip, view):
-        """1 everywhere before there are maps. With shuffle, the map of another image, under this crop."""
-        if self.maps is None:
-            return {self.name: torch.ones(len(index), self.side**2, device=boxes.device)}
-        index = index.roll(1) if self.shuffle else index
-        if self.name == "parts":
-            return {"parts": crop_parts(self.maps, index, boxes, flip, self.side, self.parts)}
-        return {self.name: crop_map(self.maps, index, boxes, flip, self.side)}
-
-
-class TeacherScore(MapScore):
-    """attn: the attention of a teacher, kept as maps that it makes at the start of some epochs.
-
-    A map for every crop would add 57.5 % to a step (results/bench_masks.csv), because the teacher
-    reads all patches and the encoder a quarter. Maps of whole images are made a few times, and cropped
-    as the images.
+    It is part of a run's state: the average, its maps and the predictor go on as they were.
     """
 
-    def __init__(self, encoder, teacher, out, shuffle=False):
-        super().__init__("attn", encoder, shuffle=shuffle)
-        self.teacher, self.out = teacher, Path(out)
+    def __init__(self, score, encoder, shuffle=False):
+        super().__init__()
+        self.score, self.shuffle = score, shuffle
+        self.side, self.patch = encoder.side, encoder.patch_size
+        # Maps of a file (n, G, G) stay in it; `parts` is how many parts they name, 0 of other maps.
+        self.map_file, self.parts = None, 0
+        # Maps of a teacher (n, g, g) are a part of the state.
+        self.register_buffer("maps", None)
+        self.teacher, self.kind = None, None  # the average, and which attention of it is read
+        self.epochs = set()  # at whose start it makes its maps anew
+        self.predictor = None
+        if score == "difficulty":
+            from common.variants import LossPredictor
 
-    def networks(self):
-        return {"teacher": self.teacher.encoder} if self.teacher.learns else {}
+            self.predictor = LossPredictor(self.side, self.patch)
 
-    def load_state_dict(self, state):
-        if state["maps"]:
-            self.open_maps(Path(state["maps"]).name)
+    @torch.no_grad()
+    def make_maps(self, teacher, images, autocast):
+        """The teacher's attention to all images: in fp16, 128 bytes a picture on a grid of 8 x 8."""
+        # A map for every crop would add 57.5 % to a step (results/bench_masks.csv), because the teacher
+        # reads all patches and the encoder a quarter. Maps of whole images are made a few times.
+        indices, g = torch.arange(len(images)), self.side
+        chunks = attention(teacher, images, indices, self.kind, autocast)
+        bar = progress(chunks, "attention", math.ceil(len(images) / data.CHUNK), leave=False)
+        for index, score in bar:
+            self.maps[index[0] : index[-1] + 1] = score.unflatten(1, (g, g)).half()
 
-    def open_maps(self, name):
-        """Take the teacher's maps from this file of the run."""
-        self.file = name
-        self.maps = data.open_tensors(self.out / name)["attn"]
+    def scores(self, index, boxes, flip, view, autocast):
+        """What a strategy reads, {name: tensor}, of views u8 (B, s, s, 3), cut from images `index`.
 
+        "view" are the views themselves. A score is (B, N), that of parts (B, N, parts). With shuffle, the
+        control, each image gets all of it from the one before it in the batch: only the content is lost.
+        """
+        own = view
+        if self.shuffle:
+            # Another image's map under this crop, and another view.
+            index, view = index.roll(1), view.roll(1, 0)
+        scores = {"view": view}
+        if self.score in MAPS:
+            maps = self.maps if self.map_file is None else self.map_file
+            scores[self.score] = crop_map(maps, index, boxes, flip, self.side, self.parts)
+        if self.predictor is not None:
+            patches = masked_patch_gather(own, all_places(own, self.patch), self.patch)
+            with autocast():
+                self.predicted = self.predictor(patches).float()  # (B, N)
+            score = self.predicted.detach()
+            scores[self.score] = score.roll(1, 0) if self.shuffle else score
+        return scores
+
+    def loss(self, ids_mask, error):
+        """The loss of the predictor for this batch, by the errors (B, M) of hidden patches; else 0."""
+        if self.predictor is None:
+            return 0.0
+        return self.predictor.loss(self.predicted.gather(1, ids_mask), error)
+
+    @torch.no_grad()
     def update_teacher(self, encoder, step, total):
-        if self.teacher.learns:
-            self.teacher.update(encoder, step, total)
+        """The average takes a step towards the encoder."""
+        if self.teacher is None:
+            return
+        old, new = list(self.teacher.parameters()), list(encoder.parameters())
+        torch._foreach_lerp_(old, new, 1 - ema_momentum(step, total))
+        # Of buffers, such as the statistics of a BatchNorm, there is no average worth having.
+        for mine, theirs in zip(self.teacher.buffers(), encoder.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+def make_guide(score, flags, encoder, train_set, autocast, start, shuffle):
+    """The Guide of a strategy that reads this score; masks follow it after the share `start` of a run."""
+    guide = Guide(score, encoder, shuffle)
+    if score not in MAPS:
+        return guide
+    if score != "attn" or flags.teacher == "maps":
+        guide.map_file, guide.parts, note = open_maps(score, flags.maps, flags.data, train_set)
+        print(f"score    {note}")
+        return guide
+    # Until there are maps, all patches have the same attention, so the noise alone decides.
+    shape = len(train_set["images"]), encoder.side, encoder.side
+    guide.maps = torch.zeros(shape, dtype=torch.half, device=encoder.device)
+    if flags.teacher == "self":
+        trained = vars(flags)
+        teacher = guide.teacher = copy.deepcopy(encoder).eval().requires_grad_(False)
+        guide.epochs = map_epochs(flags.epochs, start)
+    else:
+        trained = flags_of(flags.teacher)
+        teacher = load_teacher(flags.teacher).to(encoder.device).requires_grad_(False)
+    guide.kind = flags.attention or default_attention(teacher, trained)
+    print(f"score    attention ({guide.kind}) of {flags.teacher}")
+    if guide.kind == "pooler" and teacher.pooler is None:
+        raise UserError("--attention pooler: --contrast pooler trains one; choose outlier")
+    if guide.teacher is None and not flags.resume:  # a resumed run has the maps in its state
+        guide.make_maps(teacher, train_set["images"], autocast)
+    return guide
+
+
+def map_epochs(epochs, start):
+    """At whose start the average of the encoder makes maps: when masks begin to follow, then two more."""
+    at = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
+    if min(at) >= epochs:
+        print(f"warning  {epochs} epochs end before the teacher makes a map: masks stay random")
+    return at
+
+
+def default_attention(encoder, flags):
+    """How to read the attention of an encoder: by what its run trained, whose flags are {} if unknown."""
+    if encoder.pooler is not None:
+        return "pooler"
+    # A public checkpoint has no flags. DINO trained its CLS token. MAE did not: for its file, give
+    # --attention outlier.
+    if not flags:
+        return "cls"
+    return "rollout" if str(flags.get("contrast")).startswith("cls") else "outlier"
 
 
 def as_pictures(scores):
-    """Scores (B, N) or (B, N, P) -> {name: (B, g, g)}; for parts, the largest part of each patch.
+    """Scores (B, N) or (B, N, parts) -> {name: (B, g, g)}; for parts, the largest part of each patch.
 
     The view is no score. What a strategy computes of it is in the priority that it returns.
     """
@@ -166,53 +202,6 @@ def as_pictures(scores):
     return pictures
 
 
-# ---- the teacher ---------------------------------------------------------------------------------
-
-
-class Teacher:
-    """The encoder whose attention masks follow; it learns if it is the average of the run's encoder.
-
-    attention_kind: how its attention is read (`attention`); epochs: at whose start it makes maps of
-    all images.
-    """
-
-    def __init__(self, encoder, attention_kind, epochs, learns=False):
-        check_attention(attention_kind, encoder)
-        self.encoder = encoder.requires_grad_(False)
-        self.attention_kind, self.epochs, self.learns = attention_kind, epochs, learns
-
-    @torch.no_grad()
-    def update(self, encoder, step, total):
-        """The average takes a step towards the encoder."""
-        momentum = ema_momentum(step, total)
-        old = list(self.encoder.parameters())
-        new = list(encoder.parameters())
-        torch._foreach_lerp_(old, new, 1 - momentum)
-        # Of buffers, such as the statistics of a BatchNorm, there is no average worth having.
-        for mine, theirs in zip(self.encoder.buffers(), encoder.buffers(), strict=True):
-            mine.copy_(theirs)
-
-    def write_maps(self, images, path, autocast):
-        """Write the attention to all images as f16 (n, g, g): memory does not grow with the data."""
-        n = len(images)
-        g = self.encoder.side
-        rows = attention_rows(images, self.encoder, self.attention_kind, autocast)
-        chunks = progress(rows, "attention", math.ceil(n / data.CHUNK), leave=False)
-        data.write_maps(path, "attn", chunks, (n, g, g), "F16")
-
-
-def average_of(encoder, attention_kind, epochs, start):
-    """The Teacher that is the exponential moving average (EMA) of the run's encoder.
-
-    Masks follow it after the share `start` of the epochs.
-    """
-    # a young teacher's attention is poor, so it makes new maps at a quarter and at half of the run
-    at = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
-    if min(at) >= epochs:
-        print(f"warning  {epochs} epochs end before the teacher makes a map: masks stay random")
-    return Teacher(copy.deepcopy(encoder).eval(), attention_kind, at, learns=True)
-
-
 def ema_momentum(step, total):
     """The momentum of the average: which share of the old teacher is kept at a step.
 
@@ -220,25 +209,6 @@ def ema_momentum(step, total):
     """
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
     return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
-
-
-def default_attention(flags, teacher):
-    """How to read the attention of a teacher ("self", a run or a file): by what its run trained."""
-    contrast = str(flags.get("contrast"))  # a public checkpoint has no flags
-    if contrast.startswith("cls"):
-        return "rollout"
-    has_pooler = teacher != "self" and beside(teacher, "pooler").exists()
-    if has_pooler or (teacher == "self" and contrast.startswith("pooler")):
-        return "pooler"
-    # As DINO, which trained its CLS token. MAE did not: for its file, give --attention outlier.
-    is_public = not flags and model_file(teacher).is_file()
-    return "cls" if is_public else "outlier"
-
-
-def check_attention(kind, encoder):
-    """The attention of a pooler needs a pooler."""
-    if kind == "pooler" and encoder.pooler is None:
-        raise UserError("--attention pooler: --contrast pooler trains one; choose outlier")
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -260,7 +230,7 @@ def attention(encoder, images, indices, kind, autocast):
         for index, tokens in patch_tokens(encoder, images, indices, autocast):
             yield index, (tokens - mean.to(tokens.device)).norm(dim=2)
         return
-    device = encoder.cls_token.device
+    device = encoder.device
     for index, view in data.whole_views(images, indices, encoder.image_size, device):
         with autocast():
             score = encoder.patch_attention(view, kind)  # (b, H, N)
@@ -269,61 +239,128 @@ def attention(encoder, images, indices, kind, autocast):
 
 def patch_tokens(encoder, images, indices, autocast):
     """Yield (index, patch tokens (b, N, D) fp32) of whole images `indices`, in order."""
-    device = encoder.cls_token.device
+    device = encoder.device
     for index, view in data.whole_views(images, indices, encoder.image_size, device):
         with autocast():
             tokens = encoder.features(view)
         yield index, tokens[:, 1:].float()
 
 
-def attention_rows(images, encoder, kind, autocast):
-    """Yield (b, g, g) fp16 of all images, in order: the chunks of a file of maps."""
-    indices = torch.arange(len(images))
-    for _, score in attention(encoder, images, indices, kind, autocast):
-        yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
+# ---- what teaches the attention ------------------------------------------------------------------
 
 
-# ---- the network that predicts losses ------------------------------------------------------------
+class Contrast(nn.Module):
+    """The contrastive loss: two views of a picture get vectors that are more alike than those of others.
 
+    The first view of a picture is the one that the MAE reconstructs. A share of the pictures gets a
+    second one, on another background and in other colours, of which only the visible patches are read.
+    Let i and j be the two views of a picture, and k any view of the batch:
 
-class LossPredictor(nn.Module):
-    """Predicts which patches are hard to reconstruct, after HPM (Wang et al. 2023, arXiv:2304.05919).
+        h = unit(projector(u))          u (D): what pooler or CLS token says of the visible patches
+        L_i = -log( exp(h_i h_j / T) / sum_k exp(h_i h_k / T) )
 
-    HPM's is a second decoder of the MAE's encoder. This is a network of its own, which sees all patches.
+    The sum over k != i is NT-Xent (normalised temperature-scaled cross-entropy; SimCLR, Chen et al. 2020,
+    arXiv:2002.05709). DCL (decoupled contrastive learning, Yeh et al. 2021, arXiv:2110.06848) leaves k = j
+    out of the sum, too: otherwise a pair that is alike already makes the gradient of all its negatives
+    small. The projector is dropped after training.
+
+    figures: foreground masks u8 (n, S, S) of all training pictures, or None. Pictures of one
+    group are not each other's negatives.
     """
 
-    def __init__(self, side, patch_size, dim=64):
+    def __init__(self, encoder, settings, train_set, figures, min_crop):
         super().__init__()
-        self.embed = nn.Linear(patch_size * patch_size * 3, dim)
-        self.register_buffer("positions", sincos_positions(dim, side)[:, 1:])
-        self.block = Block(dim, dim // 32)
-        self.score = nn.Linear(dim, 1)
-        self.apply(init_weights)
+        dim = encoder.config["dim"]
+        first = nn.Linear(dim, HIDDEN, bias=False)  # the norm would remove a bias
+        norm = nn.BatchNorm1d(HIDDEN, track_running_stats=False)
+        last = nn.Linear(HIDDEN, OUT)
+        self.projector = nn.Sequential(first, norm, nn.ReLU(), last)
+        self.register_buffer("groups", groups_of(train_set), persistent=False)
+        for layer in (first, last):
+            nn.init.xavier_uniform_(layer.weight)
+        self.image_size, self.patches = encoder.image_size, encoder.side**2
+        self.settings, self.min_crop = settings, min_crop
+        self.figures = figures
+        self.pooler = encoder.pooler  # None: the CLS token is compared, and the encoder learns
+        self.trains_encoder = encoder.pooler is None
 
-    def forward(self, patches):
-        """patches (B, N, p*p*3) of a view -> score (B, N), higher for a greater expected loss."""
-        return self.score(self.block(self.embed(patches) + self.positions)).squeeze(-1)
+    def second_views(self, images, index, K, generator):
+        """Second views of the first m of the images u8 (b, S, S, 3), which are `index` of the set.
+
+        -> views u8 (m, s, s, 3), and their visible places (m, K). They are in other colours and, where the
+        figures are known, on the background of another picture: what tells a picture from the others has
+        to be found on the figure, and not behind it.
+        """
+        # Two at least, for the background of another picture.
+        m = min(len(images), max(2, round(self.settings["share"] * len(images))))
+        device = images.device
+        boxes, flip = data.draw_boxes(m, generator, self.min_crop)
+        colours = torch.rand(m, 3, generator=generator)
+        noise = masking.gumbel_noise(m, self.patches, generator)
+        boxes, flip, colours, noise = (data.send(x, device) for x in (boxes, flip, colours, noise))
+        view = data.view_images(images[:m], boxes, flip, self.image_size)
+        if self.figures is not None:
+            figures = data.take(self.figures, index[:m], device)
+            fg = data.view_maps(figures, boxes, flip, self.image_size)[..., None] / 255
+            view = data.swap_backgrounds(view, fg)  # fg (m, s, s, 1)
+        view = data.jitter_colour(view, colours, JITTER)
+        # A random mask, whatever --mask is. If the masks of both views followed one map, like places would
+        # be visible in both, and which ones they are would tell the pair.
+        ids_keep, _ = masking.sample(noise, K)
+        return view, ids_keep
+
+    def summary(self, tokens):
+        """tokens (B, 1+K, D) -> (B, D)."""
+        return tokens[:, 0] if self.pooler is None else self.pooler(tokens)
+
+    def forward(self, tokens, second, index):
+        """tokens (b, 1+K, D) of the MAE's views, second (m, 1+K, D), index (b,) of the images.
+
+        -> the weighted loss, and two numbers for the log: the loss, and the share of views that find
+        their pair.
+        """
+        m = len(second)
+        # Second views first: then i and m + i are the two views of a picture.
+        summaries = torch.cat([self.summary(second), self.summary(tokens)])  # (m + b, D)
+        h = F.normalize(self.projector(summaries.float()), dim=1)  # (m + b, E)
+        groups = self.groups[data.send(index, tokens.device)]
+        groups = torch.cat([groups[:m], groups])
+        settings = self.settings
+        T, dcl = settings["temperature"], settings["dcl"]
+        loss, pairs_found = contrastive_loss(h, groups, m, T, dcl)
+        return settings["weight"] * loss, torch.stack([loss.detach(), pairs_found])
 
 
-def ranking_loss(score, error):
-    """Log loss of ranking every two hidden patches by their errors, as HPM; score, error (B, M)."""
-    # only the order counts, because errors shrink while the model learns
-    harder = (error[:, :, None] > error[:, None]).to(score.dtype)  # (B, M, M)
-    return F.binary_cross_entropy_with_logits(score[:, :, None] - score[:, None], harder)
+def contrastive_loss(h, groups, m, temperature, dcl):
+    """DCL or NT-Xent, and the share of views that find their pair; h (m + b, E) of length 1.
+
+    Views i and m + i are of one picture, for i < m. Views from 2m on have no pair in the batch, and
+    serve as negatives. groups (m + b,).
+    """
+    logits = h[: 2 * m] @ h.T / temperature  # (2m, m + b)
+    pair = torch.arange(2 * m, device=h.device).roll(m)[:, None]  # 0 <-> m, 1 <-> m + 1, ...
+    positive = logits.gather(1, pair)  # (2m, 1)
+    same = groups[: 2 * m, None] == groups  # a view is of its own group, too
+    negatives = logits.masked_fill(same, -1e4)
+    pairs_found = (positive > negatives.amax(1, keepdim=True)).float().mean()
+    among = negatives if dcl else torch.cat([positive, negatives], 1)
+    loss = among.logsumexp(1) - positive[:, 0]
+    # A view whose batch is all of its own group has nothing to be told from.
+    return loss.where(~same.all(1), 0).mean(), pairs_found
 
 
-# ---- maps ----------------------------------------------------------------------------------------
+# ---- maps of files -------------------------------------------------------------------------------
 
 
 def open_maps(score, where, folder, split):
-    """The maps (n, G, G) of the training images, the number of parts, and a line about them.
+    """The maps (n, G, G) of the training images, the number of parts (0 of others), and a line about them.
 
     where: a folder or file of apps/maps.py; "truth": masks in the data; "auto": those, else maps/NAME.
     """
-    name = IN_FILES[score]
+    name = MAPS[score]
     has_truth = score in TRUTH and score in split
     if has_truth and where in ("truth", "auto"):
-        count = len(split["header"].get("parts") or [])
+        count = len(split["header"]["parts"]) if score == "parts" else 0
         return split[score], count, f"the true {TRUTH[score]} of {folder}"
     if where == "truth":
         fix = f"{data.maps_command(folder, name)} makes maps without"
@@ -332,19 +369,19 @@ def open_maps(score, where, folder, split):
     path = default if where == "auto" else where
     maps, header = data.open_map(path, name, split)
     notes = [str(header[key]) for key in ("source", "by") if header.get(key)]
-    return maps, header.get("parts", 0) + 1, " ".join([str(path), *notes])
+    count = header["parts"] + 1 if score == "parts" else 0  # the background is a part, too
+    return maps, count, " ".join([str(path), *notes])
 
 
-def crop_map(maps, index, boxes, flip, side):
-    """(B, side*side): maps of these images under the same crops; u8 becomes a share in [0, 1]."""
+def crop_map(maps, index, boxes, flip, side, parts=0):
+    """(B, side*side): maps of these images under the same crops; u8 becomes a share in [0, 1].
+
+    With parts, the maps hold their numbers: (B, side*side, parts), the share of each part in each patch.
+    """
     whole = data.take(maps, index, boxes.device)  # (B, G, G)
-    score = data.view_maps(whole, boxes, flip, side).flatten(1)
-    return score / 255 if whole.dtype == torch.uint8 else score
-
-
-def crop_parts(maps, index, boxes, flip, side, count):
-    """(B, side*side, count): the share of each part in each patch of the same crops."""
-    whole = data.take(maps, index, boxes.device)  # (B, G, G)
-    planes = torch.stack([whole == k for k in range(count)], 1)  # (B, count, G, G)
+    if not parts:
+        score = data.view_maps(whole, boxes, flip, side).flatten(1)
+        return score / 255 if whole.dtype == torch.uint8 else score
+    planes = torch.stack([whole == k for k in range(parts)], 1)  # (B, parts, G, G)
     Wy, Wx = data.view_matrices(boxes, flip, whole.shape[-1], side)
     return (Wy[:, None] @ planes.float() @ Wx[:, None]).flatten(2).transpose(1, 2)

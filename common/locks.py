@@ -9,8 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from common.command import AT_END, refuse_overwrite
-from common.io import UserError
+from common.train import AT_END, UserError, refuse_overwrite
 
 try:
     import fcntl

@@ -1,12 +1,84 @@
-"""What is measured of a trained network, as pure functions of tensors: no files, no models."""
+"""What is measured of a trained network, as pure functions of tensors: no files, no models.
+
+First what can be read off frozen features (kNN, ridge and logistic regression) and how good it is. Then
+the controls: what colours alone tell. Last, whether a difference is more than chance.
+
+scikit-learn and scipy are imported where a result is judged, not where a stage starts.
+
+    n images   D width of the features   C classes
+"""
 
 import copy
+import functools
+import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.readout import standardise, topk
+import data
+
+LEAST_SEEDS = 3  # of an interval: two give a t of 12.7, and tie by chance
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of the ridge regression on thumbnails
+BINS = 8  # of red, green and blue
+SVM_IMAGES = 4000  # of train, at most
+COSTS = (1, 10, 100)  # C of the SVM; one is chosen on dev
+
+# ---- what can be read off frozen features --------------------------------------------------------
+
+
+def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
+    """Votes of the k nearest of bank (n, D) for each class: queries (Q, D) -> (Q, classes).
+
+    A vote weighs exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978, section 3.4).
+    """
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    votes = torch.zeros(len(queries), classes, device=bank.device)
+    for chunk in torch.arange(len(queries)).split(4096):
+        similarity, nearest = (queries[chunk] @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
+        weights = (similarity / temperature).exp()
+        votes[chunk] = votes[chunk].scatter_add_(1, bank_labels[nearest], weights)
+    return votes
+
+
+def standardise(train, *others):
+    """-> all in float64, shifted and scaled by the mean and standard deviation of train (n, D)."""
+    mean = train.double().mean(0)
+    # Train alone gives both numbers: other pictures are to be judged, so nothing may be learned of them.
+    std = train.double().std(0) + 1e-6  # a constant column becomes 0
+    return [(x.double() - mean) / std for x in (train, *others)]
+
+
+def ridge(x, labels, classes, penalty):
+    """Least squares onto one-hot labels -> (W (D, C), b (C)); x (n, D) float64, standardised.
+
+    W = (X^T X + penalty I)^-1 X^T Y (Hoerl and Kennard 1970): linear regression in closed form.
+    """
+    Y = F.one_hot(labels, classes).to(x.dtype)
+    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.linalg.solve(gram, x.T @ (Y - Y.mean(0))), Y.mean(0)
+
+
+def topk(scores, labels, k):
+    """Share of rows of scores (n, C) whose label is among the k highest; of ties, the first ones."""
+    # topk() of torch breaks ties as it likes; a stable sort gives the same answer on every machine.
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return (best == labels[:, None]).any(1).double().mean().item()
+
+
+def thumbnails(images, side):
+    """images u8 (n, S, S, 3) -> (n, side*side*3) in [-0.5, 0.5]: the mean colour of each cell."""
+    small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), side)
+    return small.flatten(1) / 255 - 0.5
+
+
+def effective_rank(x):
+    """x (n, D) -> exp of the entropy of its singular values' shares (Roy and Vetterli 2007)."""
+    values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
+    share = values / values.sum().clamp(min=1e-30)
+    return round(torch.special.entr(share).sum().exp().item(), 2)
+
 
 # ---- nearest neighbours --------------------------------------------------------------------------
 
@@ -19,7 +91,7 @@ def retrieval(features, labels, groups, most=5000):
     Queries without a right answer are left out; {} if all are. Recall@k: a right answer is among
     the first k. map: mean over queries of the mean precision at the rank of each right answer.
     """
-    some = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()  # evenly spaced
+    some = data.evenly_spaced(len(labels), most)
     features = F.normalize(features[some].float(), dim=1)
     labels, groups = labels[some], groups[some]
     n = len(some)
@@ -206,3 +278,180 @@ def logistic_probe(x, labels, choose, truth, classes):
         return log_p
 
     return scores, best.C
+
+
+# ---- controls: a recogniser by colours alone; pictures without colour ------------------------------
+
+
+def histograms(images):
+    """images u8 (n, S, S, 3) -> (n, BINS^3): square roots of the shares of colours, all of one area."""
+    bins = images.flatten(1, 2).long() * BINS // 256
+    place = (bins[..., 0] * BINS + bins[..., 1]) * BINS + bins[..., 2]
+    # images.shape[0] and not len(images), which would be a constant in an ONNX file.
+    counts = torch.zeros(images.shape[0], BINS**3, device=images.device)
+    counts = counts.scatter_add(1, place, torch.ones_like(place, dtype=counts.dtype))
+    return (counts / place.shape[1]).sqrt()
+
+
+def features_of(extract, images, index):
+    """extract(u8 (b, S, S, 3)) -> (b, D), of packed pictures, index (n,) of a set -> (n, D)."""
+    chunks = (data.take(images.split["images"], some, some.device) for some in index.split(1024))
+    return torch.cat([extract(chunk) for chunk in chunks])
+
+
+def thumbnail_top1(train, dev, report):
+    """Three Subsets -> Top-1 in percent of a ridge regression on thumbnails, chosen on dev."""
+    sets = train, dev, report
+    small = [features_of(functools.partial(thumbnails, side=8), x, x.index) for x in sets]
+    labels = [images.labels[images.index] for images in sets]
+    x, choose, judged = standardise(*small)
+    fits = [ridge(x, labels[0], int(labels[0].max()) + 1, penalty) for penalty in PENALTIES]
+    W, b = max(fits, key=lambda fit: topk(choose @ fit[0] + fit[1], labels[1], 1))
+    return 100 * topk(judged @ W + b, labels[2], 1)
+
+
+def histogram_svms(train, costs=COSTS):
+    """-> support vector machines on histograms of colours, one for each of the costs.
+
+    If there are more than SVM_IMAGES pictures, they learn so many of them at most, because their time
+    grows with the square: equally many of each character, as far as it has them.
+    """
+    from sklearn.svm import SVC
+
+    some, labels = train.index, train.labels[train.index]
+    if len(some) > SVM_IMAGES:
+        share = max(1, SVM_IMAGES // len(labels.unique()))
+        some = some[torch.cat(data.evenly_of_each(labels, share))]
+    x = features_of(histograms, train, some)
+    return [SVC(C=cost).fit(x, train.labels[some]) for cost in costs]
+
+
+def histogram_top1(train, dev, report):
+    """A control: Top-1 in percent of an SVM on histograms of colours, its cost chosen on dev."""
+    judged = [(features_of(histograms, y, y.index), y.labels[y.index]) for y in (dev, report)]
+    best = max(histogram_svms(train), key=lambda fit: fit.score(*judged[0]))
+    return 100 * best.score(*judged[1])
+
+
+class Gray:
+    """Packed pictures u8 (n, S, S, 3), of which an index gives its rows without colour."""
+
+    def __init__(self, images):
+        self.images = images
+        self.shape = images.shape
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        images = torch.from_numpy(self.images[index]).float()
+        gray = (images @ torch.tensor(data.LUMA)).round().to(torch.uint8)
+        return gray[..., None].expand(-1, -1, -1, 3).numpy()
+
+
+def in_gray(images):
+    """A Subset -> the same without colour."""
+    split = images.split | {"images": Gray(images.split["images"])}
+    return replace(images, name=f"{images.name} in gray", split=split)
+
+
+# ---- is a difference more than chance? Intervals of 95 % -------------------------------------------
+
+
+def mean_std(values):
+    """-> {"mean", "std", "n"}; no std of a single value."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
+
+
+def plus_minus(measured, digits=1):
+    """{"mean", "std"} -> "84.2 ± 0.3"; "-" for None."""
+    if measured is None:
+        return "-"
+    std = "" if measured["std"] is None else f" ± {measured['std']:.{digits}f}"
+    return f"{measured['mean']:.{digits}f}{std}"
+
+
+def varies(values):
+    """Can an interval be said? Not from under three seeds, nor from seeds that all tie."""
+    spread = 1e-9 * max(1.0, np.abs(values).max(initial=0))
+    return len(values) >= LEAST_SEEDS and np.std(values, ddof=1) > spread
+
+
+def t_interval(differences):
+    """Paired differences, one of each seed -> {"mean", "low", "high", "p"} by Student's t.
+
+    None where nothing `varies`: that is no evidence.
+    """
+    from scipy.stats import ttest_1samp
+
+    d = np.asarray(differences, np.float64)
+    if not varies(d):
+        return None
+    test = ttest_1samp(d, 0)
+    low, high = test.confidence_interval(0.95)
+    return {"mean": d.mean(), "low": float(low), "high": float(high), "p": float(test.pvalue)}
+
+
+def standard_error(percent, n):
+    """Of a share of n pictures, in percent as the share is: sqrt(p (1 - p) / n)."""
+    return (percent * (100 - percent) / n) ** 0.5
+
+
+def least_error(share, n):
+    """The smallest standard error that n pictures allow a share of them, 0 to 1.
+
+    That of n independent ones, sqrt(p (1 - p) / n). It would be 0 where all of them agree, so p counts
+    two hits and two misses more (after Agresti and Coull 1998, who divide by n + 4).
+    """
+    likely = (share * n + 2) / (n + 4)
+    return (likely * (1 - likely) / n) ** 0.5
+
+
+def share_interval(right, groups):
+    """right (n,) bool, groups (n,) -> low, high: the bootstrap of their share, in percent.
+
+    It draws whole groups, and is at least as wide as that of n independent pictures.
+    """
+    interval = bootstrap(100.0 * np.asarray(right, np.float64)[None], groups)
+    reach = 196 * least_error(interval["mean"] / 100, len(right))
+    low = min(interval["low"], max(0.0, interval["mean"] - reach))
+    high = max(interval["high"], min(100.0, interval["mean"] + reach))
+    return low, high
+
+
+def to_bits(right):
+    """(n,) bool, which images a probe got right -> "87c0:10": two hexadecimal digits for eight images; n."""
+    return f"{np.packbits(np.asarray(right, bool)).tobytes().hex()}:{len(right)}"
+
+
+def from_bits(text, n):
+    """The text of `to_bits` -> (n,) bool; None if it is of fewer or more images.
+
+    Older texts have no n, and are asked by whole bytes.
+    """
+    digits, _, count = text.partition(":")
+    bits = np.frombuffer(bytes.fromhex(digits), np.uint8)
+    fits = int(count) == n if count else len(bits) == math.ceil(n / 8)
+    return np.unpackbits(bits, count=n).astype(bool) if fits else None
+
+
+def bootstrap(differences, groups, draws=2000):
+    """differences (seeds, images), groups (images,) -> {"mean", "low", "high", "p"}.
+
+    Seeds and illustrations are resampled with replacement; an illustration may hold several images.
+    Percentile interval; p is twice the smaller share of draws on the far side of 0.
+    """
+    d = np.asarray(differences, np.float64)
+    _, ids = np.unique(groups, return_inverse=True)
+    size = np.bincount(ids)
+    rng = np.random.default_rng(0)
+    sums = np.stack([np.bincount(ids, row) for row in d])  # (seeds, groups)
+    means = np.empty(draws)
+    for i in range(draws):
+        times_group = np.bincount(rng.integers(len(size), size=len(size)), minlength=len(size))
+        times_seed = np.bincount(rng.integers(len(d), size=len(d)), minlength=len(d)) / len(d)
+        means[i] = times_seed @ sums @ times_group / (size @ times_group)
+    low, high = np.quantile(means, [0.025, 0.975])
+    side = min((means <= 0).mean(), (means >= 0).mean())
+    return {"mean": d.mean(), "low": low, "high": high, "p": min(1.0, 2 * max(side, 1 / draws))}

@@ -1,4 +1,4 @@
-"""How every picture of the project looks, and those of pre-training: PNG, 150 dots per inch.
+"""How every picture of the project looks, and those of a run: PNG, 150 dots per inch.
 
 Colours are Okabe and Ito's, which the colour-blind can tell apart. Maps are drawn in viridis.
 """
@@ -15,8 +15,9 @@ os.environ["MPLBACKEND"] = "Agg"  # first: the shell's may be a name that matplo
 import matplotlib.pyplot as plt
 import torch
 from matplotlib import font_manager
+from matplotlib.colors import PowerNorm
 
-from common.io import atomic
+from common.train import atomic
 
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
@@ -107,7 +108,7 @@ def curves(path, rows, split, title):
     held = [r for r in rows if "val_mse" in r]
     optional = {"knn": recognition, "attention_on": attention_on}
     more = [draw for key, draw in optional.items() if any(key in r for r in held)]
-    lines = 2 if more else 1
+    lines = 1 + (len(more) + 1) // 2  # of two panels each
     with panels(path, title, lines, 2, (8, 0.3 + 3.2 * lines), squeeze=False) as grid:
         axes = grid.flat
         plot_rows(axes[0], rows, "epoch", "loss", color=BLUE)
@@ -150,3 +151,32 @@ def recognition(axis, held):
     axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %")
     axis.set_ylim(bottom=0)
     legend_below(axis, 2)
+
+
+# ---- fine-tuning ---------------------------------------------------------------------------------
+
+
+def tuning_curves(path, rows, best, title):
+    """Rows of log.jsonl of finetune_lora.py -> the loss; Top-1 and macro-F1 on dev, by epoch."""
+    with panels(path, title, 1, 2, (8.4, 3.2)) as (left, right):
+        plot_rows(left, rows, "epoch", "loss", color=BLUE)
+        left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
+        plot_rows(right, rows, "epoch", "dev_top1", color=BLUE, label="Top-1")
+        plot_rows(right, rows, "epoch", "dev_macro_f1", color=ORANGE, label="macro-F1")
+        right.axvline(best, color=INK, ls=":", label=f"kept: epoch {best}")
+        right.set(title="Dev", xlabel="epoch", ylabel="%", ylim=(0, 100))
+        right.legend(loc="lower left")
+
+
+def confusion(path, table, names, title):
+    """Counts (C, C), rows the true class, columns the predicted one: in percent of each row."""
+    table = torch.tensor(table).double()
+    percents = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
+    with panels(path, title, 1, 1, (7.2, 6.4)) as axis:
+        # The square root of a share decides its colour, because rare mistakes should be seen.
+        image = axis.imshow(percents.numpy(), norm=PowerNorm(0.5, 0, 100))
+        axis.figure.colorbar(image, label="% of the true class")
+        axis.set(xlabel="predicted class", ylabel="true class")
+        if len(names) <= 50:
+            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+            axis.set_yticks(range(len(names)), names, fontsize=6)

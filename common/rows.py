@@ -8,7 +8,7 @@ import tempfile
 
 import numpy as np
 
-from common.io import DTYPES, atomic
+from common.train import ARRAYS, atomic
 
 
 def write_rows(path, planes, n, rows, header, spare=0):
@@ -45,7 +45,7 @@ def file_head(planes, n, header):
     entries = {"__metadata__": {"animask": json.dumps(header)}}
     start = 0
     for name, (dtype, shape) in planes.items():
-        end = start + n * math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        end = start + n * math.prod(shape) * np.dtype(ARRAYS[dtype]).itemsize
         entries[name] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [start, end]}
         start = end
     return json.dumps(entries).encode()

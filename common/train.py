@@ -1,112 +1,287 @@
-"""What stands around every training loop: flags, device and dtype, optimizer, log, checkpoint.
+"""What surrounds every training loop: flags, files, the machine, optimizer and schedule, log and state.
 
-Plain functions, no trainer: a stage's loop stays in the stage, where it can be read.
+Plain functions, and one class for what holds state over a loop. No trainer: a stage's loop stays in
+the stage, where it can be read.
 """
 
+import argparse
 import contextlib
 import ctypes
 import functools
-import hashlib
 import json
 import math
 import os
 import platform
-import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import timeit
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import distributed
+from tqdm import tqdm
 
-from common.command import (
-    at_least,
-    progress,
-    refuse_overwrite,
-    refuse_useless,
-    started_as,
-)
-from common.fields import TEXT, check_fields, number, shown, whole
-from common.io import UserError, atomic, parse_table, quoted, read_torch, reading, save_text
-
+ROOT = Path(__file__).resolve().parent.parent  # the program's folder
+# Of state.pt, model.safetensors and head.safetensors: each holds tensors under the names of the code. 1 had
+# public names, and parts in files of their own.
+FORMAT = 2
 LOG_EVERY = 10  # steps
-CODE = ("*.py", "common/*.py", "kernels/*.py", "apps/*.py", "ingest/*.py", "lab/*.py")
-OTHERS_STREAM = 1 << 21  # seeds what asks no generator of ours; smaller numbers are other streams
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 SAVE_EVERY = 120  # seconds: about what a killed run loses
-RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
-UNSAVED = {"log", "resume", "given"}  # of one start, and not of the run
-# On an M1 or M2, torch 2.13 adds up 32,767 rows or more wrongly, as the gradient of a weight does over
-# all tokens of a step (github.com/pytorch/pytorch/issues/177116, 195163).
-METAL_ROWS = 32_766
-STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9), "commit?": TEXT}
-NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
-ANEW = "remove the folder of the run, or choose another --out"
+UNSAVED = {"resume", "given", "again", "wandb"}  # flags of one start, and not of the run
+NOT_IN_NAME = {"out", "data", "device"} | UNSAVED  # of a run's folder
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
+# what safetensors calls the dtypes of memory maps
+ARRAYS = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
 
-# ---- flags of all stages that train --------------------------------------------------------------
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake of the user, in one line with the value and the fix. `cli` exits with status 2."""
+
+
+AT_END = contextlib.ExitStack()  # what a command lets go of when it ends
+
+
+def cli(main):
+    """Run a stage's main; a mistake of the user becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as problem:
+        tqdm.write(f"error: {problem}", file=sys.stderr)  # on a line of its own, beside a bar
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        AT_END.close()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are a UserError. `given` in the namespace are the flags unlike their defaults."""
+
+    def __init__(self, manual=None, **options):
+        about = {"description": manual, "allow_abbrev": False}
+        about["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(**about | options)
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))
+
+    def parse_known_args(self, args=None, namespace=None):
+        flags, rest = super().parse_known_args(args, namespace)
+        named = [action.dest for action in self._actions if action.option_strings]
+        given = {k for k in named if getattr(flags, k, None) != self.get_default(k)}
+        flags.given = given - {"help"}
+        return flags, rest
 
 
 def add_flags(add, reports=True):
-    """add: the method add_argument of a parser, or of a group of it; reports: on a split."""
+    """Flags of all stages that train. add: add_argument of a parser; reports: on a split."""
     if reports:
         add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
-    add("--seed", type=at_least(0), default=0, help="of all random numbers")
+    add("--seed", type=int, default=0, help="of all random numbers")
     add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of matrix products")
-    add("--log", type=trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+    add(
+        "--wandb",
+        action="store_true",
+        help="send the numbers of log.jsonl to Weights & Biases, too",
+    )
 
 
-def trackers(text):
-    """An argparse type: "tensorboard,wandb" -> the names, if their packages are there."""
-    names = text.split(",")
-    for name in names:
-        if name not in ("tensorboard", "wandb") or not find_spec(name):
-            raise UserError(f"--log {text} must be tensorboard or wandb, and installed")
-    return names
+def between(low, high, kind=float):
+    """-> an argparse type: a number of this kind in [low, high]."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be a number from {low:g} to {high:g}")
+        return value
+
+    return number
+
+
+def at_least(low, kind=int):
+    """-> an argparse type: a number of this kind, `low` or more."""
+    return between(low, 10**9, kind)
+
+
+def parse_keys(text, choices, flag):
+    """ "lora:r=4,alpha=8" -> ("lora", {"r": 4, "alpha": 8}): a name, and values for its keys.
+
+    choices {name: {key: default}}: a value gets its default's type, and is a number where that is None.
+    """
+    name, _, pairs = text.partition(":")
+    if name not in choices:
+        raise UserError(f"{flag} {name} is unknown; choose from {', '.join(choices)}")
+    values = dict(choices[name])
+    for pair in filter(None, pairs.split(",")):
+        key, _, value = pair.partition("=")
+        if key not in values:
+            raise UserError(f"{flag} {name} has no key {key!r}; it has {', '.join(values)}")
+        kind = {bool: int, type(None): float}.get(type(values[key]), type(values[key]))
+        try:
+            values[key] = kind(value)
+        except ValueError:
+            raise UserError(f"{flag} {text}: {value!r} must be a {kind.__name__}") from None
+    return name, values
+
+
+def set_defaults(flags, **defaults):
+    """Defaults that depend on the machine, the model or the method: flags not given take them."""
+    for name, value in defaults.items():
+        if name not in flags.given:
+            setattr(flags, name, value)
+
+
+def run_name(flags, *first, only=None):
+    """ "toon-mask-attn_high-seed-1": what a run is called, by the flags that were given, or some only."""
+    given = flags.given - NOT_IN_NAME if only is None else flags.given & only
+    words = [f"{name}-{getattr(flags, name)}" for name in vars(flags) if name in given]
+    return re.sub(r"[^\w.-]+", "-", "-".join([*first, *words]))
+
+
+def refuse_useless(names, where):
+    """Nothing that was given is ignored. names: the given flags that nothing would read."""
+    if names:
+        name = min(names).replace("_", "-")
+        raise UserError(f"--{name} has no effect {where}; leave it out")
+
+
+def refuse_overwrite(paths, fix="choose another --out"):
+    """Nothing that exists is overwritten: the line says what to do instead, and what removes it."""
+    there = [str(path) for path in paths if os.path.lexists(path)]
+    if there:
+        raise UserError(f"{there[0]} is there already; {fix}, or rm -r {quoted(*there)}")
 
 
 def take_saved_flags(flags, *free):
-    """--resume RUN goes on in that folder, under its saved flags; `free` ones may be given anew.
-
-    -> the flags that were saved
-    """
-    if hasattr(flags, "encoder") and bool(flags.encoder) == bool(flags.resume):
-        raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
+    """--resume RUN goes on in that folder, under its saved flags; `free` ones may be given anew."""
     if not flags.resume:
-        return {}
+        return
     path = Path(flags.resume) / "state.pt"
     if not path.exists():
         raise UserError(f"--resume {flags.resume} has no state.pt; give a run that has one")
-    saved = load_state(path)["config"]
-    if unknown := sorted(vars(flags).keys() - saved.keys() - UNSAVED):
-        why = f"which has no --{unknown[0].replace('_', '-')}"
-        raise UserError(
-            f"{flags.resume} is a run of another command or version, {why}; give its own"
-        )
-    given = flags.given - {"resume", "device", "log", *free}
+    # Only tensors and plain values are read (weights_only), and no code of a file is run.
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    check_format(state, path)
+    saved = state["config"]
+    given = flags.given - {"resume", "device", "wandb", *free}
     refuse_useless(given, "beside --resume, which takes the flags of the run")
-    for name, value in saved.items():
-        if name not in flags.given:
-            setattr(flags, name, value)
+    for name in saved.keys() - flags.given:
+        setattr(flags, name, saved[name])
     flags.given |= saved.keys()  # as if they stood on the command line again
     flags.out = flags.resume
-    return saved
 
 
-def same_as_begun(flags, name, now, what, fix="put the old one back"):
-    """What a run began with, such as its data, is saved among its flags; a UserError if it has changed."""
-    if getattr(flags, name, now) != now:
-        raise UserError(
-            f"{what} has changed since {flags.out} began, or other code began it; {fix}"
-        )
-    setattr(flags, name, now)
+def check_format(header, path):
+    """A UserError if an older version of this code wrote a file; header: what the file says of itself."""
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path} was made by an older version; train again")
+
+
+def quoted(*words):
+    """Words of a command that is printed, as a shell reads them."""
+    return shlex.join(map(str, words))
+
+
+def started_as():
+    """What follows `python` to start this script again: its path, or -m apps.tags of one in a folder."""
+    script = Path(sys.argv[0])
+    if script.parent.name in ("apps", "ingest", "lab"):
+        return ["-m", f"{script.parent.name}.{script.stem}"]
+    return [script.name]
+
+
+def command():
+    """The command line that this is, for results."""
+    return quoted("python", *started_as(), *sys.argv[1:])
+
+
+def progress(items=None, name=None, total=None, **options):
+    """tqdm's bar; where output is piped, it is written every ten seconds."""
+    if not sys.stderr.isatty():
+        options |= {"mininterval": 10, "ascii": True}
+    return tqdm(items, name, total, **options)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """with atomic(path) as temporary: write there, and it takes the name. A kill leaves the old file whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def save_safetensors(tensors, path, header=None):
+    """Write {name: tensor} with a header of plain values, the entry "animask"; without one for others."""
+    metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
+    # Copies, because a format of plain arrays can't hold two names of one tensor (tied weights).
+    plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    with atomic(path) as temporary:
+        temporary.write_bytes(save(plain, metadata))  # save_file would let nobody else read it
+
+
+@contextlib.contextmanager
+def open_safetensors(path, remedy="give a file that is there"):
+    """with ... as (an open file of tensors, our header or {})."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; {remedy}")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file, json.loads((file.metadata() or {}).get("animask", "{}"))
+    except SafetensorError as problem:
+        raise UserError(f"{path} is no whole file of tensors ({problem}); {remedy}") from None
+
+
+def read_safetensors(path, remedy="give a file that is there"):
+    """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
+    with open_safetensors(path, remedy) as (file, header):
+        # Copies, because its tensors keep the file mapped, and Windows replaces no file that is.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, header  # noqa: SIM118
+
+
+def read_header(path):
+    """-> our dict in the head of such a file (or {}); no tensor is read."""
+    with open_safetensors(path) as (_, header):
+        return header
+
+
+def open_tensors(path):
+    """The same file as {name: memory map}, and our dict as "header": only the rows that are used are read."""
+    with open(path, "rb") as file:
+        # Its first 8 bytes are the length of the head. The head is JSON. Then come the tensors.
+        room = int.from_bytes(file.read(8), "little")
+        head = json.loads(file.read(room))
+        tensors = {"header": json.loads(head.pop("__metadata__", {}).get("animask", "{}"))}
+        for name, entry in head.items():
+            start = 8 + room + entry["data_offsets"][0]
+            shape = tuple(entry["shape"])
+            tensors[name] = np.memmap(file, ARRAYS[entry["dtype"]], "r", start, shape)
+    return tensors
+
+
+def save_text(text, path):
+    with atomic(path) as temporary:
+        temporary.write_text(text, "utf-8", "surrogateescape")  # names of files
+
+
+def save_json(row, path, indent=1):
+    save_text(json.dumps(row, indent=indent) + "\n", path)
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -122,40 +297,18 @@ def open_machine(flags):
 
 def pick_device(name):
     """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device."""
-    keep_freed_memory()  # here, because every stage asks for a device before its first large tensor
-    mps = int(torch.backends.mps.is_available())
-    counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
-    there = [kind for kind, count in counts.items() if count]
-    driver = Path("/proc/driver/nvidia/version").exists() or os.name == "nt" and which("nvidia-smi")
-    if there == ["cpu"] and name == "auto" and driver:
-        print(f"warning  {NO_CUDA}: torch {torch.__version__}")
-    device = None
-    with contextlib.suppress(RuntimeError):  # torch's, at a word that names no device
-        device = torch.device(there[0] if name == "auto" else name)
-    if device is None or (device.index or 0) >= counts.get(device.type, 0):
-        raise UserError(f"--device {name} is not on this machine; there is: {', '.join(there)}")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # for all that names no device, such as a stream
-    return device
-
-
-def warn_of_metal(rows, device):
-    """A line where a step has more tokens, its `rows`, than an M1 or M2 adds up rightly."""
-    if device.type == "mps" and rows > METAL_ROWS:
-        fix = "give a smaller --batch-size"
-        print(
-            f"warning  a step has {rows} tokens, over {METAL_ROWS}: on an M1 or M2, gradients are wrong; {fix}"
-        )
-
-
-def keep_freed_memory(heaps=None):
-    """Let glibc keep large blocks for the next step: 14 % of a step's time on a CPU (results/TRIED.md)."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # there is no glibc here
-        libc = ctypes.CDLL(None)
-        if heaps:
-            libc.mallopt(-8, heaps)  # M_ARENA_MAX: at most so many, for all threads
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not trimmed under 2 GB
+    # glibc gives large blocks back to the system after each step, and asks for them again in the next:
+    # 14 % of a step's time on a CPU (results/TRIED.md). Elsewhere there is no mallopt.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as problem:
+        raise UserError(f"--device {name}: {str(problem).splitlines()[0]}") from None
 
 
 @functools.cache
@@ -172,7 +325,7 @@ def pick_dtype(name, device):
     """ "auto", "bf16", "fp32" -> (a key of DTYPES, the reason). Weights stay fp32."""
     if name != "auto":
         return name, "as --dtype or the resumed run says"
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         fast = bf16_gain() > 1.3
     reason = f"bf16 is {'fast' if fast else 'not known to be fast'} on this {device.type}"
@@ -196,29 +349,14 @@ def machine(device):
     return f"{device.type} {name}, {torch.get_num_threads()} threads, {versions}"
 
 
-@functools.cache  # an edit after the first call is not what this process runs
-def commit(checkout=Path(__file__).parent.parent):
-    """The commit that this code is at: results name it. After an edit, a + and a digest of the code follow."""
-    git = ["git", "-C", os.fspath(checkout)]
+@functools.cache
+def commit(checkout=ROOT):
+    """The commit of this code, for results: "2efc3a8", and "2efc3a8-dirty" after an edit."""
+    git = ["git", "-C", os.fspath(checkout), "describe", "--always", "--dirty"]
     try:
-        name = subprocess.check_output([*git, "describe", "--always"], stderr=subprocess.DEVNULL)
-        ours = [f":(glob){pattern}" for pattern in CODE]
-        if not subprocess.check_output([*git, "status", "--porcelain", "--", *ours]):
-            return name.decode().strip()
+        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
-        name = b"no git"
-    return f"{name.decode().strip()}+{digest_of(code_files(checkout))[:6]}"
-
-
-def code_files(checkout):
-    """Its Python files but the tests, in order."""
-    paths = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
-    return [path for path in paths if path.is_file()]  # Emacs leaves links to nothing
-
-
-def digest_of(paths):
-    """A hash of what these files hold, one after the other."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+        return "no git"
 
 
 def peak_memory_mb(device):
@@ -233,11 +371,11 @@ def peak_memory_mb(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# ---- optimizer and schedule ----------------------------------------------------------------------
+# ---- optimizer, schedule, random numbers ---------------------------------------------------------
 
 
 def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
-    """AdamW in one fused pass. Weights of one dimension, or named *_token, are not decayed. A stage sets lr."""
+    """AdamW in one fused pass. Weights of one dimension, or named *_token, are not decayed."""
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -253,15 +391,6 @@ def is_decayed(name, p):
     return p.ndim > 1 and not name.endswith("_token")
 
 
-def name_unused(network, optimizer):
-    """After the first step: a line names the weights that no loss reaches, so that nothing trains them."""
-    # AdamW keeps a state of what had a gradient, and no other. (Plain SGD keeps none at all.)
-    learns = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    unused = [name for name, p in learns.items() if p not in optimizer.state]
-    if unused and optimizer.state:
-        print(f"note     no loss reaches {', '.join(unused)}: is it used in forward?")
-
-
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
     # Adam divides by the root of a mean of squared gradients, which rests on few of them at first. Full
@@ -275,9 +404,8 @@ def lr_at(step, total, warmup, peak):
 
 
 def set_lr(optimizer, lr):
-    """The learning rate of a step; a group of yours with a key "times" has so many times this rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("times", 1)
+        group["lr"] = lr
 
 
 def seeded(*numbers):
@@ -290,87 +418,24 @@ def seeded(*numbers):
     return torch.Generator().manual_seed(int(seed))
 
 
-def seeded_step(*numbers):
-    """`seeded`, for a step of a loop: dropout, or whatever else you add, begins anew with it, too."""
-    # Dropout asks no generator of ours but torch's own, whose state goes on from step to step. Seeded
-    # anew at each step, it need not be saved, and a resumed run draws what it would have drawn. The same
-    # holds for the generators of NumPy and Python. With the seed of ours, the first dropout would repeat
-    # the numbers of the crops, so they have another one.
-    others = seeded(*numbers, OTHERS_STREAM).initial_seed()
-    torch.manual_seed(others)
-    np.random.seed(others % 2**32)
-    random.seed(others)
-    return seeded(*numbers)
-
-
 # ---- what surrounds a loop -----------------------------------------------------------------------
 
 
 def read_log(path):
     """log.jsonl -> list of rows; a last line that a kill cut short is left out."""
-    text = Path(path).read_text(errors="replace") if Path(path).exists() else ""
     rows = []
-    for line in text.splitlines():
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
         with contextlib.suppress(ValueError):
-            rows.append(parse_table(line))
+            rows.append(json.loads(line))
     return rows
 
 
 def cost_of_steps(log, batch_size):
-    """-> the median time of a step in ms and the most memory in MB; nothing where the log is lost."""
+    """-> the median time of a step in ms and the most memory in MB."""
     steps = [row for row in read_log(log) if "loss" in row]
-    if not steps:
-        return {}
     speed = torch.tensor([row["images_per_s"] for row in steps]).median().item()
     memory = max(row["memory_mb"] for row in steps)
     return {"step_ms": round(1000 * batch_size / speed, 2), "peak_memory_mb": memory}
-
-
-def open_tracker(name, out, config):
-    """-> a function of (numbers, step) that sends them to TensorBoard or to Weights & Biases."""
-    if name == "wandb":
-        import wandb
-
-        return wandb.init(project="animask", name=out.name, dir=str(out), config=config).log
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(out)
-
-    def send(numbers, step):
-        for key, value in numbers.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-
-    return send
-
-
-def catch_signals():
-    """-> a list that Ctrl-C or SIGTERM fills; the loop reads it between steps. A second one kills."""
-    stop = []
-
-    def note(number, _):
-        stop.append(signal.Signals(number))
-        signal.signal(number, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    return stop
-
-
-def load_state(path):
-    """Read a state.pt of ours and check its fields."""
-    state = read_torch(path, ANEW)
-    check_fields(state, STATE, path, ANEW)
-    return state
-
-
-def refuse_results(out):
-    """A UserError where a run's folder holds results, but for those of a run that made no step."""
-    state = out / "state.pt"
-    there = {path for path in out.glob("*.*") if path.suffix in RESULTS}
-    if state in there and load_state(state).get("step") == 0:
-        there -= {state, out / "log.jsonl", out / "masks.png", *out.glob("attn-*.safetensors")}
-    refuse_overwrite(sorted(there))
 
 
 class Run:
@@ -382,92 +447,76 @@ class Run:
 
     def __init__(self, flags, parts, total, per_epoch, device):
         self.out = Path(flags.out)
-        self.device = device
         self.path, self.log_path = self.out / "state.pt", self.out / "log.jsonl"
+        self.device, self.parts, self.total, self.per_epoch = device, parts, total, per_epoch
         self.config = {k: v for k, v in vars(flags).items() if k not in UNSAVED}
-        self.parts = parts
         self.batch_size = flags.batch_size  # images of a step
         self.step = 0
-        self.total = total
-        self.per_epoch = per_epoch
         self.losses, self.norms = [], []  # since the last row of the log
         self.start = self.saved = self.since = time.perf_counter()
-        self.resumes = bool(flags.resume)
+        self.resumes, self.wandb = bool(flags.resume), getattr(flags, "wandb", False)
+        # The command that goes on after a stop; some have a better one.
+        own = quoted("python", *started_as(), "--resume", self.out)
+        self.again = getattr(flags, "again", own)
         self.commit = commit()
-        self.log_to = flags.log
-        self.trackers = []
-        self.stop = self.caught = catch_signals()  # with several processes, `stop` is what all know
-        # Asked of torch, and not of RANK, which may be left over in a shell. Only pretrain.py starts it.
         self.writes = not distributed.is_initialized() or distributed.get_rank() == 0
+        # Ctrl-C, or SIGTERM of a cluster, is asked for between steps: within one, half of the weights
+        # would be those of the next. A second one kills.
+        self.stop = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, _):
+        self.stop.append(signal.Signals(number))
+        signal.signal(number, signal.default_int_handler)
 
     def resume_or_begin(self):
-        """Go on from state.pt where flags.resume asks for it, else begin; then the bar can run."""
-        if self.writes:
-            from common.locks import reserve  # here, because who reads a loop needs no locks
-
-            reserve([], self.out / ".lock")
+        """Go on from state.pt where --resume asks for it, else begin; then the bar can run."""
         if self.resumes:
-            self.load()
-        if self.writes:
-            self.cut_log() if self.resumes else self.begin()
-            self.trackers = [open_tracker(name, self.out, self.config) for name in self.log_to]
-        self.bar = progress(
-            total=self.total, initial=self.step, unit="step", disable=not self.writes
-        )
-
-    def load(self):
-        """Put what state.pt holds in its place."""
-        state = load_state(self.path)
-        fix = "take the code that wrote it, or choose another --out"
-        wrote = state.get("commit") or self.commit
-        if wrote != self.commit:
-            change = f"the code of {shown(wrote)} wrote it, and that of {self.commit} goes on"
-            print(f"warning  {self.path}: {change}; if that should not be, {fix}", file=sys.stderr)
-        with reading(self.path, "state of such a run", fix):
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step = state["step"]
             # The clock goes on as if there had been no pause, so that seconds can be compared.
             self.start -= state["seconds"]
+        if self.writes:
+            rows = []
+            if self.resumes:
+                # Rows that were logged after the state leave the log: their steps are made again.
+                rows = [row for row in read_log(self.log_path) if row["step"] <= self.step]
+            else:
+                refuse_overwrite([self.path])
+            save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
+        if self.wandb and self.writes:
+            import wandb
 
-    def begin(self):
-        """A new run refuses the files of another, and can be resumed from its first moment.
-
-        One that failed before its first saved step is no run: the same command begins it again.
-        """
-        refuse_results(self.out)
-        self.log_path.unlink(missing_ok=True)
-        self.save()
-
-    def cut_log(self):
-        """Rows that were logged after the checkpoint leave the log."""
-        # The steps after it are made again, with the same numbers: they would stand in the log twice.
-        last = self.step or -1  # step 0 is evaluated again
-        rows = [r for r in read_log(self.log_path) if r.get("step", math.inf) <= last]
-        save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
+            self.wandb = wandb.init(project="animask", name=self.out.name, config=self.config)
+        self.bar = progress(
+            total=self.total, initial=self.step, unit="step", disable=not self.writes
+        )
 
     def save(self):
-        """Write state.pt, atomically."""
-        state = {"config": self.config, "step": self.step, "seconds": self.seconds()}
+        """Write state.pt."""
+        state = {
+            "format": FORMAT,
+            "config": self.config,
+            "step": self.step,
+            "seconds": self.seconds(),
+        }
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state["commit"] = self.commit  # `load` tells if other code goes on
-        # Into another file, which then takes the name: a kill at this moment leaves the old one whole.
-        with atomic(self.path) as temporary, open(temporary, "wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as problem:  # what torch makes of a full disk
-                raise OSError(str(problem).splitlines()[0]) from problem
+        with atomic(self.path) as temporary:
+            torch.save(state, temporary)
         self.saved = time.perf_counter()
 
     def log(self, **row):
-        """A line of log.jsonl, with step and time; numbers go to TensorBoard or wandb, where asked."""
+        """A line of log.jsonl, with step and time."""
         if not self.writes:
             return
         row = {"step": self.step, **row, "seconds": self.seconds()}
         with open(self.log_path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        for send in self.trackers:
-            send({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
+        if self.wandb:
+            self.wandb.log(row, step=self.step)
         self.since = time.perf_counter()  # the evaluation behind a row is no part of the next steps
 
     def update(self, loss, grad_norm):
@@ -491,14 +540,9 @@ class Run:
         """A row with the mean loss and gradient norm since the last one, and the speed."""
         # The only wait for the GPU, once in ten steps. So a loss that is no number is noticed here, too.
         losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
-        finite = (losses + norms).isfinite()
-        fix = "try a smaller learning rate, or --dtype fp32"
-        if not finite.all():
-            step = self.step - len(losses) + 1 + finite.int().argmin().item()
-            raise UserError(f"the loss is not finite at step {step}; {fix}")
-        broken = [k for k, x in more.items() if isinstance(x, float) and not math.isfinite(x)]
-        if broken:  # the contrastive loss has weights of its own
-            raise UserError(f"{broken[0]} is not finite at step {self.step}; {fix}")
+        if not (losses + norms).isfinite().all():
+            fix = "try a smaller learning rate, or --dtype fp32"
+            raise UserError(f"the loss is not finite at step {self.step}, or just before; {fix}")
         self.losses, self.norms = [], []
         seconds = time.perf_counter() - self.since
         row = {
@@ -514,7 +558,7 @@ class Run:
 
     def save_if_due(self):
         """Save every two minutes, at a stop and at the end; then stop if asked to."""
-        if self.losses:  # a checkpoint keeps no losses, so it follows a row of the log
+        if self.losses:  # a state keeps no losses, so it follows a row of the log
             return
         ends = self.stop or self.step == self.total
         if self.writes and (ends or time.perf_counter() - self.saved > SAVE_EVERY):
@@ -522,11 +566,9 @@ class Run:
         if ends:
             self.bar.close()
         if self.stop:
-            print(f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with:")
-            start = "python"
-            if distributed.is_initialized():  # one process alone would have the batch of all
-                start = f"torchrun --nproc-per-node {distributed.get_world_size()}"
-            print(f"  {start} {quoted(*started_as(), '--resume', str(self.out))}", flush=True)
+            print(
+                f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with: {self.again}"
+            )
             sys.exit(128 + self.stop[0])
         self.since = time.perf_counter()  # nor is the saving part of their time
 

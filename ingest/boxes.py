@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.fields import shown
-from common.io import UserError
+from common.door import shown
+from common.train import UserError
 from ingest import labels, layouts
 from ingest.decode import on_paper, open_image, open_picture
 from ingest.files import fetch_files, nfc, read_whole, walk

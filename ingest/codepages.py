@@ -10,8 +10,8 @@ letters of a kind, and they are a share p of what people write, each of them has
 import struct
 import zlib
 
-from common.fields import shown
-from common.io import UserError
+from common.door import shown
+from common.train import UserError
 
 CODES = ("utf-8", "cp932", "gbk", "cp949", "cp437")
 COMMON = {  # the first and the last letter of a kind, and their bits

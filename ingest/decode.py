@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.io import UserError
+from common.train import UserError
 
 # Of Pillow's 40 formats. EPS is not among them: Pillow gives it to Ghostscript to be run.
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 FORMATS += ["AVIF"] * (find_spec("PIL.AvifImagePlugin") is not None)  # from Pillow 11.3
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it raises from 178 megapixels on
+PACKED = 128  # side of packed pictures, unless --size or larger views ask for another
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 

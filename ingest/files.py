@@ -23,8 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-from common.fields import shown
-from common.io import UserError, reading, regular
+from common.door import reading, regular, shown
+from common.train import UserError
 from ingest import codepages
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from common.command import require
+from common.door import require
 from ingest import toon
 from ingest.decode import open_picture
 

@@ -17,7 +17,8 @@ from collections import defaultdict, namedtuple
 from os.path import splitext
 from pathlib import Path
 
-from common.io import UserError, one_line, parse_table, reading
+from common.door import one_line, parse_table, reading
+from common.train import UserError
 from ingest.files import is_hidden, nfc, suffix_of, walk, walk_all
 from ingest.layouts import split_of
 from ingest.sources import BOX, box_of, table_rows

@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from functools import cache
 
-from common.io import UserError
+from common.train import UserError
 
 ORDER = ("train", "dev", "val", "test")  # of the splits, wherever they are listed
 VAL = ("val", "valid", "validation", "validate", "eval", "evaluation")

@@ -35,24 +35,25 @@ from pathlib import Path
 
 import numpy as np
 
-from common import fields
-from common.command import (
+from common import door as fields
+from common.door import aside, one_line, save_csv
+from common.locks import lock_beside, locked, reserve
+from common.rows import write_rows
+from common.train import (
     Parser,
+    UserError,
     at_least,
     between,
+    open_tensors,
     parse_keys,
     progress,
+    quoted,
     refuse_overwrite,
     refuse_useless,
     set_defaults,
 )
-from common.features import can_leave_out, open_subsets
-from common.io import UserError, aside, one_line, open_tensors, quoted, save_csv
-from common.locks import lock_beside, locked, reserve
-from common.rows import write_rows
-from data import PACKED, evenly_spaced, is_small, open_split
 from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
-from ingest.decode import LONG, decode, decode_records, look_at, reason
+from ingest.decode import LONG, PACKED, decode, decode_records, look_at, reason
 from ingest.splits import (
     assign_splits,
     hold_out_test,
@@ -70,7 +71,7 @@ DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
 UNKNOWN = "unknown"  # the file of pictures that show nobody who should be known
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8
-FEW = 1000  # pictures at most that are cross-validated however long it takes: 20 minutes of a core
+SMALL = 3000  # pictures of somebody's own set: of fewer, each should be learned
 ONE_COLOUR = 8  # levels of 256 by which the pixels of such a picture differ, at most
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 REASONS = 2**18  # bytes of a header for a hundred skipped files
@@ -528,7 +529,7 @@ def show(flags):
     reserve([path], fix="move it away")
     from common import plots
 
-    splits = {n: open_split(folder, n) for n in names}
+    splits = {n: open_tensors(folder / f"{n}.safetensors") for n in names}
     shown = splits.get("train") or splits[names[0]]
     sizes = ", ".join(f"{n} {len(split['images']):,}" for n, split in splits.items())
     header = shown["header"]
@@ -538,17 +539,22 @@ def show(flags):
     return f"{path} written; next: {to_learn(folder)}"
 
 
+def evenly_spaced(n, most):
+    """Indices of at most `most` of n things, from the first to the last."""
+    return np.linspace(0, n - 1, min(n, most)).astype(int)
+
+
 def sheet_rows(split, classes=12, each=10):
     """Pictures of large, small and other classes; and some with their boxes, foreground and parts."""
     images = split["images"]
-    labels = split["labels"].numpy()
+    labels = split["labels"]
     ids, counts = np.unique(labels[labels >= 0], return_counts=True)
     by_size = ids[np.argsort(-counts, kind="stable")]
     rows = []
-    for label in by_size[evenly_spaced(len(by_size), classes).numpy()]:
+    for label in by_size[evenly_spaced(len(by_size), classes)]:
         own = np.nonzero(labels == label)[0][:each]
         rows.append((split["header"]["classes"][label][:18], images[own]))
-    some = evenly_spaced(len(images), each).numpy()
+    some = evenly_spaced(len(images), each)
     rows.append(("pictures", images[some]))
     if "boxes" in split:
         size = split["header"]["size"]
@@ -562,40 +568,46 @@ def sheet_rows(split, classes=12, each=10):
     return rows
 
 
+def many_of(labels):
+    """How many classes have two pictures or more?"""
+    return int((np.bincount(labels[labels >= 0]) > 1).sum())
+
+
 def to_learn(out):
     """The command that learns from a packed set, with the masks and the split that it has."""
-    have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
+    files = [Path(out) / f"{name}.safetensors" for name in ("train", "val", "test", "dev")]
+    splits = {file.stem: open_tensors(file) for file in files if file.exists()}
+    have = [name for name in splits if name != "train"]
     of_split = ["--split", have[0]] if have and have[0] != "val" else []
-    if not Path(out, "train.safetensors").exists():
+    if "train" not in splits:
         words = ["python", "-m", "apps.unknown", "RUN", "--data", str(out)]
         return quoted(*words + of_split)
-    tensors = open_tensors(Path(out) / "train.safetensors")
-    if "boxes" in tensors:
+    train = splits["train"]
+    header = train["header"]
+    if "boxes" in train:
         # toon-det has learned from the pages that we draw, and needs fewer of others (docs/detect.md).
-        start = "weights/toon" if tensors["header"]["source"] == "scenes" else "weights/toon-det"
+        start = "weights/toon" if header["source"] == "scenes" else "weights/toon-det"
         words = ["python", "-m", "apps.detect", start, "--data", str(out)]
         return quoted(*words, "--out", f"runs/{Path(out).name}-det")
-    of_frames = {*hybrid.PURE} <= {*tensors["header"]["classes"]}
-    small = is_small(out) and not of_frames
-    if small and can_leave_out(out):  # it is cross-validated, over all splits
-        words = ["python", "finetune_lora.py", "weights/toon", "--data", str(out)]
-        return quoted(*words, *(["--split", "folds"] if is_small(out, FEW + 1) else []))
+    of_frames = {*hybrid.PURE} <= {*header["classes"]}
+    labels = np.concatenate([split["labels"] for split in splits.values()])
+    small = len(labels) < SMALL and header["source"] not in DRAWN and not of_frames
+    if small and many_of(labels) >= 3:  # it is cross-validated, over all splits
+        return quoted("python", "-m", "apps.learn", str(out))
     if not have:
         fix = "pack it again with a val, such as by --split .7,.1,.2"
         return f"{fix}: pretrain.py needs one, to evaluate on"
     if of_frames:
         words = ["python", "-m", "apps.segment", "weights/toon", "--data", str(out)]
         return quoted(*words + of_split)
-    problem = ""
-    try:
-        open_subsets(out, have[0], 0)  # as finetune_lora.py will open them
-    except UserError as error:
-        problem = f"; finetune_lora.py can't learn from it: {error}"
-    if small and not problem:  # two characters: val is reported
-        return quoted("python", "finetune_lora.py", "weights/toon", "--data", str(out))
+    can_learn = many_of(train["labels"]) >= 2
+    if small and can_learn:  # two characters: val is reported
+        words = ["python", "finetune_lora.py", "weights/toon", "--data", str(out)]
+        return quoted(*words + of_split)
     words = ["python", "pretrain.py", "--data", str(out)]
-    words += ["--mask", "fg_heavy"] if "fg" in tensors else []
-    return quoted(*words + of_split) + problem
+    words += ["--mask", "fg_heavy"] if "fg" in train else []
+    problem = "; finetune_lora.py can't learn from it: no two classes have two pictures in train"
+    return quoted(*words + of_split) + (problem if not can_learn else "")
 
 
 def parse_flags(words=None):

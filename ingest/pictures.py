@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.fields import shown
-from common.io import UserError, atomic
+from common.door import shown
 from common.locks import reserve
-from data import DRAWN
+from common.train import UserError, atomic
 from ingest import files, sources
 from ingest.decode import decode, decode_records, reason, whole
+from ingest.pack import DRAWN
 
 LONGEST = 255 - len("-overlay.png")  # bytes of a picture's name: a file's has 255, with its ending
 FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system

@@ -25,7 +25,8 @@ from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
 
-from common.io import UserError, parse_table, reading, regular
+from common.door import parse_table, reading, regular
+from common.train import UserError
 from ingest import files, layouts, tags
 from ingest.files import files_below, is_image, nfc, open_folder, open_list, walk
 

@@ -10,9 +10,8 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common.features import hold_apart
-from common.io import UserError
-from data import numbered
+from common.groups import hold_apart, numbered
+from common.train import UserError
 from ingest import duplicates
 from ingest.layouts import ORDER, shows_nobody
 

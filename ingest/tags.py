@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from common.fields import is_name
+from common.door import is_name
 from ingest.files import nfc
 from ingest.layouts import first
 

@@ -19,9 +19,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from common.command import Parser, at_least, between, cli
-from common.io import atomic
 from common.locks import reserve
+from common.train import Parser, at_least, atomic, between, cli
 
 COUNT, CHARACTERS = 2400, 48  # of the demo set: its drawings, and whom they show
 MOST = 500  # characters: with many more, `cast` looks for long until each differs from each

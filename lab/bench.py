@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import Parser, at_least
-from common.io import UserError, reading, save_csv
+from common.door import reading, save_csv
 from common.locks import lock_beside, reserve
-from common.train import commit, machine
-from kernels import triton
+from common.train import Parser, UserError, at_least, commit, machine
+from kernels.patches import TRITON as HAS_TRITON
+
+if HAS_TRITON:
+    import triton
 
 OUT = Path("runs/bench")  # results/ is written where --out names it
-TRITON = triton.__version__ if triton else "none"
+TRITON = triton.__version__ if HAS_TRITON else "none"
 
 
 def parser_of(doc):
@@ -49,7 +51,7 @@ def now(device):
 
 def milliseconds(call, device, seconds=0.3):
     """Times of single calls, in ms. On a GPU each call begins with a cold L2 cache."""
-    if device.type == "cuda" and triton:
+    if device.type == "cuda" and HAS_TRITON:
         return triton.testing.do_bench(call, rep=1000 * seconds, return_mode="all")
     call()  # warms up
     times = []

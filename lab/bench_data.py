@@ -18,8 +18,7 @@ import numpy as np
 from PIL import Image
 
 import data
-from common.command import at_least, cli, refuse_useless
-from common.train import pick_device
+from common.train import at_least, cli, pick_device, refuse_useless
 from ingest import pack, toon
 from lab import bench
 

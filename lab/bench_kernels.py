@@ -18,13 +18,12 @@ import functools
 import torch
 
 import mask as masking
-from common.command import cli
-from common.io import UserError
-from common.train import DTYPES, pick_device
-from kernels import INTERPRET
-from kernels.gather import MEAN, STD, masked_patch_gather
-from kernels.loss import (
+from common.train import DTYPES, UserError, cli, pick_device
+from kernels import MEAN, STD
+from kernels.patches import (
+    INTERPRET,
     detail_weight,
+    masked_patch_gather,
     patch_detail,
     predicted_stats,
     reconstruction_error,

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from apps import detect
 from apps.export import PIP, graph_of, save_onnx
-from common.command import cli
-from common.train import pick_device
+from common.train import cli, pick_device
 from ingest import toon
 from lab import bench
 

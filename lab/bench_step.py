@@ -26,15 +26,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 import mask as masking
 from apps.export import export
 from common import train
-from common.checkpoints import init_from, save_model
-from common.command import at_least, cli, refuse_useless
-from common.io import UserError
-from kernels.gather import masked_patch_gather, scale_of_patch
-from kernels.loss import reconstruction_error
+from common.checkpoints import init_from, save_network
+from common.train import UserError, at_least, cli, refuse_useless
+from kernels import patches
+from kernels.patches import masked_patch_gather, reconstruction_error, scale_of_patch
 from lab import bench
 from model import MAE, SIZES
 
@@ -221,7 +219,7 @@ def measured(case, folder, warmup, steps, impl="auto"):
     """-> losses of the warm-up, then seconds of a step, memory, and both peaks of the roofline."""
     device = train.pick_device(case.device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions, too
-    kernels.IMPL = impl
+    patches.IMPL = impl
     try:
         step = make_step(case, folder, device)
         losses = [step(i).item() for i in range(warmup)]
@@ -284,7 +282,7 @@ def compare(table, settings, turns, counts):
         folder = Path(place)
         torch.manual_seed(0)
         notes = {"step": 0, "run": {}, "norm_pix": True}
-        save_model(case.network(), folder / "model.safetensors", notes)
+        save_network(case.network(), folder / "model.safetensors", notes)
         eager = replace(case, dtype="fp32")
         reference = bench.alone(measured, eager, folder, counts[0], 0, "torch")
         if "note" in reference:

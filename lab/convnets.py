@@ -16,13 +16,13 @@ from torch import nn
 
 import finetune_lora
 from apps import recognize, unknown
-from common import checkpoints, features, lora
-from common.checkpoints import about_model, load_exactly, model_file
+from common import checkpoints, features
+from common.checkpoints import about_model, model_file
 from common.classifier import is_recogniser
-from common.command import cli, require
-from common.io import UserError, read_safetensors, save_safetensors
+from common.door import require
+from common.train import UserError, cli, read_safetensors, save_safetensors
 from finetune_lora import add_lora
-from kernels.gather import MEAN, STD
+from kernels import MEAN, STD
 
 NETWORKS = {  # width of the last map
     "resnet50": 2048,  # He et al. 2015, arXiv:1512.03385
@@ -92,16 +92,16 @@ def load_any(path, image_size=None):
     torch.manual_seed(0)  # a bare name has no weights: random ones, the same in each call
     net = ConvNet(network, side)
     if model_file(path).exists():
-        load_exactly(net, read_safetensors(model_file(path))[0], model_file(path))
+        net.load_state_dict(read_safetensors(model_file(path))[0])
     return net.eval()
 
 
-def save_any(encoder, path, about):
-    """As lora.save_encoder."""
+def save_any(encoder, path, about, prefix=""):
+    """As checkpoints.save_network."""
     if isinstance(encoder, ConvNet):
         save_safetensors(encoder.state_dict(), path, {"config": encoder.config, **about})
     else:
-        lora.save_encoder(encoder, path, about)
+        checkpoints.save_network(encoder, path, about, prefix)
 
 
 def untrained_like(encoder, seed=0):
@@ -122,7 +122,7 @@ def add_any(encoder, *args, **keys):
 def in_stages():
     """From now on finetune_lora.py, and what loads its runs, takes these networks, too."""
     finetune_lora.load_encoder = load_any
-    finetune_lora.save_encoder = save_any
+    finetune_lora.save_network = save_any
     finetune_lora.untrained_like = untrained_like
     finetune_lora.add_lora = add_any
     finetune_lora.NEXT = "python -m lab.convnets"

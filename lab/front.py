@@ -9,10 +9,10 @@ Writes: results/figures/front-light.png and front-dark.png
 import torch
 
 import mask as masking
-from common import evaluate, guidance, plots, sheets
+from apps import masks
+from common import evaluate, guidance, plots
 from common.checkpoints import load_mae
-from common.command import Parser, cli
-from common.train import seeded
+from common.train import Parser, cli, seeded
 from data import read_view
 from ingest import toon
 
@@ -45,7 +45,7 @@ def row_of(mae, person, which):
         ids_keep, ids_mask = masking.sample(strategy(attention, noise, 1.0, g * g - K), K)
         predicted, _ = evaluate.filled_in(net, target, view, ids_keep, ids_mask)
         row += [evaluate.hide(view, ids_mask, p)[0], predicted[0]]
-    return [*row[:3], sheets.coloured(cells)[0], *row[3:]]
+    return [*row[:3], masks.coloured(cells)[0], *row[3:]]
 
 
 def draw(path, rows):

@@ -22,11 +22,9 @@ import data
 from apps import maps
 from common import guidance
 from common.checkpoints import load_teacher
-from common.command import Parser, cli, command
 from common.features import results_folder, untrained_like
-from common.io import UserError, save_json
 from common.locks import reserve
-from common.train import commit, machine
+from common.train import Parser, UserError, cli, command, commit, machine, save_json
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 import data
-from common.command import Parser, at_least, cli
-from common.io import UserError, aside, save_csv
+from common.door import aside, save_csv
 from common.locks import reserve
+from common.train import Parser, UserError, at_least, cli
 from ingest.scenes import FACE, MOST, VISIBLE, backdrop, corners, panels
 
 PAGE = 256  # pixels on a side

@@ -778,15 +778,12 @@ PLANS["few"] = PLANS["strangers"] | {
     "question": "Seven characters with few pictures: what is promised, and what happens?",
     "made": {f"pictures{n}": [f"{DRAW} 7 --pictures {n} --folders"] for n in SEVEN}
     | {f"seven{n}": [f"data.py {{pictures{n}}}"] for n in SEVEN},
-    "arms": {
-        str(n): [f"finetune_lora.py weights/toon --data {{seven{n}}} --split folds", STRANGERS]
-        for n in SEVEN
-    },
+    "arms": {str(n): [f"-m apps.learn {{seven{n}}}", STRANGERS] for n in SEVEN},
     "compare": (),
     "columns": {
-        "said": ("Top-1 by folds, %", 0, "metrics.json", "top1", 1),
+        "said": ("Top-1 by folds, %", 0, "metrics-folds.json", "top1", 1),
         "top1": ("Top-1", 1, "recognize.json", "open_set/top1", 1),
-        "histograms": ("histograms of colours", 0, "metrics.json", "histograms_top1", 1),
+        "histograms": ("histograms of colours", 0, "metrics-folds.json", "histograms_top1", 1),
         "promised": ("unknown called unknown, promised", 0, PROMISE, "unknown/mean", 1),
         "low": ("at least", 0, PROMISE, "unknown/low", 1),
         "high": ("at most", 0, PROMISE, "unknown/high", 1),

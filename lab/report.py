@@ -17,10 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from common import metrics
-from common.command import Parser, cli
-from common.io import UserError, read_json, reading, save_csv, save_text
-from common.stats import from_bits, mean_std, plus_minus
-from common.train import read_log
+from common.door import read_json, reading, save_csv
+from common.metrics import from_bits, mean_std, plus_minus
+from common.train import Parser, UserError, cli, read_log, save_text
 from lab import stats
 
 DEFAULTS = {"margin": 1.0, "differences": [], "hypotheses": [], "notes": {}, "axes": {}}

@@ -36,15 +36,27 @@ import torch
 import data
 import mask as masking
 from common.checkpoints import model_file
-from common.command import Parser, at_least, cli, each_flag_once, parse_keys, require
-from common.io import UserError, read_json, save_json
+from common.door import each_flag_once, read_json, require
+from common.groups import groups_of
 from common.locks import lock_beside, locked
-from common.train import code_files, commit, digest_of, machine, pick_device, read_log
+from common.train import (
+    Parser,
+    UserError,
+    at_least,
+    cli,
+    commit,
+    machine,
+    parse_keys,
+    pick_device,
+    read_log,
+    save_json,
+)
 from finetune_lora import METHODS
 from lab import report
 from lab.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("*.py", "common/*.py", "kernels/*.py", "apps/*.py", "ingest/*.py", "lab/*.py")
 PILOT_SEED = 1000  # and the next ones: never reported
 TRIAL_SEED = 500
 SOURCE = " --source "  # in an arm; behind it, the folder of a checkout whose code the arm runs
@@ -326,7 +338,7 @@ def check(args, arms):
         if file.is_file():  # a network that was made anew is another one
             args.digest += f"-{digest_of([file])[:6]}"
     args.images = len(train["images"])
-    args.groups = data.groups_of(held).tolist()
+    args.groups = groups_of(held).tolist()
     encoder = args.set.get("encoder")
     if encoder and not Path(encoder).exists():
         raise UserError(f"{encoder} does not exist; give --set encoder=RUN, of pretrain.py")
@@ -462,6 +474,17 @@ def save_plan(args, arms, seeds, folder):
         if args.plan.get("right"):
             found = {"split": args.set["split"], "groups": args.groups}
             save_json(found, folder / "images.json", None)
+
+
+def code_files(checkout):
+    """Its Python files but the tests, in order."""
+    paths = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
+    return [path for path in paths if path.is_file()]  # Emacs leaves links to nothing
+
+
+def digest_of(paths):
+    """A hash of what these files hold, one after the other."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def digest_of_code(checkout):

@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 
 from apps.demo import TABS
-from common.command import Parser, between, cli
-from common.io import UserError
+from common.train import Parser, UserError, between, cli
 
 HEIGHT = 900  # of a window in pixels; a picture is as high as the page
 WAIT = 60_000  # for an answer of the page, in milliseconds

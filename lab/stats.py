@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import f, t
 
 from common import metrics
-from common.stats import LEAST_SEEDS, bootstrap, varies
+from common.metrics import LEAST_SEEDS, bootstrap, varies
 
 TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
 LEVEL = 0.05

@@ -3,7 +3,7 @@
     python -m lab.stress runs/NAME
     python -m lab.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
 
-Reads:  runs/NAME (model.safetensors, stats_head.safetensors), datasets/NAME
+Reads:  runs/NAME (model.safetensors), datasets/NAME
 Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run's, or of another
         split than val, in runs/NAME/DATANAME-SPLIT/
 """
@@ -21,15 +21,25 @@ from scipy.ndimage import gaussian_filter
 
 import data
 import mask as masking
-from common import features, metrics, stats
+from common import features, metrics
 from common.checkpoints import load_encoder, load_mae
-from common.command import Parser, at_least, cli, command, progress
 from common.evaluate import filled_in, masked_mse, psnr
-from common.io import UserError, save_json
 from common.locks import reserve
-from common.train import commit, machine, seeded
+from common.train import (
+    Parser,
+    UserError,
+    at_least,
+    cli,
+    command,
+    commit,
+    machine,
+    progress,
+    save_json,
+    seeded,
+)
 from finetune_lora import GRAY, cutout
 from ingest.decode import open_picture
+from model import POOLS
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 
@@ -205,7 +215,7 @@ def stress_some(task):
         right[f"{name} {level}"] = right_of(task, corrupted(name, level))
     return {
         "top1": {name: percent(x) for name, x in right.items()},
-        "right": {name: stats.to_bits(x) for name, x in right.items()},
+        "right": {name: metrics.to_bits(x) for name, x in right.items()},
     }
 
 
@@ -298,7 +308,7 @@ def parse_args():
     add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is measured")
     add("--images", type=at_least(8), default=512, metavar="N", help="at most, evenly spread")
-    add("--pool", default=features.HEADLINE, choices=features.POOLS, help="of the patch tokens")
+    add("--pool", default=features.HEADLINE, choices=POOLS, help="of the patch tokens")
     add("--only", metavar="NAMES", help=f"Top-1 under these alone: {', '.join(SWEEPS)}")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")

@@ -22,9 +22,17 @@ import torch
 from PIL import Image
 
 import data
-from common.command import Parser, at_least, between, cli
-from common.io import UserError, aside, read_safetensors, save_safetensors
+from common.door import aside
 from common.locks import reserve
+from common.train import (
+    Parser,
+    UserError,
+    at_least,
+    between,
+    cli,
+    read_safetensors,
+    save_safetensors,
+)
 from ingest.layouts import ORDER
 from ingest.pictures import file_name
 

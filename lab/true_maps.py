@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import data
-from common.command import Parser, cli
-from common.io import UserError
+from apps.maps import write_maps
 from common.locks import reserve
+from common.train import Parser, UserError, cli
 
 PARTS = ("eyes", "hair", "accessory")  # what tells one character from another
 GRID = 32  # cells a side
@@ -61,7 +61,7 @@ def main():
     mean = ", their geometric mean" if args.mean else ""
     header |= {"source": f"the true {', '.join(PARTS)}{mean}"}
     header |= {"images": len(maps), "data_digest": data.fingerprint(split)}
-    data.write_maps(path, "attn", [maps.astype(np.float16)], maps.shape, "F16", header)
+    write_maps(path, "attn", [maps.astype(np.float16)], maps.shape, "F16", header)
     print(f"{path}: {len(maps)} maps of {GRID} x {GRID}, {header['source']}")
 
 

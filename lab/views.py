@@ -7,7 +7,7 @@ Writes: OUT/model.safetensors, an encoder that every stage takes, log.jsonl and 
         (--resume OUT goes on from there)
 
 simclr  two crops of each image; each finds the other one among all crops of the batch by its CLS
-        token (Chen et al. 2020, arXiv:2002.05709; common/contrast.py)
+        token (Chen et al. 2020, arXiv:2002.05709; common/guidance.py)
 dino    of each large crop a teacher says which of K prototypes it is like; the student says the
         same of every other crop of that image, small ones, too. The teacher is the student's moving
         average. Its answers are centred and sharpened: they are neither all alike nor all even
@@ -22,12 +22,10 @@ from torch import nn
 
 import data
 from common import train
-from common.checkpoints import resize_positions
-from common.command import Parser, at_least, between, cli
-from common.contrast import Contrast
-from common.io import UserError, quoted
-from common.lora import save_encoder
-from kernels.gather import all_places, masked_patch_gather
+from common.checkpoints import resize_positions, save_network
+from common.guidance import Contrast
+from common.train import Parser, UserError, at_least, between, cli, quoted
+from kernels.patches import all_places, masked_patch_gather
 from model import SIZES, ViT
 
 PROTOTYPES, BOTTLENECK, HIDDEN = 1024, 128, 512
@@ -159,7 +157,7 @@ def main():
     device, autocast, machine = train.open_machine(flags)
     print(machine)
     train_set = data.open_split(flags.data, "train")
-    train.same_as_begun(flags, "digest", data.digest(flags.data), flags.data)
+    flags.digest = data.digest(flags.data)
     images = data.resident(train_set["images"], device)
     n = len(train_set["labels"])
     B = flags.batch_size = min(flags.batch_size, n)
@@ -172,7 +170,7 @@ def main():
     for epoch in range(run.step // per_epoch, flags.epochs):
         order = data.epoch_order(n, flags.seed, epoch)
         for index, batch in data.batches(images, order, B, device, run.step % per_epoch):
-            generator = train.seeded_step(flags.seed, epoch, run.step)
+            generator = train.seeded(flags.seed, epoch, run.step)
             t = run.step / total
             loss = METHODS[flags.method](flags, net, index, batch, generator, t, autocast)
             loss.backward()
@@ -186,7 +184,8 @@ def main():
                 run.log_step(lr=lr)
             run.save_if_due()
     encoder = net["teacher" if flags.method == "dino" else "student"]
-    save_encoder(encoder, run.out / "model.safetensors", {"step": run.step, "run": run.config})
+    notes = {"step": run.step, "run": run.config}
+    save_network(encoder, run.out / "model.safetensors", notes, "encoder.")
     print(f"wrote    {run.out}/model.safetensors after {run.seconds():.0f} s")
     print(f"next: python probe.py {quoted(run.out)}")
 

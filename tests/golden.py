@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common.command import each_flag_once  # noqa: E402
+from common.door import each_flag_once  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden.json"
 
@@ -212,7 +212,7 @@ LATER = {  # files that a later case writes into the folder of an earlier one
     "recognize": ["runs/lora/recognize.json", "runs/lora/gallery.safetensors"],
     "strangers": ["runs/scratch/recognize.json", "runs/scratch/gallery.safetensors"],
 }
-PARTS = ("model", "teacher", "predictor", "net", "weights")  # of state.pt
+PARTS = ("model", "guide", "net", "weights")  # of state.pt
 # keys that no two runs have alike, alone or at the end of a name
 TIMES = (
     r"(^|_)(seconds|images_per_s|data_wait|memory_mb|minutes|time|ms|per_s|commit|command|machine)$"

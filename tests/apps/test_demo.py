@@ -43,7 +43,7 @@ def own(path, size=(50, 40)):
 # ---- the tabs ------------------------------------------------------------------------------------
 
 
-SHOWN = {None, "view", *guidance.IN_FILES}  # what maps_of of apps/demo.py knows
+SHOWN = {None, "view", *guidance.MAPS}  # what maps_of of apps/demo.py knows
 
 
 @pytest.mark.parametrize(

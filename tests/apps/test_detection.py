@@ -12,8 +12,7 @@ from test_mps import OperatorLog
 
 import data
 from apps import detect
-from common.io import read_safetensors
-from common.train import seeded
+from common.train import read_safetensors, seeded
 from model import ViT
 
 pytest.importorskip("pycocotools", reason="pip install -e '.[detect]': it is the judge")

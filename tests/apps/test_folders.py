@@ -12,7 +12,7 @@ from made import CPU, files_of
 from PIL import Image
 
 from apps import captions, export
-from common.io import UserError, read_safetensors, save_safetensors
+from common.train import UserError, read_safetensors, save_safetensors
 from ingest import sources
 from ingest import tags as packing
 

@@ -1,26 +1,27 @@
-"""apps/folds.py: who is held out of which fold, what is promised, and a run that learns every picture."""
+"""apps/folds.py: who is held out of which fold, what is promised, and `apps.learn datasets/mine`."""
 
 import re
 import shutil
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import draw_folder, refused, run_line
+from conftest import draw_folder, equal, refused, run_line, stopped
 from made import CPU
 from scipy.stats import ttest_1samp
 
 import data
 from apps import export, folds, groups, recognize
-from common import features, metrics
+from apps.collection import open_all
+from common import metrics
 from common.classifier import read_head
-from common.io import UserError, read_json, read_safetensors
+from common.door import read_json
+from common.train import UserError, read_safetensors
 from finetune_lora import load_classifier
 
-TRAIN = f"finetune_lora.py runs/a --data datasets/packed --keep 1 --batch-size 16 {CPU}"
+LEARN = f"apps.learn datasets/packed --encoder runs/a {CPU}"
 OUT = "runs/folds"
 
 
@@ -36,7 +37,7 @@ def test_each_character_is_left_out_once_and_each_picture_asked_by_a_network_tha
     count = min(5, len(sizes))
     labels, _, of_character, of_picture = drawn(sizes, count)
     assert sorted(set(of_character)) == list(range(count))
-    assert set(of_picture) == set(range(count))
+    assert set(of_picture) <= set(range(count))
     assert (of_picture != of_character[labels]).all()
     for c, n in enumerate(sizes):
         dealt = np.bincount(of_picture[labels == c], minlength=count)
@@ -50,7 +51,7 @@ def test_faces_of_one_illustration_are_asked_together():
 
 
 def test_a_fold_learns_neither_its_characters_nor_the_pictures_that_it_is_asked(small):
-    every, classes = features.open_all(small)
+    every, classes = open_all(small)
     labels = every.labels[every.index]
     of_character, of_picture = folds.draw_folds(labels, every.index, 3)
     asked = []
@@ -83,21 +84,29 @@ def test_the_interval_of_a_share_is_students_over_characters():
     assert alike["low"] < 90 and alike["mean"] == alike["high"] == 100  # twenty are no proof
 
 
+def some_answers(more):
+    """What a fold may say of eight pictures of two characters, and of eight unknown ones."""
+    labels, index = torch.arange(8) % 2, torch.arange(8)
+    unit = F.normalize(torch.rand(8, 3), dim=1)
+    said = {"labels": labels, "index": index, "logits": torch.zeros(8, 2), "unit": unit}
+    said |= {"similarity": torch.arange(4.0, 20.0, 2) + more, "colours": index + 2.0 + more}
+    unknown = {"labels": labels, "logits": torch.zeros(8, 2), "unit": unit}
+    unknown |= {"similarity": 2.0 * index + more, "colours": 1.0 * index + more}
+    curves = {name: torch.tensor([10.0, 20.0]) for name in folds.CURVES}
+    return said | {f"unknown_{name}": x for name, x in unknown.items()} | curves
+
+
 def test_the_scores_of_a_fold_are_compared_with_those_of_the_same_fold():
     """A machine of more characters gives larger scores, also to those that it does not know."""
-    labels = torch.arange(8) % 2
-    ours = {"unit": F.normalize(torch.rand(8, 3), dim=1), "labels": labels}
-    ours |= {"unknown_unit": F.normalize(torch.rand(8, 3), dim=1), "unknown_labels": labels}
-    ours |= {"enrolled_threshold": torch.tensor(0.5)}
-    known, unknown = torch.arange(2.0, 10.0), torch.arange(8.0)
-    parts = [
-        ours
-        | {"colours": known + more, "unknown_colours": unknown + more}
-        | {"similarity": 2 * known + more, "unknown_similarity": 2 * unknown + more}
-        for more in (0, 4)
-    ]
-    found = folds.together(parts)
-    assert found.colours_auroc == found.auroc == pytest.approx(100 * metrics.auroc(known, unknown))
+    found = folds.together([some_answers(0), some_answers(4)])
+    expected = 100 * metrics.auroc(torch.arange(2.0, 10.0), torch.arange(8.0))
+    assert float(found["colours_auroc"]) == float(found["auroc"]) == pytest.approx(expected)
+    assert len(found["labels"]) == 16
+
+
+@pytest.mark.parametrize(("curve", "epoch"), [([50.0, 90, 88, 20], 3), ([10.0, 20, 30], 3)])
+def test_the_latest_epoch_that_can_not_be_told_from_the_best_is_chosen(curve, epoch):
+    assert folds.epoch_of(torch.tensor(curve), 60) == epoch
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +116,16 @@ def learned(tmp_path_factory):
 
     home = tmp_path_factory.mktemp("folds") / "home"
     shutil.copytree(pristine(), home)
-    done = run_line(f"{TRAIN} --split folds --epochs 6 --out {OUT}", home, check=0)
+    done = run_line(f"{LEARN} --epochs 6 --out {OUT}", home, check=0)
     return home, done.stdout
 
 
 def test_after_the_folds_every_picture_teaches(learned):
     home, printed = learned
-    every, classes = features.open_all(home / "datasets/packed")
+    every, classes = open_all(home / "datasets/packed")
     header = read_head(home / OUT)[1]
     assert header["classes"] == classes and header["split"] == "folds"
-    row = read_json(home / OUT / "metrics.json")
+    row = read_json(home / OUT / "metrics-folds.json")
     assert row["evaluated_on"] == "folds" and sum(map(sum, row["confusion"])) == len(every.index)
     said = read_json(home / OUT / folds.PROMISE)
     assert said["pictures"] == len(every.index)
@@ -144,9 +153,10 @@ def test_pictures_of_nobody_are_asked_once_and_faces_choose_how_alike_a_group_is
     line = "data.py list.csv --size 32 --unknown nobody --out datasets/others"
     run_line(line, home, check=0)
     count = len(data.open_split(home / "datasets/others", "unknown")["labels"])
-    line = TRAIN.replace("packed", "others") + " --split folds --epochs 2 --out runs/others"
+    line = LEARN.replace("packed", "others") + " --epochs 2 --out runs/others"
     printed = run_line(line, home, check=0).stdout
-    tensors = [read_safetensors(path)[0] for path in (home / "runs/others/folds").glob("*.s*")]
+    paths = (home / "runs/others/folds").glob("*/answers.safetensors")
+    tensors = [read_safetensors(path)[0] for path in paths]
     assert sum(len(fold["others_similarity"]) for fold in tensors) == count > 20
     said = read_json(home / "runs/others" / folds.PROMISE)
     assert re.search(rf"of nobody called unknown +{said['others']:.0f} %", printed)
@@ -175,41 +185,27 @@ def test_a_run_that_learned_everything_is_not_measured_on_it(learned):
     home, _ = learned
     fix = refused(run_line(f"apps.unknown {OUT} {CPU}", home))
     assert "--data OTHER" in fix
-    fix = refused(run_line(f"finetune_lora.py --resume {OUT} --split test", home))
-    assert "learned every picture" in fix
-    again = run_line(f"finetune_lora.py --resume {OUT}", home, check=0).stdout
-    assert "is finished" in again
-
-
-def test_finished_folds_are_not_trained_again(learned, monkeypatch):
-    home, _ = learned
-    shutil.copytree(home / OUT / "folds", home / "runs/again/folds")
-    for path in (home / "runs/again/folds").glob("*.safetensors"):
-        tensors, header = read_safetensors(path)
-        folds.save_safetensors(tensors, path, header | {"device": "cpu"})  # as of older runs
-    monkeypatch.setattr(folds, "train_fold", None)
-    line = f"{TRAIN} --split folds --epochs 6 --out runs/again"
-    run_line(line, home, check=0)
-    rows = [read_json(home / out / "metrics.json") for out in (OUT, "runs/again")]
-    assert rows[0]["right"] == rows[1]["right"]
-    refused(run_line(line.replace("--epochs 6", "--epochs 5").replace("again", "folds"), home))
+    for folder in (OUT, f"{OUT}/folds/all"):
+        assert "state.pt" in refused(
+            run_line(f"finetune_lora.py --resume {folder} --split test", home)
+        )
+    assert "is finished" in run_line(f"{LEARN} --epochs 6 --out {OUT}", home, check=0).stdout
+    assert "another command" in refused(run_line(f"{LEARN} --epochs 5 --out {OUT}", home))
 
 
 def test_a_picture_that_is_called_unknown_has_no_right_name():
     similarity = torch.tensor([0.9, 0.9, 0.1, 0.9])
-    of_unknown = {
-        f"unknown_{k}": x for k, x in (("labels", torch.arange(4)), ("logits", torch.eye(4)))
+    found = {
+        "logits": 5 * torch.eye(4),
+        "labels": torch.tensor([0, 1, 2, 0]),  # the third is unknown, the last has a wrong name
+        "similarity": similarity,
+        "unknown_logits": torch.eye(4),
+        "unknown_labels": torch.arange(4),
+        "unknown_similarity": similarity,
+        "others_similarity": torch.empty(0),
+        "auroc": 50.0,
+        "colours_auroc": 50.0,
     }
-    found = SimpleNamespace(
-        logits=5 * torch.eye(4),
-        labels=torch.tensor([0, 1, 2, 0]),  # the third is unknown, the last has a wrong name
-        similarity=similarity,
-        unknown_similarity=similarity,
-        others_similarity=torch.empty(0),
-        auroc=50.0,
-        colours_auroc=50.0,
-        **of_unknown,
-    )
     numbers = {"threshold": 0.5, "temperature": 1.0, "platt": [1.0, 0.0]}
     assert folds.promise(found, numbers, torch.full((4,), 20))["names_right"] == 50
 
@@ -225,51 +221,53 @@ def test_what_to_expect_is_said_in_a_line_where_there_are_enough_pictures(least,
         assert "about 90 get the right name" in first and "about 60 get a wrong one" in first
 
 
-def test_a_part_of_one_character_is_refused_before_it_is_trained(monkeypatch):
-    """A gallery without it would be one of nobody."""
-    some = SimpleNamespace(index=[0])
-    monkeypatch.setattr(folds, "sets_of", lambda *_: (some, some, some, [0]))
-    task = SimpleNamespace(train=None, classes=["a", "b", "c"])
-    with pytest.raises(UserError, match="too few pictures or characters"):
-        folds.answers_of_folds(SimpleNamespace(data="set"), task, None, torch.tensor([0, 1, 2]))
-
-
-def test_it_is_the_default_where_it_is_quick(learned, monkeypatch):
+def test_a_stopped_command_goes_on_in_the_middle_of_a_fold(learned):
+    """And ends as if it had never been stopped; a fold that is finished is not trained again."""
     home, _ = learned
-    seen = []
-    monkeypatch.setattr(folds, "cross_validate", lambda *_: seen.append(1) or exit(0))
-    line = f"{TRAIN} --epochs 1 --out runs/default"
+    line = f"{LEARN} --epochs 6 --out runs/again"
+    with stopped(3):
+        done = run_line(line, home, check=128 + signal.SIGTERM)
+    assert "go on with: python -m apps.learn datasets/packed" in done.stdout
+    shutil.copytree(home / OUT / "folds/2", home / "runs/again/folds/2")
+    before = (home / "runs/again/folds/2/log.jsonl").stat().st_mtime_ns
     run_line(line, home, check=0)
-    assert seen
-    monkeypatch.setattr(folds, "minutes_of", lambda *_: 7)
-    printed = run_line(line, home, check=0).stdout
-    assert len(seen) == 1 and "--split folds" in printed and "7 minutes" in printed
-    assert read_json(home / "runs/default/metrics.json")["evaluated_on"] == "val"
-    # where folds were stopped, the same command goes on with them, however long it takes
-    (home / "runs/begun/folds").mkdir(parents=True)
-    run_line(line.replace("default", "begun"), home, check=0)
-    assert len(seen) == 2
+    assert (home / "runs/again/folds/2/log.jsonl").stat().st_mtime_ns == before
+    rows = [read_json(home / out / "metrics-folds.json") for out in (OUT, "runs/again")]
+    assert rows[0]["right"] == rows[1]["right"]
+    heads = [read_head(home / out)[0] for out in (OUT, "runs/again")]
+    assert equal(*heads)
 
 
 def test_a_stop_after_the_last_step_of_a_fold_is_heard(learned, monkeypatch):
     home, _ = learned
-    told = folds.answers_of
+    answers_of = folds.answers_of
 
     def asked(*words):
         signal.raise_signal(signal.SIGTERM)
-        return told(*words)
+        return answers_of(*words)
 
     monkeypatch.setattr(folds, "answers_of", asked)
-    line = f"{TRAIN} --split folds --epochs 1 --out runs/stopped"
-    assert run_line(line, home).returncode == 128 + signal.SIGTERM
-    assert [path.name for path in (home / "runs/stopped/folds").iterdir()] == ["1.safetensors"]
+    line = f"{LEARN} --epochs 1 --out runs/stopped"
+    run_line(line, home, check=128 + signal.SIGTERM)
+    done = (home / "runs/stopped/folds").glob("*/answers.safetensors")
+    assert [path.parent.name for path in done] == ["1"]
 
 
-def test_two_characters_are_too_few_for_folds(learned):
+def test_a_collection_that_is_too_small_is_refused(learned):
     home, _ = learned
     for name in ("class0", "class1"):
         shutil.copytree(home / "images" / name, home / "two" / name)
     run_line("data.py two --out datasets/two --size 32", home, check=0)
-    line = f"finetune_lora.py runs/a --data datasets/two {CPU} --epochs 1 --out runs/two"
-    assert "left out" in refused(run_line(f"{line} --split folds", home))
-    run_line(line, home, check=0)
+    line = f"apps.learn datasets/two --encoder runs/a {CPU} --epochs 1 --out runs/two"
+    why = refused(run_line(line, home))
+    assert "left out" in why and "finetune_lora.py ENCODER --data datasets/two" in why
+    every, classes = open_all(home / "datasets/packed")
+    every.split["header"]["groups"] = [classes[c] for c in every.split["labels"]]  # one each
+    with pytest.raises(UserError, match="too few pictures or characters"):
+        folds.deal(every, classes, "datasets/packed")
+
+
+def test_what_has_learned_already_is_corrected(learned):
+    home, _ = learned
+    assert "OUT" in refused(run_line(f"apps.learn {OUT} {CPU}", home))
+    refused(run_line(f"apps.learn {OUT} out --epochs 3 {CPU}", home))

@@ -10,15 +10,15 @@ import threading
 import time
 
 import pytest
+import torch
 from conftest import LINUX, ROOT, draw_folder, python, refused, run_line, stopped
 from made import CPU, NANO, files_of
 from PIL import Image
 from test_poison import differences, written
 
 from apps import recognize
-from common.io import UserError, read_safetensors
 from common.locks import locked
-from common.train import load_state
+from common.train import UserError, read_safetensors
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on Windows")
 QUICK = f"--batch-size 8 --epochs 6 {CPU} --out new/run"
@@ -29,14 +29,14 @@ SEGMENT = f"apps.segment runs/a --data datasets/frames --pixel-steps 4 {QUICK}"
 DETECT = f"apps.detect runs/a --data datasets/scenes --view 48 {QUICK}"
 MAPS = "apps.maps --data datasets/packed --map saliency"
 NAMES = f"apps.unknown runs/a-lora --split test {CPU}"
-STAGES = [  # a call of each stage that writes, and its lock
+STAGES = [  # a call that writes what others may write at the same time, and its lock
     ("data.py images --out new/set --size 16", "new/.set.lock"),
     ("data.py --show datasets/packed", "datasets/packed/.sheet.png.lock"),
     (f"{MAPS} --out new/m", "new/m/.saliency.safetensors.lock"),
     ("apps.export runs/a --to hf --out new/hf", "new/.hf.lock"),
     (NAMES, "runs/a-lora/packed-test/.recognize.json.lock"),
-    *((line, "new/run/.lock") for line in (PRETRAIN, TUNE, TAGS, SEGMENT, DETECT)),
 ]
+RUNS = [PRETRAIN, TUNE, TAGS, SEGMENT, DETECT]
 ENROL = f"apps.recognize runs/a-lora {CPU} images/class0/illust0_0.png images/class0/illust1_0.png"
 ENROL += " images/class0/illust2_0.png --enrol"
 
@@ -146,7 +146,7 @@ def test_a_kill_while_packing_leaves_a_whole_set_or_none(tmp_path, whole, moment
 
 
 STOPPED = {  # a call, and the steps in which it is stopped, one after the other
-    f"{PRETRAIN} --epochs 2 --mask learned:start=0,ramp_for=0,throw=.1 --ratio .5-.7": (6,),
+    f"{PRETRAIN} --epochs 2 --mask learned:start=0,ramp_for=0,throw=.1 --ratio .5:.7": (6,),
     f"{PRETRAIN} --epochs 2 --mask attn_high:start=0 --contrast cls:weight=.5": (6,),
     f"{TUNE} --epochs 3 --method lora --balanced --keep .5": (2, 8),
     f"{TUNE} --epochs 3 --method full --head curricularface --unfreeze-every 1 --keep .2:1": (2, 8),
@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(fresh, line, no_pictures
 
 READERS = {
     ".safetensors": read_safetensors,
-    ".pt": load_state,
+    ".pt": lambda path: torch.load(path, weights_only=True),
     ".json": lambda path: json.loads(path.read_text()),
     ".png": lambda path: Image.open(path).load(),
 }
@@ -195,7 +195,7 @@ def check_whole(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line, _ in STAGES])
+@pytest.mark.parametrize("line", [*(line for line, _ in STAGES), *RUNS])
 def test_a_kill_of_each_stage_loses_nothing(fresh, line):
     """At a seeded moment after it begins to write; a run then ends with the bits of a whole one."""
     run, whole = fresh / "new/run", fresh / "new/whole"

@@ -90,7 +90,7 @@ def test_what_mps_lacks_is_seen():
     assert log.missing == {"poisson"} and torch.float64 in log.dtypes
 
 
-PRETRAIN = f"pretrain.py --data true --ratio .6-.8 --model {NANO},dim=64,depth=2,heads=2"
+PRETRAIN = f"pretrain.py --data true --ratio .6:.8 --model {NANO},dim=64,depth=2,heads=2"
 OURS = "runs/a --data datasets/packed"
 STEPS = [f"{PRETRAIN} --mask {mask}" for mask in ("attn_high:start=0", "parts", "learned")]
 STEPS += [f"apps.tags {OURS} --arm {arm}" for arm in tags.ARMS]
@@ -100,8 +100,8 @@ REPORTS = {
     "finetune_lora.write_results": None,
     "finetune_lora.measure": None,
 }  # and what they return
-REPORTS |= {"pretrain.evaluate": {}, "pretrain.draw_masks": None, "pretrain.finish": None}
-REPORTS |= {"apps.tags.topk": 0.0, "common.readout.topk": 0.0, "common.metrics.macro_f1": 0.0}
+REPORTS |= {"pretrain.evaluate": {}, "pretrain.draw_masks": None, "pretrain.draw_run": None}
+REPORTS |= {"apps.tags.topk": 0.0, "common.metrics.topk": 0.0, "common.metrics.macro_f1": 0.0}
 
 
 @pytest.mark.parametrize("line", STEPS)

@@ -15,8 +15,7 @@ from conftest import run_line
 from golden import leaves
 from made import pristine
 
-from common.io import read_safetensors, save_safetensors
-from common.train import read_log
+from common.train import read_log, read_safetensors, save_safetensors
 
 KEPT = 4  # every fourth picture of a poisoned split stays as it is
 FAST = "--device cpu --dtype fp32"

@@ -15,10 +15,13 @@ import data
 import finetune_lora
 import ingest.pictures
 from apps import recognize
+from common import door
 from common.classifier import pooled_of
-from common.io import read_safetensors
-from common.train import autocast_of
+from common.train import UserError, autocast_of, read_safetensors
+from ingest import sources
 from ingest.decode import decode
+from ingest.pack import class_names
+from ingest.tags import vocabulary
 
 NAME = f"apps.recognize runs/a-lora {CPU}"
 FACE = "images/class1/illust3_0.png"
@@ -67,7 +70,7 @@ def world():
 
 def test_whitening_is_the_inverse_of_the_covariance_within_characters(world):
     mean, matrix = recognize.whitening(world.faces, world.labels)
-    rows = recognize.evenly_of_each(world.labels, recognize.WHITENED)
+    rows = recognize.data.evenly_of_each(world.labels, recognize.WHITENED)
     assert [len(some) for some in rows] == [recognize.WHITENED] * 5
     groups = [world.faces[some] for some in rows]
     inside = [group - group.mean(0) for group in groups]
@@ -359,3 +362,23 @@ def test_a_threshold_moves_no_confidence(fresh):
         answers = rows_of(fresh, f"images/class0 {words}")
         rows.append([row["confidence"] for row in answers])
     assert rows[0] == pytest.approx(rows[1], abs=1e-3) == rows[2]
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\0b", "\x1b[2J", "x" * 101, "\u202eb", "\ud800"])
+def test_what_is_no_name_is_neither_packed_nor_enrolled(name):
+    with pytest.raises(UserError, match="printable"):
+        recognize.enrol(SimpleNamespace(enrol=name), None, {"classes": []}, None)
+    with pytest.raises(UserError, match="printable"):
+        class_names([sources.Record("a", "a", name)])
+    records = [sources.Record("a", "a", "b", split="train", tags=(name, "hat"))] * 3
+    assert vocabulary(records)[0] == ["hat"]
+    assert door.is_name("初音\u3000ミク $_$") and door.shown("a\x1b\n") == "a\\x1b\\n"
+
+
+@pytest.mark.parametrize("value", [0.0, 2.66, -1.2, 1.5e-4])
+def test_a_head_that_is_equally_sure_of_all_pictures_lifts_none(value):
+    logits = torch.full((20, 3), value)
+    logits[::2] += 1e-6  # rounding
+    lift = recognize.lift_of(logits)
+    asked = recognize.lifted(torch.tensor([0.2, 0.9]), torch.tensor([50.0, -50.0]), lift)
+    assert torch.equal(asked, torch.tensor([0.2, 0.9]))

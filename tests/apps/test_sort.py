@@ -14,8 +14,7 @@ from sklearn.metrics import f1_score
 
 from apps import groups, sort
 from apps.unknown import grouping
-from common.io import read_safetensors, save_safetensors
-from common.train import seeded
+from common.train import read_safetensors, save_safetensors, seeded
 from ingest import pictures
 
 FOLDER = "images/class0"

@@ -23,9 +23,8 @@ from apps.unknown import (
     verification,
 )
 from common import metrics
-from common.features import place_of_set
-from common.io import read_safetensors
-from common.train import seeded
+from common.checkpoints import place_of
+from common.train import read_safetensors, seeded
 
 MEASURE = f"apps.unknown runs/a-lora {CPU}"
 
@@ -97,10 +96,10 @@ def test_a_set_is_found_where_pictures_are_and_not_where_a_network_has_its_name(
     monkeypatch.chdir(fresh)
     (fresh / "runs/toon-of-mine").mkdir()
     (fresh / "runs/toon-of-mine/model.safetensors").write_bytes(b"a network")
-    assert place_of_set("datasets/toon-of-mine", "runs/a") == Path("datasets/toon-of-mine")
+    assert place_of("datasets/toon-of-mine", "runs/a") == Path("datasets/toon-of-mine")
     shutil.copytree(fresh / "datasets/packed", fresh / "moved/datasets/toon-of-mine")
     shutil.copytree(fresh / "runs/a", fresh / "moved/runs/a")
-    found = place_of_set("datasets/toon-of-mine", "moved/runs/a")
+    found = place_of("datasets/toon-of-mine", "moved/runs/a")
     assert found.samefile("moved/datasets/toon-of-mine")
 
 
@@ -110,15 +109,6 @@ def test_a_set_that_was_packed_anew_does_not_measure_what_learned_the_old_one(fr
     assert "packed anew" in refused(run_line(MEASURE, fresh))
     assert "packed anew" in refused(run_line(f"{MEASURE} --data datasets/packed", fresh))
     run_line(f"{MEASURE} --data datasets/old", fresh, check=0)
-    # Of two sets of that name, the one that was learned is found, and the other one is refused.
-    (fresh / "elsewhere/datasets").mkdir(parents=True)
-    (fresh / "datasets/packed").rename(fresh / "elsewhere/datasets/packed")
-    (fresh / "datasets/old").rename(fresh / "datasets/packed")
-    line = f"apps.unknown {fresh}/runs/a-lora {CPU}"
-    run_line(line, fresh / "elsewhere", check=0)
-    assert "packed anew" in refused(run_line(f"{line} --data datasets/packed", fresh / "elsewhere"))
-    shutil.rmtree(fresh / "datasets/packed")
-    (fresh / "elsewhere/datasets/packed").rename(fresh / "datasets/packed")
     (fresh / "runs/a-lora/gallery.safetensors").unlink()
     assert "packed anew" in refused(run_line(f"apps.recognize runs/a-lora images {CPU}", fresh))
 

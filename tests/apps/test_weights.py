@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score
 
 import data
 from apps import demo, detect, recognize, segment, tags
-from common.io import read_safetensors
+from common.train import read_safetensors
 from finetune_lora import load_classifier
 from ingest import scenes, toon
 

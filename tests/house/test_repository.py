@@ -200,22 +200,20 @@ def test_shares_of_lora_are_those_in_the_docs():
 
 # ---- imports -------------------------------------------------------------------------------------
 
-# The floors of the house, from the ground up. Nobody imports from a floor above its own.
-FLOORS = {"kernels": 0, "common.io": 0, "common.fields": 0, "common.command": 0}
-FLOORS |= {"common.rows": 0, "common.locks": 0, "common.readout": 0}
-FLOORS |= {"mask": 1, "model": 1, "data": 1, "common": 2, "ingest": 3}
-FLOORS |= {"pretrain": 4, "probe": 4, "finetune_lora": 4, "apps": 5, "lab": 6}
-UP = {  # imports in functions that run up, each with its reason where it stands
-    ("data", "ingest.decode"),
-    ("data", "ingest.pack"),
-    ("mask", "common.sheets"),
-    ("common.checkpoints", "apps.formats"),
-    ("finetune_lora", "apps.folds"),
+LESSON = {"kernels", "mask", "model", "data", "common"}  # what its stages stand on
+MAY_IMPORT = {  # a package or a file, and what of the others it may import; at its top, data no packer
+    "kernels": set(),
+    "mask": {"kernels"},
+    "model": {"kernels"},
+    "data": {"common.train", "ingest"},
+    "common": {"kernels", "mask", "model", "data"},
+    "ingest": {"common"},
+    "pretrain": LESSON,
+    "probe": LESSON,
+    "finetune_lora": LESSON,
+    "apps": LESSON | {"ingest", "pretrain", "probe", "finetune_lora"},
+    "lab": LESSON | {"ingest", "pretrain", "probe", "finetune_lora", "apps"},
 }
-
-
-def floor_of(name):
-    return FLOORS.get(name, FLOORS.get(name.partition(".")[0]))
 
 
 def module_files():
@@ -246,29 +244,21 @@ def arrows():
 
 
 @pytest.mark.parametrize("name", sorted(module_files()))
-def test_no_arrow_runs_back_up(name):
+def test_nobody_imports_what_stands_above(name):
+    home = name.partition(".")[0]
     for target in arrows()[name] - set(PACKAGES):
-        up = floor_of(target) > floor_of(name)
-        assert not up or (name, target) in UP, f"{target} is above {name}"
-        if target in imports(module_files()[name], lambda tree: tree.body):
-            assert not up, f"{name} imports {target} at its top"
-    stages = {"pretrain", "probe", "finetune_lora"} & arrows()[name]
-    assert not stages or floor_of(name) > 4, f"{name} imports another stage, {stages}"
+        other = target.partition(".")[0]
+        assert other == home or {target, other} & MAY_IMPORT[home], f"{name} imports {target}"
 
 
-def test_networks_masks_and_kernels_can_be_taken_elsewhere():
-    """kernels/ imports nothing of ours, and mask.py and model.py the kernels alone."""
-    for name, path in module_files().items():
-        if name in ("mask", "model") or name.startswith("kernels"):
-            targets = imports(path, lambda tree: tree.body)  # at the top: a main may draw
-            assert not {target for target in targets if not target.startswith("kernels")}, name
+def test_who_reads_a_packed_set_needs_no_packer():
+    at_top = imports(ROOT / "data.py", lambda tree: tree.body)
+    assert at_top - set(PACKAGES) == {"common.train"}
 
 
 def test_no_cycle():
-    graph = {
-        name: {x for x in targets if (name, x) not in UP} for name, targets in arrows().items()
-    }
-    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names them
+    """Imports in functions count, too."""
+    graphlib.TopologicalSorter(arrows()).prepare()  # a CycleError names them
 
 
 # ---- what is installed and what is given away ----------------------------------------------------

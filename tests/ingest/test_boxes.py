@@ -9,7 +9,7 @@ from conftest import call, refused
 from PIL import Image, ImageDraw
 
 import data
-from common.io import UserError
+from common.train import UserError
 from ingest import boxes, labels, pack
 
 PICTURES = {"a.png": (80, 40), "train/b.png": (30, 60), "empty.png": (20, 20)}

@@ -14,11 +14,10 @@ import torch
 from conftest import draw_folder, python, refused, run_line, shared_file, some_view
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import data
 from common import features, rows
-from common.io import UserError
+from common.train import UserError
 from ingest import decode, pack, sources, splits, tags, toon
 
 
@@ -182,33 +181,6 @@ def test_a_folder_with_a_slash_behind_it_is_the_same_folder(tmp_path, images, mo
         data.open_or_pack("other/images", 16)
 
 
-def test_a_packed_file_that_was_cut_or_does_not_fit_together_is_refused(tmp_path):
-    tensors = {"images": torch.zeros(3, 8, 8, 3, dtype=torch.uint8), "labels": torch.arange(3)}
-    about = {"size": 8, "keys": ["a", "b", "c"], "classes": ["x", "y", "z"], "split": "train"}
-    about |= {"source": "x"}
-    wrong = {
-        "keys can't be None": (tensors, {"classes": [], "size": 8}),
-        "no array 'labels'": ({"images": tensors["images"]}, about),
-        "images is uint8": (tensors, about | {"size": 9}),
-        "labels is int64": (tensors | {"labels": torch.arange(2)}, about),
-        "labels are not in": (tensors | {"labels": torch.arange(1, 4)}, about),
-        "fg is uint8": (tensors | {"fg": torch.zeros(3, 4, 4, dtype=torch.uint8)}, about),
-    }
-    path = tmp_path / "train.safetensors"
-    for words, (arrays, header) in wrong.items():
-        save_file(arrays, path, {"animask": json.dumps(header)})
-        with pytest.raises(UserError, match=words):
-            data.open_split(tmp_path, "train")
-    save_file(tensors, path, {"animask": json.dumps(about)})
-    assert len(data.open_split(tmp_path, "train")["images"]) == 3
-    whole = path.read_bytes()
-    foreign = [whole.replace(b'"U8"', b'"F7"'), whole.replace(b"[3,8,8,3]", b"[9,8,8,3]")]
-    for part in (whole[:-100], whole[:50], b"", b"\xff" * 64, *foreign):
-        path.write_bytes(part)
-        with pytest.raises(UserError, match="not a whole file"):
-            data.open_split(tmp_path, "train")
-
-
 def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
     """The same from another folder is the same set; maps of one do not fit one of other pixels."""
     digests = []
@@ -299,11 +271,11 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
 
 NEXT = {  # flags: the command that comes next, and words of what is said
     "images --split .8,0,.2": (
-        "python finetune_lora.py weights/toon --data OUT --split folds",
+        "python -m apps.learn OUT",
         "test 12",
     ),
     "images --split 1,0,0": (
-        "python finetune_lora.py weights/toon --data OUT --split folds",
+        "python -m apps.learn OUT",
         "train 60, 3 classes",
     ),
     "images/class0": ("python pretrain.py --data OUT", "finetune_lora.py can't learn from it"),

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from apps.segment import overlay
-from common.io import UserError
+from common.train import UserError
 from ingest import decode, files, pack, pictures, sources
 
 

@@ -21,7 +21,9 @@ from conftest import CODE, LINUX, ROOT, call, draw_folder, refused, run_line
 from PIL import Image
 
 import data
-from common.io import UserError, open_tensors, read_json, read_safetensors
+from common.door import read_json
+from common.formats import read_tensors
+from common.train import UserError
 from ingest import boxes, decode, files, layouts, pack, pictures, sources, tags
 
 
@@ -744,7 +746,7 @@ def test_devices_and_pipes_are_never_opened(tmp_path):
     found = list(pictures.pictures([path, tmp_path / "set.csv"], 16, "centre", 0, problems))
     assert len(found) == 1 and len(problems) == 2
     assert all("device or a pipe" in why for _, why in problems)
-    for read in (sources.find, boxes.find, open_tensors, read_safetensors, read_json):
+    for read in (sources.find, boxes.find, read_tensors, read_json):
         with pytest.raises(UserError, match="device or a pipe"):
             read(path)
 

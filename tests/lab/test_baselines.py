@@ -7,10 +7,8 @@ import pytest
 import torch
 from conftest import call
 
-from common.checkpoints import load_encoder
-from common.io import read_safetensors
-from common.lora import fingerprint
-from common.train import seeded
+from common.checkpoints import fingerprint, load_encoder
+from common.train import read_safetensors, seeded
 from lab import views
 from lab.convnets import NETWORKS, ConvNet, load_any, save_any
 from model import ViT

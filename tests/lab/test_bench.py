@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, call
 
-from common.io import UserError, save_csv
-from common.train import commit
+from common.door import save_csv
+from common.train import UserError
 from lab import bench
 from lab import bench_kernels as kernels
 from lab import bench_latency as latency
@@ -141,20 +141,3 @@ def test_a_whole_recogniser_is_sent_to_the_device():
     answer, side, _ = latency.torch_answer(ROOT / "weights/toon-lora", torch.device("meta"))
     found = answer(torch.zeros(1, side, side, 3, dtype=torch.uint8))
     assert {x.device.type for x in found.values()} == {"meta"}
-
-
-def test_two_edits_of_one_commit_are_told_apart(tmp_path):
-    def git(*words):
-        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
-
-    git("init")
-    (tmp_path / "a.py").write_text("x = 1\n")
-    git("add", ".")
-    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "one")
-    found = [commit(tmp_path)]
-    for text in ("x = 2\n", "x = 3\n"):
-        (tmp_path / "a.py").write_text(text)
-        assert commit(tmp_path) == found[-1]  # this process runs what it has read
-        commit.cache_clear()
-        found.append(commit(tmp_path))
-    assert len({*found}) == 3 and all(name.startswith(f"{found[0]}+") for name in found[1:])

@@ -1,4 +1,4 @@
-"""The statistics against scipy, by hand, against simulations; tests/house/mutants.py changes one line at a time."""
+"""The statistics against scipy, by hand, and against simulations."""
 
 import math
 from itertools import product
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from common.stats import (
+from common.metrics import (
     bootstrap,
     from_bits,
     mean_std,
@@ -215,7 +215,7 @@ def test_epochs_of_two_seeds_of_none_and_from_the_start_say_nothing():
     assert row["notes"] == ["the random-init encoder has the threshold of 0.0 % already"]
 
 
-# ---- verdicts, and common/stats.py ---------------------------------------------------------------
+# ---- verdicts, and common/metrics.py ---------------------------------------------------------------
 
 
 WORDS = {  # (effect, p, p_equal): word

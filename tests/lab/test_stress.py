@@ -9,7 +9,7 @@ from conftest import run_line
 
 import mask as masking
 import model
-from common import stats
+from common import metrics
 from common.train import seeded
 from ingest import pack, toon
 from lab import stress
@@ -89,7 +89,7 @@ def test_one_command_writes_what_its_docstring_says(base):
     whole = report["robustness"]
     expected = {"cutout 0.3": whole["cutout"]["0.3"], "grayscale 1": whole["grayscale"]["1"]}
     assert some["top1"] == expected and "Top-1 under cutout 0.3" in text
-    right = stats.from_bits(some["right"]["cutout 0.3"], some["images"])
+    right = metrics.from_bits(some["right"]["cutout 0.3"], some["images"])
     assert 100 * right.mean() == pytest.approx(some["top1"]["cutout 0.3"])
 
 

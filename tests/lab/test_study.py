@@ -17,8 +17,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import LINUX, ROOT, call, flags_of, refused
 
-from common.io import UserError
-from common.train import read_log
+from common.train import UserError, read_log
 from lab import plans, report, run
 
 STAGE = """
@@ -86,7 +85,7 @@ VERIFY = "save(out / 'recognize.json', {})"
 PRETENDED = """
 import sys
 from pathlib import Path
-from common.command import cli
+from common.train import cli
 from lab import run
 run.ROOT = Path(sys.argv.pop(1))
 cli(run.main)
@@ -391,12 +390,12 @@ def test_a_plan_that_is_killed_goes_on_with_the_run_that_was_stopped(home, small
 
 
 def test_folds_that_a_killed_run_has_finished_stay(tmp_path, monkeypatch):
-    """finetune_lora.py goes on with the next one; a run without folds begins in an empty folder."""
+    """apps/learn.py goes on with the next one; a run without folds begins in an empty folder."""
     args = SimpleNamespace(work=tmp_path, digest="d", code={run.ROOT: "c"}, threads=1, retry=False)
     monkeypatch.setattr(run, "execute", lambda *_: None)
     monkeypatch.setattr(run, "digest_of_code", lambda _: "c")
     for command, kept in (
-        ("finetune_lora.py a", "folds/1.safetensors"),
+        ("-m apps.learn a", "folds/1/answers.safetensors"),
         ("probe.py b", "left.txt"),
     ):
         path = run.folder_of(shlex.split(command), args)[0] / kept

@@ -11,9 +11,9 @@ from PIL import Image
 
 import data
 from apps.suspects import out_of_fold
-from common.io import UserError
+from common.checkpoints import save_network
 from common.locks import lock_beside, locked
-from common.lora import save_encoder
+from common.train import UserError
 from lab import report
 from lab.subset import save_pictures, thinned
 from model import ViT
@@ -82,7 +82,7 @@ def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
     changed = (old["labels"] != new["train"]["labels"]).nonzero()[:, 0].tolist()
     assert changed == new["train"]["header"]["planted"]
     assert len(changed) == round(len(old["labels"]) / 10)
-    save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "run/model.safetensors", {})
+    save_network(ViT(32, 8, 32, 2, 2), tmp_path / "run/model.safetensors", {}, "encoder.")
     words = ["run", "--data", "wrong", "--out", "s", "--device", "cpu"]
     call("apps.suspects", *words, cwd=tmp_path, check=0)
     with open(tmp_path / "s/suspects.csv") as file:

@@ -10,12 +10,14 @@ import golden
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, equal, refused, run_line
+from conftest import ROOT, refused, run_line
 
 import data
 import mask as masking
-from common import guidance, sheets
-from common.io import UserError
+from apps import masks
+from apps.maps import write_maps
+from common import guidance
+from common.train import UserError
 from model import Pooler, ViT
 
 EXACT = contextlib.nullcontext
@@ -39,8 +41,7 @@ def noise_images(n, S=32):
     ],
 )
 def test_a_teacher_makes_new_maps_while_it_learns_fast(epochs, start, expected, capsys):
-    teacher = guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", epochs, start)
-    assert teacher.epochs == expected and teacher.learns and not teacher.encoder.training
+    assert guidance.map_epochs(epochs, start) == expected
     assert ("masks stay random" in capsys.readouterr().out) == (start == 1)
 
 
@@ -48,21 +49,22 @@ def test_the_teacher_is_the_moving_average_of_the_encoder():
     """In float64 and by hand; momentum rises to 1 by half a cosine, from a half-life of 1.5 %."""
     encoder = ViT(32, 8, 32, 1, 1)
     encoder.register_buffer("count", torch.zeros(()))  # a student's own
-    teacher = guidance.average_of(encoder, "cls", 10, 0.1)
-    mean = [w.detach().double() for w in teacher.encoder.parameters()]
+    guide = guidance.Guide("attn", encoder)
+    guide.teacher = copy.deepcopy(encoder).requires_grad_(False)
+    mean = [w.detach().double() for w in guide.teacher.parameters()]
     for step in range(12):
         with torch.no_grad():
             for w in encoder.parameters():
                 w.add_(torch.randn_like(w))
         encoder.count += 1
-        teacher.update(encoder, step, 100)
+        guide.update_teacher(encoder, step, 100)
         new = (1 - 0.5 ** (1 / 1.5)) * (math.cos(math.pi * step / 100) + 1) / 2
         assert guidance.ema_momentum(step, 100) == pytest.approx(1 - new)
         mean = [(1 - new) * m + new * w for m, w in zip(mean, encoder.parameters(), strict=True)]
-    for expected, found in zip(mean, teacher.encoder.parameters(), strict=True):
+    for expected, found in zip(mean, guide.teacher.parameters(), strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
         assert not found.requires_grad
-    assert teacher.encoder.count == 12
+    assert guide.teacher.count == 12
 
 
 @pytest.mark.parametrize("total", [30, 2000, 100_000])
@@ -78,56 +80,35 @@ def test_the_first_map_is_made_by_a_teacher_that_learned(total):
 
 
 @pytest.mark.parametrize(
-    "flags, teacher, files, source",
+    ("flags", "pooler", "kind"),
     [
-        ({}, "dino.pth", [], "cls"),
-        ({"contrast": "none"}, "run", [], "outlier"),
-        ({"contrast": "none"}, "self", [], "outlier"),
-        ({"contrast": "pooler"}, "self", [], "pooler"),
-        ({"contrast": "pooler"}, "run", ["run/pooler.safetensors"], "pooler"),
-        ({"contrast": "pooler"}, "run", [], "outlier"),
-        ({"contrast": "cls"}, "run", [], "rollout"),
-        ({"contrast": 1.0}, "run", ["run/pooler.safetensors"], "pooler"),
-        ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
+        ({}, False, "cls"),  # a public checkpoint, as DINO's
+        ({"contrast": "none"}, False, "outlier"),
+        ({"contrast": "pooler"}, True, "pooler"),
+        ({"contrast": "cls:weight=0.1"}, False, "rollout"),
+        ({"contrast": 0}, False, "outlier"),
     ],
 )
-def test_a_teacher_is_read_by_its_training(tmp_path, monkeypatch, flags, teacher, files, source):
-    """By runs of any age. A plain run's own file is no foreign checkpoint; a pooler may be removed."""
-    monkeypatch.chdir(tmp_path)
-    for name in ["run/e.safetensors", "dino.pth", *files]:
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text("")
-    assert guidance.default_attention(flags, teacher) == source
+def test_a_teacher_is_read_by_its_training(flags, pooler, kind):
+    encoder = small_encoder()
+    encoder.pooler = Pooler(32, 1) if pooler else None
+    assert guidance.default_attention(encoder, flags) == kind
 
 
-def test_a_teacher_that_was_given_does_not_learn():
-    """It is no part of a run's state, either."""
-    encoder = ViT(32, 8, 32, 1, 1)
-    teacher = guidance.Teacher(ViT(32, 8, 32, 1, 1), "cls", {0})
-    source = guidance.TeacherScore(encoder, teacher, "out")
-    before = copy.deepcopy(teacher.encoder.state_dict())
-    for learns in (False, True):
-        teacher.learns = learns
-        source.update_teacher(encoder, 5, 100)
-        assert equal(before, teacher.encoder.state_dict()) == (not learns)
-        assert bool(source.networks()) == learns
-
-
-def test_the_teachers_maps_are_its_attention(tmp_path):
-    """Means over the heads, in the order of the images, as a file that a source reads."""
+def test_the_teachers_maps_are_its_attention():
+    """Means over the heads, in the order of the images."""
     torch.manual_seed(0)
     encoder, images = ViT(32, 8, 32, 2, 2), noise_images(70)
     encoder.pooler = Pooler(32, 2)
     _, view = next(data.whole_views(images, torch.arange(70), 32, torch.device("cpu")))
     for source in ("cls", "rollout", "pooler"):
-        teacher = guidance.Teacher(encoder, source, {0})
-        teacher.write_maps(images, tmp_path / f"{source}.safetensors", EXACT)
-        score = guidance.TeacherScore(encoder, teacher, tmp_path)
-        score.open_maps(f"{source}.safetensors")
+        guide = guidance.Guide("attn", encoder)
+        guide.kind, guide.maps = source, torch.zeros(70, 4, 4, dtype=torch.half)
+        guide.make_maps(encoder, images, EXACT)
         expected = encoder.patch_attention(view, source).mean(1)
-        found = torch.from_numpy(np.array(score.maps))[: len(view)].flatten(1)
+        found = guide.maps[: len(view)].flatten(1)
         torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-4)
-        assert score.maps.shape == (70, 4, 4) and score.state_dict()["maps"].startswith(source)
+        assert guide.state_dict().keys() == {"maps"} and guide.maps.shape == (70, 4, 4)
 
 
 def test_what_is_unusual_for_its_place_is_found():
@@ -148,7 +129,7 @@ def test_maps_follow_their_images_and_parts_are_shares():
     labels = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
     boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.3)
     rows = torch.tensor([4, 0, 5, 1, 3, 2])
-    shares = guidance.crop_parts(labels, rows, boxes, flip, 8, 5)
+    shares = guidance.crop_map(labels, rows, boxes, flip, 8, 5)
     assert shares.shape == (6, 64, 5)
     torch.testing.assert_close(shares.sum(2), torch.ones(6, 64))
     figure = np.uint8(255 * (labels > 0))
@@ -171,59 +152,61 @@ def batch():
     """Rows, boxes, flips and views of a batch of six images."""
     rows, images = torch.arange(6), torch.from_numpy(noise_images(6))
     boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.5)
-    return rows, boxes, flip, data.view_images(images[rows], boxes, flip, 32)
+    return rows, boxes, flip, data.view_images(images[rows], boxes, flip, 32), EXACT
 
 
 def test_the_control_gets_the_score_of_another_image(batch):
     """Of its map under the same crop; of its view where there is no map."""
-    index, boxes, flip, view = batch
+    index, boxes, flip, view, _ = batch
     maps = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
-    score, other = (
-        guidance.MapScore("fg", small_encoder(), maps, shuffle=shuffle).scores(*batch)["fg"]
-        for shuffle in (False, True)
-    )
+    score, other = (guide("fg", shuffle, maps).scores(*batch)["fg"] for shuffle in (False, True))
     torch.testing.assert_close(score, guidance.crop_map(maps, index, boxes, flip, 4))
     torch.testing.assert_close(other, guidance.crop_map(maps, index.roll(1), boxes, flip, 4))
-    for make, name in ((guidance.ViewScore, "view"), (predicted, "difficulty")):
-        score, other = (make(shuffle).scores(*batch)[name] for shuffle in (False, True))
+    for name in ("view", "difficulty"):
+        score, other = (guide(name, shuffle).scores(*batch)[name] for shuffle in (False, True))
         assert torch.equal(other, score.roll(1, 0)) and not torch.equal(score, other)
 
 
-def predicted(shuffle=False):
-    return guidance.PredictedScore(small_encoder(), EXACT, shuffle)
+def guide(score, shuffle=False, maps=None, parts=0):
+    guide = guidance.Guide(score, small_encoder(), shuffle)
+    guide.map_file, guide.parts = maps, parts
+    return guide
 
 
 def test_each_source_gives_the_score_of_its_name(batch):
-    index, boxes, flip, view = batch
-    assert torch.equal(guidance.ViewScore().scores(*batch)["view"], view)
+    index, boxes, flip, view, _ = batch
+    assert torch.equal(guide("view").scores(*batch)["view"], view)
     maps = np.random.default_rng(0).integers(0, 4, (6, 8, 8), np.uint8)
-    source = guidance.MapScore("parts", small_encoder(), maps, 4)
-    shares = guidance.crop_parts(maps, index, boxes, flip, 4, 4)
+    source = guide("parts", False, maps, 4)
+    shares = guidance.crop_map(maps, index, boxes, flip, 4, 4)
     assert torch.equal(source.scores(*batch)["parts"], shares)
-    assert guidance.Source().scores(*batch) == {} and not guidance.Source().loss(None, None)
-    teacher = guidance.Teacher(small_encoder(), "cls", {0})
-    before = guidance.TeacherScore(small_encoder(), teacher, "out").scores(*batch)
-    assert torch.equal(before["attn"], torch.ones(6, 16))  # no maps yet: masks stay random
+    assert guide(None).scores(*batch).keys() == {"view"} and not guide(None).loss(None, None)
+    taught = guide("attn")
+    taught.maps = torch.zeros(6, 4, 4)
+    before = taught.scores(*batch)
+    assert (
+        torch.equal(before["view"], view) and before["attn"].unique().numel() == 1
+    )  # no maps yet: masks stay random
     drawn = guidance.as_pictures({"view": view, "parts": shares, "attn": before["attn"]})
     assert torch.equal(drawn["parts"], shares.argmax(2).view(6, 4, 4))
     assert drawn["attention"].shape == (6, 4, 4) and len(drawn) == 2  # the view is no score
 
 
 def test_of_a_small_grid_a_patch_stays_visible_on_the_sheet():
-    assert sheets.hidden_by(masking.random, {}, 2, 9, 0.9).sum(1).tolist() == [8, 8]
+    assert masks.hidden_by(masking.random, {}, 2, 9, 0.9).sum(1).tolist() == [8, 8]
 
 
 def test_parts_get_a_colour_each_and_dark_maps_stay_maps():
-    parts = sheets.coloured(torch.arange(21)[None, None])[0, 0]
+    parts = masks.coloured(torch.arange(21)[None, None])[0, 0]
     assert len({*map(tuple, parts.tolist())}) == 21
-    assert not torch.tensor(sheets.coloured(torch.tensor([[[21]]])) == parts[0]).all()
-    low, lower = sheets.coloured(torch.tensor([[[12, 3]]], dtype=torch.uint8))[0, 0].tolist()
+    assert not torch.tensor(masks.coloured(torch.tensor([[[21]]])) == parts[0]).all()
+    low, lower = masks.coloured(torch.tensor([[[12, 3]]], dtype=torch.uint8))[0, 0].tolist()
     assert low[2] > low[0] and lower[2] > lower[0]  # both are the blue of viridis
 
 
 def test_the_predictor_learns_the_order_of_the_losses(batch):
     """Log loss of every pair of hidden patches, written once more; its gradient reaches it all."""
-    source = predicted()
+    source = guide("difficulty")
     error = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
     ids = torch.rand(6, 16, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :12]
     score = source.scores(*batch)["difficulty"].gather(1, ids)
@@ -240,7 +223,7 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
     assert all(w.grad.any() for w in learned)
     assert not score.requires_grad
     assert source.predictor(torch.zeros(1, 16, 192)).unique().numel() == 16  # places differ
-    assert guidance.ViewScore().loss(ids, error) == 0 and set(source.networks()) == {"predictor"}
+    assert guide("view").loss(ids, error) == 0
 
 
 def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, monkeypatch):
@@ -249,7 +232,7 @@ def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, m
     train = data.open_split("packed", "train")
     path = Path("maps/packed/saliency.safetensors")
     header = {"by": "runs/a", "data_digest": data.fingerprint(train)}
-    data.write_maps(path, "saliency", [np.full((12, 2, 2), 9, np.uint8)], (12, 2, 2), "U8", header)
+    write_maps(path, "saliency", [np.full((12, 2, 2), 9, np.uint8)], (12, 2, 2), "U8", header)
     for where in ("auto", "truth"):
         maps, _, note = guidance.open_maps("fg", where, "packed", train)
         assert maps.shape == (12, 32, 32) and "true foreground masks" in note
@@ -258,7 +241,7 @@ def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, m
     assert guidance.open_maps("parts", "auto", "packed", train)[1] == 4
     own = Path("own/parts.safetensors")
     header |= {"parts": 2}  # of the foreground
-    data.write_maps(own, "parts", [np.zeros((12, 2, 2), np.uint8)], (12, 2, 2), "U8", header)
+    write_maps(own, "parts", [np.zeros((12, 2, 2), np.uint8)], (12, 2, 2), "U8", header)
     assert guidance.open_maps("parts", own, "packed", train)[1] == 3
     train.pop("fg")
     assert guidance.open_maps("fg", "auto", "packed", train)[2] == f"{path} runs/a"
@@ -311,5 +294,5 @@ def test_a_strategy_that_reads_pixels_is_written_in_one_file(bright, tmp_path, m
     run_line(f"pretrain.py --mask bright:beta=2,shuffle=1 {words}", tmp_path, check=0)
     masks = drawn[Path("run/masks.png")]
     assert [*masks] == ["view", "score + noise", "seen"] and masks["score + noise"].shape[1] == 4
-    run_line("mask.py --show bright bright:beta=1e6 --data packed", tmp_path, check=0)
+    run_line("apps.masks bright bright:beta=1e6 --data packed", tmp_path, check=0)
     assert {"bright", "bright:\nbeta=1e6"} < drawn[Path("masks.png")].keys()

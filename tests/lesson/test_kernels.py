@@ -10,12 +10,10 @@ from functools import partial
 import pytest
 import torch
 
-import kernels
-from kernels import gather as G
-from kernels import loss as L
+from kernels import patches as K
 
-GPU = torch.cuda.is_available() and not kernels.INTERPRET
-DEVICE, IMPL = ("cuda" if GPU else "cpu"), ("triton" if GPU or kernels.INTERPRET else "torch")
+GPU = torch.cuda.is_available() and not K.INTERPRET
+DEVICE, IMPL = ("cuda" if GPU else "cpu"), ("triton" if GPU or K.INTERPRET else "torch")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIDES = [4, 5, 8, 14, 16, 32]
 MEANT = "if you changed squared_error on purpose, change error_kernel and gradient_kernel, too"
@@ -92,7 +90,7 @@ def assert_as_good(x, plain, truth, what):
     mine, theirs = x.double() - truth, typical(plain.double() - truth)
     alone = 3 * 2**-23 * truth.abs().max().item() if x.ndim == 0 else 0.0
     units = 2 * 2**-23 * typical(truth)
-    if not (kernels.INTERPRET and x.dtype == torch.bfloat16):
+    if not (K.INTERPRET and x.dtype == torch.bfloat16):
         assert typical(mine) <= max(2 * theirs, alone, units), what
     info = torch.finfo(x.dtype)
     one_rounding = (info.eps * truth.abs()).clamp(min=info.tiny * info.eps)  # fp16's subnormal ones
@@ -100,14 +98,14 @@ def assert_as_good(x, plain, truth, what):
     assert (mine.abs() <= one_rounding + max(before, alone)).all(), what
 
 
-gather = partial(G.masked_patch_gather, impl=IMPL)
-detail = partial(L.patch_detail, impl=IMPL)
-error_of_patches = partial(L.reconstruction_error, impl=IMPL)
+gather = partial(K.masked_patch_gather, impl=IMPL)
+detail = partial(K.patch_detail, impl=IMPL)
+error_of_patches = partial(K.reconstruction_error, impl=IMPL)
 
 
 def loss(pred, view, ids, p, weight=None, **options):
     error, _ = error_of_patches(pred, view, ids, p, **options)
-    return L.weighted_mean(error, torch.ones_like(error) if weight is None else weight)
+    return K.weighted_mean(error, torch.ones_like(error) if weight is None else weight)
 
 
 def stats_by_formula(view, ids, p, dtype, floor=0.15):
@@ -141,7 +139,7 @@ def test_detail_against_float64(p):
 
 
 def test_the_squares_of_the_largest_patch_fit_in_32_bits():
-    assert kernels.LARGEST**2 * 3 * 255**2 < 2**31 <= (kernels.LARGEST + 1) ** 2 * 3 * 255**2
+    assert K.LARGEST**2 * 3 * 255**2 < 2**31 <= (K.LARGEST + 1) ** 2 * 3 * 255**2
     view = torch.full((1, 104, 104, 3), 255, dtype=torch.uint8, device=DEVICE)
     view[0, ::2] = 200
     found = detail(view, torch.zeros(1, 1, dtype=torch.long, device=DEVICE), 104)
@@ -153,7 +151,7 @@ def test_flat_patches_have_no_detail_at_all():
     view, _, _ = case(14)
     d = detail(view, torch.tensor([[0, 1, 15], [5, 6, 7], [8, 9, 10]], device=DEVICE), 14)
     assert d[0, 0] == 0 and d[0, 1] == 0 and 0.45 < d[0, 2] <= 0.5  # black and white noise
-    weight = L.detail_weight(d, 0.1)
+    weight = K.detail_weight(d, 0.1)
     assert worst(weight[0, :2], 0.1) < 1e-7
 
 
@@ -161,7 +159,7 @@ def test_the_weight_of_a_patch_rises_by_63_percent_at_tau():
     """1 - exp(-detail / TAU), from the flat weight on: a change of detail_weight changes this test, too."""
     d = torch.linspace(0, 0.5, 9, device=DEVICE)[None]
     expected = 0.1 + 0.9 * (1 - (-d / 0.05).exp())
-    assert worst(L.detail_weight(d, 0.1), expected) < 1e-7
+    assert worst(K.detail_weight(d, 0.1), expected) < 1e-7
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
@@ -176,7 +174,7 @@ def test_loss_and_gradient_against_float64(p, ratio, dtype, norm_pix, weighted):
     weight = rand(*ids.shape) if weighted else torch.ones(ids.shape, device=DEVICE)
     y = pred.clone().requires_grad_()
     error, stats = error_of_patches(y, view, ids, p, norm_pix)
-    value = L.weighted_mean(error, weight)
+    value = K.weighted_mean(error, weight)
     value.backward()
     plain = loss_by_formula(pred, view, ids, p, weight, norm_pix, torch.float32)
     truth = loss_by_formula(pred.double(), view, ids, p, weight, norm_pix, torch.float64)
@@ -184,7 +182,7 @@ def test_loss_and_gradient_against_float64(p, ratio, dtype, norm_pix, weighted):
     assert y.grad.dtype == dtype and value.dtype == error.dtype == torch.float32
     for what, *numbers in zip(("loss", "gradient", "error"), mine, plain, truth, strict=True):
         assert_as_good(*numbers, f"{what}: {MEANT}")
-    torch.testing.assert_close(L.patch_error(pred, view, ids, p, norm_pix), error.detach())
+    torch.testing.assert_close(K.patch_error(pred, view, ids, p, norm_pix), error.detach())
     assert worst(stats, stats_by_formula(view, ids, p, torch.float64)) < 3e-6
 
 
@@ -218,9 +216,9 @@ def test_simmims_absolute_error_trains():
     pred = randn(*ids.shape, 48, dtype=torch.float64).requires_grad_()
     with pytest.raises(ValueError, match="error_of has to return a number for each patch"):
         loss(pred, view, ids, 4, weight, error_of=lambda y, t: (y - t).abs())
-    value = loss(pred, view, ids, 4, weight, error_of=L.absolute_error)
+    value = loss(pred, view, ids, 4, weight, error_of=K.absolute_error)
     (found,) = torch.autograd.grad(value, pred)
-    slope = (pred.detach() - L.targets(view, ids, 4)[0].double()).sign()
+    slope = (pred.detach() - K.targets(view, ids, 4)[0].double()).sign()
     torch.testing.assert_close(found, weight[..., None] * slope / (48 * weight.sum()))
 
 
@@ -243,11 +241,11 @@ def test_predicted_statistics_learn_the_true_ones():
     guess = weight @ seen / weight.sum(2, keepdim=True)
     _, stats = gather(view, keep, 8, return_stats=True)
     zero = torch.zeros(*ids.shape, 2, device=DEVICE)
-    assert worst(L.predicted_stats(zero, stats, keep, ids, 4), guess) < 1e-5
+    assert worst(K.predicted_stats(zero, stats, keep, ids, 4), guess) < 1e-5
     off = torch.tensor([0.0, 0.6], device=DEVICE)
-    found = L.predicted_stats((hidden - guess).float() + off, stats, keep, ids, 4)
+    found = K.predicted_stats((hidden - guess).float() + off, stats, keep, ids, 4)
     _, true = error_of_patches(torch.zeros(*ids.shape, 192, device=DEVICE), view, ids, 8)
-    assert L.stats_loss(found, true).item() == pytest.approx(0.18, abs=1e-4)  # mean of 0 and 0.6^2
+    assert K.stats_loss(found, true).item() == pytest.approx(0.18, abs=1e-4)  # mean of 0 and 0.6^2
 
 
 # ---- edges ---------------------------------------------------------------------------------------
@@ -346,28 +344,28 @@ def test_what_does_not_fit_is_refused(change, word):
 def test_opcheck():
     view, keep, ids = case(4)
     pred, slope = randn(*ids.shape, 48), rand(*ids.shape)
-    _, mean, std = G.gather_op(view, ids, 4, torch.float32, 0.15)
+    from kernels import fused
+
+    _, mean, std = fused.gather_op(view, ids, 4, torch.float32, 0.15)
     for y in (pred.clone().requires_grad_(), pred.bfloat16(), pred.double()):
-        torch.library.opcheck(L.error_op, (y, view, ids, 4, True, 0.15))
-        torch.library.opcheck(L.gradient_op, (slope, y.detach(), view, ids, mean, std, 4, True))
-    torch.library.opcheck(G.gather_op, (view, keep.flip(1), 4, torch.bfloat16, 0.15))
-    torch.library.opcheck(L.detail_op, (view, ids, 4))
+        torch.library.opcheck(fused.error_op, (y, view, ids, 4, True, 0.15))
+        torch.library.opcheck(fused.gradient_op, (slope, y.detach(), view, ids, mean, std, 4, True))
+    torch.library.opcheck(fused.gather_op, (view, keep.flip(1), 4, torch.bfloat16, 0.15))
+    torch.library.opcheck(fused.detail_op, (view, ids, 4))
 
 
 def test_triton_is_chosen_where_it_runs_and_never_replaced_silently(monkeypatch):
-    assert [kernels.choose_impl("auto", d) for d in ("cpu", "mps")] == ["torch", "torch"]
-    with pytest.raises(ValueError, match="numpy"):
-        kernels.choose_impl("numpy", "cpu")
-    if kernels.triton:
-        assert kernels.choose_impl("auto", "cuda") == "triton"
+    assert [K.choose_impl("auto", d) for d in ("cpu", "mps")] == ["torch", "torch"]
+    if K.TRITON:
+        assert K.choose_impl("auto", "cuda") == "triton"
         with pytest.raises(ValueError, match="mps"):
-            kernels.choose_impl("triton", "mps")
-    monkeypatch.setattr(kernels, "INTERPRET", False)
+            K.choose_impl("triton", "mps")
+    monkeypatch.setattr(K, "INTERPRET", False)
     view, keep, _ = case(4)
-    with pytest.raises(ValueError, match="needs a GPU" if kernels.triton else "not installed"):
-        G.masked_patch_gather(view.cpu(), keep.cpu(), 4, impl="triton")
-    monkeypatch.setattr(kernels, "IMPL", "torch")
-    assert kernels.choose_impl("auto", "cuda") == "torch"
-    monkeypatch.setattr(kernels, "triton", None)
+    with pytest.raises(ValueError, match="needs a GPU" if K.TRITON else "not installed"):
+        K.masked_patch_gather(view.cpu(), keep.cpu(), 4, impl="triton")
+    monkeypatch.setattr(K, "IMPL", "torch")
+    assert K.choose_impl("auto", "cuda") == "torch"
+    monkeypatch.setattr(K, "TRITON", False)
     with pytest.raises(ValueError, match="not installed"):
-        kernels.choose_impl("triton", "cuda")
+        K.choose_impl("triton", "cuda")

@@ -17,8 +17,7 @@ triton = pytest.importorskip("triton", reason="there is no Triton here: no kerne
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-import kernels  # noqa: E402
-from kernels import gather, loss  # noqa: E402
+from kernels import fused  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -37,8 +36,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = (75, 80, 90, 120)  # T4; A100; H100 and H200; GeForce RTX 50
 SHAPES = [(224, 16, "bf16"), (224, 16, "fp32"), (224, 16, "fp16")]  # S, p, dtype
 SHAPES += [(128, 16, "bf16"), (96, 8, "bf16"), (224, 14, "bf16"), (128, 32, "bf16")]
-KERNELS = {"gather": gather.gather_kernel, "detail": loss.detail_kernel}
-KERNELS |= {"error": loss.error_kernel, "gradient": loss.gradient_kernel}
+KERNELS = {"gather": fused.gather_kernel, "detail": fused.detail_kernel}
+KERNELS |= {"error": fused.error_kernel, "gradient": fused.gradient_kernel}
 TYPES = {"view": "*u8", "ids": "*i64", "count": "i32", "K": "i32", "M": "i32", "floor": "fp32"}
 TYPES |= dict.fromkeys(("detail", "slope", "error", "mean", "std"), "*fp32")
 
@@ -83,7 +82,7 @@ def test_no_kernel_spills_and_bytes_are_loaded_sixteen_at_a_time(
     types = TYPES | dict.fromkeys(("out", "pred", "gradient"), f"*{dtype}")
     for name, kernel in KERNELS.items():
         constants = {"S": S, "p": p, "NORM_PIX": True}
-        needed = needs(compiled(kernel, types, constants | kernels.tile(p), target))
+        needed = needs(compiled(kernel, types, constants | fused.tile(p), target))
         assert needed["spills"] == 0 and needed["registers"] <= (160 if p == 14 else 96), name
         wide, narrowest = needed["loads"].count(16), needed["loads"][0]
         if p % 16 == 0:  # for each piece two or four loads of 16 predictions, too
@@ -99,10 +98,10 @@ def test_no_kernel_spills_and_bytes_are_loaded_sixteen_at_a_time(
 
 PRETRAIN = """
 import sys
-import kernels
+from kernels import patches
 import pretrain
-from common.command import cli
-kernels.IMPL = sys.argv.pop(1)
+from common.train import cli
+patches.IMPL = sys.argv.pop(1)
 cli(pretrain.main)
 """
 

@@ -10,21 +10,16 @@ from conftest import some_view
 from safetensors.torch import load_file, save_file
 
 import model as M
+from apps.adapters import load_adapter, save_adapter
 from apps.export import export
-from common.checkpoints import load_encoder
-from common.io import UserError
-from common.lora import fingerprint, save_encoder
+from common.checkpoints import fingerprint, load_encoder, save_network
+from common.train import UserError
 from finetune_lora import (
     LAYERS,
-    METHODS,
     LoRA,
     add_lora,
-    is_plain,
-    load_base,
-    load_lora,
     lora_layers,
     merge_lora,
-    write_adapter,
 )
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
@@ -50,21 +45,13 @@ def adapted(vit=None, r=4, alpha=None):
     return vit
 
 
-plain_lora = pytest.mark.skipif(
-    not is_plain(adapted()), reason="add_lora makes another adapter, which peft does not know"
-)
-
-
 def save_adapted(folder):
     """Such an adapter in files; its encoder is called runs/x."""
     vit = adapted(alpha=6)
-    write_adapter(
-        vit, METHODS["lora"] | {"r": 4, "alpha": 6}, fingerprint(small_vit()), folder, "runs/x"
-    )
+    save_adapter(vit, {"fingerprint": fingerprint(small_vit()), "image_size": 32}, folder, "runs/x")
     return vit
 
 
-@plain_lora
 def test_it_starts_as_nothing_and_trains_alone():
     plain, vit = small_vit(), small_vit()
     view = some_view()
@@ -78,7 +65,6 @@ def test_it_starts_as_nothing_and_trains_alone():
     assert len(trained) == 2 * 2 * len(LAYERS) and all(n.endswith((".A", ".B")) for n in trained)
 
 
-@plain_lora
 def test_the_fused_layer_does_what_three_adapters_would():
     lora, x = adapted(alpha=6).blocks[0].attn.qkv, torch.randn(3, 5, 64)
     parts = lora.base(x).chunk(3, 2)
@@ -86,7 +72,6 @@ def test_the_fused_layer_does_what_three_adapters_would():
     torch.testing.assert_close(lora(x), torch.cat(parts, 2))
 
 
-@plain_lora
 def test_lora_trains_few_parameters():
     """r (in + out) of each layer; the fused one is three, which share their input. Shapes alone."""
     with torch.device("meta"):
@@ -123,11 +108,10 @@ def move(net):
 def loaded(folder):
     """The features of our encoder with the adapter of this folder."""
     vit = small_vit()
-    load_lora(vit, folder)
+    load_adapter(vit, folder)
     return vit.features(some_view())
 
 
-@plain_lora
 def test_peft_loads_ours_with_the_same_output(tmp_path):
     expected = save_adapted(tmp_path).features(some_view())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -191,7 +175,6 @@ def change_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@plain_lora
 @pytest.mark.parametrize(
     "change, encoder, word",
     [
@@ -212,11 +195,10 @@ def test_an_adapter_of_another_kind_or_encoder_is_refused(tmp_path, change, enco
     change_config(tmp_path, **change)
     vit = small_vit(**encoder)
     with pytest.raises(UserError, match=word):
-        load_lora(vit, tmp_path)
+        load_adapter(vit, tmp_path)
     assert not lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
 
 
-@plain_lora
 def test_half_an_adapter_is_refused(tmp_path):
     save_adapted(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -229,40 +211,17 @@ def test_half_an_adapter_is_refused(tmp_path):
 
 def test_merged_export_is_an_encoder_of_ours(tmp_path):
     """At the image size of the adapter, which is not that of its encoder's file."""
-    save_encoder(small_vit(), tmp_path / "base.safetensors", {})
+    save_network(small_vit(), tmp_path / "base.safetensors", {}, "encoder.")
     base = adapted(load_encoder(tmp_path / "base.safetensors", image_size=48))
     digest = fingerprint(load_encoder(tmp_path / "base.safetensors"))
-    keys = METHODS["lora"] | {"r": 4, "alpha": 0}
-    write_adapter(base, keys, digest, tmp_path / "run", tmp_path / "base.safetensors")
+    notes = {"fingerprint": digest, "image_size": 48}
+    save_adapter(base, notes, tmp_path / "run", tmp_path / "base.safetensors")
     out, _ = export(tmp_path / "run", "merged")
     encoder = load_encoder(out)
     assert encoder.image_size == 48 and not lora_layers(encoder)
     close(encoder.features(some_view(S=48)), base.features(some_view(S=48)))
     with pytest.raises(UserError, match="--to merged"):
         export(tmp_path / "run", "timm")
-
-
-def test_an_adapter_that_no_plain_layer_can_stand_for_is_not_merged():
-    """What is not in a LoRA would be lost, or nothing could read the file."""
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base = base
-
-    prompt, wrapped, removed = adapted(), adapted(), adapted()
-    prompt.prompt_token = torch.nn.Parameter(torch.zeros(1, 4, 64))
-    wrapped.blocks[1].mlp = Wrapped(wrapped.blocks[1].mlp)
-    removed.blocks[0].norm1 = torch.nn.Identity()
-    odd = "prompt_token", "blocks.1.mlp.base.fc1.bias", "blocks.0.norm1.bias"
-    for encoder, name in zip((prompt, wrapped, removed), odd, strict=True):
-        with pytest.raises(UserError, match=f"can't be merged: {name}"):
-            merge_lora(encoder)
-        assert lora_layers(encoder)  # as it was
-    shared = small_vit()
-    shared.blocks[1] = shared.blocks[0]
-    merge_lora(adapted(shared))
-    assert not lora_layers(shared)
 
 
 @pytest.mark.parametrize("learns", ["bd", "AB"])
@@ -288,61 +247,6 @@ def test_an_adapter_of_ones_own_needs_weight_and_forward_alone(monkeypatch, lear
 
     monkeypatch.setattr("finetune_lora.LoRA", VeRA)
     encoder = adapted()
-    assert not is_plain(encoder)
     features = encoder.features(some_view())
     merge_lora(encoder)
     close(encoder.features(some_view()), features)
-
-
-@pytest.mark.parametrize("layers", [{"norm1": 1}, {"mlp.fc1": 5}, {"attn.out": 1}])
-def test_a_layer_that_can_have_no_lora_is_named(monkeypatch, layers):
-    monkeypatch.setattr("finetune_lora.LAYERS", layers)
-    with pytest.raises(UserError, match=f"a block has no Linear {next(iter(layers))}"):
-        add_lora(small_vit())
-
-
-# ---- the encoder that an adapter names -----------------------------------------------------------
-
-PLACES = {  # where the encoder lies, where the run does; the stage is started in here/
-    "runs/x": "runs/x-lora",  # as they were made, and it is started elsewhere
-    "runs/deep/x": "runs/deep/study/x-lora",
-    "copied/x": "copied/x-lora",  # the two alone were copied
-    "here/runs/x": "else/x-lora",
-    "program/runs/x": "else/x-lora",
-}
-
-
-def put(folder, seed=0):
-    folder.mkdir(parents=True)
-    save_encoder(small_vit(seed), folder / "model.safetensors", {})
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("others", [(), ("here/runs/x", "runs/x", "copied/x")])
-def test_an_encoder_is_found_wherever_its_run_was_made(tmp_path, monkeypatch, place, others):
-    """Another encoder of the same name is not taken for it."""
-    put(tmp_path / place)
-    for other in set(others) - {place}:
-        put(tmp_path / other, seed=1)
-    (tmp_path / "here/runs/x").mkdir(parents=True, exist_ok=True)  # an empty folder is no encoder
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("common.checkpoints.ROOT", tmp_path / "program")
-    name = "runs/deep/x" if "deep" in place else "runs/x"
-    digest = fingerprint(small_vit())
-    assert fingerprint(load_base(name, tmp_path / PLACES[place], None, digest)) == digest
-
-
-def test_a_path_of_windows_is_read_anywhere(tmp_path):
-    put(tmp_path / "x")
-    assert load_base("runs\\x", tmp_path / "x-lora", None).image_size == 32
-
-
-def test_an_encoder_that_is_nowhere_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("runs/x", str(tmp_path / "gone.pth")):
-        with pytest.raises(UserError, match=f"{name}, which is missing"):
-            load_base(name, tmp_path / "x-lora", None, "0")
-    put(tmp_path / "runs/x", seed=1)
-    with pytest.raises(UserError, match="runs/x is not the encoder"):
-        load_base("runs/x", tmp_path / "x-lora", None, "0")
-    assert load_base("runs/x", tmp_path / "x-lora", None).image_size == 32

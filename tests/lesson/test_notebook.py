@@ -9,7 +9,7 @@ from conftest import ROOT, draw_folder, run_line
 from PIL import Image
 
 import data
-from common.io import UserError
+from common.train import UserError
 
 
 def test_the_code_of_the_readme_runs_and_predicts_what_is_hidden(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common import evaluate, plots
+from common.door import drawing
 
 PARTS = ("background", "hair", "face", "eyes", "mouth")
 
@@ -70,3 +71,11 @@ def test_masks_are_drawn_as_the_encoder_sees_them(tmp_path, monkeypatch):
 def test_a_log_without_labels_has_two_panels(drawn):
     rows = [{key: row[key] for key in ("epoch", "loss", "val_mse")} for row in log(1)]
     assert len(drawn(rows).axes) == 2
+
+
+def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, capsys):
+    plots.confusion(tmp_path / "c.png", [[1, 0], [0, 1]], ["$_$", "$\\frac$"], "$^$")
+    assert (tmp_path / "c.png").stat().st_size
+    with drawing("c.png"):
+        raise RuntimeError("no\nfigure")
+    assert capsys.readouterr().err == "note: c.png could not be drawn (no figure)\n"

@@ -13,8 +13,8 @@ from conftest import call, draw_folder, refused
 
 import data
 import probe
-from common import features, readout, stats
-from common.io import read_safetensors, save_safetensors
+from common import features, metrics
+from common.train import read_safetensors, save_safetensors
 from ingest import pack
 from model import ViT
 
@@ -31,7 +31,6 @@ def relative(run, other, **flags):
     weights, header = read_safetensors(run / "model.safetensors")
     weights = {name: w * (1 + 0.01 * len(other.name)) for name, w in weights.items()}
     header["run"] |= flags
-    del header["fixed_picture"]  # it tells what the weights were
     save_safetensors(weights, other / "model.safetensors", header)
 
 
@@ -92,7 +91,7 @@ def test_the_headline_alone_has_the_same_digits(runs, tmp_path):
     assert [*report["rows"]] == ["extremes", "chance"]
     for head in probe.HEADS:
         assert report["rows"]["extremes"][head] == whole["rows"]["extremes"][head]
-        right = stats.from_bits(report["right"][head], report["images"]["val"])
+        right = metrics.from_bits(report["right"][head], report["images"]["val"])
         assert right.mean() == pytest.approx(report["rows"]["extremes"][head]["top1"])
 
 
@@ -110,7 +109,7 @@ def test_features_are_those_of_the_encoder(small):
     for pool, x in expected.items():
         torch.testing.assert_close(found[pool]["val"][:5], x.half())
     colours = features.extract(probe.thumbs, 32, task)
-    assert torch.equal(colours["thumb4"]["val"][:5], readout.thumbnails(view, 4).half())
+    assert torch.equal(colours["thumb4"]["val"][:5], metrics.thumbnails(view, 4).half())
     untrained = features.of_encoder(features.untrained_like(encoder), task)
     assert not torch.equal(untrained["mean"]["val"], found["mean"]["val"])
 

@@ -14,12 +14,13 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from common import fields
-from common.checkpoints import as_matrix, check_size
-from common.io import UserError, read_json, read_safetensors, read_torch, reading, regular
-from kernels.gather import MEAN, STD
-from model import EPS
+from common import door as fields
+from common.door import read_json, read_torch, reading, regular
+from common.train import UserError, read_safetensors
+from kernels import MEAN, STD
+from model import EPS, MAE, ViT
 
 WRAPPERS = ("teacher", "model", "state_dict")  # keys of training checkpoints that hold weights
 PREFIX = r"^((module|teacher|backbone|vit)\.)+"
@@ -49,6 +50,7 @@ HF = {  # parts of our names: of Hugging Face's
 FROM_HF = {theirs: ours for ours, theirs in HF.items()}
 FROM_HF["decoder.decoder_encoder.layer"] = "decoder_blocks"
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
+PATCH_EMBED = "patch_embed.proj.weight"
 WIDTHS = (192, 256, 320, 384, 512, 640, 768, 896, 1024, 1536)  # public ViTs with heads of 64
 HEADS = {width: width // 64 for width in WIDTHS} | {1280: 16, 1408: 16, 1664: 16}
 MAE_FLOOR = 1e-3  # its code adds 1e-6 to the variance of a patch, and takes the root
@@ -62,6 +64,8 @@ FACTS = {  # what no shape tells
     "mean?": fields.list_of(fields.number(), 3, 3),
     "std?": fields.list_of(fields.number(1e-6), 3, 3),
 }
+CONFIG = ("image_size", "patch_size", "dim", "depth", "heads", "norm_eps")  # arguments of ViT, MAE
+CONFIG += ("decoder_dim", "decoder_depth", "decoder_heads")
 REMEDY = "give a model of AniMask or a public checkpoint; of a run of ours, the folder"
 
 
@@ -96,6 +100,33 @@ def renamed(name, table):
     """
     parts = "|".join(map(re.escape, table))
     return re.sub(rf"\b({parts})\b", lambda part: table[part[0]], name)
+
+
+def as_convolution(weights):
+    """Our weights -> public ones: the patch embedding's matrix (D, p*p*3) becomes (D, 3, p, p)."""
+    if PATCH_EMBED not in weights:  # a stem of your own, which no public ViT has
+        return weights
+    matrix = weights[PATCH_EMBED]
+    p = math.isqrt(matrix.shape[1] // 3)
+    kernel = matrix.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
+    return weights | {PATCH_EMBED: kernel}
+
+
+def as_matrix(weights):
+    """The way back: public weights -> ours."""
+    kernel = weights[PATCH_EMBED]
+    matrix = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()  # as the pixels of a patch lie
+    return weights | {PATCH_EMBED: matrix}
+
+
+def of_decoder(name):
+    """Is it a public name, or an argument of MAE, for the decoder alone?"""
+    return name.startswith("decoder_") or name == "mask_token"
+
+
+def in_parts(weights):
+    """Public names -> those of MAE.state_dict(): encoder... and decoder..."""
+    return {("decoder." if of_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
 
 
 def join_qkv(weights):
@@ -206,7 +237,7 @@ def facts_of(weights, path):
 
 
 def read_checkpoint(path):
-    """Any known format -> weights and facts, as common.checkpoints.read_network."""
+    """Any known format -> weights, config and header, as common.checkpoints.read_network."""
     path = encoder_file(Path(path))
     loaded = read_tensors(path)
     with reading(path, "ViT", REMEDY):
@@ -216,6 +247,21 @@ def read_checkpoint(path):
         facts = facts_of(weights, path)
         if "mean" in facts and "std" in facts:
             weights = fold_pixels(weights, facts["mean"], facts["std"])
-        weights = as_matrix(weights)
-        check_size(weights, facts, path, REMEDY)
-    return weights, facts
+        weights = in_parts(as_matrix(weights))
+        config = {key: facts[key] for key in CONFIG}
+        if not facts["decoder_depth"]:
+            config = {key: value for key, value in config.items() if not of_decoder(key)}
+        check_fits(weights, config, path)
+    return weights, config, {key: facts[key] for key in ("norm_pix", "floor")}
+
+
+def check_fits(weights, config, path):
+    """A UserError where weights are not those of a network with these arguments."""
+    with torch.device("meta"):  # shapes alone, without memory
+        whole = "decoder_depth" in config
+        net = MAE(**config) if whole else nn.ModuleDict({"encoder": ViT(**config)})
+    shapes = {k: w.shape for k, w in net.state_dict().items() if "stats_head" not in k}
+    found = {k: w.shape for k, w in weights.items()}
+    odd = [k for k in shapes | found if shapes.get(k) != found.get(k)]
+    if odd:
+        raise UserError(f"{path} does not fit, for example {', '.join(odd[:4])}; {REMEDY}")

@@ -1,35 +1,24 @@
-"""Files of LoRA adapters, as the `peft` library reads and writes them; files of encoders.
+"""LoRA adapters as the `peft` library writes and reads them: adapter_model.safetensors, adapter_config.json.
 
-An adapter is adapter_model.safetensors and adapter_config.json. It belongs to the one encoder that
-it was trained on, which a fingerprint names. The method itself is in finetune_lora.py. If it is
-changed there, so that it is no plain LoRA any more, its files hold what was trained under the names
-that it has there, and peft refuses them.
+A run of finetune_lora.py needs none of this: all that it has trained is in its head.safetensors. Here is
+the way to peft and back. An adapter belongs to the one encoder that it was trained on, which a
+fingerprint names.
 """
 
-import hashlib
 import re
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from common.checkpoints import as_convolution, epsilon_of, of_fixed_picture
-from common.fields import (
-    BOUNDS,
-    SIDE,
-    TEXT,
-    check_fields,
-    check_finite,
-    number,
-    one_of,
-    short,
-    whole,
-)
-from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
+from common.checkpoints import fingerprint
+from common.door import SIDE, TEXT, check_fields, check_finite, number, one_of, read_json, short
+from common.train import UserError, read_safetensors, save_json, save_safetensors
+from finetune_lora import LoRA, lora_layers
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"
 TENSOR = "base_model.model.{}.lora_{}.weight"  # peft's name for a layer's A or B
 ALPHA = number(1e-6)
-OWN = "ANIMASK"  # in place of LORA, in adapter_config.json of an adapter that peft can't read
 CONFIG = {  # fields of adapter_config.json: plain LoRA of an unchanged encoder
     "peft_type": one_of("LORA"),
     "base_model_name_or_path?": TEXT,
@@ -51,37 +40,21 @@ PLAIN = (
 )
 
 
-def save_encoder(encoder, path, notes):
-    """Write an encoder without a decoder; `notes` join the header."""
-    config = encoder.config | {"norm_eps": epsilon_of(encoder)}
-    notes = {"config": config, "fixed_picture": of_fixed_picture(encoder), **notes}
-    save_safetensors(as_convolution(encoder.state_dict()), path, notes)
+def save_adapter(encoder, notes, folder, base):
+    """Write the LoRA layers of an encoder; `base` is the file or run of that encoder.
 
-
-def fingerprint(encoder):
-    """12 hex digits of the weights of an encoder that has no adapter."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(encoder.state_dict().items()):
-        # Positions are resized with the picture: at another image size it is still the same encoder.
-        # Where they learn, all other weights do, too, and tell two encoders apart.
-        if name != "pos_embed":
-            digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def save_adapter(layers, notes, folder, base):
-    """Write {layer: (A (r, in), B (out, r), scale)}; `base` is the file or run of the encoder.
-
+    It is peft's formula, W + alpha/r B A. If you have changed `LoRA`, peft would compute something else.
     Layers have the same names, ranks and scales in every block. peft has one rank and one alpha;
     those of other layers are patterns. notes: "fingerprint" and "image_size" of the encoder.
     """
     tensors = {}
     ranks, alphas = {}, {}
-    for name, (A, B, scale) in layers.items():
+    for name, lora in lora_layers(encoder).items():
+        A, B = lora.factors()
         tensors |= {TENSOR.format(name, "A"): A, TENSOR.format(name, "B"): B}
         layer = re.sub(r"^blocks\.\d+\.", "", name)
         ranks[layer] = len(A)
-        alphas[layer] = scale * len(A)
+        alphas[layer] = lora.scale * len(A)
     least = min(ranks, key=ranks.get)
     config = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
     config |= {"target_modules": sorted(ranks), "r": ranks[least]}
@@ -92,22 +65,13 @@ def save_adapter(layers, notes, folder, base):
     save_json(config, Path(folder) / ADAPTER[1], 2)
 
 
-def save_own_adapter(tensors, keys, notes, folder, base):
-    """Write an adapter that is no plain LoRA: {name in the encoder: tensor}, and keys of --method."""
-    config = {"peft_type": OWN, "base_model_name_or_path": str(base), "keys": keys}
-    save_safetensors(tensors, Path(folder) / ADAPTER[0], notes)
-    save_json(config, Path(folder) / ADAPTER[1], 2)
-
-
 def read_config(folder):
     """-> adapter_config.json of a folder, a dict. Other kinds of LoRA than plain ones and ours are refused."""
     path, about = (Path(folder) / name for name in ADAPTER)
     if not path.exists() or not about.exists():
         raise UserError(f"{folder} has no adapter: that is {' and '.join(ADAPTER)}")
     config = read_json(about, fix=REMEDY)
-    keys = {"r?": whole(*BOUNDS["r"]), "alpha?": number(*BOUNDS["alpha"])}
-    own = {"peft_type": one_of(OWN), "base_model_name_or_path": TEXT, "keys": keys}
-    check_fields(config, own if config.get("peft_type") == OWN else CONFIG, about, PLAIN)
+    check_fields(config, CONFIG, about, PLAIN)
     return config
 
 
@@ -127,16 +91,6 @@ def check_base(folder, header, encoder):
         its = short(header["fingerprint"])
         ours = f"this encoder's is {fingerprint(encoder)}"
         raise UserError(f"the adapter in {folder} is for {base}, fingerprint {its}; {ours}")
-
-
-def read_own_adapter(folder, encoder):
-    """What `save_own_adapter` wrote for this encoder -> tensors, keys; None for a plain LoRA."""
-    config = read_config(folder)
-    if config["peft_type"] != OWN:
-        return None
-    tensors, header = adapter_tensors(folder)
-    check_base(folder, header, encoder)
-    return tensors, config["keys"]
 
 
 def pairs_of(tensors, path):
@@ -189,3 +143,16 @@ def read_adapter(folder, encoder):
         layers[name] = A, B, alphas[name] / (rank**0.5 if config.get("use_rslora") else rank)
     check_base(folder, header, encoder)
     return layers
+
+
+@torch.no_grad()
+def load_adapter(encoder, folder):
+    """Put the adapter of a folder, ours or one that peft made, on a plain encoder; freeze both."""
+    for name, (A, B, scale) in read_adapter(folder, encoder).items():
+        # A file has the stacked A and the block-diagonal B, so q, k and v come back as one pair of rank
+        # 3r. It gives the same output. But training would fill the zeros of B, so both are frozen.
+        lora = LoRA(encoder.get_submodule(name), len(A), 1.0)
+        lora.A[0], lora.B[0] = A, B
+        lora.scale = scale
+        encoder.set_submodule(name, lora)
+    encoder.requires_grad_(False)

@@ -1,11 +1,13 @@
 """Sheets: what strategies hide, drawn in seconds and without any training.
 
-    python mask.py --show block:size=0.5 squares         (its main is here)
+    python -m apps.masks                                all strategies of mask.py
+    python -m apps.masks block:size=0.5 squares
+    python -m apps.masks detail --t 0                   as at the start of a run
 
 Reads:  train of datasets/NAME (the demo set is drawn if absent), its true maps or those in maps/NAME
 Writes: masks.png: three images, the scores that strategies follow, and a row for each strategy
 
-    n images   S their side   g patches a side   N = g * g patches   P parts   G cells of a map
+    n images   S their side   g patches a side   N = g * g patches   G cells of a map
 """
 
 import contextlib
@@ -21,9 +23,17 @@ import data
 import mask as masking
 from common import guidance, plots
 from common.checkpoints import flags_of, load_teacher
-from common.command import Parser, parse_keys, refuse_overwrite, refuse_useless
-from common.io import UserError, quoted
-from common.train import seeded
+from common.train import (
+    Parser,
+    UserError,
+    between,
+    cli,
+    parse_keys,
+    quoted,
+    refuse_overwrite,
+    refuse_useless,
+    seeded,
+)
 
 RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
 SHOWN = 3  # images of a sheet
@@ -38,12 +48,12 @@ WITHOUT = {  # why a score can't be drawn, where it is no lack of maps
 # ---- what strategies read ------------------------------------------------------------------------
 
 
-def parse_strategy(words, flag):
+def parse_strategy(words):
     """ "attn_high:beta=2" -> the strategy, with these keys."""
-    name, params = parse_keys(words, masking.PARAMS, flag)
+    name, params = parse_keys(words, masking.PARAMS, "strategy")
     for key in ("shuffle", "throw"):  # they need a batch, and a loss
         if params.pop(key, 0):
-            raise UserError(f"{flag} {words}: {key} acts in a run alone; leave it out")
+            raise UserError(f"{words}: {key} acts in a run alone; leave it out")
     return functools.partial(masking.STRATEGIES[name], **params)
 
 
@@ -60,29 +70,26 @@ def whole_images(images, indices, side):
 
 
 def read_scores(folder, split, indices, view, side, where):
-    """-> {score: (n, N), of parts (n, N, P)} of whole images, `indices` of the set, and {score: why not}.
+    """-> {score: (n, N), of parts (n, N, parts)} of whole images, `indices` of the set, and {score: why not}.
 
     The view itself is among the scores. where {score: folder of apps/maps.py}; other maps are those
     that pretrain.py would take.
     """
     cut = (indices, *data.full_boxes(len(indices)), side)
     scores, missing = {"view": view}, {}
-    for name in guidance.IN_FILES:
+    for name in guidance.MAPS:
         try:
             maps, parts, _ = guidance.open_maps(name, where.get(name, "auto"), folder, split)
         except UserError as problem:
             missing[name] = str(problem)  # the exception would hold this frame, and its open map
             continue
-        if name == "parts":
-            scores[name] = guidance.crop_parts(maps, *cut, parts)
-        else:
-            scores[name] = guidance.crop_map(maps, *cut)
+        scores[name] = guidance.crop_map(maps, *cut, parts)
     return scores, missing | WITHOUT
 
 
 def attention_of(run, encoder, images, indices):
     """(n, N): the attention of a trained network, as masks with this --teacher read it."""
-    kind = guidance.default_attention(flags_of(run), run)
+    kind = guidance.default_attention(encoder, flags_of(run))
     chunks = guidance.attention(encoder, images, indices, kind, contextlib.nullcontext)
     return torch.cat([score for _, score in chunks])
 
@@ -90,11 +97,11 @@ def attention_of(run, encoder, images, indices):
 # ---- the picture ---------------------------------------------------------------------------------
 
 
-def hidden_by(strategy, patches, n, N, ratio):
-    """(n, N) bool: what a strategy hides at the end of a run, with the same noise as others."""
+def hidden_by(strategy, scores, n, N, ratio, t=1.0):
+    """(n, N) bool: what a strategy hides at t of a run, in [0, 1], with the same noise as others."""
     K = masking.kept(N, min(ratio, 1 - 1 / N))  # of a small grid, one patch stays
     noise = masking.gumbel_noise(n, N, seeded(0))
-    _, ids_mask = masking.sample(strategy(patches, noise, 1.0, N - K), K)
+    _, ids_mask = masking.sample(strategy(scores, noise, t, N - K), K)
     return torch.zeros(n, N, dtype=torch.bool).scatter(1, ids_mask, True)
 
 
@@ -113,7 +120,7 @@ def coloured(maps):
     return np.uint8(255 * colormaps["viridis"]((maps / top).float().numpy())[..., :3])
 
 
-def draw_sheet(path, title, view, side, maps, strategies, scores):
+def draw_sheet(path, title, view, side, maps, strategies, scores, t=1.0):
     """Views u8 (n, S, S, 3), maps {name: (n, G, G)}, then a row for each of strategies, at RATIOS.
 
     strategies {words: function}: each gets of the scores the one that it needs, as in training.
@@ -123,10 +130,10 @@ def draw_sheet(path, title, view, side, maps, strategies, scores):
     rows += [(name, [*coloured(some)] * len(RATIOS)) for name, some in maps.items()]
     dark = (0.16 * view.float().mean(3, keepdim=True) + 38).byte()  # a hidden patch
     for words, strategy in strategies.items():
-        patches = {score: scores[score] for score in [score_of(words)] if score}
+        known = {name: scores[name] for name in ("view", score_of(words)) if name}
         pictures = []
         for ratio in RATIOS:
-            hidden = hidden_by(strategy, patches, n, side * side, ratio).view(n, 1, side, side)
+            hidden = hidden_by(strategy, known, n, side * side, ratio, t).view(n, 1, side, side)
             hidden = F.interpolate(hidden.float(), S)[:, 0, :, :, None] > 0
             pictures += torch.where(hidden, dark, view).unbind()
         rows.append((words.replace(":", ":\n"), pictures))
@@ -134,22 +141,23 @@ def draw_sheet(path, title, view, side, maps, strategies, scores):
     plots.image_grid(path, title, rows, columns)
 
 
-# ---- python mask.py ------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def parse_args():
-    parser = Parser("What masks hide, drawn in seconds and without any training.")
+    parser = Parser(__doc__)
     add = parser.add_argument
-    words = "NAME[:key=value,...]"
-    add("--show", nargs="+", metavar=words, help=f"default: all of {', '.join(masking.STRATEGIES)}")
+    every = [*masking.STRATEGIES]
+    words = "STRATEGY[:key=value,...]"
+    add("show", nargs="*", default=every, metavar=words, help=f"default: all of {', '.join(every)}")
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
     add("--teacher", metavar="RUN", help="a trained network, whose attention attn_* follow")
+    add("--t", type=between(0, 1), default=1.0, help="progress of the run (default: its end)")
     add("--out", default="masks.png", metavar="FILE.png", help="default: masks.png, drawn anew")
     args = parser.parse_args()
-    args.show = args.show or [*masking.STRATEGIES]
-    args.strategies = {words: parse_strategy(words, "--show") for words in args.show}
+    args.strategies = {words: parse_strategy(words) for words in args.show}
     if "attn" not in map(score_of, args.show):
-        refuse_useless(args.given & {"teacher"}, f"with --show {' '.join(args.show)}")
+        refuse_useless(args.given & {"teacher"}, f"with {' '.join(args.show)}")
     if Path(args.out).suffix != ".png":
         raise UserError(f"--out {args.out}: give the name of a PNG, such as masks.png")
     if "out" in args.given:  # the default may be drawn over, while you try keys one after the other
@@ -167,7 +175,7 @@ def leave_out(strategies, scores, missing):
     for score, names in unknown.items():
         why = f"{', '.join(names)}: {missing.get(score, f'nothing here computes {score}')}"
         if len(names) == len(strategies):
-            raise UserError(f"--show {why}")
+            raise UserError(why)
         print(f"left out {why}")
     return {words: f for words, f in strategies.items() if score_of(words) in (None, *scores)}
 
@@ -187,8 +195,13 @@ def main():
     strategies = leave_out(args.strategies, scores, missing)
     read = {score: scores[score] for score in map(score_of, strategies) if score}
     maps = guidance.as_pictures(read)
-    title = f"What masks hide at the end of a run: {folder.name}"
-    draw_sheet(args.out, title, view, side, maps, strategies, scores)
+    when = "at the end of a run" if args.t == 1 else f"after {args.t:.0%} of a run"
+    title = f"What masks hide {when}: {folder.name}"
+    draw_sheet(args.out, title, view, side, maps, strategies, scores, args.t)
     print(f"wrote {args.out}: three images of {folder}, cut into {side} x {side} patches")
     words = ["--data", args.data] if "data" in args.given else []
     print(f"next: python pretrain.py {quoted(*words, '--mask', next(iter(strategies)))}")
+
+
+if __name__ == "__main__":
+    cli(main)
