@@ -3,8 +3,7 @@
 A zip holds bytes. A flag says that they are UTF-8, or a field repeats the name in UTF-8. Older
 programs write neither, and mean the code page of their country. What is Japanese in cp932 can be read
 in gbk and cp949, too, but as odd letters. So all names of an archive are read in each code page, and
-the one in which they are the most ordinary is taken: the one of the fewest bits. If a code page has n
-letters of a kind, and they are a share p of what people write, each of them has log2(n / p) bits.
+charset-normalizer says how odd they look.
 """
 
 import struct
@@ -13,58 +12,48 @@ import zlib
 from common.door import shown
 from common.train import UserError
 
-CODES = ("utf-8", "cp932", "gbk", "cp949", "cp437")
-COMMON = {  # the first and the last letter of a kind, and their bits
-    "cp932": ((0x829F, 0x8396, 8.4), (0x889F, 0x9872, 12.7)),  # kana; the first level of kanji
-    "gbk": ((0xB0A1, 0xD7F9, 11.9),),  # the first level of hanzi
-    "cp949": ((0xB0A1, 0xC8FE, 11.7),),  # hangul
-}
-# Half of the common hanzi have codes of hangul. Two short names are told apart by how syllables end:
-# most have no final consonant, or one of these, by their number in Unicode.
-USUAL = (1, 4, 8, 16, 17, 21)
-OPEN, UNUSUAL = 9.3, 14.8
-RARE = 18.6  # any other letter of these three
-ASCII = 6.0
-ACCENTED = 6.2  # such as é, beside a letter of ASCII; where none is, it is hardly a word
-TWO_BYTES, THREE_BYTES = 12.0, 14.0  # of UTF-8
-BROKEN = 20.0  # a byte of a name that can't be read in this code page
-ENOUGH = 2000  # names are looked at; of three, hardly a guess was wrong
+# The standard of a country has its common letters. The code page adds so many rare ones that it makes
+# letters of almost any bytes, so it counts only where the standard does not fit. Of two that look
+# alike the first is taken.
+STANDARDS = {"utf-8": "utf-8", "cp437": "cp437", "cp949": "euc_kr", "gbk": "gb2312"}
+STANDARDS |= {"cp932": "cp932"}
+FITTING = 0.9  # of the names: a truncated one does not decide for all
+RARE, BROKEN = 0.5, 1.0  # oddness of what only the code page has, and of what it has not
+ENOUGH = 2000  # names are looked at; of three, no guess was wrong
+LONG = 1000  # bytes: of a shorter text charset-normalizer can't tell, so it comes again and again
 
 
-def bits_of(letter, code, around):
-    """around: the letter with those before and after it."""
-    if letter.isascii():
-        return ASCII
-    raw = letter.encode(code)
-    if code == "cp437" or (code == "utf-8" and len(raw) == 2):
-        beside = any(x.isascii() and x.isalpha() for x in around)
-        return ACCENTED if beside and letter.isalpha() and letter < "\u0250" else TWO_BYTES
-    if code == "utf-8":
-        return THREE_BYTES
-    number = int.from_bytes(raw, "big")
-    fitting = [bits for first, last, bits in COMMON[code] if first <= number <= last]
-    # Both bytes of a common letter are A1 or more in gbk and cp949; rare ones were added between them.
-    if not fitting or (code != "cp932" and raw[1] < 0xA1):
-        return RARE
-    end = (ord(letter) - 0xAC00) % 28  # Unicode numbers hangul by their three sounds
-    if code == "cp949" and end not in USUAL:
-        return UNUSUAL if end else OPEN
-    return fitting[0]
+def oddness(names, code):
+    """How odd the names, bytes, look in an encoding: 0 to 1."""
+    from charset_normalizer import from_bytes
+
+    fitting = [name for name in names if fits(name, code)]
+    if len(fitting) < FITTING * len(names):
+        return BROKEN
+    if code == "utf-8":  # hardly anything else can be read as that
+        return 0.0
+    text = b"\n".join(fitting)
+    text = b"\n".join([text] * (1 + LONG // len(text)))
+    best = from_bytes(text, cp_isolation=[code], threshold=BROKEN).best()
+    return best.chaos if best else BROKEN
 
 
-def bits_of_name(name, code):
+def fits(name, code):
     try:
-        text = name.decode(code)
+        return bool(name.decode(code))
     except UnicodeDecodeError:
-        return BROKEN * len(name)
-    return sum(bits_of(x, code, text[max(0, i - 1) : i + 2]) for i, x in enumerate(text))
+        return False
 
 
 def ranked(names):
-    """The code pages, first the one in which names, bytes, are the most ordinary."""
+    """The code pages, first the one in which names, bytes, look the least odd."""
     parts = sorted({part for name in names for part in name.split(b"/") if not part.isascii()})
-    some = parts[:: 1 + len(parts) // ENOUGH]  # a folder once
-    return sorted(CODES, key=lambda code: sum(bits_of_name(part, code) for part in some))
+    some = parts[:: 1 + len(parts) // ENOUGH]
+    odd = {
+        code: min(oddness(some, standard), RARE + oddness(some, code))
+        for code, standard in STANDARDS.items()
+    }
+    return sorted(odd, key=odd.get)
 
 
 def told_name(member):
@@ -93,13 +82,9 @@ def names_of(members, code=None):
         return names, []
     raw = {i: members[i].orig_filename.encode("cp437") for i in silent}
     used, second = (code, None) if code else ranked(raw.values())[:2]
-    odd = []
     for i in silent:
-        try:
-            names[i] = raw[i].decode(used)
-        except UnicodeDecodeError:
-            names[i] = raw[i].decode("cp437")
-            odd.append(names[i])
+        names[i] = raw[i].decode(used if fits(raw[i], used) else "cp437")
+    odd = [names[i] for i in silent if not fits(raw[i], used)]
     if code and odd:
         raise UserError(f"--names {code}: {shown(odd[0])} is no name in it; give another code page")
     first = silent[0]
