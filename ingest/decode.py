@@ -28,79 +28,20 @@ FORMATS += ["AVIF"] * (find_spec("PIL.AvifImagePlugin") is not None)  # from Pil
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it raises from 178 megapixels on
 PACKED = 128  # side of packed pictures, unless --size or larger views ask for another
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
-
-
 # A decoded picture takes 8 bytes a pixel: 1.5 GB for the largest that Pillow opens, 130 MB for one
 # of this size. Larger ones are decoded one after the other.
 LARGE = 2**24
-# Two decoders keep copies of their own, of 20 and 15 bytes a pixel.
-MOST_PIXELS = {"WEBP": 2**26, "AVIF": 2**26}
 MOST_WHOLE = 40 * 10**6  # pixels of an uncut picture; a page of A4 at 600 dpi has 35 million
-MOST_SCANS = 100  # of a JPEG; ten are usual, and 18 the most that libjpeg writes of its own
-MOST_WORK = 18 * 179 * 10**6  # scans times pixels
 LONG = 1.4  # of a picture's longer side over the other: its centre is likely to miss the head
-MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # with a length behind it
-HEADER, PIXELS = 2**24, 2**28  # bytes that may be read of a file, until its size is known and then
 ONE_LARGE = threading.Lock()
-# The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
-Image.core.set_block_size(2**26)
-
-
-class Pieces(io.BytesIO):
-    """A file in memory, as Pillow reads it. Each read counts as a kilobyte at least.
-
-    Millions of empty chunks, comments or frames would keep Pillow's parsers busy for minutes.
-    """
-
-    left = HEADER
-
-    def read(self, size=-1):
-        self.left -= max(size, 1024)
-        if self.left < 0:
-            raise ValueError("the file has too many parts, or too large a header")
-        return super().read(size)
 
 
 def open_picture(file):
     """A path or bytes -> Pillow's image, whose pixels are not decoded yet.
 
-    Raises UnidentifiedImageError for another format, DecompressionBombError over 178 megapixels,
-    ValueError where decoding would take minutes or gigabytes.
+    Raises UnidentifiedImageError for another format, DecompressionBombError over 178 megapixels.
     """
-    if not isinstance(file, bytes):
-        return Image.open(file, formats=FORMATS)
-    pieces = Pieces(file)
-    img = Image.open(pieces, formats=FORMATS)
-    pieces.left = PIXELS
-    pixels = img.width * img.height
-    scans = scans_of(file) if img.format in ("JPEG", "MPO") else 1
-    if pixels > MOST_PIXELS.get(img.format, pixels):
-        raise ValueError(
-            f"{pixels / 1e6:.0f} megapixels are too many for {img.format}; make it a PNG"
-        )
-    if scans > MOST_SCANS or scans * pixels > MOST_WORK:
-        raise ValueError(f"a JPEG that goes {scans} times over {pixels / 1e6:.0f} megapixels")
-    return img
-
-
-def scans_of(data):
-    """How often the pixels of a JPEG are gone over, or MOST_SCANS + 1 if that is not worth the count.
-
-    In a scan, 0xFF is followed by 0 or by the number of a restart. All else is a marker.
-    """
-    scans = 0
-    at = 2
-    for _ in range(10 * MOST_SCANS):  # since tables stand between scans
-        marker = MARKER.search(data, at)
-        if not marker or marker[0] == b"\xff\xd9":  # the end; a phone's video may follow
-            return scans
-        scans += marker[0] == b"\xff\xda"
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
-    return MOST_SCANS + 1
-
-
-def turn_of(img):
-    return ONE_LARGE if img.width * img.height > LARGE else contextlib.nullcontext()
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
 
 
 @contextlib.contextmanager
@@ -110,7 +51,9 @@ def open_image(data, least):
     A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; its short side stays at
     `least` or more. While the `with` lasts, no other thread opens a large picture, if this is one.
     """
-    with open_picture(data) as file, turn_of(file):
+    file = open_picture(data)
+    turn = ONE_LARGE if file.width * file.height > LARGE else contextlib.nullcontext()
+    with file, turn:
         full = file.width
         file.draft("RGB", (least, least))  # only JPEGs know what that is
         scale = file.width / full
@@ -133,26 +76,13 @@ def upright(img):
 
 
 def eight_bits(img):
-    """16-bit grays, 32-bit integers and floats -> L. Pillow would clip them at 255.
-
-    It goes over bands of rows, because NumPy needs 16 bytes for each pixel.
-    """
-    ends = range(0, img.height, 64)
-    bands = [(0, y, img.width, min(y + 64, img.height)) for y in ends]
-    most = np.max([pixels_in(img, band).max() for band in bands])
+    """16-bit grays, 32-bit integers and floats -> L. Pillow would clip them at 255."""
+    pixels = np.nan_to_num(np.asarray(img, np.float32))  # what is no number is black
+    most = pixels.max()
     top = 1 if img.mode == "F" and most <= 1 else 255
     if most > 255 or img.mode.startswith("I;16"):  # which may be a dark one
         top = 65535
-    gray = Image.new("L", img.size)
-    for band in bands:
-        shares = np.clip(pixels_in(img, band) / top, 0, 1)
-        gray.paste(Image.fromarray(np.uint8(255 * shares + 0.5)), band)
-    return gray
-
-
-def pixels_in(img, box):
-    """-> f32 (h, w); what is no number is black."""
-    return np.nan_to_num(np.array(img.crop(box), np.float32))
+    return Image.fromarray(np.uint8(255 * np.clip(pixels / top, 0, 1) + 0.5))
 
 
 def opaque(img):
