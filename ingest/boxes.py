@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.door import shown
 from common.train import UserError
 from ingest import labels, layouts
 from ingest.decode import on_paper, open_image, open_picture
 from ingest.files import fetch_files, nfc, read_whole, walk
-from ingest.sources import MOST_BROKEN, Record, choose, refuse_odd
+from ingest.layouts import counted
+from ingest.sources import Record, choose, left_out, refuse_odd
 
 GRAY = (128, 128, 128)  # what fills a picture up to a square
 ORIENTATION = 0x0112  # the field of EXIF: how a stored picture becomes upright
@@ -72,7 +72,7 @@ def find(path):
     faces = [face for page in pages for face in page.faces]
     count = len({page.place or page.name for page in pages})
     notes = [f"read as {layout}: {count} pictures, {len(faces)} boxes"]
-    notes += left_out(odd, len(odd) + len(faces), "labels", path)
+    notes += left_out(odd, len(odd) + len(faces), "labels can't be used", path)
     kinds = [kind for kind, _ in Counter(kind for kind, _ in faces).most_common()]
     pages = [page._replace(faces=[box for _, box in page.faces]) for page in pages]
     shares = layout == "YOLO" or max((x for _, box in faces for x in box), default=2) <= 1
@@ -83,8 +83,7 @@ def find(path):
     bare = [page.place for page in pages if not page.faces]
     if 2 * len(bare) > len(pages):
         fix = "where nobody has boxed them yet, give the boxed ones alone"
-        line = f"{len(bare)} pictures have no box, and count as pages without a face"
-        notes.append(f"{line}, the first: {bare[0]}; {fix}")
+        notes += counted(bare, "pictures have no box, and count as pages without a face", fix)
     if len(kinds) > 1:
         notes.append(f"{len(kinds)} classes are taken as one: {', '.join(kinds[:5])}")
     pages, empty = without_empty(pages)
@@ -98,17 +97,6 @@ def find(path):
     return records, partial(fetch_files, root=root), notes + repeated, shares
 
 
-def left_out(lines, among, things, path):
-    """A note on what is left out, or none; a UserError where that is more than a twentieth."""
-    if not lines:
-        return []
-    count = f"{len(lines)} of {among} {things}"
-    if len(lines) > MOST_BROKEN * among:
-        fix = "correct or remove them"
-        raise UserError(f"{path}: {count} can't be used, the first: {lines[0]}; {fix}")
-    return [shown(f"{count} can't be used, and are left out, the first: {lines[0]}")]
-
-
 def present(pages, path):
     """-> the pages whose picture is there, and a note on the others."""
     absent = list(dict.fromkeys(page.name for page in pages if not page.place))
@@ -116,15 +104,13 @@ def present(pages, path):
     if not pages:
         named = f"none of the {len(absent)} pictures that {path} names lies beside it"
         raise UserError(f"{named}; the first: {next(iter(absent), None)!r}")
-    line = f"{len(absent)} pictures are not there, the first: "
-    return pages, [line + absent[0]] if absent else []
+    return pages, counted(absent, "pictures are not there")
 
 
 def without_empty(pages):
     wrong = [f"{page.name} {box}" for page in pages for box in page.faces if not usable(box)]
     pages = [page._replace(faces=list(filter(usable, page.faces))) for page in pages]
-    line = f"{len(wrong)} boxes are empty or inverted, and left out, the first: "
-    return pages, [line + wrong[0]] if wrong else []
+    return pages, counted(wrong, "boxes are empty or inverted, and left out")
 
 
 def usable(box):
@@ -145,8 +131,7 @@ def records_of(pages):
         own = list(dict.fromkeys(faces))
         twice += [place] * (len(faces) - len(own))
         records.append(Record(nfc(place), place, split=splits[place], box=own))
-    line = f"{len(twice)} boxes repeat another of their picture, and are left out, the first: "
-    return records, [line + twice[0]] if twice else []
+    return records, counted(twice, "boxes repeat another of their picture, and are left out")
 
 
 # ---- boxes and pixels ----------------------------------------------------------------------------
@@ -168,10 +153,9 @@ def fitted(pages, root, path):
             if scales or turns:
                 page = page._replace(faces=own.tolist())
         fitting.append(page)
-    notes = left_out(odd, len(pages), "pictures", path)
-    for places, done in ((scaled, "scaled to the pixels"), (turned, "turned as EXIF says")):
-        if places:
-            notes.append(f"boxes of {len(places)} pictures are {done}, the first: {places[0]}")
+    notes = left_out(odd, len(pages), "pictures can't be used", path)
+    notes += counted(scaled, "pictures have boxes that are scaled to the pixels")
+    notes += counted(turned, "pictures have boxes that are turned as EXIF says")
     return fitting, notes
 
 

@@ -21,7 +21,7 @@ from common.door import one_line, parse_table, reading
 from common.train import UserError
 from ingest.files import is_hidden, nfc, suffix_of, walk, walk_all
 from ingest.layouts import split_of
-from ingest.sources import BOX, box_of, table_rows
+from ingest.sources import BOX, box_of, split_in, table_rows
 
 ASIDE = ("images", "jpegimages", "labels", "annotations")  # folders for one kind of file each
 Page = namedtuple("Page", "name place faces size split", defaults=(None, None))
@@ -181,10 +181,7 @@ def from_csv(path, pictures, odd):
         with noting(odd, where):
             box = box_of(cells, where)
             size = size_of(cells.get("width"), cells.get("height"))
-            given = cells.get("split", "")
-            split = split_of(given)
-            if given and not split:
-                raise UserError(f"{where}: split {given!r} is none of train, val, test, dev")
+            split = split_in(cells, where)
             page = pages.setdefault(name, Page(name, find(name, split), [], size, split))
             if box:
                 page.faces.append((cells.get("label", "face"), box))

@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from functools import cache
 
+from common.door import shown
 from common.train import UserError
 
 ORDER = ("train", "dev", "val", "test")  # of the splits, wherever they are listed
@@ -228,3 +229,11 @@ def described(what, rows, aside=()):
 def first(names, most=3):
     """The first of them in order, as words."""
     return ", ".join(sorted(names)[:most]) + ", ..." * (len(names) > most)
+
+
+def counted(names, what, fix=None):
+    """ "3 boxes are empty, the first: a.png; draw them again" in a list, which is empty without names."""
+    if not names:
+        return []
+    line = f"{len(names)} {what}, the first: {names[0]}"
+    return [shown(f"{line}; {fix}" if fix else line)]

@@ -235,11 +235,7 @@ def near_duplicates(records, fetch, dedupe, out):
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     shape = (len(records), duplicates.SIDE, duplicates.SIDE)
     with tempfile.TemporaryFile(dir=Path(out).resolve().parent) as file:
-        # Written, and not only mapped: a full disk is an error here, and a killed process there.
-        for _ in records:
-            file.write(bytes(duplicates.SIDE**2))
-        file.flush()
-        thumbs = np.memmap(file, np.uint8, "r+", shape=shape)
+        thumbs = np.memmap(file, np.uint8, "w+", shape=shape)
         for record, row in progress(rows, "looking for copies", len(records), unit="img"):
             if not isinstance(row, Exception):  # what can't be read stays blank
                 thumbs[place[record.key]] = row
@@ -315,8 +311,8 @@ def others_apart(records):
     use = "they are no character, but fit what is called unknown"
     notes.append(f"{len(stay)} pictures show nobody ({', '.join(sorted(names))}): {use}")
     copies = [r.key for r in others if r.group in groups]
-    line = f"{len(copies)} unknown pictures are copies of somebody's, and left out"
-    return people + stay, notes + [f"{line}: {layouts.first(copies)}"] * bool(copies)
+    what = "unknown pictures are copies of somebody's, and left out"
+    return people + stay, notes + layouts.counted(sorted(copies), what)
 
 
 def unlearned(records):
@@ -324,11 +320,9 @@ def unlearned(records):
     inside = Counter(r.label for r in records if r.split == "train")
     labels = {r.label for r in records} - {None}
     rare = sorted(label for label in labels if inside[label] < 2)
-    if not inside or not rare:
-        return []
-    count = f"classes with fewer than two pictures in train: {len(rare)}, such as {rare[0]}"
     fix = "finetune_lora.py does not learn them; --min-per-class 3 leaves small ones out"
-    return [f"{count}; {fix}"]
+    what = "classes have fewer than two pictures in train"
+    return layouts.counted(rare, what, fix) if inside else []
 
 
 def spelled_alike(records):
@@ -337,8 +331,7 @@ def spelled_alike(records):
     for label in sorted({r.label for r in records} - {None}):
         alike[re.sub(r"[\s_-]+", " ", label.casefold()).strip()].append(label)
     twice = [" and ".join(names) for names in alike.values() if len(names) > 1]
-    line = f"classes that are spelled alike: {layouts.first(twice)}; give one character one name"
-    return [line] * bool(twice)
+    return layouts.counted(twice, "classes are spelled alike", "give one character one name")
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -577,37 +570,35 @@ def to_learn(out):
     """The command that learns from a packed set, with the masks and the split that it has."""
     files = [Path(out) / f"{name}.safetensors" for name in ("train", "val", "test", "dev")]
     splits = {file.stem: open_tensors(file) for file in files if file.exists()}
+    data = f"--data {quoted(str(out))}"
     have = [name for name in splits if name != "train"]
-    of_split = ["--split", have[0]] if have and have[0] != "val" else []
+    split = f" --split {have[0]}" if have and have[0] != "val" else ""
     if "train" not in splits:
-        words = ["python", "-m", "apps.unknown", "RUN", "--data", str(out)]
-        return quoted(*words + of_split)
+        return f"python -m apps.unknown RUN {data}{split}"
     train = splits["train"]
     header = train["header"]
-    if "boxes" in train:
-        # toon-det has learned from the pages that we draw, and needs fewer of others (docs/detect.md).
-        start = "weights/toon" if header["source"] == "scenes" else "weights/toon-det"
-        words = ["python", "-m", "apps.detect", start, "--data", str(out)]
-        return quoted(*words, "--out", f"runs/{Path(out).name}-det")
-    of_frames = {*hybrid.PURE} <= {*header["classes"]}
+    # toon-det has learned from the pages that we draw, and needs fewer of others (docs/detect.md).
+    start = "weights/toon" if header["source"] == "scenes" else "weights/toon-det"
+    name = quoted(f"runs/{Path(out).name}-det")
+    frames = {*hybrid.PURE} <= {*header["classes"]}
     labels = np.concatenate([split["labels"] for split in splits.values()])
-    small = len(labels) < SMALL and header["source"] not in DRAWN and not of_frames
-    if small and many_of(labels) >= 3:  # it is cross-validated, over all splits
-        return quoted("python", "-m", "apps.learn", str(out))
-    if not have:
-        fix = "pack it again with a val, such as by --split .7,.1,.2"
-        return f"{fix}: pretrain.py needs one, to evaluate on"
-    if of_frames:
-        words = ["python", "-m", "apps.segment", "weights/toon", "--data", str(out)]
-        return quoted(*words + of_split)
+    small = len(labels) < SMALL and header["source"] not in DRAWN and not frames
     can_learn = many_of(train["labels"]) >= 2
-    if small and can_learn:  # two characters: val is reported
-        words = ["python", "finetune_lora.py", "weights/toon", "--data", str(out)]
-        return quoted(*words + of_split)
-    words = ["python", "pretrain.py", "--data", str(out)]
-    words += ["--mask", "fg_heavy"] if "fg" in train else []
-    problem = "; finetune_lora.py can't learn from it: no two classes have two pictures in train"
-    return quoted(*words + of_split) + (problem if not can_learn else "")
+    mask = " --mask fg_heavy" if "fg" in train else ""
+    why = "finetune_lora.py can't learn from it: no two classes have two pictures in train"
+    fix = "pack it again with a val, such as by --split .7,.1,.2"
+    rows = (  # does it fit, what comes next
+        ("boxes" in train, f"python -m apps.detect {start} {data} --out {name}"),
+        # it is cross-validated, over all splits
+        (small and many_of(labels) >= 3, f"python -m apps.learn {quoted(str(out))}"),
+        (not have, f"{fix}: pretrain.py needs one, to evaluate on"),
+        (frames, f"python -m apps.segment weights/toon {data}{split}"),
+        # two characters: val is reported
+        (small and can_learn, f"python finetune_lora.py weights/toon {data}{split}"),
+        (can_learn, f"python pretrain.py {data}{mask}{split}"),
+        (True, f"python pretrain.py {data}{mask}{split}; {why}"),
+    )
+    return next(command for fits, command in rows if fits)
 
 
 def parse_flags(words=None):

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import zipfile
-from collections import Counter, namedtuple
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -55,33 +55,28 @@ def find(path, layout=None, names=None):
         records, *notes = by_path(pictures, layout)
         notes += more
     if reader in (open_folder, open_beside) and layout != ():
-        lines = []
         if layout is None:
             records, lines = with_metadata(records, Path(path))
-            if Path(path, "metadata.csv").is_file():
-                lines += ["metadata.csv is not read; give that file itself if it has the labels"]
-        records, more = tags.with_captions(records, folder_of(path))
-        notes += lines + more
+            notes += lines
+        records, lines = tags.with_captions(records, folder_of(path))
+        notes += lines
     if not records:
-        looked = f"{' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
-        fix = "data.py reads a file of boxes with --detect"
-        if reader is not from_danbooru:
-            fix = f"give an archive itself; {fix}"
-        elif Path(path).is_dir():
+        fix = "give an archive itself; data.py reads a file of boxes with --detect"
+        if reader is from_danbooru and Path(path).is_dir():
             fix = "no line of its metadata names one; --layout class reads the folders alone"
-        reasons = [f"no image found in {path}", *notes[1:], f"looked for {looked}", fix]
-        raise UserError("; ".join(reasons))
-    first = {}
+        looked = f"looked for {' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
+        raise UserError("; ".join([f"no image found in {path}", *notes[1:], looked, fix]))
+    first, again = {}, []
     for r in records:
+        if r.key in first:
+            again.append(r.key)
         first.setdefault(r.key, r)
     refuse_odd(path, first)
     if reader in (from_table, open_list):
         refuse_absent([r.place for r in first.values()], Path(path).parent)
-    if twice := len(records) - len(first):
-        again = min(key for key, n in Counter(r.key for r in records).items() if n > 1)
-        notes.append(f"{twice} names came twice, such as {again}; the first of each is kept")
-    records, more = tags.without_names(list(first.values()))
-    return records, fetch, notes + more
+    notes += layouts.counted(sorted(again), "names came twice", "the first of each is kept")
+    records, lines = tags.without_names(list(first.values()))
+    return records, fetch, notes + lines
 
 
 def reader_of(path, layout=None):
@@ -110,6 +105,13 @@ def choose(path, readers, known):
         if fits(regular(Path(path))):
             return reader, name
     raise UserError(f"{path} is no {known}")
+
+
+def left_out(lines, among, what, path, fix="correct or remove them"):
+    """A note on what is left out, or none; a UserError where that is more than a twentieth."""
+    if len(lines) > MOST_BROKEN * among:
+        raise UserError(f"{path}: {len(lines)} of {among} {what}, the first: {lines[0]}; {fix}")
+    return layouts.counted(lines, f"of {among} {what}, and are left out")
 
 
 def refuse_odd(path, names):
@@ -235,6 +237,14 @@ def box_of(cells, where):
         raise UserError(f"{where}: {','.join(numbers)} is no box {','.join(BOX)}") from None
 
 
+def split_in(cells, where):
+    """The split in the cells of a row, or None."""
+    given = cells.get("split", "")
+    if given and not layouts.split_of(given):
+        raise UserError(f"{where}: split {given!r} is none of train, val, test, dev")
+    return layouts.split_of(given)
+
+
 def read_table(path, columns=COLUMNS, names=None, split=None):
     """Records of a table.
 
@@ -245,15 +255,12 @@ def read_table(path, columns=COLUMNS, names=None, split=None):
         if is_image(cells.get("label", "")) and not is_image(cells["path"]):
             # an older release of DAF:re has them the other way round
             cells["path"], cells["label"] = cells["label"], cells["path"]
-        given = cells.get("split", "")
-        if given and not layouts.split_of(given):
-            raise UserError(f"{where}: split {given!r} is none of train, val, test, dev")
         box = box_of(cells, where)
         if box and not (box[0] < box[2] and box[1] < box[3]):
             raise UserError(f"{where}: of a box x1 < x2 and y1 < y2, not {box}")
         label = cells.get("label")
         cells |= {"label": (names or {}).get(label, label), "box": box}
-        cells |= {"split": layouts.split_of(given) or split}
+        cells |= {"split": split_in(cells, where) or split}
         records.append(record_of(cells, cells["path"]))
     return records
 
@@ -324,19 +331,12 @@ def from_dafre(root):
         if table.exists():
             records += read_table(table, ("label", "path"), names, split)
     if metadata_files(root):
-        records, notes = with_tags(root, records)
+        posts, notes = read_posts(root, {Path(r.key).stem: r.key for r in records})
+        words = {post.key: post.tags for post in posts}
+        notes.append(f"{sum(map(bool, words.values()))} of {len(records)} pictures have tags")
+        records = [r._replace(tags=words.get(r.key, ())) for r in records]
     folder = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), "faces")
     return records, files_below(root / folder), *notes
-
-
-def with_tags(root, records):
-    """Records with the tags that Danbooru's metadata have of them, and notes."""
-    posts, notes = read_posts(root, {Path(r.key).stem: r.key for r in records})
-
-    of = {r.key: r.tags for r in posts}
-    if posts:
-        notes.append(f"{sum(map(bool, of.values()))} of {len(records)} pictures have tags")
-    return [r._replace(tags=of.get(r.key, ())) for r in records], notes
 
 
 def from_acrd(root):
@@ -351,19 +351,17 @@ def from_acrd(root):
     for split in ("train", "val", "test"):
         lists |= dict.fromkeys(read_names(root / f"{split}Split.tsv", ("id",)), split)
     have = {Path(name).stem: name for name in walk(root)}
-    records = []
-    absent = 0
-    unsure = 0
+    records, absent, unsure = [], [], []
     for r in read_table(root / "faces.tsv", ("path", "label", "head"), names=names):
         number = Path(r.place.replace("\\", "/")).stem
-        listed = number in lists or not lists
-        absent += number not in have
-        unsure += not listed
-        if number in have and listed:
-            place = have[number]
-            records.append(r._replace(key=nfc(place), place=place, split=lists.get(number)))
-    notes = [f"{absent} lines of faces.tsv have no picture here"] if absent else []
-    notes += [f"{unsure} faces are in none of the lists, and left out"] if unsure else []
+        if number not in have:
+            absent.append(r.place)
+        if lists and number not in lists:
+            unsure.append(r.place)
+        elif number in have:
+            records.append(moved(r, have[number])._replace(split=lists.get(number)))
+    notes = layouts.counted(absent, "lines of faces.tsv have no picture here")
+    notes += layouts.counted(unsure, "faces are in none of the lists, and left out")
     return records, files_below(root), *notes
 
 
@@ -516,15 +514,11 @@ def read_posts(path, have):
                 continue
             first = first or line
             absent += 1
-    lost = f"{len(broken)} of {count} lines are no JSON objects, the first: {(broken or [''])[0]}"
-    if len(broken) > MOST_BROKEN * count:
-        fix = "correct or remove them, or let --layout read folders alone"
-        fix += "; data.py reads a file of boxes with --detect"
-        raise UserError(f"{path} is no metadata of pictures: {lost}; {fix}")
-    notes = []
-    if absent:
-        notes.append(f"{absent} lines of the metadata have no picture here, the first: {first}")
-    return records, notes + [lost] * bool(broken)
+    fix = "correct or remove them, or let --layout read folders alone"
+    fix += "; data.py reads a file of boxes with --detect"
+    line = f"{absent} lines of the metadata have no picture here, the first: {first}"
+    notes = [line] if absent else []
+    return records, notes + left_out(broken, count, "lines are no JSON objects", path, fix)
 
 
 def tags_of_post(post):
@@ -603,9 +597,13 @@ def with_metadata(records, path):
         posts, lines = read_posts(place, {key.removeprefix(above): key for key in keys})
         of |= {post.key: post for post in posts}
         tagged = sum(bool(post.tags) for post in posts)
-        line = f"metadata of {place}: {len(posts)} of {len(keys)} pictures, {tagged} with tags"
+        notes.append(
+            f"metadata of {place}: {len(posts)} of {len(keys)} pictures, {tagged} with tags"
+        )
         unread = sorted(first_post(place).keys() - READ)
-        notes += [line + f"; not read: {', '.join(unread)}" * bool(unread), *lines]
+        notes += layouts.counted(unread, f"fields of {place} are not read") + lines
+    if (path / "metadata.csv").is_file():
+        notes.append("metadata.csv is not read; give that file itself if it has the labels")
     if path.is_file():
         records = [r for r in records if r.key in of]
     records = [r._replace(tags=of[r.key].tags) if r.key in of else r for r in records]

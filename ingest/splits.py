@@ -13,7 +13,7 @@ from pathlib import Path
 from common.groups import hold_apart, numbered
 from common.train import UserError
 from ingest import duplicates
-from ingest.layouts import ORDER, shows_nobody
+from ingest.layouts import ORDER, counted, shows_nobody
 
 # ---- groups and copies ---------------------------------------------------------------------------
 
@@ -70,9 +70,9 @@ def crossing(records):
     splits = defaultdict(set)
     for r in records:
         splits[r.group].add(r.split)
-    torn = sum(len(s) > 1 for s in splits.values())
-    line = f"{torn} groups cross the splits that the source gives, and stay as published"
-    return [f"{line}; a score then counts pictures that were learned from"] * bool(torn)
+    torn = [group for group, own in splits.items() if len(own) > 1]
+    what = "groups cross the splits that the source gives, and stay as published"
+    return counted(torn, what, "a score then counts pictures that were learned from")
 
 
 def refuse_gone(before, after, why, fix):

@@ -15,7 +15,7 @@ import numpy as np
 
 from common.door import is_name
 from ingest.files import nfc
-from ingest.layouts import first
+from ingest.layouts import counted, first
 
 MOST = 256  # tags of a picture; of more the rarest are left out
 NONE = -1  # fills a list up
@@ -84,15 +84,9 @@ def with_captions(records, root):
             tagged.append(r.key)
             r = r._replace(tags=words)
         updated.append(r)
-    notes = []
-    if tagged:
-        notes.append(
-            f"captions: {len(tagged)} of {len(records)} pictures have one ({first(tagged)})"
-        )
-    if boxes:
-        notes.append(f"{len(boxes)} captions are numbers ({first(boxes)}); --detect reads boxes")
-    if unread:
-        notes.append(f"{len(unread)} captions are not in UTF-8 ({first(unread)}); save them so")
+    notes = counted(tagged, f"of {len(records)} pictures have a caption")
+    notes += counted(boxes, "captions are numbers", "--detect reads boxes")
+    notes += counted(unread, "captions are not in UTF-8", "save them so")
     return updated, notes
 
 
