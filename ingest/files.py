@@ -26,6 +26,7 @@ MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at
 # what may lie beside pictures, and nobody misses: texts, and what tools keep there
 TEXTS = ".txt .caption .tags .json .jsonl .csv .tsv .xml .yaml .yml .toml .md .html .htm .log .nfo"
 BESIDE = {*TEXTS.split(), ".ini", ".db", ".npy", ".npz", ".py", ".sh"}
+ROOM = 2**27  # bytes that even a tiny archive may hold
 LINK = "links to no file"
 LONGEST_CHAIN = 40  # of links to links, as in Linux
 # folders of macOS, Synology, QNAP and Windows, with thumbnails or what was deleted
@@ -143,15 +144,12 @@ def open_list(_):
 # ---- archives ------------------------------------------------------------------------------------
 
 
-def most_unpacked(path):
-    """Bytes that an archive may hold: pictures are packed already, and hardly shrink in it."""
-    return 2**27 + 100 * os.path.getsize(path)
-
-
 def refuse_bomb(path, size):
-    if size > most_unpacked(path):
-        problem = f"{path} unpacks to {size} bytes or more, a hundred times its own"
-        raise UserError(f"{problem}; if you trust it, unpack it, and give the folder")
+    """Pictures are packed already, and hardly shrink in an archive: one of zeros fills the memory."""
+    most = ROOM + 100 * os.path.getsize(path)
+    if size > most:
+        problem = f"{path} unpacks to more than {most >> 20} MB, a hundred times its size"
+        raise UserError(f"{problem}; unpack it yourself, and give the folder")
 
 
 def refuse_escape(archive, name):

@@ -331,7 +331,8 @@ def spelled_alike(records):
     for label in sorted({r.label for r in records} - {None}):
         alike[re.sub(r"[\s_-]+", " ", label.casefold()).strip()].append(label)
     twice = [" and ".join(names) for names in alike.values() if len(names) > 1]
-    return layouts.counted(twice, "classes are spelled alike", "give one character one name")
+    line = f"classes that are spelled alike: {layouts.first(twice)}; give one character one name"
+    return [line] if twice else []
 
 
 # ---- packing -------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_a_class_that_nobody_can_learn_is_said():
     assert pack.unlearned([a, a, b, b, b._replace(label=None, split="val")]) == []
     for few in ([b._replace(split="val")] * 3, [b]):
         (line,) = pack.unlearned([a, a, *few])
-        assert line.startswith("classes with fewer than two pictures in train: 1, such as b")
+        assert line.startswith("1 classes have fewer than two pictures in train, the first: b")
 
 
 def test_classes_that_are_spelled_alike_are_said():
