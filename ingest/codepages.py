@@ -91,6 +91,6 @@ def names_of(members, code=None):
     line = f"{len(silent)} names tell no code page, and are read as {used}, such as {names[first]}"
     if odd:
         line += f"; {len(odd)} do not fit, such as {odd[0]}"
-    if second:
+    if second and fits(raw[first], second):
         line += f"; data.py --names {second} would read {raw[first].decode(second, 'replace')}"
     return names, [shown(line)]

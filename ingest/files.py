@@ -146,9 +146,10 @@ def open_list(_):
 
 def refuse_bomb(path, size):
     """Pictures are packed already, and hardly shrink in an archive: one of zeros fills the memory."""
-    most = ROOM + 100 * os.path.getsize(path)
+    own = os.path.getsize(path)
+    most = ROOM + 100 * own
     if size > most:
-        problem = f"{path} unpacks to more than {most >> 20} MB, a hundred times its size"
+        problem = f"{path} has {own} bytes, and unpacks to more than {most >> 20} MB"
         raise UserError(f"{problem}; unpack it yourself, and give the folder")
 
 

@@ -597,11 +597,9 @@ def with_metadata(records, path):
         posts, lines = read_posts(place, {key.removeprefix(above): key for key in keys})
         of |= {post.key: post for post in posts}
         tagged = sum(bool(post.tags) for post in posts)
-        notes.append(
-            f"metadata of {place}: {len(posts)} of {len(keys)} pictures, {tagged} with tags"
-        )
-        unread = sorted(first_post(place).keys() - READ)
-        notes += layouts.counted(unread, f"fields of {place} are not read") + lines
+        line = f"metadata of {place}: {len(posts)} of {len(keys)} pictures, {tagged} with tags"
+        unread = ", ".join(sorted(first_post(place).keys() - READ))
+        notes += [f"{line}; not read: {unread}" if unread else line, *lines]
     if (path / "metadata.csv").is_file():
         notes.append("metadata.csv is not read; give that file itself if it has the labels")
     if path.is_file():

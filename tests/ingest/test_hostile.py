@@ -80,7 +80,7 @@ def test_a_tar_is_unpacked_as_far_as_pictures_can_shrink(tmp_path, monkeypatch, 
     if form == "tar":
         assert len(sources.find(tmp_path / "large")[0]) == 2
     else:
-        with pytest.raises(UserError, match="unpacks to more than .* MB, .*; unpack it yourself"):
+        with pytest.raises(UserError, match="unpacks to more than .* MB; unpack it yourself"):
             sources.find(tmp_path / "large")
 
 
@@ -88,5 +88,5 @@ def test_a_zip_is_unpacked_as_far_as_pictures_can_shrink(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ROOM", 2**16)
     with zipfile.ZipFile(tmp_path / "large.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("0.png", bytes(2**22))
-    with pytest.raises(UserError, match="unpacks to more than .* MB, .*; unpack it yourself"):
+    with pytest.raises(UserError, match="unpacks to more than .* MB; unpack it yourself"):
         sources.find(tmp_path / "large.zip")

@@ -697,7 +697,9 @@ REFUSED = [  # files, a word of the refusal
     ({"list.tar": member("a.png", png()) + header("b.png", 4096) + bytes(512)}, "not a whole tar"),
 ]
 GOOD, END = member("fine.png", png()), bytes(1024)
-REFUSED.append(({"list.tar": GOOD + header("b.png", 5 * 2**30) + END}, "a hundred times its size"))
+REFUSED.append(
+    ({"list.tar": GOOD + header("b.png", 5 * 2**30) + END}, "unpacks to more than 128 MB; unpack")
+)
 for line in ("path,label,label", "file,class,Label", "path,x1,x1,y1,x2,y2"):
     row = "a.png" + ",1" * line.count(",")
     REFUSED.append(({"list.csv": f"{line}\n{row}\n", "a.png": None}, "two columns for"))
@@ -885,7 +887,9 @@ def test_brackets_lose_their_backslash_and_boxes_are_no_captions(tmp_path):
     assert sources.find(tmp_path)[2][2].startswith("1 captions are numbers, the first: b/2.png")
     lay(tmp_path, {"b/2.txt": "笑顔, 帽子".encode("cp932")})
     assert told(tmp_path)["b/2.png"] == "-/b"
-    assert sources.find(tmp_path)[2][2].startswith("1 captions are not in UTF-8, the first: b/2.png")
+    assert sources.find(tmp_path)[2][2].startswith(
+        "1 captions are not in UTF-8, the first: b/2.png"
+    )
 
 
 OWN_NAME = {  # a class: spellings of it that no picture of the set keeps as a tag
