@@ -302,7 +302,7 @@ def others_apart(records):
     people = [r for r in records if r.label not in names]
     vague = sorted(filter(layouts.is_vague, labels))
     fix = f"name the folder {UNKNOWN} if it shows nobody who should be known"
-    notes = [f"learned as a character: {layouts.first(vague)}; {fix}"] * bool(vague)
+    notes = layouts.counted(vague, "vague names are learned as characters", fix)
     if not names or not labels - names:
         return records, notes
     groups = {r.group for r in people if r.label is not None}
