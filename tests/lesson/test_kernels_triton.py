@@ -81,7 +81,7 @@ def test_no_kernel_spills_and_bytes_are_loaded_sixteen_at_a_time(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = TYPES | dict.fromkeys(("out", "pred", "gradient"), f"*{dtype}")
     for name, kernel in KERNELS.items():
-        constants = {"S": S, "p": p, "NORM_PIX": True}
+        constants = {"side": S, "p": p, "NORM_PIX": True}
         needed = needs(compiled(kernel, types, constants | fused.tile(p), target))
         assert needed["spills"] == 0 and needed["registers"] <= (160 if p == 14 else 96), name
         wide, narrowest = needed["loads"].count(16), needed["loads"][0]
