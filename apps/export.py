@@ -31,7 +31,7 @@ from torch import nn
 import data
 from apps import tags
 from apps.adapters import adapter_tensors, load_adapter, read_config, save_adapter
-from apps.recognize import decide, open_gallery
+from apps.recognize import open_gallery
 from common import checkpoints, metrics
 from common.classifier import is_recogniser, read_head
 from common.door import aside, one_line, read_json, reading, require, save_csv
@@ -294,8 +294,8 @@ def recognise(net, view, gallery):
     """-> who (B,), a place in `names`; similarity, threshold, confidence (B,); embedding (B, D)."""
     both = [net.pooled(*net.encoder.all_patches(x)) for x in (view, view.flip(2))]
     embedding = net.neck(torch.stack(both).mean(0))
-    seen = torch.cat([embedding, metrics.histograms(view)], 1) if gallery["colours"] else embedding
-    who, similarity, margin, sure = decide(net.head(embedding), seen, gallery)
+    seen = torch.cat([embedding, metrics.histograms(view)], 1) if gallery.colours else embedding
+    who, similarity, margin, sure = gallery.decide(net.head(embedding), seen)
     answers = {"who": who, "similarity": similarity, "threshold": similarity - margin}
     return answers | {"confidence": sure, "embedding": embedding}
 
@@ -313,7 +313,7 @@ def graph_of(source, image_size=None):
         net, header = load_classifier(source)
         gallery = open_gallery(source)
         answer = partial(recognise, gallery=gallery)
-        notes = {"is": "recogniser", "names": gallery["names"], "learned": gallery["learned"]}
+        notes = {"is": "recogniser", "names": gallery.names, "learned": gallery.learned}
     elif tags.is_tagger(source):
         net, header = tags.load_tagger(source)
         answer = tag

@@ -31,12 +31,10 @@ from apps.groups import best_threshold, f1_curve
 from apps.recognize import (
     FACES,
     PROMISE,
-    best_similarity,
-    compared,
+    Gallery,
     confidence,
     decided,
     enrolled_threshold,
-    make_gallery,
     open_others,
     outputs_of,
 )
@@ -154,7 +152,7 @@ def answers_of(task, left_out, learned, C, folds, others=None):
     place = torch.cat([torch.arange(len(own)) for own in of_each])  # among a character's faces
 
     def gallery_of(some):
-        return make_gallery(faces[some], numbers[some], len(learned), colours=COLOURS)
+        return Gallery(faces[some], numbers[some], len(learned), colours=COLOURS)
 
     gallery = gallery_of(slice(None))
     # In the end every picture is learned, and is one more that a face can be similar to: of known
@@ -171,7 +169,7 @@ def answers_of(task, left_out, learned, C, folds, others=None):
         logits[:, learned] = some
         said = {"logits": logits, "similarity": grown(embeddings, gallery, galleries)}
         by_colours = colour_scores(asked)
-        said |= {"colours": by_colours.amax(1), "unit": compared(embeddings, gallery)}
+        said |= {"colours": by_colours.amax(1), "unit": gallery.whitened(embeddings)}
         return said, embeddings, by_colours
 
     said, embeddings, by_colours = answer(task.dev.index, smaller)
@@ -194,8 +192,8 @@ def grown(embeddings, gallery, smaller):
 
     smaller: galleries that lack as much as this one will gain.
     """
-    now = best_similarity(embeddings, gallery)
-    before = torch.stack([best_similarity(embeddings, less) for less in smaller]).mean(0)
+    now = gallery.best_similarity(embeddings)
+    before = torch.stack([less.best_similarity(embeddings) for less in smaller]).mean(0)
     return now + (now - before).mean()
 
 
@@ -327,8 +325,9 @@ def promise(found, numbers, sizes):
     if len(found["others_similarity"]):
         row["others"] = 100 * (found["others_similarity"] < least).double().mean().item()
     row |= {name: float(found[name]) for name in ("auroc", "colours_auroc")}
-    sure = confidence(found["logits"], margin, numbers)
-    unsure = confidence(found["unknown_logits"], unknown_margin, numbers)
+    scale = numbers["temperature"], numbers["platt"]
+    sure = confidence(found["logits"], margin, *scale)
+    unsure = confidence(found["unknown_logits"], unknown_margin, *scale)
     return row | reliability(sure, right, unsure)
 
 

@@ -36,23 +36,19 @@ import torch
 
 from apps import folds
 from apps.recognize import (
-    GALLERY,
+    Gallery,
+    changing,
     known_faces,
-    load_gallery,
     name_of,
-    names_given,
-    only,
     open_recogniser,
     parser_of,
     predictions,
     renamed,
     same_pictures,
-    save_gallery,
-    with_named,
 )
 from apps.sort import COLUMNS, SORTED, UNKNOWN, folders_of, open_sorted, save_sorted
 from common.classifier import is_recogniser
-from common.locks import lock_beside, locked, reserve
+from common.locks import reserve
 from common.train import UserError, at_least, cli, progress, quoted, refuse_useless
 from data import CHUNK, evenly_spaced
 from ingest.layouts import UNNAMED, shows_nobody
@@ -155,10 +151,9 @@ def embedded(args, net, header, autocast, files, problems):
 
 def learn(run, shows, moved, faces):
     """Change the gallery by what the folders say -> the files that it has taken."""
-    path, done, report = Path(run) / GALLERY, [], []
-    with locked(lock_beside(path), wait=True):
-        gallery = load_gallery(run)
-        known = {*gallery["names"]}
+    done, report = [], []
+    with changing(run) as gallery:
+        known = {*gallery.names}
         # What was moved comes last, and what was added before stays where it is: of two copies of one
         # picture, the one that somebody moved is right.
         for last, who in itertools.product((False, True), sorted({*shows.values()})):
@@ -175,7 +170,7 @@ def learn(run, shows, moved, faces):
             embeddings = torch.stack([faces[file][1] for file in files])
             try:
                 if who:
-                    gallery, lines = with_named(gallery, who, files, embeddings)
+                    gallery, lines = gallery.enrol(who, files, embeddings)
                 else:
                     gallery, lines = without(gallery, embeddings)
             except UserError as problem:  # too few of a new character; the others go on
@@ -183,7 +178,7 @@ def learn(run, shows, moved, faces):
             report += lines
             done += files
         if done:
-            save_gallery(path, gallery)
+            gallery.save(run)
     for line in report:
         print(line)
     return done
@@ -191,16 +186,16 @@ def learn(run, shows, moved, faces):
 
 def was_added(embedding, gallery):
     """Is this picture, an embedding (D,), one of those that were added to a gallery?"""
-    return same_pictures(embedding[None], gallery["embeddings"][gallery["trained"] :]).any()
+    return same_pictures(embedding[None], gallery.embeddings[gallery.trained :]).any()
 
 
 def without(gallery, embeddings):
     """-> the gallery without pictures (n, D) that were added and show nobody known, and a line."""
-    stay = ~same_pictures(embeddings, gallery["embeddings"]).any(0)
-    stay[: gallery["trained"]] = True
+    stay = ~same_pictures(embeddings, gallery.embeddings).any(0)
+    stay[: gallery.trained] = True
     gone = f"{int((~stay).sum())} of them left the gallery"
     fix = "a new training sets its threshold by them"
-    return only(gallery, stay), [f"unknown: {len(embeddings)} pictures, {gone}; {fix}"]
+    return gallery.only(stay), [f"unknown: {len(embeddings)} pictures, {gone}; {fix}"]
 
 
 def agreeing(gallery, shows, faces):
@@ -209,7 +204,7 @@ def agreeing(gallery, shows, faces):
     if not files:
         return set()
     logits, embeddings = (torch.stack(part) for part in zip(*map(faces.get, files), strict=True))
-    names = names_given(logits, embeddings, gallery)
+    names = gallery.names_given(logits, embeddings)
     return {file for file, name in zip(files, names, strict=True) if name == shows[file]}
 
 
@@ -226,7 +221,7 @@ def main():
     reserve([], lock=out / ".lock")
     rows = open_sorted(table)
     net, header, before, autocast = open_recogniser(args)
-    shows, moved = by_hand(out, rows, before["names"])
+    shows, moved = by_hand(out, rows, before.names)
     if not moved:
         return print(f"{out}: no picture was moved or added since the last time")
     print(line_of_moves(shows, moved))
@@ -240,7 +235,7 @@ def main():
         copy = Path(file).relative_to(out).as_posix()
         rows.append(row | {"name": shows[file], "copy": copy})
     save_sorted(rows, table)
-    after = load_gallery(args.run)
+    after = Gallery.load(args.run)
     stayed, asked = faces.keys() - moved.keys(), faces.keys() & moved.keys()
     taught = sum(shows[file] != "" for file in done)
     agreed, agree = (agreeing(gallery, shows, faces) for gallery in (before, after))

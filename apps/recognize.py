@@ -26,6 +26,7 @@ import itertools
 import json
 import sys
 from collections import Counter
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,10 +37,9 @@ import torch.nn.functional as F
 
 import data
 from apps.collection import BY_FOLDS, open_all
-from apps.groups import best_threshold, f1_curve
-from common import door as fields
+from apps.groups import ALIKE, best_threshold, f1_curve
+from common import door
 from common.classifier import pooled_of, predict
-from common.door import read_json, reading
 from common.features import open_subsets, place_of_learned
 from common.locks import lock_beside, locked
 from common.metrics import BINS, histograms
@@ -140,89 +140,243 @@ def whitening(embeddings, labels):
     return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
 
 
-def make_gallery(embeddings, labels, learned, lift=None, trained=None, colours=0.0):
-    """Faces (n, D), labels (n,) of which the first `learned` are the head's -> a dict.
+@dataclass
+class Gallery:
+    """Known faces, and the numbers that say who a face shows and whether it is known at all.
 
-    trained: so many faces, the first ones, taught the head; None: all of its characters. The others
-    were added later. who (G,): the characters of G groups of faces, first the learned ones as they
-    were taught, then everybody whose faces were added: a learned one may be there twice. group (n,):
-    of each face. sums (G, D). handicap: of each group of added faces. faces: unit vectors of each
-    learned character that has any. growth: see there. lift: as `lift_of` returns it; None leaves the
-    head out of similarities. colours: their weight, where the cosine of embeddings has 1. If it is
-    not 0, the last columns are histograms.
+    Without the numbers it only compares faces. A character whose faces were added has a mean of its
+    own: a learned one may have two, one of what it was taught by and one of what was added.
     """
-    trained = int((labels < learned).sum()) if trained is None else trained
-    gallery = {"embeddings": embeddings, "labels": labels, "learned": learned, "trained": trained}
-    gallery |= {"lift": lift, "colours": colours}
-    plain = embeddings[:, :-COLOURS] if colours else embeddings
-    gallery["mean"], gallery["matrix"] = whitening(plain[:trained], labels[:trained])
-    unit = gallery["unit"] = compared(embeddings, gallery)
-    gallery |= by_character(gallery, len(labels))
-    gallery["growth"] = growth(gallery)
-    added, number = labels[trained:].unique(return_inverse=True)
-    group = torch.cat([labels[:trained], learned + number])
-    sums = unit.new_zeros(learned + len(added), unit.shape[1]).index_add_(0, group, unit)
-    gallery |= {"who": torch.cat([torch.arange(learned), added]), "group": group, "sums": sums}
-    # The more faces a mean is of, the nearer are others to it. One or two faces are no mean yet.
-    sizes = group.bincount(minlength=len(sums))[learned:]
-    handicap = HANDICAP * SHOTS / sizes.clamp(min=SHOTS)
-    return gallery | {"handicap": handicap.where(sizes >= LEAST, 0)}
+
+    # what gallery.safetensors holds
+    embeddings: torch.Tensor  # (n, D) of faces; with colours, histograms are the last columns
+    labels: torch.Tensor  # (n,), places in `names`
+    learned: int  # characters that the head names; their names are the first ones
+    trained: int = (
+        None  # faces that taught the head, the first ones; None: all of learned characters
+    )
+    names: list = None
+    keys: list = None  # of the faces
+    threshold: float = None  # the similarity under which a face is unknown
+    enrolled_threshold: float = None  # that of characters whom the head has not learned
+    temperature: float = None  # of the logits
+    platt: list = None  # see `fit_platt`
+    lift: list = None  # see `lift_of`; None leaves the head out of similarities
+    colours: float = 0.0  # their weight in a similarity, where the cosine of embeddings has 1
+    alike: float = ALIKE  # the cosine that joins two groups of apps/sort.py
+
+    def __post_init__(self):
+        if self.trained is None:
+            self.trained = int((self.labels < self.learned).sum())
+        plain = self.embeddings[:, :-COLOURS] if self.colours else self.embeddings
+        taught = self.labels[: self.trained]
+        self.mean, self.matrix = whitening(plain[: self.trained], taught)
+        self.unit = self.whitened(self.embeddings)  # (n, D)
+        self.faces = self.of_learned(len(self.labels))
+        self.growth = self.measure_growth()
+        # Groups of faces: first the learned characters as they were taught, then everybody with added ones.
+        added, number = self.labels[self.trained :].unique(return_inverse=True)
+        self.who = torch.cat(
+            [torch.arange(self.learned), added]
+        )  # (G,), the character of each group
+        self.group = torch.cat([taught, self.learned + number])  # (n,), the group of each face
+        self.sums = self.unit.new_zeros(len(self.who), self.unit.shape[1])  # (G, D)
+        self.sums.index_add_(0, self.group, self.unit)
+        # The more faces a mean is of, the nearer are others to it. One or two faces are no mean yet.
+        sizes = self.group.bincount(minlength=len(self.who))[self.learned :]
+        handicap = HANDICAP * SHOTS / sizes.clamp(min=SHOTS)
+        self.handicap = handicap.where(sizes >= LEAST, 0)  # of each group of added faces
+
+    # -- the file, and changes of it
+
+    @classmethod
+    def load(cls, run):
+        tensors, header = read_safetensors(Path(run) / GALLERY)
+        numbers = {name: header[name] for name in HEADER if name in header}
+        return cls(tensors["embeddings"].float(), tensors["labels"], **numbers)
+
+    def save(self, run):
+        tensors = {"embeddings": self.embeddings.float(), "labels": self.labels}
+        header = {name: getattr(self, name) for name in HEADER}
+        save_safetensors(tensors, Path(run) / GALLERY, header)
+
+    def only(self, stay):
+        """-> the gallery with the faces that stay, (n,) bool; a name without faces leaves."""
+        left, labels = self.labels[stay].unique(return_inverse=True)
+        names = [self.names[i] for i in left]
+        keys = list(itertools.compress(self.keys, stay))
+        embeddings = self.embeddings[stay]
+        return replace(self, embeddings=embeddings, labels=labels, names=names, keys=keys)
+
+    def add(self, who, keys, embeddings):
+        """-> the gallery with so many faces (n, D) more of a character, new or not."""
+        names = list(dict.fromkeys([*self.names, who]))
+        labels = F.pad(self.labels, (0, len(keys)), value=names.index(who))
+        embeddings = torch.cat([self.embeddings, embeddings])
+        keys = self.keys + keys
+        return replace(self, embeddings=embeddings, labels=labels, names=names, keys=keys)
+
+    def enrol(self, who, keys, embeddings):
+        """-> the gallery with embeddings (n, D) of pictures `keys`, each once, and lines that say so.
+
+        A picture that was added under another name leaves that one; one that was learned stays there.
+        """
+        lines = []
+        embeddings = embeddings[:, : self.embeddings.shape[1]]  # some have no colours
+        same = same_pictures(embeddings, self.embeddings)  # (n, faces)
+        has_name = self.shows(who)
+        twins = same_pictures(embeddings, embeddings)
+        new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
+        for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
+            name = self.names[self.labels[face]]
+            note = f"was added as {name}; it is {who} now"
+            if face < self.trained:
+                note = f"was learned as {name}; it stays there, too"
+            lines.append(f"note: {door.shown(keys[i])} {note}")
+        stay = ~(same & ~has_name).any(0)
+        stay[: self.trained] = True
+        total = int(has_name.sum() + new.sum())
+        if total < LEAST:
+            raise UserError(f"{total} pictures of {who} are too few; give {LEAST} or more")
+        gallery = self.only(stay).add(who, [*itertools.compress(keys, new)], embeddings[new])
+        line = f"{who} is enrolled with {total} pictures"
+        if who in gallery.names[: gallery.learned]:
+            line = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
+        return gallery, [*lines, f"{line}; the gallery knows {len(gallery.names)} characters"]
+
+    def forget(self, who):
+        """-> the gallery without the added pictures of a character, and a line that says so."""
+        gone = self.shows(who)
+        gone[: self.trained] = False
+        if not gone.any():
+            how = "was learned in training" if who in self.names else "is not enrolled"
+            raise UserError(f"{who} {how}; only enrolled ones can be forgotten, see --list")
+        gallery = self.only(~gone)
+        line = f"{who} is forgotten; the gallery knows {len(gallery.names)} characters"
+        if who in gallery.names:
+            line = f"{who} is known from training alone; {int(gone.sum())} added pictures are forgotten"
+        return gallery, line
+
+    def shows(self, who):
+        """Which faces show this character, (n,) bool?"""
+        return torch.tensor([name == who for name in self.names])[self.labels]
+
+    def move_threshold(self, threshold):
+        """Set that of learned characters; that of enrolled ones moves with it, and confidences stay."""
+        moved = threshold - self.threshold - self.growth
+        a, b = self.platt
+        self.enrolled_threshold += moved
+        self.platt = [a, b + a * moved]
+        self.threshold, self.growth = threshold, 0.0
+
+    # -- similarity
+
+    def whitened(self, embeddings):
+        """embeddings (n, D) -> whitened unit vectors (n, D): their products are similarities."""
+        embeddings = embeddings[:, : len(self.mean)].float()  # without histograms
+        return F.normalize((embeddings - self.mean) @ self.matrix)
+
+    def of_learned(self, count):
+        """Of the first `count` faces, those of each learned character: unit vectors; histograms or None."""
+        labels = self.labels[:count]
+        characters = [(labels == c).nonzero()[:, 0] for c in labels.unique() if c < self.learned]
+        histograms = None
+        if self.colours:
+            histograms = [self.embeddings[rows, -COLOURS:].float() for rows in characters]
+        return [self.unit[rows] for rows in characters], histograms
+
+    def similarities(self, embeddings, faces=None):
+        """embeddings (n, D) -> (n, C): the mean cosine with the three nearest faces of each character.
+
+        With colours it is averaged with the mean cosine of histograms, by their weight. faces: as of
+        `of_learned` (default: all).
+        """
+        unit, histograms = faces or self.faces
+        scores = nearest_of(self.whitened(embeddings), unit)
+        if self.colours:
+            # What a network has learned of few pictures tells these characters apart, but says little
+            # of others. Colours tell less of each, but the same of all.
+            alike = nearest_of(embeddings[:, -COLOURS:].float(), histograms)
+            scores = (scores + self.colours * alike) / (1 + self.colours)
+        return scores
+
+    def best_similarity(self, embeddings):
+        """embeddings (n, D) -> (n,): the similarity to the most similar character."""
+        return self.similarities(embeddings).amax(1)
+
+    def similarity(self, logits, embeddings):
+        """(n, C), (n, D) -> (n,): `best_similarity`, higher where the head is surer than usual.
+
+        LIFT for each standard deviation of the best logit of known faces. Together they separate best.
+        """
+        return lifted(self.best_similarity(embeddings), logits.amax(1), self.lift)
+
+    def measure_growth(self):
+        """How much more similar faces are to learned characters that are not theirs, by what was added to these.
+
+        Unknown faces are, too, so by this the threshold rises: else, the more was corrected, the fewer
+        unknown pictures would be called so. The added faces are asked, which the network has not learned.
+        """
+        labels, trained, learned = self.labels, self.trained, self.learned
+        corrected = labels[trained:][labels[trained:] < learned].unique()
+        if not len(corrected):
+            return 0.0
+        asked = torch.arange(trained, len(labels))
+        if len(corrected) == 1:
+            # No added face gains by what was added to its own character, so faces of the others are asked.
+            asked = torch.cat(data.evenly_of_each(labels[:trained], WHITENED))
+            asked = asked[labels[asked] != corrected]
+        own = labels[asked, None] == torch.arange(learned)
+        now = self.similarities(self.embeddings[asked]).masked_fill(own, -1)
+        then = self.similarities(self.embeddings[asked], self.of_learned(trained))
+        return (now.amax(1) - then.masked_fill(own, -1).amax(1)).mean().item()
+
+    # -- who is it?
+
+    def to_means(self, unit, own=None):
+        """unit (n, D) -> cosines (n, G) with the mean of each group; own (n,): groups that leave the face out."""
+        cosines = unit @ F.normalize(self.sums).T
+        if own is None:
+            return cosines
+        others = F.normalize(self.sums[own] - unit)
+        return cosines.scatter(1, own[:, None], (unit * others).sum(1, keepdim=True))
+
+    def decide(self, logits, embeddings, own=None):
+        """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
+
+        The head names the characters that it learned. Where faces were added, their character wins if
+        their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`. Who
+        was enrolled is known by this mean, with a threshold of its own.
+        confidence: P(the name is right) where half of all pictures show unknown characters;
+        nan of a name that added faces gave, and not the head.
+        """
+        who = logits.argmax(1)
+        similarity = self.similarity(logits, embeddings)
+        margin = similarity - self.threshold - self.growth
+        sure = confidence(logits, margin, self.temperature, self.platt)
+        to_mean = self.to_means(self.whitened(embeddings), own)  # (n, G)
+        if to_mean.shape[1] == self.learned:
+            return who, similarity, margin, sure
+        to_added = to_mean[:, self.learned :]
+        best, added = (to_added + self.handicap).max(1)
+        new = best > to_mean[:, : self.learned].amax(1)
+        near = to_added.gather(1, added[:, None])[:, 0]
+        name = torch.where(new, self.who[self.learned + added], who)
+        enrolled = name >= self.learned
+        return (
+            name,
+            torch.where(enrolled, near, similarity),
+            torch.where(enrolled, near - self.enrolled_threshold, margin),
+            sure.masked_fill(name != who, torch.nan),
+        )
+
+    def names_given(self, logits, embeddings, own=None):
+        """-> the name of each picture, "" where it is unknown; own: see `decide`."""
+        who, _, margin, _ = self.decide(logits, embeddings, own)
+        return [self.names[i] if m >= 0 else "" for i, m in zip(who, margin, strict=True)]
 
 
-def by_character(gallery, count):
-    """Of the first `count` faces, those of each learned character: unit vectors, and histograms or None."""
-    labels = gallery["labels"][:count]
-    characters = [(labels == c).nonzero()[:, 0] for c in labels.unique() if c < gallery["learned"]]
-    histograms = None
-    if gallery["colours"]:
-        histograms = [gallery["embeddings"][rows, -COLOURS:].float() for rows in characters]
-    return {"faces": [gallery["unit"][rows] for rows in characters], "histograms": histograms}
-
-
-def growth(gallery):
-    """How much more similar faces are to learned characters that are not theirs, by what was added to these.
-
-    Unknown faces are, too, so by this the threshold rises: else, the more was corrected, the fewer
-    unknown pictures would be called so. The added faces are asked, which the network has not learned.
-    """
-    labels, trained, learned = (gallery[name] for name in ("labels", "trained", "learned"))
-    corrected = labels[trained:][labels[trained:] < learned].unique()
-    if not len(corrected):
-        return 0.0
-    asked = torch.arange(trained, len(labels))
-    if len(corrected) == 1:
-        # No added face gains by what was added to its own character, so faces of the others are asked.
-        asked = torch.cat(data.evenly_of_each(labels[:trained], WHITENED))
-        asked = asked[labels[asked] != corrected]
-    faces, own = gallery["embeddings"][asked], labels[asked, None] == torch.arange(learned)
-    before = gallery | by_character(gallery, trained)
-    now, then = (similarities(faces, some).masked_fill(own, -1) for some in (gallery, before))
-    return (now.amax(1) - then.amax(1)).mean().item()
-
-
-def compared(embeddings, gallery):
-    """embeddings (n, D) -> whitened unit vectors (n, D): their products are similarities."""
-    embeddings = embeddings[:, : len(gallery["mean"])].float()  # without histograms
-    return F.normalize((embeddings - gallery["mean"]) @ gallery["matrix"])
-
-
-def best_similarity(embeddings, gallery):
-    """embeddings (n, D) -> (n,): the similarity to the most similar character."""
-    return similarities(embeddings, gallery).amax(1)
-
-
-def similarities(embeddings, gallery):
-    """embeddings (n, D) -> (n, C): the mean cosine with the three nearest faces of each character.
-
-    With colours it is averaged with the mean cosine of histograms, by their weight.
-    """
-    scores = nearest_of(compared(embeddings, gallery), gallery["faces"])
-    if weight := gallery["colours"]:
-        # What a network has learned of few pictures tells these characters apart, but says little of
-        # others. Colours tell less of each, but the same of all.
-        alike = nearest_of(embeddings[:, -COLOURS:].float(), gallery["histograms"])
-        scores = (scores + weight * alike) / (1 + weight)
-    return scores
+HEADER = [field.name for field in fields(Gallery)][2:]  # of the file, beside its two tensors
 
 
 def nearest_of(unit, faces):
@@ -230,15 +384,6 @@ def nearest_of(unit, faces):
     cosines = [unit @ own.T for own in faces]
     nearest = [x.topk(min(NEAREST, x.shape[1]), 1).values.mean(1) for x in cosines]
     return torch.stack(nearest, 1)
-
-
-def similarity_of(logits, embeddings, gallery):
-    """(n, C), (n, D) -> (n,): `best_similarity`, higher where the head is surer than usual.
-
-    LIFT for each standard deviation of the best logit of known faces. Together they separate best.
-    """
-    similarity = best_similarity(embeddings, gallery)
-    return lifted(similarity, logits.amax(1), gallery["lift"])
 
 
 def lifted(similarity, strength, lift):
@@ -250,53 +395,17 @@ def lifted(similarity, strength, lift):
     return (similarity + (per_logit * (strength - usual)).clamp(-most, most)).clamp(max=1)
 
 
-def to_means(unit, gallery, own=None):
-    """unit (n, D) -> cosines (n, G) with the mean of each group; own (n,): groups that leave the face out."""
-    sums = gallery["sums"]
-    cosines = unit @ F.normalize(sums).T
-    if own is None:
-        return cosines
-    others = F.normalize(sums[own] - unit)
-    return cosines.scatter(1, own[:, None], (unit * others).sum(1, keepdim=True))
-
-
-def decide(logits, embeddings, gallery, own=None):
-    """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
-
-    The head names the characters that it learned. Where faces were added, their character wins if
-    their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`. Who
-    was enrolled is known by this mean, with a threshold of its own.
-    confidence: P(the name is right) where half of all pictures show unknown characters;
-    nan of a name that added faces gave, and not the head.
-    """
-    unit = compared(embeddings, gallery)
-    learned = gallery["learned"]
-    who = logits.argmax(1)
-    similarity = similarity_of(logits, embeddings, gallery)
-    margin = similarity - gallery["threshold"] - gallery["growth"]
-    sure = confidence(logits, margin, gallery)
-    to_mean = to_means(unit, gallery, own)  # (n, G)
-    if to_mean.shape[1] == learned:
-        return who, similarity, margin, sure
-    to_added = to_mean[:, learned:]
-    best, added = (to_added + gallery["handicap"]).max(1)
-    new = best > to_mean[:, :learned].amax(1)
-    near = to_added.gather(1, added[:, None])[:, 0]
-    name = torch.where(new, gallery["who"][learned + added], who)
-    enrolled = name >= learned
-    return (
-        name,
-        torch.where(enrolled, near, similarity),
-        torch.where(enrolled, near - gallery["enrolled_threshold"], margin),
-        sure.masked_fill(name != who, torch.nan),
-    )
-
-
-def confidence(logits, margin, gallery):
+def confidence(logits, margin, temperature, platt):
     """Logits (n, C), margins (n,) -> (n,): P(the name is that of a known face) P(it is known)."""
-    a, b = gallery["platt"]
-    right_name = (logits / gallery["temperature"]).softmax(1).amax(1)
+    a, b = platt
+    right_name = (logits / temperature).softmax(1).amax(1)
     return right_name * (a * margin + b).sigmoid()
+
+
+def same_pictures(embeddings, others):
+    """Embeddings (n, D) and (m, D) -> (n, m): are they of one picture?"""
+    width = min(embeddings.shape[1], others.shape[1])  # some have no colours
+    return F.normalize(embeddings[:, :width]) @ F.normalize(others[:, :width]).T > SAME
 
 
 # ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
@@ -310,14 +419,14 @@ def calibrate(embeddings, labels, held_out, unknown=None):
     The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
-    gallery = make_gallery(embeddings, labels, int(labels.max()) + 1, lift_of(logits))
-    known_score = similarity_of(logits, known, gallery)
+    gallery = Gallery(embeddings, labels, int(labels.max()) + 1, lift=lift_of(logits))
+    known_score = gallery.similarity(logits, known)
     new_score = as_unknown(gallery, held_out)
     if unknown:
-        new_score = torch.cat([new_score, similarity_of(*unknown[:2], gallery)])
+        new_score = torch.cat([new_score, gallery.similarity(*unknown[:2])])
     numbers = {"enrolled_threshold": enrolled_threshold(gallery, known, known_labels)}
-    numbers["lift"] = gallery["lift"]
-    curve = f1_curve(compared(known, gallery), known_labels)
+    numbers["lift"] = gallery.lift
+    curve = f1_curve(gallery.whitened(known), known_labels)
     numbers["alike"] = best_threshold([curve], len(known))
     return numbers | decided(logits, known_labels, known_score, new_score)
 
@@ -331,7 +440,7 @@ def decided(logits, labels, known, unknown):
 
 
 def lift_of(logits):
-    """Logits (m, C) of known held-out faces -> the gallery's "lift", which `similarity_of` reads."""
+    """Logits (m, C) of known held-out faces -> the gallery's lift: the usual one, and similarity per logit."""
     strength = logits.amax(1)
     usual = strength.mean().item()
     spread = strength.std(correction=0).item()
@@ -351,24 +460,23 @@ def threshold_of(known, unknown):
 def as_unknown(gallery, held_out):
     """Similarities (m,) of known faces while a fifth of the characters at a time is left out."""
     logits, known, known_labels = held_out
-    labels, embeddings = gallery["labels"], gallery["embeddings"]
     similarity = torch.empty(len(known))
     for fold in range(FOLDS):
-        stay = labels % FOLDS != fold
+        stay = gallery.labels % FOLDS != fold
         asked = known_labels % FOLDS == fold
-        less = make_gallery(embeddings[stay], labels[stay], gallery["learned"], gallery["lift"])
+        faces = gallery.embeddings[stay], gallery.labels[stay]
+        less = Gallery(*faces, gallery.learned, lift=gallery.lift)
         others = torch.arange(logits.shape[1]) % FOLDS != fold
-        heads = logits[asked][:, others]
-        similarity[asked] = similarity_of(heads, known[asked], less)
+        similarity[asked] = less.similarity(logits[asked][:, others], known[asked])
     return similarity
 
 
 def enrolled_threshold(gallery, known, known_labels):
     """The similarity to the mean of SHOTS faces of a character that OTHERS of other faces reach."""
-    unit = compared(known, gallery)
+    unit = gallery.whitened(known)
     others = []
-    for c in gallery["labels"].unique().tolist():
-        faces = gallery["unit"][gallery["labels"] == c]
+    for c in gallery.labels.unique().tolist():
+        faces = gallery.unit[gallery.labels == c]
         mean = F.normalize(faces[data.evenly_spaced(len(faces), SHOTS)].sum(0), dim=0)
         others.append((unit @ mean)[known_labels != c])
     others = torch.cat(others).sort(descending=True).values
@@ -418,13 +526,8 @@ def fit_platt(known, unknown):
     return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
 
 
-# ---- gallery.safetensors: the first `learned` of the names are the head's, keys are of the faces --
+# ---- the gallery of a run ------------------------------------------------------------------------
 
-# trained: faces that taught the head, which come first; alike: the cosine that joins two groups of apps/sort.py
-HEADER = "names", "keys", "learned", "threshold", "enrolled_threshold", "temperature", "platt"
-HEADER += "lift", "colours", "alike", "trained"
-REMEDY = "remove it, and apps/recognize.py builds it anew"
-FOLDS_REMEDY = "python -m apps.learn datasets/NAME makes it, in a new run"
 UNMEASURED = (  # of a run that learned all characters of its set
     "most new characters may get a known name; python -m apps.learn datasets/NAME leaves each character "
     "out once, and measures it"
@@ -432,37 +535,40 @@ UNMEASURED = (  # of a run that learned all characters of its set
 
 
 def open_gallery(run, device="auto", dtype="auto"):
-    """What `load_gallery` returns. Where the run has no gallery, it is built first."""
+    """-> the Gallery of a run. Where the run has none, it is built first."""
     path = Path(run) / GALLERY
     if not path.exists():
         with locked(lock_beside(path), wait=True):
             if not path.exists():  # another process may have built it
                 build_gallery(run, device, dtype)
-    return load_gallery(run)
+    return Gallery.load(run)
 
 
 def build_gallery(run, device, dtype):
     """Write the embeddings of training pictures, and what is calibrated on held-out ones."""
-    path = Path(run) / GALLERY
     faces = faces_learned(run, device, dtype)
-    header = {"names": faces.classes, "keys": faces.keys, "learned": len(faces.classes)}
     if faces.held_out:
-        header |= calibrate(faces.embeddings, faces.labels, faces.held_out, faces.others)
+        numbers = calibrate(faces.embeddings, faces.labels, faces.held_out, faces.others)
     else:
-        promise = Path(run) / PROMISE
-        with reading(promise, "measure of the folds", FOLDS_REMEDY):
-            header |= read_json(promise)["calibration"]
-    header["trained"] = len(faces.keys)
-    save_gallery(path, header | {"embeddings": faces.embeddings, "labels": faces.labels})
+        numbers = json.loads((Path(run) / PROMISE).read_text())["calibration"]
+    names = {"names": faces.classes, "keys": faces.keys}
+    gallery = Gallery(faces.embeddings, faces.labels, len(faces.classes), **names, **numbers)
+    gallery.save(run)
     count = f"{len(faces.keys)} faces of {len(faces.classes)} characters"
-    print(f"wrote {path}: {count}", file=sys.stderr)
+    print(f"wrote {Path(run) / GALLERY}: {count}", file=sys.stderr)
     if faces.others:
-        gallery = load_gallery(run)
-        below = similarity_of(*faces.others[:2], gallery) < gallery["threshold"]
+        below = gallery.similarity(*faces.others[:2]) < gallery.threshold
         share = f"{below.float().mean():.0%} of the {len(below)} pictures of nobody"
         print(f"note: {share} are called unknown; they have decided the threshold", file=sys.stderr)
     elif faces.held_out and not faces.left_out:
         print(f"note: {UNMEASURED}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def changing(run):
+    """with changing(run): what is read, changed and saved here is changed by nobody else meanwhile."""
+    with locked(lock_beside(Path(run) / GALLERY), wait=True):
+        yield Gallery.load(run)
 
 
 def open_network(run, device, dtype):
@@ -476,11 +582,8 @@ def open_recogniser(args):
     """-> the classifier of a run on its device, the header of its head, its gallery, and autocast."""
     gallery = open_gallery(args.run, args.device, args.dtype)
     net, header, autocast = open_network(args.run, args.device, args.dtype)
-    if args.threshold is not None:  # of learned characters; that of enrolled ones moves with it
-        moved = args.threshold - gallery["threshold"] - gallery["growth"]
-        gallery["enrolled_threshold"] += moved
-        gallery["platt"][1] += gallery["platt"][0] * moved  # the confidence stays
-        gallery |= {"threshold": args.threshold, "growth": 0.0}
+    if args.threshold is not None:
+        gallery.move_threshold(args.threshold)
     return net, header, gallery, autocast
 
 
@@ -544,30 +647,6 @@ def faces_learned(run, device, dtype):
     return learned
 
 
-def in_file(gallery):
-    """What a gallery's file holds, without what `make_gallery` computes of it."""
-    return {name: gallery[name] for name in ("embeddings", "labels", *HEADER) if name in gallery}
-
-
-def save_gallery(path, gallery):
-    """gallery: embeddings (n, D), labels (n,), the fields of HEADER, and perhaps others."""
-    header = in_file(gallery)
-    tensors = {"embeddings": header.pop("embeddings").float(), "labels": header.pop("labels")}
-    save_safetensors(tensors, path, header)
-
-
-def load_gallery(run):
-    """-> a dict: embeddings (n, D), labels (n,), the header, and what `make_gallery` returns."""
-    path = Path(run) / GALLERY
-    tensors, header = read_safetensors(path, REMEDY)
-    learned, labels = header["learned"], tensors["labels"]
-    trained = header.get("trained") or int((labels < learned).sum())  # older files do not say it
-    colours = header.get("colours", 0.0)
-    faces = tensors["embeddings"].float()
-    gallery = make_gallery(faces, labels, learned, trained=trained, colours=colours)
-    return gallery | header | {"trained": trained}
-
-
 # ---- naming and enrolment ------------------------------------------------------------------------
 
 
@@ -595,7 +674,7 @@ def faces(args, size, autocast, problems):
         with autocast():
             boxes, _ = detect.faces_of(net, picture, header["page"], header["threshold"])
         if not len(boxes):
-            print(f"{fields.shown(key)}: no face was found", file=sys.stderr)
+            print(f"{door.shown(key)}: no face was found", file=sys.stderr)
             if args.json:
                 print(json.dumps({"picture": key, "faces": []}, ensure_ascii=False), flush=True)
         for box in boxes.tolist():
@@ -608,19 +687,13 @@ def embed(net, images, autocast):
     return outputs_of(net, {"images": images}, torch.arange(len(images)), autocast)
 
 
-def names_given(logits, embeddings, gallery, own=None):
-    """-> the name of each picture, "" where it is unknown; own: see `decide`."""
-    who, _, margin, _ = decide(logits, embeddings, gallery, own)
-    return [gallery["names"][i] if m >= 0 else "" for i, m in zip(who, margin, strict=True)]
-
-
 def answers(keys, logits, embeddings, gallery, nearest=NEAREST):
     """-> a dict for each picture: who it is, how sure that is, and the nearest gallery faces."""
-    decisions = zip(*decide(logits, embeddings, gallery), strict=True)
-    to_face = compared(embeddings, gallery) @ gallery["unit"].T  # (B, faces)
+    decisions = zip(*gallery.decide(logits, embeddings), strict=True)
+    to_face = gallery.whitened(embeddings) @ gallery.unit.T  # (B, faces)
     rows = []
     for key, cosines, (who, similarity, margin, sure) in zip(keys, to_face, decisions, strict=True):
-        name = gallery["names"][who]
+        name = gallery.names[who]
         known = bool(margin >= 0)
         row = {"picture": key, "name": name if known else None, "known": known}
         row["confidence"] = None if sure.isnan() else round(sure.item(), 4)
@@ -628,7 +701,7 @@ def answers(keys, logits, embeddings, gallery, nearest=NEAREST):
         row["threshold"] = round((similarity - margin).item(), 4)
         row |= {"best_guess": name, "nearest": []}
         for cosine, i in zip(*cosines.topk(min(nearest, len(cosines))), strict=True):
-            face = {"name": gallery["names"][gallery["labels"][i]], "picture": gallery["keys"][i]}
+            face = {"name": gallery.names[gallery.labels[i]], "picture": gallery.keys[i]}
             row["nearest"].append(face | {"similarity": round(cosine.item(), 4)})
         rows.append(row)
     return rows
@@ -647,9 +720,9 @@ def in_words(row):
             similarity = f"similarity {row['similarity']:.4f}"
             limit = f"threshold {row['threshold']:.4f}"
         who = f"unknown (unlike all known characters: {similarity}, {limit})"
-    line = f"{fields.shown(row['picture'])}: {who}"
+    line = f"{door.shown(row['picture'])}: {who}"
     for face in row["nearest"][:1]:
-        line += f"; nearest: {fields.shown(face['picture'])} {face['similarity']:.2f}"
+        line += f"; nearest: {door.shown(face['picture'])} {face['similarity']:.2f}"
     return line
 
 
@@ -682,89 +755,26 @@ def enrol(args, net, header, autocast):
         embeddings.append(more)
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
-    before = load_gallery(args.run)
-    print("\n".join(add_faces(args.run, who, keys, torch.cat(embeddings))))
-    after = load_gallery(args.run)
+    with changing(args.run) as before:
+        after, lines = before.enrol(who, keys, torch.cat(embeddings))
+        after.save(args.run)
+    print("\n".join(lines))
     print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
     again = f"python -m apps.recognize {quoted(args.run)}"
     print(f"next: {again} PICTURE")
-    if after["keys"] != before["keys"]:
+    if after.keys != before.keys:
         print(f"undo: {again} {quoted(f'--forget={who}')} takes out all that was ever added of it")
 
 
 def name_of(text, source):
     """What somebody wrote -> a name in one spelling."""
     who = sources.nfc(text.strip())
-    if not fields.is_name(who):
-        raise UserError(f"{source} {fields.short(who)} is no name; give a few printable letters")
+    if not door.is_name(who):
+        raise UserError(f"{source} {door.short(who)} is no name; give a few printable letters")
     if shows_nobody(who):
         fix = "pictures of nobody known belong into a folder of this name when data.py packs a set"
         raise UserError(f"{source} {who} would be a character of this name; {fix}")
     return who
-
-
-def add_faces(run, who, keys, embeddings):
-    """Add embeddings (n, D) of pictures `keys` to the run's gallery -> lines that say so."""
-    path = Path(run) / GALLERY
-    with locked(lock_beside(path), wait=True):
-        gallery, lines = with_named(load_gallery(run), who, keys, embeddings)
-        save_gallery(path, gallery)
-    return lines
-
-
-def with_named(gallery, who, keys, embeddings):
-    """-> the gallery with embeddings (n, D) of pictures `keys`, each once, and lines that say so.
-
-    A picture that was added under another name leaves that one; one that was learned stays there.
-    """
-    lines = []
-    names, labels, trained = gallery["names"], gallery["labels"], gallery["trained"]
-    embeddings = embeddings[:, : gallery["embeddings"].shape[1]]  # some have no colours
-    same = same_pictures(embeddings, gallery["embeddings"])  # (n, faces)
-    has_name = torch.tensor([name == who for name in names])[labels]
-    twins = same_pictures(embeddings, embeddings)
-    new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
-    for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
-        there = "was learned as" if face < trained else "was added as"
-        now = "it stays there, too" if face < trained else f"it is {who} now"
-        lines.append(f"note: {fields.shown(keys[i])} {there} {names[labels[face]]}; {now}")
-    stay = ~(same & ~has_name).any(0)
-    stay[:trained] = True
-    total = int(has_name.sum() + new.sum())
-    if total < LEAST:
-        raise UserError(f"{total} pictures of {who} are too few; give {LEAST} or more")
-    kept = [*itertools.compress(keys, new)]
-    gallery = with_faces(only(gallery, stay), who, kept, embeddings[new])
-    count = len(gallery["names"])
-    if gallery["names"].index(who) < gallery["learned"]:
-        line = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
-    else:
-        line = f"{who} is enrolled with {total} pictures"
-    return gallery, [*lines, f"{line}; the gallery knows {count} characters"]
-
-
-def same_pictures(embeddings, others):
-    """Embeddings (n, D) and (m, D) -> (n, m): are they of one picture?"""
-    width = min(embeddings.shape[1], others.shape[1])  # some have no colours
-    return F.normalize(embeddings[:, :width]) @ F.normalize(others[:, :width]).T > SAME
-
-
-def only(gallery, stay):
-    """What a gallery's file holds, with the faces that stay, (n,) bool; a name without faces leaves."""
-    left, labels = gallery["labels"][stay].unique(return_inverse=True)
-    names = [gallery["names"][i] for i in left]
-    keys = list(itertools.compress(gallery["keys"], stay))
-    changed = {"names": names, "keys": keys, "labels": labels}
-    return in_file(gallery) | changed | {"embeddings": gallery["embeddings"][stay]}
-
-
-def with_faces(gallery, who, keys, embeddings):
-    """What a gallery's file holds, and so many faces (n, D) more of a character, new or not."""
-    names = list(dict.fromkeys([*gallery["names"], who]))
-    labels = F.pad(gallery["labels"], (0, len(keys)), value=names.index(who))
-    changed = {"names": names, "keys": gallery["keys"] + keys, "labels": labels}
-    changed["embeddings"] = torch.cat([gallery["embeddings"], embeddings])
-    return in_file(gallery) | changed
 
 
 @torch.no_grad()
@@ -775,9 +785,8 @@ def known_faces(run, net, header, autocast, gallery):
     more, they are those of the gallery, each of which is left out of its group's mean; but the network
     has learned these by heart.
     """
-    trained = gallery["trained"]
-    embeddings = gallery["embeddings"][:trained]
-    own, what = gallery["group"][:trained], "pictures that were learned"
+    embeddings = gallery.embeddings[: gallery.trained]
+    own, what = gallery.group[: gallery.trained], "pictures that were learned"
     with contextlib.suppress(UserError):
         held = header.get("split", "val")
         place = place_of_learned(header, run)
@@ -789,14 +798,14 @@ def known_faces(run, net, header, autocast, gallery):
             index = some.index[data.evenly_spaced(len(some.index), ASKED)]
             parts.append(outputs_of(net, some.split, index, autocast)[1])
         embeddings, own, what = torch.cat(parts), None, "held-out pictures of learned characters"
-    seen = embeddings[:, : len(gallery["mean"])]  # without histograms
+    seen = embeddings[:, : len(gallery.mean)]  # without histograms
     logits = net.head(seen.to(net.encoder.cls_token.device)).cpu()
     return logits, embeddings, own, what
 
 
 def renamed(logits, embeddings, own, what, before, after):
     """What `known_faces` returns -> a line: how many of them have another name in the second gallery."""
-    names = [names_given(logits, embeddings, gallery, own) for gallery in (before, after)]
+    names = [gallery.names_given(logits, embeddings, own) for gallery in (before, after)]
     changed = Counter(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
     ways = [
         f"{n} {old or 'unknown'} -> {new or 'unknown'}" for (old, new), n in changed.most_common(3)
@@ -807,34 +816,23 @@ def renamed(logits, embeddings, own, what, before, after):
     return line if own is None else f"{line}; new ones of these characters do so more often"
 
 
-def take_out(run, who):
-    """Remove a character's added pictures from the run's gallery -> a line that says so."""
-    who = sources.nfc(who.strip())
-    path = Path(run) / GALLERY
-    with locked(lock_beside(path), wait=True):
-        gallery = load_gallery(run)
-        named = torch.tensor([name == who for name in gallery["names"]])[gallery["labels"]]
-        named[: gallery["trained"]] = False
-        if not named.any():
-            how = "was learned in training" if who in gallery["names"] else "is not enrolled"
-            raise UserError(f"{who} {how}; only enrolled ones can be forgotten, see --list")
-        gallery = only(gallery, ~named)
-        save_gallery(path, gallery)
-    if who in gallery["names"]:
-        return (
-            f"{who} is known from training alone; {int(named.sum())} added pictures are forgotten"
-        )
-    return f"{who} is forgotten; the gallery knows {len(gallery['names'])} characters"
+def forget(run, who):
+    """Take a character's added pictures out of the run's gallery."""
+    open_gallery(run)  # it is built where it is missing
+    with changing(run) as gallery:
+        gallery, line = gallery.forget(sources.nfc(who.strip()))
+        gallery.save(run)
+    print(line)
 
 
 def list_known(gallery):
     """Print who is known, a line each."""
-    counts = torch.bincount(gallery["labels"]).tolist()
-    for i, (name, n) in enumerate(zip(gallery["names"], counts, strict=True)):
-        how = "learned in training" if i < gallery["learned"] else "enrolled"
-        more = int((gallery["labels"][gallery["trained"] :] == i).sum())
-        added = f", {more} of them added" if i < gallery["learned"] and more else ""
-        print(f"{name}: {how}, {n} pictures{added}")
+    for i, name in enumerate(gallery.names):
+        faces = gallery.shows(name)
+        more = int(faces[gallery.trained :].sum())
+        how = "learned in training" if i < gallery.learned else "enrolled"
+        added = f", {more} of them added" if i < gallery.learned and more else ""
+        print(f"{name}: {how}, {int(faces.sum())} pictures{added}")
 
 
 def main():
@@ -842,8 +840,7 @@ def main():
     if args.task == "list":
         return list_known(open_gallery(args.run))
     if args.task == "forget":
-        open_gallery(args.run)  # it is built where it is missing
-        return print(take_out(args.run, args.forget))
+        return forget(args.run, args.forget)
     net, header, gallery, autocast = open_recogniser(args)
     if args.task == "enrol":
         return enrol(args, net, header, autocast)

@@ -34,8 +34,8 @@ from pathlib import Path
 
 import torch
 
-from apps.groups import ALIKE, alike, check_grouped
-from apps.recognize import all_answers, answers, compared, open_recogniser, parser_of, predictions
+from apps.groups import alike, check_grouped
+from apps.recognize import all_answers, answers, open_recogniser, parser_of, predictions
 from common.door import reading, save_csv
 from common.locks import reserve
 from common.train import UserError, atomic, between, cli, progress, quoted, refuse_useless
@@ -78,11 +78,11 @@ def sort(args, net, header, gallery, autocast):
         again = ", by whatever run; a new folder sorts them anew" if done else ""
         print(f"sort     {len(wanted)} pictures, {done} of them done{again}")
     answered = ()
-    names = gallery["names"]
+    names = gallery.names
     if args.group:
         if not args.detect:  # now, and not after all of them are embedded
             check_grouped(len(args.images), "pictures")
-        least = args.alike if "alike" in args.given else gallery.get("alike", ALIKE)
+        least = args.alike if "alike" in args.given else gallery.alike
         answered = grouped(predictions(args, net, header, autocast, problems), gallery, least)
         names = dict.fromkeys(row["name"] for row in answered)
     elif args.images:
@@ -104,13 +104,13 @@ def grouped(batches, gallery, least):
     rows, units = [], []
     for keys, logits, embeddings in batches:
         rows += answers(keys, logits, embeddings, gallery)
-        units.append(compared(embeddings, gallery))
+        units.append(gallery.whitened(embeddings))
         check_grouped(len(rows), "faces")
     if not rows:
         raise UserError("no face was found, so there is nothing to group")
     groups = alike(torch.cat(units), least)
     names = names_of(groups, [row["name"] for row in rows])
-    known = set(names.values()) & set(gallery["names"])
+    known = set(names.values()) & set(gallery.names)
     count = f"{len(set(names.values()))}, {len(known)} of them named"
     print(
         f"groups   {count}; --alike {least:g} joined them: less makes fewer, more makes purer ones"

@@ -35,8 +35,6 @@ from apps.collection import BY_FOLDS
 from apps.groups import ALIKE, alike, centred, pair_f1
 from apps.recognize import (
     PROMISE,
-    compared,
-    decide,
     open_recogniser,
     outputs_of,
     parser_of,
@@ -67,9 +65,9 @@ def parse_args():
 
 
 def faces_of(net, gallery, folder, name, autocast):
-    """Pictures of a packed split -> a namespace: the truth, and what `decide` returns.
+    """Pictures of a packed split -> a namespace: the truth, and what `Gallery.decide` returns.
 
-    unit     (n, D), as `compared`
+    unit     (n, D), whitened
     labels   (n,), the set's, -1 of pictures without one; groups (n,)
     true     (n,), numbers of characters in the gallery, -1 of an unknown one
     right    (n,), is the name true?
@@ -78,14 +76,14 @@ def faces_of(net, gallery, folder, name, autocast):
     split = data.open_split(folder, name)
     indices = data.evenly_spaced(len(split["images"]), PAIRS_OF)
     logits, embeddings = outputs_of(net, split, indices, autocast, f"faces of {folder}")
-    ids = {who: i for i, who in enumerate(gallery["names"])}
+    ids = {who: i for i, who in enumerate(gallery.names)}
     known = [ids.get(who, -1) for who in split["header"]["classes"]]
     labels = split["labels"][indices]
     groups = groups_of(split)[indices]
     true = torch.tensor([*known, -1])[labels]  # the last: without a label
-    who, _, margin, sure = decide(logits, embeddings, gallery)
+    who, _, margin, sure = gallery.decide(logits, embeddings)
     return SimpleNamespace(
-        unit=compared(embeddings, gallery),
+        unit=gallery.whitened(embeddings),
         labels=labels,
         groups=groups,
         true=true,
@@ -257,11 +255,11 @@ def measure_run(args, net, header, gallery, autocast):
             own = faces_of(net, gallery, place, header.get("split", "val"), autocast)
         except UserError as problem:
             print(f"note: no known characters are compared: {problem}", file=sys.stderr)
-    measured = measure(asked, own, gallery["learned"], gallery.get("alike", ALIKE))
+    measured = measure(asked, own, gallery.learned, gallery.alike)
     if not measured:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row = {"run": str(args.run), "data": str(folder), "split": args.split}
-    row |= {"threshold": gallery["threshold"] + gallery["growth"]} | measured
+    row |= {"threshold": gallery.threshold + gallery.growth} | measured
     row |= {"command": command(), "commit": commit()}
     row["machine"] = machine(net.encoder.cls_token.device)
     save_json(row, home / "recognize.json")

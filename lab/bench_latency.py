@@ -36,7 +36,7 @@ def torch_answer(run, device):
     graph, facts = graph_of(run)
     graph.to(device)
     if isinstance(graph.answer, functools.partial):  # of a recogniser, with its gallery
-        known = graph.answer.keywords
+        known = vars(graph.answer.keywords["gallery"])
         known |= tree_map_only(torch.Tensor, lambda x: x.to(device), known)
     return lambda images: graph(images.to(device)), graph.example.shape[1], facts["is"]
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -93,7 +94,7 @@ def test_who_it_is_with_what_tags_and_what_is_drawn(at, tmp_path):
 
 @pytest.mark.parametrize("threshold", [1.1, -1.1])
 def test_a_picture_unlike_all_characters_is_said_to_be(at, monkeypatch, threshold):
-    gallery = demo.recognize.open_gallery("runs/a-lora") | {"threshold": threshold}
+    gallery = replace(demo.recognize.open_gallery("runs/a-lora"), threshold=threshold)
     monkeypatch.setattr(demo.recognize, "open_gallery", lambda run: gallery)
     said = demo.recognise_page("runs/a-lora", drawing())
     assert ("<h2>unknown</h2>" in said) == (threshold > 1)

@@ -175,8 +175,8 @@ def test_what_is_exported_compares_colours_too(learned):
         found = graph(torch.from_numpy(images))
     net, _, autocast = recognize.open_network(home / OUT, "cpu", "fp32")
     gallery = recognize.open_gallery(home / OUT)
-    assert gallery["colours"] > 0
-    _, similarity, _, sure = recognize.decide(*recognize.embed(net, images, autocast), gallery)
+    assert gallery.colours > 0
+    _, similarity, _, sure = gallery.decide(*recognize.embed(net, images, autocast))
     torch.testing.assert_close(found["similarity"], similarity, atol=1e-4, rtol=0)
     torch.testing.assert_close(found["confidence"], sure, atol=1e-4, rtol=0)
 

@@ -36,7 +36,7 @@ def move(fresh, *copies, to):
 
 
 def test_moved_and_added_pictures_are_learned_and_the_others_are_not(fresh):
-    before = recognize.load_gallery("runs/a-lora")["keys"]
+    before = recognize.Gallery.load("runs/a-lora").keys
     draw_folder(fresh / "new/zoe", 1, 8, seed=5)
     run_line(f"{SORT} images/class1 new --threshold 2 --out out", fresh, check=0)
     assert "no picture was moved" in learned(fresh)
@@ -51,11 +51,11 @@ def test_moved_and_added_pictures_are_learned_and_the_others_are_not(fresh):
     for words in ("4 unknown -> Zoë", "1 unknown -> class1", "1 added -> Zoë"):
         assert words in told
     assert "Zoë is enrolled with 5 pictures" in told and "change their name" in told
-    gallery = recognize.load_gallery("runs/a-lora")
+    gallery = recognize.Gallery.load("runs/a-lora")
     assert (
-        gallery["names"][-1] == "Zoë"
-        and "others" not in gallery["names"]
-        and len(gallery["keys"]) <= len(before) + 6
+        gallery.names[-1] == "Zoë"
+        and "others" not in gallery.names
+        and len(gallery.keys) <= len(before) + 6
     )
     rows = json_of(f"apps.recognize runs/a-lora {CPU} new --json --threshold -1", fresh)
     assert np.mean([row["name"] == "Zoë" for row in rows]) >= 0.75
@@ -65,7 +65,7 @@ def test_moved_and_added_pictures_are_learned_and_the_others_are_not(fresh):
     # second thoughts: one of them was nobody
     move(fresh, "Zoë/more.png", to="unknown")
     assert "1 Zoë -> unknown" in learned(fresh)
-    assert len(recognize.load_gallery("runs/a-lora")["keys"]) == len(gallery["keys"]) - 1
+    assert len(recognize.Gallery.load("runs/a-lora").keys) == len(gallery.keys) - 1
 
 
 def test_what_stayed_beside_a_correction_is_learned_too(fresh):
@@ -77,11 +77,11 @@ def test_what_stayed_beside_a_correction_is_learned_too(fresh):
     wrong = [copy for copy in known if copy.split("/")[0] != copy.split("/")[-2]]
     right = [copy for copy in known if copy not in wrong]
     assert len(right) >= 12
-    count = len(recognize.load_gallery("runs/a-lora")["keys"])
+    count = len(recognize.Gallery.load("runs/a-lora").keys)
     move(fresh, right[0], to="unknown")
     told = learned(fresh)
-    gallery = recognize.load_gallery("runs/a-lora")
-    assert count + len(known) - 1 == len(gallery["keys"])
+    gallery = recognize.Gallery.load("runs/a-lora")
+    assert count + len(known) - 1 == len(gallery.keys)
     assert f"of {len(known) - 1} pictures that stayed" in told and "of them new" in told
 
 
@@ -92,10 +92,10 @@ def test_of_two_copies_of_one_picture_the_one_that_was_moved_is_right(fresh, rig
     run_line(f"{SORT} new --threshold 2 --out out", fresh, check=0)
 
     def name_of_twin():
-        gallery = recognize.load_gallery("runs/a-lora")
-        keys = zip(gallery["keys"], gallery["labels"], strict=True)
+        gallery = recognize.Gallery.load("runs/a-lora")
+        keys = zip(gallery.keys, gallery.labels, strict=True)
         (label,) = (label for key, label in keys if "twin" in key)
-        return gallery["names"][label]
+        return gallery.names[label]
 
     first, *others = sorted(table(fresh))
     move(fresh, first, to=wrong)
@@ -143,14 +143,14 @@ def test_the_command_that_is_told_packs_the_corrected_folders(fresh):
 
 
 def test_too_few_of_somebody_new_and_groups_without_a_name_are_not_learned(fresh):
-    before = recognize.load_gallery("runs/a-lora")
+    before = recognize.Gallery.load("runs/a-lora")
     run_line(f"{SORT} images/class0 --threshold 2 --out out", fresh, check=0)
     copies = sorted(table(fresh))
     move(fresh, *copies[:2], to="Ann")
     move(fresh, copies[2], to="group-001")
     told = learned(fresh)
     assert "2 pictures of Ann are too few" in told and "not learned: 2" in told
-    assert recognize.load_gallery("runs/a-lora")["names"] == before["names"]
+    assert recognize.Gallery.load("runs/a-lora").names == before.names
     move(fresh, *copies[3:5], to="Ann")
     assert "Ann is enrolled with 4 pictures" in learned(fresh)
 

@@ -100,7 +100,7 @@ def test_an_enrolment_meanwhile_is_not_lost(fresh, monkeypatch):
     monkeypatch.setattr(recognize, "predictions", slow)
     run_line(f"{ENROL} first", fresh, check=0)
     monkeypatch.chdir(fresh)
-    assert recognize.load_gallery("runs/a-lora")["names"][-2:] == ["second", "first"]
+    assert recognize.Gallery.load("runs/a-lora").names[-2:] == ["second", "first"]
 
 
 # dies before or after a move of a file

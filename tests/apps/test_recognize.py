@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,16 +55,16 @@ def world():
     faces, known = (centre[labels] + 0.3 * torch.randn(200, 16) for _ in range(2))
     logits = F.normalize(known) @ F.normalize(centre).T
     unknown = centre[0] + 2 * torch.randn(1000, 16)
-    gallery = recognize.make_gallery(faces, labels, 5)
+    gallery = recognize.Gallery(faces, labels, 5)
     found = SimpleNamespace(labels=labels, faces=faces, known=known, unknown=unknown)
     found.gallery, found.logits = gallery, logits
     found.held_out = logits, known, labels
     found.of_unknown = F.normalize(unknown) @ F.normalize(centre).T, unknown, None
-    found.unit = recognize.compared(known, gallery)
+    found.unit = gallery.whitened(known)
     strength = logits.amax(1)
     usual, spread = strength.mean().item(), strength.std(correction=0).item()
     found.lift = [usual, recognize.LIFT / max(spread, usual / 10)]
-    similar = recognize.best_similarity(known, gallery)
+    similar = gallery.best_similarity(known)
     found.score = raised(similar, strength, found.lift)
     return found
 
@@ -81,30 +82,28 @@ def test_whitening_is_the_inverse_of_the_covariance_within_characters(world):
 
 
 def test_similarity_is_the_mean_cosine_with_the_three_nearest_faces_of_a_character(world):
-    unit, best = world.gallery["unit"], []
+    unit, best = world.gallery.unit, []
     for c in range(5):
         cosine = (world.unit @ unit[world.labels == c].T).sort(1, descending=True)[0]
         best.append(cosine[:, :3].mean(1))
-    found = recognize.best_similarity(world.known, world.gallery)
+    found = world.gallery.best_similarity(world.known)
     torch.testing.assert_close(found, torch.stack(best).amax(0))
     sums = torch.stack([unit[world.labels == c].sum(0) for c in range(5)])
-    torch.testing.assert_close(world.gallery["sums"], sums)
+    torch.testing.assert_close(world.gallery.sums, sums)
 
 
 def test_colours_count_as_much_as_their_weight(world):
     colours = F.normalize(torch.rand(400, recognize.COLOURS, generator=torch.manual_seed(1)))
     both = torch.cat([world.faces, colours[:200]], 1)
-    gallery = recognize.make_gallery(both, world.labels, 5, colours=0.5)
-    torch.testing.assert_close(
-        gallery["unit"], world.gallery["unit"]
-    )  # they leave the whitening alone
+    gallery = recognize.Gallery(both, world.labels, 5, colours=0.5)
+    torch.testing.assert_close(gallery.unit, world.gallery.unit)  # they leave the whitening alone
     best = []
     for c in range(5):
         own = world.labels == c
-        pairs = (world.unit, gallery["unit"][own]), (colours[200:], colours[:200][own])
+        pairs = (world.unit, gallery.unit[own]), (colours[200:], colours[:200][own])
         near = [(x @ y.T).sort(1, descending=True)[0][:, :3].mean(1) for x, y in pairs]
         best.append((near[0] + 0.5 * near[1]) / 1.5)
-    found = recognize.best_similarity(torch.cat([world.known, colours[200:]], 1), gallery)
+    found = gallery.best_similarity(torch.cat([world.known, colours[200:]], 1))
     torch.testing.assert_close(found, torch.stack(best).amax(0))
 
 
@@ -113,11 +112,11 @@ def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(wo
     assert found["lift"] == pytest.approx(world.lift)
     rejected = (world.score < found["threshold"]).float().mean().item()
     logits, unknown, _ = world.of_unknown
-    similar = recognize.best_similarity(unknown, world.gallery)
+    similar = world.gallery.best_similarity(unknown)
     similar = raised(similar, logits.amax(1), world.lift) >= found["threshold"]
     assert similar.float().mean().item() == pytest.approx(rejected, abs=0.01)
     assert rejected < 0.091
-    who, _, _, sure = recognize.decide(world.logits, world.known, world.gallery | found)
+    who, _, _, sure = replace(world.gallery, **found).decide(world.logits, world.known)
     assert (who == world.labels).float().mean() > 0.99 and sure.mean() > 0.8
     low, high = torch.tensor([0.3, 0.6, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.4, 0.65])
     assert 0.4 < recognize.balance(low, high) < 0.61  # one of four is on the wrong side, either way
@@ -129,12 +128,12 @@ def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(wo
 
 def test_known_faces_stand_for_unknown_ones_while_their_characters_are_left_out(world):
     labels, known = world.labels, world.known
-    found = recognize.as_unknown(world.gallery | {"lift": world.lift}, world.held_out)
+    found = recognize.as_unknown(replace(world.gallery, lift=world.lift), world.held_out)
     for c in range(5):  # five folds of five characters: one is left out
         stay = labels != c
-        gallery = recognize.make_gallery(world.faces[stay], labels[stay], 5)
+        gallery = recognize.Gallery(world.faces[stay], labels[stay], 5)
         strength = world.logits[~stay][:, torch.arange(5) != c].amax(1)
-        similar = recognize.best_similarity(known[~stay], gallery)
+        similar = gallery.best_similarity(known[~stay])
         similar = raised(similar, strength, world.lift)
         torch.testing.assert_close(found[~stay], similar)
     row = recognize.calibrate(world.faces, labels, world.held_out)
@@ -145,7 +144,7 @@ def test_five_percent_of_other_faces_pass_for_an_enrolled_character(world):
     threshold = recognize.enrolled_threshold(world.gallery, world.known, world.labels)
     passed = []
     for c in range(5):
-        faces = world.gallery["unit"][world.labels == c]
+        faces = world.gallery.unit[world.labels == c]
         shots = faces[data.evenly_spaced(40, recognize.SHOTS)]
         cosine = world.unit @ F.normalize(shots.sum(0), dim=0)
         passed.append((cosine >= threshold)[world.labels != c])
@@ -156,19 +155,17 @@ def test_an_enrolled_character_wins_where_its_mean_is_nearer_than_all_others(wor
     old, logits = world.labels < 4, world.held_out[0][:, :4]
     held_out = logits[old], world.known[old], world.labels[old]
     row = recognize.calibrate(world.faces[old], world.labels[old], held_out)
-    gallery = recognize.make_gallery(world.faces, world.labels, 4) | row  # the fifth is enrolled
-    unit = recognize.compared(world.known, gallery)
-    to_mean = unit @ F.normalize(gallery["sums"]).T
+    gallery = recognize.Gallery(world.faces, world.labels, 4, **row)  # the fifth is enrolled
+    unit = gallery.whitened(world.known)
+    to_mean = unit @ F.normalize(gallery.sums).T
     handicap = recognize.HANDICAP * recognize.SHOTS / 40  # its mean is of 40 faces
     new = to_mean[:, 4] + handicap > to_mean[:, :4].amax(1)
     assert 40 <= new.sum() < 200
-    who, similarity, margin, sure = recognize.decide(logits, world.known, gallery)
+    who, similarity, margin, sure = gallery.decide(logits, world.known)
     assert torch.equal(who == 4, new) and torch.equal(sure.isnan(), new)
     torch.testing.assert_close(similarity[new], to_mean[new, 4])
     torch.testing.assert_close(margin[new], to_mean[new, 4] - row["enrolled_threshold"])
-    score = raised(recognize.best_similarity(world.known, gallery), logits.amax(1), row["lift"])[
-        ~new
-    ]
+    score = raised(gallery.best_similarity(world.known), logits.amax(1), row["lift"])[~new]
     torch.testing.assert_close(margin[~new], score - row["threshold"])
     p = (logits[~new] / row["temperature"]).softmax(1).amax(1)
     a, b = row["platt"]
@@ -178,34 +175,34 @@ def test_an_enrolled_character_wins_where_its_mean_is_nearer_than_all_others(wor
 def test_added_faces_of_learned_characters_raise_the_threshold_by_what_others_gain(world):
     order = torch.arange(200).view(5, 40).T.flatten()  # each of the five, in turn
     faces, labels = world.faces[order], world.labels[order]
-    plain = recognize.make_gallery(faces[:120], labels[:120], 5)
-    gallery = recognize.make_gallery(faces, labels, 5, trained=120)
+    plain = recognize.Gallery(faces[:120], labels[:120], 5)
+    gallery = recognize.Gallery(faces, labels, 5, trained=120)
     gain = []
     for i in range(120, 200):
         best = []
         for count in (120, 200):
             others = [c for c in range(5) if c != labels[i]]
-            cosines = gallery["unit"][:count] @ gallery["unit"][i]
+            cosines = gallery.unit[:count] @ gallery.unit[i]
             near = [
                 cosines[labels[:count] == c].sort(descending=True)[0][:3].mean() for c in others
             ]
             best.append(max(near))
         gain.append(best[1] - best[0])
-    assert plain["growth"] == 0 < gallery["growth"]
-    assert gallery["growth"] == pytest.approx(sum(gain).item() / 80, abs=1e-6)
+    assert plain.growth == 0 < gallery.growth
+    assert gallery.growth == pytest.approx(sum(gain).item() / 80, abs=1e-6)
     # If one character alone has added faces, they gain nothing, so the others' learned faces are asked.
-    one = recognize.make_gallery(
+    one = recognize.Gallery(
         torch.cat([faces[:120], world.faces[:40]]),
         torch.cat([labels[:120], labels.new_zeros(40)]),
         5,
         trained=120,
     )
-    assert 0 < one["growth"] < gallery["growth"]
+    assert 0 < one.growth < gallery.growth
     row = recognize.calibrate(faces[:120], labels[:120], world.held_out)
     logits = world.held_out[0].clone()
     logits[:50] = logits[:50].roll(1, 1)  # the head is wrong, and added faces say so
-    who, similarity, margin, sure = recognize.decide(logits, world.known, gallery | row)
-    torch.testing.assert_close(margin, similarity - row["threshold"] - gallery["growth"])
+    who, similarity, margin, sure = replace(gallery, **row).decide(logits, world.known)
+    torch.testing.assert_close(margin, similarity - row["threshold"] - gallery.growth)
     changed = who != logits.argmax(1)
     assert 0 < changed.sum() <= 50 and torch.equal(sure.isnan(), changed)
 
@@ -238,7 +235,7 @@ def test_a_missing_gallery_is_built_of_the_training_pictures(fresh, monkeypatch)
     torch.testing.assert_close(tensors["embeddings"], expected, atol=1e-4, rtol=1e-4)
     (fresh / GALLERY).unlink()
     monkeypatch.setattr(recognize, "FACES", 3)
-    assert recognize.open_gallery("runs/a-lora")["labels"].bincount().tolist() == [3, 3, 3]
+    assert recognize.open_gallery("runs/a-lora").labels.bincount().tolist() == [3, 3, 3]
 
 
 # ---- names and enrolment -------------------------------------------------------------------------
@@ -299,7 +296,7 @@ def newcomer(fresh):
 
 
 def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_forgotten(fresh):
-    before = recognize.load_gallery("runs/a-lora")
+    before = recognize.Gallery.load("runs/a-lora")
     pictures, enrol = newcomer(fresh)
     told = enrol("Zoë", *pictures[:4])
     assert "enrolled with 4 pictures" in told and "held-out pictures of learned characters" in told
@@ -324,13 +321,13 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
     enrol("Ann", *pictures[:3])
     for name, last in (("Zoë", "Ann"), ("Ann", "class2")):
         run_line(f"apps.recognize runs/a-lora --forget {name}", fresh, check=0)
-        after = recognize.load_gallery("runs/a-lora")
-        assert after["names"][-1] == last
-    assert after["keys"] == before["keys"] and torch.equal(after["unit"], before["unit"])
+        after = recognize.Gallery.load("runs/a-lora")
+        assert after.names[-1] == last
+    assert after.keys == before.keys and torch.equal(after.unit, before.unit)
 
 
 def test_a_learned_character_takes_new_pictures_and_a_picture_has_one_name(fresh):
-    before = recognize.load_gallery("runs/a-lora")
+    before = recognize.Gallery.load("runs/a-lora")
     pictures, enrol = newcomer(fresh)
 
     def named(name):
@@ -344,15 +341,15 @@ def test_a_learned_character_takes_new_pictures_and_a_picture_has_one_name(fresh
     told = enrol("Ann", *pictures[:4])  # it was class2 by mistake
     assert told.count("note: ") == 4 and "Ann is enrolled with 4 pictures" in told
     assert named("Ann") >= 0.75
-    labels = recognize.load_gallery("runs/a-lora")["labels"]
-    assert torch.equal(labels[labels < 3], before["labels"])
+    labels = recognize.Gallery.load("runs/a-lora").labels
+    assert torch.equal(labels[labels < 3], before.labels)
     train = sorted((fresh / "images/class1").iterdir())[:24]
     assert "was learned as class1" in enrol("Bea", *map(str, train))
     enrol("class0", *pictures[4:7])
     for name in ("Ann", "Bea", "class0"):
         run_line(f"apps.recognize runs/a-lora --forget {name}", fresh, check=0)
-    after = recognize.load_gallery("runs/a-lora")
-    assert after["names"] == before["names"] and after["keys"] == before["keys"]
+    after = recognize.Gallery.load("runs/a-lora")
+    assert after.names == before.names and after.keys == before.keys
     refused(run_line("apps.recognize runs/a-lora --forget class0", fresh))
 
 

@@ -168,7 +168,7 @@ def test_characters_that_were_held_out_set_no_threshold(fresh):
     assert faces.left_out and faces.others is None
     header = recognize.calibrate(faces.embeddings, faces.labels, faces.held_out)
     recognize.build_gallery("runs/less", "cpu", "fp32")
-    assert recognize.load_gallery("runs/less")["threshold"] == pytest.approx(header["threshold"])
+    assert recognize.Gallery.load("runs/less").threshold == pytest.approx(header["threshold"])
 
 
 # ---- recognize.json ------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_its_encoder_fills_in_three_quarters(drawings):
 def test_its_recogniser_names_drawings_that_no_data_set_has(drawings):
     names, images = drawings
     net, _ = load_classifier("weights/toon-lora")
-    gallery = recognize.load_gallery("weights/toon-lora")
+    gallery = recognize.Gallery.load("weights/toon-lora")
     rows = recognize.answers(names, *recognize.embed(net, images, nullcontext), gallery, 1)
     assert accuracy_score(names, [row["name"] or "unknown" for row in rows]) >= 0.95
 
