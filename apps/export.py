@@ -47,7 +47,7 @@ from common.train import (
     save_safetensors,
     save_text,
 )
-from finetune_lora import load_classifier, merge_lora
+from finetune_lora import LoRA, load_classifier, lora_layers, merge_lora
 from kernels import MEAN, STD
 from model import EPS
 
@@ -55,8 +55,6 @@ TENSORS = ("model", "head", "gallery", "detector")
 TENSORS += ("patches",)  # stage 1 of apps/segment.py
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
-PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")  # of a block
-WEIGHTS = ("weight", "bias")
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
 PIP = 'pip install -e ".[onnx]"'
 OUT = "{out}"  # in a line that loads what was written: the path, which the writer does not know
@@ -66,116 +64,50 @@ OUT = "{out}"  # in a line that loads what was written: the path, which the writ
 
 
 def public_weights(source, image_size, whole=True):
-    """A checkpoint -> its weights under public names, decoder included, and its facts."""
+    """A checkpoint -> its weights under public names, and its facts. whole: with its decoder."""
     _, config, header = checkpoints.read_network(source)
     facts = {"decoder_depth": 0, "norm_eps": EPS} | header | config
     facts["image_size"] = image_size or facts["image_size"]
     if facts["norm_eps"] != EPS:
         print(f"note: LayerNorms have the epsilon {facts['norm_eps']:g}, which --to hf alone keeps")
-    if not facts["decoder_depth"]:  # SimMIM's linear decoder is nobody else's
-        encoder = checkpoints.load_encoder(source, image_size)
-        weights = as_convolution(encoder.state_dict())
-    else:
+    if facts["decoder_depth"]:
         model, _ = checkpoints.load_mae(source, image_size)
         facts["decoder_heads"] = model.config["decoder_heads"]
         beside = checkpoints.POOLER, checkpoints.STATS_HEAD  # which no public file has
         own = {k: w for k, w in model.state_dict().items() if not k.startswith(beside)}
-        encoder = model.encoder
         weights = as_convolution({k.partition(".")[2]: w for k, w in own.items()})
-    check_plain(encoder, without_decoder(weights), source)
-    if whole and facts["decoder_depth"]:
-        check_plain_decoder(model, weights, facts, source)
+    else:  # SimMIM's linear decoder is nobody else's
+        weights = as_convolution(checkpoints.load_encoder(source, image_size).state_dict())
+    if not whole:
+        weights = {name: w for name, w in weights.items() if not of_decoder(name)}
+    check_plain(weights, facts, source)
     return weights, facts
 
 
-def without_decoder(weights):
-    return {name: w for name, w in weights.items() if not of_decoder(name)}
+def check_plain(weights, facts, source):
+    """A UserError if names and shapes are not those of MAE, timm and HF, as after a change of model.py."""
+    D, E, p = facts["dim"], facts.get("decoder_dim"), facts["patch_size"]
+    N = 1 + (facts["image_size"] // p) ** 2
+    sides = {"patch_embed.proj": (D, 3, p, p)} | vit_sides("", D, facts["depth"])
+    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, N, D)}
+    if "mask_token" in weights:
+        sides |= {"decoder_embed": (E, D), "decoder_pred": (p * p * 3, E)}
+        sides |= vit_sides("decoder_", E, facts["decoder_depth"])
+        shapes |= {"mask_token": (1, 1, E), "decoder_pos_embed": (1, N, E)}
+    shapes |= {f"{name}.weight": side for name, side in sides.items()}
+    shapes |= {f"{name}.bias": side[:1] for name, side in sides.items()}
+    theirs = {name: tuple(w.shape) for name, w in weights.items()}
+    if odd := sorted(k for k in shapes | theirs if shapes.get(k) != theirs.get(k)):
+        fix = "these formats hold a plain ViT alone; --to timm leaves out the decoder, --to onnx keeps any"
+        raise UserError(f"{source}: {', '.join(odd[:3])} is not as in MAE, timm and HF; {fix}")
 
 
-def fixed_view(side):
-    """A view u8 (1, side, side, 3) that is always the same, and like no drawing."""
-    return (torch.arange(side * side * 3) * 7919 % 251).to(torch.uint8).view(1, side, side, 3)
-
-
-@torch.no_grad()
-def check_plain(encoder, weights, source):
-    """A UserError if an encoder is not the ViT that timm, Hugging Face and MAE make of its weights.
-
-    weights: those of the encoder, under public names.
-    """
-    names = [f"blocks.{i}.{part}" for i in range(len(encoder.blocks)) for part in PARTS]
-    names = [f"{name}.{w}" for name in ["patch_embed.proj", "norm", *names] for w in WEIGHTS]
-    advice = "these formats hold a plain ViT alone; --to onnx keeps any network"
-    if odd := sorted({"cls_token", "pos_embed", *names} ^ weights.keys()):
-        raise UserError(f"{source}: {', '.join(odd[:3])} is not as in MAE, timm and HF; {advice}")
-    view = fixed_view(encoder.image_size)
-    patches, _ = encoder.all_patches(view)
-    eps = encoder.config["norm_eps"]
-    try:
-        theirs = plain_tokens(encoder.state_dict(), encoder.config, eps, patches)
-        same = torch.allclose(encoder.features(view), theirs, rtol=1e-2, atol=1e-3)
-    except RuntimeError:  # the same names, and other shapes
-        same = False
-    if not same:
-        said = ", ".join(f"{k}={v}" for k, v in encoder.config.items())
-        reason = f"model.py makes of its weights ({said}) something else than MAE, timm and HF do"
-        raise UserError(f"{source}: {reason}; {advice}")
-
-
-@torch.no_grad()
-def check_plain_decoder(model, weights, facts, source):
-    """The same of a decoder, and what MAE makes of its weights: mask tokens behind visible ones."""
-    depth, heads = facts["decoder_depth"], facts["decoder_heads"]
-    parts = ["decoder_embed", "decoder_norm", "decoder_pred"]
-    parts += [f"decoder_blocks.{i}.{part}" for i in range(depth) for part in PARTS]
-    names = {"mask_token", "decoder_pos_embed", *(f"{name}.{w}" for name in parts for w in WEIGHTS)}
-    same = names == weights.keys() - without_decoder(weights).keys()
-    patches, ids = model.encoder.all_patches(fixed_view(model.encoder.image_size))
-    K = ids.shape[1] // 2
-    pred, _, latent, *_ = model(patches[:, :K], ids[:, :K], ids[:, K:])
-    try:
-        x = F.linear(latent, weights["decoder_embed.weight"], weights["decoder_embed.bias"])
-        hidden = weights["mask_token"].expand(1, ids.shape[1] - K, -1)
-        x = torch.cat([x, hidden], 1) + weights["decoder_pos_embed"]
-        x = plain_blocks(x, weights, "decoder_", depth, heads, EPS)[:, 1 + K :]
-        theirs = F.linear(x, weights["decoder_pred.weight"], weights["decoder_pred.bias"])
-        same = same and torch.allclose(pred, theirs, rtol=1e-2, atol=1e-3)
-    except (RuntimeError, KeyError):  # other shapes, or other names
-        same = False
-    if not same:
-        raise UserError(
-            f"{source}: its decoder is not as in MAE and HF; --to timm has the encoder alone"
-        )
-
-
-def plain_tokens(weights, config, eps, patches):
-    """What public ViTs compute: all patches (B, N, p*p*3) -> normalised tokens (B, 1+N, D).
-
-    Written without model.py, so that it tells whether model.py has been changed.
-    """
-    x = F.linear(patches, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"])
-    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1) + weights["pos_embed"]
-    return plain_blocks(x, weights, "", config["depth"], config["heads"], eps)
-
-
-def plain_blocks(x, weights, stack, depth, heads, eps):
-    """x (B, N, D) through the blocks and the norm whose names begin with `stack`."""
-
-    def linear(name, x):
-        return F.linear(x, weights[f"{stack}{name}.weight"], weights[f"{stack}{name}.bias"])
-
-    def norm(name, x):
-        weight, bias = (weights[f"{stack}{name}.{w}"] for w in WEIGHTS)
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-    for i in range(depth):
-        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
-        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + linear(f"blocks.{i}.attn.proj", y)
-        y = F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x)))
-        x = x + linear(f"blocks.{i}.mlp.fc2", y)
-    return norm("norm", x)
+def vit_sides(stack, D, depth):
+    """{layer: the shape of its weight} of blocks and norm whose names begin with `stack`."""
+    block = {"norm1": (D,), "attn.qkv": (3 * D, D), "attn.proj": (D, D)}
+    block |= {"norm2": (D,), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
+    blocks = {f"{stack}blocks.{i}.{k}": side for i in range(depth) for k, side in block.items()}
+    return blocks | {f"{stack}norm": (D,)}
 
 
 def save_mae(source, out, image_size):
@@ -186,7 +118,7 @@ def save_mae(source, out, image_size):
 
 def save_timm(source, out, image_size):
     weights, facts = public_weights(source, image_size, whole=False)
-    save_safetensors(without_decoder(weights), out)
+    save_safetensors(weights, out)
     size = facts["image_size"]
     pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
     shape = f"img_size={size}, patch_size={facts['patch_size']}, embed_dim={facts['dim']}, "
@@ -247,8 +179,12 @@ def save_merged(source, out, image_size):
 
 
 def save_peft(source, folder, image_size):
-    """Write the adapter of a run of finetune_lora.py for peft."""
+    """Write the adapter of a run of finetune_lora.py for peft, whose formula is W + alpha/r B A."""
     net, header = load_classifier(source)
+    plain = {k for k, m in lora_layers(net.encoder).items() if type(m) is LoRA}
+    learned = {name for name in read_head(source)[0] if name.startswith("encoder.")}
+    if not plain or learned != {f"encoder.{name}.{factor}" for name in plain for factor in "AB"}:
+        raise UserError(f"{source} has no plain LoRA, which --to peft holds; try --to merged")
     notes = {name: header[name] for name in ("fingerprint", "image_size")}
     save_adapter(net.encoder, notes, folder, header["base"])
     return f"peft.PeftModel.from_pretrained(encoder, {OUT})"

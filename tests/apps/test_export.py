@@ -9,12 +9,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, json_of, python, run_line
+from conftest import ROOT, json_of, python, refused, run_line
 from made import CPU, QUICK
 from PIL import ExifTags, Image
 from torch import nn
 
 import data
+import finetune_lora
 from apps import export, tags
 from common import checkpoints
 from common.checkpoints import load_encoder, save_network
@@ -71,20 +72,40 @@ def said_without_torch(at, faces):
     return {picture: (name, float(similarity)) for picture, name, similarity in rows}
 
 
-@pytest.mark.parametrize("change", ["a name", "an answer"])
-def test_a_changed_decoder_is_in_no_public_format_but_its_encoder_is(tmp_path, monkeypatch, change):
+def test_a_changed_decoder_is_in_no_public_format_but_its_encoder_is(tmp_path, monkeypatch):
     mae = MAE(**TINY_MAE)
-    if change == "a name":
-        mae.decoder.decoder_extra = nn.Linear(2, 2)
-    else:
-        mae.decoder.decoder_pred.register_forward_hook(lambda *_: _[2] + 1)
+    mae.decoder.decoder_extra = nn.Linear(2, 2)
     save_network(mae, tmp_path / "model.safetensors", {})
     monkeypatch.setattr(checkpoints, "load_mae", lambda *_: (mae.eval(), {}))
     for to in (export.save_mae, export.save_hf):
-        with pytest.raises(UserError, match="its decoder is not as in MAE"):
+        with pytest.raises(UserError, match="decoder_extra"):
             to(str(tmp_path), tmp_path / "out", None)
     export.save_timm(str(tmp_path), tmp_path / "timm.safetensors", None)
     assert (tmp_path / "timm.safetensors").exists()
+
+
+class Scaled(finetune_lora.LoRA):
+    """It has the tensors of LoRA, and another formula."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def bias_alone(encoder, r=8, alpha=0.0):
+    for name, w in encoder.named_parameters():
+        w.requires_grad_(name.endswith("bias"))
+
+
+@pytest.mark.parametrize("change", ["another formula", "biases"])
+def test_what_is_no_plain_lora_is_not_written_for_peft(at, tmp_path, monkeypatch, change):
+    if change == "biases":
+        monkeypatch.setattr(finetune_lora, "add_lora", bias_alone)
+    else:
+        monkeypatch.setattr(finetune_lora, "LoRA", Scaled)
+    line = f"finetune_lora.py runs/a --split val --method lora:r=2 --out {tmp_path}/run {QUICK}"
+    run_line(f"{line} --data datasets/packed", at, check=0)
+    refused(run_line(f"apps.export {tmp_path}/run --to peft", at))
+    assert not (tmp_path / "run/peft").exists()
 
 
 @pytest.mark.slow
@@ -130,12 +151,6 @@ def test_a_tagger(arm, at):
             near(found["characters"], characters.softmax(1))
 
 
-@pytest.fixture
-def any_network(monkeypatch):
-    """Public formats take networks that they can't hold: a card says the same of those, too."""
-    monkeypatch.setattr(export, "check_plain", lambda *_: None)
-
-
 @pytest.mark.parametrize(
     ("to", "card", "library", "pictures", "licence"),
     [
@@ -144,7 +159,7 @@ def any_network(monkeypatch):
         ("timm", "timm.md", "timm", "mine", "other"),
     ],
 )
-def test_a_hub_reads_the_card(tmp_path, any_network, to, card, library, pictures, licence):
+def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
     cards = pytest.importorskip("huggingface_hub")
     flags = {"data": f"datasets/{pictures}", "mask": "attn_high", "ratio": "0.75", "seed": 3}
     save_network(MAE(**TINY_MAE), tmp_path / "run/model.safetensors", {"run": flags})
@@ -175,7 +190,7 @@ def test_a_card_names_the_pictures_of_the_encoder_that_a_run_began_from(tmp_path
     assert export.sets_behind(Path("det")) == ["datasets/scenes", "datasets/mine"]
 
 
-def test_cards_of_a_merged_encoder_and_of_its_copy_say_how_it_was_trained(at, any_network):
+def test_cards_of_a_merged_encoder_and_of_its_copy_say_how_it_was_trained(at):
     run_line("apps.export runs/a-lora --to merged --out merged.st", at, check=0)
     run_line("apps.export merged.st --to timm --out new/folder/copy.st", at, check=0)
     for card in ("merged.md", "new/folder/copy.md"):
