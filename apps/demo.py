@@ -17,9 +17,7 @@ import inspect
 import io
 import itertools
 import os
-import re
 import signal
-import socket
 import tempfile
 from collections import namedtuple
 from html import escape
@@ -405,29 +403,21 @@ def pages_page(run, picture):
 # ---- who may ask ---------------------------------------------------------------------------------
 
 
-def refusal(scope, names):
-    """An ASGI request -> (sentence, status), or None if it is allowed. names: of this machine."""
-    headers = {k.decode("latin-1"): v.decode("latin-1").lower() for k, v in scope["headers"]}
-    host = headers.get("host", "")
-    origin = headers.get("origin")
-    name = re.sub(r":\d*$", "", host)
-    numeric = re.fullmatch(r"[\d.]*\d|\[[\da-f:.]+\]", name)  # DNS can't rebind such an address
-    if not numeric and name not in names:
-        return "The page has another address: use the one that apps.demo printed, or --host", 403
-    if origin is not None and origin.partition("://")[2] != host:
-        return "Another site's page sent this request", 403
-    if scope["method"] == "POST" and scope["path"].rstrip("/") not in POSTS:
-        return "The page has no such function", 404
-    return None
+def gate(app):
+    """ASGI middleware: neither another site's page nor a function that the page has not gets an answer."""
+    from starlette.datastructures import Headers  # starlette comes with gradio
+    from starlette.responses import PlainTextResponse
 
-
-def gate(app, names):
-    """ASGI middleware: it answers the requests that `refusal` refuses."""
-    from starlette.responses import PlainTextResponse  # starlette comes with gradio
+    def is_refused(scope):
+        headers = Headers(scope=scope)
+        # gradio lets another site post, and only keeps the answer from it.
+        _, _, site = headers.get("origin", "").partition("://")
+        is_foreign = "origin" in headers and site != headers.get("host")
+        return is_foreign or (scope["method"] == "POST" and scope["path"].rstrip("/") not in POSTS)
 
     async def guarded(scope, receive, send):
-        refused = refusal(scope, names) if scope["type"] == "http" else None
-        handler = PlainTextResponse(*refused) if refused else app
+        refused = scope["type"] == "http" and is_refused(scope)
+        handler = PlainTextResponse("The page takes no such request", 403) if refused else app
         await handler(scope, receive, send)
 
     return guarded
@@ -535,10 +525,9 @@ def main():
     require("demo", "gradio")
     import gradio as gr
 
-    names = {"localhost", socket.gethostname().lower(), args.host.lower()}
     page = build(gr, run)
     settings = {"server_name": args.host, "server_port": args.port, "share": args.share}
-    settings["app_kwargs"] = {"middleware": [(gate, (names,), {})]}
+    settings["app_kwargs"] = {"middleware": [(gate, (), {})]}
     theme = gr.themes.Default(font="system-ui", font_mono="monospace")  # no font is fetched
     # What is asked first is loaded before anybody can ask: Metal is for one thread at a time.
     answer("Mask", run, drawing(*FIRST), "attn_high", "random", 0.75, 1, 0)
@@ -547,7 +536,6 @@ def main():
     except OSError:
         where = f"--port {args.port or 7860} of --host {args.host}"
         raise UserError(f"{where} is in use or not this machine's; choose others") from None
-    names.add((public or local).partition("://")[2])
     print(f"page     {public or local}; control-C ends it", flush=True)
     page.block_thread()
 
