@@ -113,11 +113,6 @@ def has_decoder(run):
     return "decoder_dim" in about_model(run).get("config", {})
 
 
-def reads_pictures(run):
-    """Is it a tagger that sees the picture? The one of --arm tags sees its tags alone."""
-    return tags.is_tagger(run) and about_model(run)["tags"].get("arm") != "tags"
-
-
 def base_of(run):
     """The encoder that a run was made of, as its file says, or None."""
     for stem in ("head", "detector", "model"):
@@ -428,7 +423,7 @@ def gate(app):
 TABS = {  # its function, the runs that it takes, the command that makes such a run, its minutes
     "Mask": (mask_page, has_decoder, "pretrain.py --mask attn_high --out {}", 5),
     "Recognise": (recognise_page, is_recogniser, "finetune_lora.py {} --method lora", 7),
-    "Tags": (tags_page, reads_pictures, "-m apps.tags {}", 4),
+    "Tags": (tags_page, tags.is_tagger, "-m apps.tags {}", 4),
     "Drawn or photographed": (segment_page, segment.is_segmenter, "-m apps.segment {}", 15),
     "Pages": (pages_page, detect.is_detector, "-m apps.detect {}", 15),
 }

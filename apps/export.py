@@ -237,10 +237,9 @@ def recognise(net, view, gallery):
 
 
 def tag(net, view):
-    """-> probabilities of characters (B, C), where the arm names them, and of tags (B, V)."""
+    """-> probabilities of characters (B, C), and of tags (B, V)."""
     characters, probabilities = tags.answers(net, view)
-    answers = {} if characters is None else {"characters": characters.softmax(1)}
-    return answers | {"tags": probabilities}
+    return {"characters": characters.softmax(1), "tags": probabilities}
 
 
 def graph_of(source, image_size=None):
@@ -253,11 +252,11 @@ def graph_of(source, image_size=None):
     elif tags.is_tagger(source):
         net, header = tags.load_tagger(source)
         answer = tag
-        if net.arm not in tags.NAMES_TAGS:
+        if net.arm not in tags.HIDES_TAGS:
             raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
         notes = {"is": "tagger", "names": header["classes"]}
         notes |= {"tags": header["words"], "thresholds": header["thresholds"]}
-        notes["least_confidence"] = header.get("least_confidence") or tags.LIKELY
+        notes["least_confidence"] = header["least_confidence"]
     else:
         encoder = checkpoints.load_encoder(source, image_size)
         side = encoder.image_size
@@ -334,8 +333,7 @@ class WDGraph(nn.Module):
                 "characters": name_alone(answers, self.names),
             }
         tags = F.pad(answers["tags"], (0, 1))[:, self.order]
-        characters = [answers["characters"]] if "characters" in answers else []
-        return {"output": torch.cat([tags, *characters], 1)}
+        return {"output": torch.cat([tags, answers["characters"]], 1)}
 
 
 def pillow_matrix(n_in, n_out):
@@ -367,8 +365,7 @@ def save_wd(source, folder, image_size=None):
     general = [tag for tag in tags if tag not in RATINGS]
     order = [places.get(tag, len(tags)) for tag in (*RATINGS, *general)]
     rows = [(tag, RATING) for tag in RATINGS] + [(tag, GENERAL) for tag in general]
-    if notes["is"] == "recogniser" or "characters" in graph(graph.example):
-        rows += [(name, CHARACTER) for name in names]
+    rows += [(name, CHARACTER) for name in names]
     folder.mkdir()
     write_onnx(WDGraph(graph, order, len(names)).eval(), notes, folder / "model.onnx")
     columns = "tag_id", "name", "category", "count"

@@ -40,7 +40,6 @@ from common.checkpoints import (
     about_model,
     load_encoder,
 )
-from common.door import require
 from common.features import name_of, open_splits, set_apart, split_suffix
 from common.train import (
     Parser,
@@ -61,7 +60,7 @@ from kernels.patches import masked_patch_gather
 from model import ViT
 
 KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
-NETWORKS = {"unet": {"hint": True}, "segformer": {"hint": True}}  # hint=0: colours alone
+NETWORKS = {"unet": {"hint": True}}  # hint=0: colours alone
 WEIGHT_DECAY = 0.05
 BETAS = (0.9, 0.999)  # of AdamW
 CLIP = 1.0  # largest norm of the gradient
@@ -269,21 +268,19 @@ def proxies_of(task, net):
 
 
 class Pixels(nn.Module):
-    """A U-Net or SegFormer; it sees colours, and the scores of stage 1 where `patches` are given."""
+    """A U-Net; it sees colours, and the scores of stage 1 where `patches` are given."""
 
-    def __init__(self, network, patches=None):
+    def __init__(self, patches=None):
         super().__init__()
         self.patches = patches
-        self.net = (UNet if network == "unet" else segformer)(3 + (patches is not None))
+        self.net = UNet(3 + (patches is not None))
         self.net.to(memory_format=torch.channels_last)
 
     def forward(self, view):
         """view u8 (B, H, W, 3), any size -> logits of "drawn" (B, h, w) fp32; h, w: the network's."""
         x = view.permute(0, 3, 1, 2).float()
         seen = [x / 127.5 - 1] if self.patches is None else [x / 127.5 - 1, self.hint(x)]
-        logits = self.net(torch.cat(seen, 1))
-        logits = getattr(logits, "logits", logits)  # transformers wraps its outputs
-        return logits[:, 0].float()
+        return self.net(torch.cat(seen, 1))[:, 0].float()
 
     @torch.no_grad()
     def hint(self, x):
@@ -329,27 +326,6 @@ def convs(*widths, size=3, stride=1):
     return nn.Sequential(*layers)
 
 
-def segformer(channels):
-    """A random SegFormer (Xie et al. 2021) of 0.6 million weights, smaller than its B0.
-
-    Convolutions are initialised as in the paper's code. With the standard deviation of transformers,
-    0.02, those of a single channel are nearly silent.
-    """
-    require("segment", "transformers")
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
-    sizes = dict(depths=[2, 2, 2, 1], hidden_sizes=[24, 48, 64, 96], decoder_hidden_size=64)
-    sizes |= dict(num_attention_heads=[1, 2, 4, 8], num_channels=channels, num_labels=1)
-    without = dict(drop_path_rate=0, classifier_dropout_prob=0)
-    eager = dict(attn_implementation="eager")  # faster than the fused one on a CPU
-    config = SegformerConfig(**sizes, **without, **eager)
-    net = SegformerForSemanticSegmentation(config)
-    for conv in (m for m in net.segformer.modules() if isinstance(m, nn.Conv2d)):
-        outputs = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
-        nn.init.normal_(conv.weight, std=math.sqrt(2 / outputs))
-    return net
-
-
 def is_segmenter(path):
     """Did apps/segment.py write this run folder?"""
     return "network" in about_model(path)
@@ -359,8 +335,10 @@ def load(path):
     """A run of apps/segment.py -> Pixels in eval mode, header of model.safetensors."""
     path = Path(path) / "model.safetensors"
     weights, header = read_safetensors(path, REMEDY)
+    if "network" not in header:
+        raise UserError(f"{path.parent} makes no masks; {REMEDY}")
     config = header.get("patches")
-    net = Pixels(header["network"], config and blank_patches(config))
+    net = Pixels(config and blank_patches(config))
     net.load_state_dict(weights)
     return net.eval(), header
 
@@ -568,7 +546,7 @@ def pixel_stage(flags, task, one):
     stage.steps = flags.pixel_steps
     stage.network, keys = parse_keys(flags.network, NETWORKS, "--network")
     torch.manual_seed(task.seed)
-    stage.net = Pixels(stage.network, one.net if keys["hint"] else None).to(task.device)
+    stage.net = Pixels(one.net if keys["hint"] else None).to(task.device)
     stage.optimizer = train.make_optimizer(stage.net.net, PIXEL_LR, WEIGHT_DECAY, BETAS)
     return stage
 
@@ -694,7 +672,7 @@ def parse_flags():
     add("--lr", type=at_least(0, float), default=5e-4, help="peak learning rate of stage 1")
     sources = ["proxies", "frames", "truth"]
     add("--learn-from", default="proxies", choices=sources, help="of stage 3; frames: of one kind")
-    add("--network", default="unet", help="of stage 3: unet, segformer; unet:hint=0: colours alone")
+    add("--network", default="unet", help="of stage 3; unet:hint=0: colours alone")
     add("--pixel-steps", type=at_least(1), default=800, metavar="N", help="of stage 3")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="frames of a step")
     add = parser.add_argument_group("pictures").add_argument

@@ -80,19 +80,14 @@ ARMS = {  # what is read, and what is learned besides the character
     "fixed": "picture and tags; hidden tags, always the same share",
     "vilt": "picture and tags; none is ever hidden",
     "image": "the picture alone",
-    "tags": "the tags alone: what they tell of the character",
-    "bce": "tags by a linear head on the frozen encoder, no characters",
-    "l2l": "the picture alone; each tag by a query of its own, yes or no",
 }
 TAG_WEIGHT = 0.3  # of the tags' loss; the paper's is 1. Chosen on a demo set of another seed
 ARM_KEYS = {arm: {} for arm in ARMS} | {
     "mfdn": {"weight": TAG_WEIGHT},
     "fixed": {"weight": TAG_WEIGHT, "share": 0.5},
-    "l2l": {"weight": TAG_WEIGHT},
 }
-READS_TAGS = ("mfdn", "fixed", "vilt", "tags")
-HIDES_TAGS = ("mfdn", "fixed")
-NAMES_TAGS = ("mfdn", "fixed", "bce", "l2l")
+READS_TAGS = ("mfdn", "fixed", "vilt")
+HIDES_TAGS = ("mfdn", "fixed")  # and so learns to name them
 MASK, PAD, CLS, SEP, SPECIAL = range(5)  # words behind the V tags: V + MASK, ...
 
 LENGTH = 32  # places for words at most, as in the paper; fewer where no picture has so many tags
@@ -111,7 +106,6 @@ FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
 BINS = 10_000  # of scores, for the threshold of rare tags
 NAMED = 15  # tags of a picture that are printed at most
 MOST_UNKNOWN = 0.09  # share of known faces on dev whose best name is so unsure that it is "unknown"
-LIKELY = 0.5  # the least confidence of a name where a run has measured none
 
 REMEDY = "python -m apps.tags ENCODER --data DIR makes it"
 
@@ -274,57 +268,35 @@ class MFDN(nn.Module):
         if arm in READS_TAGS:
             self.language = TagEncoder(V, length, dim, layers, heads)
             self.kind_token = nn.Parameter(torch.zeros(2, dim))  # added to the picture, to words
-        if arm in HIDES_TAGS or arm == "l2l":
+        if arm in HIDES_TAGS:
             self.decoder = TagDecoder(dim, layers, heads)
-        if arm == "l2l":
-            self.query_token = nn.Parameter(0.02 * torch.randn(1, V, dim))
-        if arm in NAMES_TAGS:
-            self.tag_head = nn.Linear(dim, 1 if arm == "l2l" else V)
+            self.tag_head = nn.Linear(dim, V)
             nn.init.zeros_(self.tag_head.bias)
-        if arm != "bce":
-            self.head = nn.Linear(dim, C)
-            nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(dim, C)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, patches, ids, words=None, hidden=None):
         """patches (B, K, P) at places ids (B, K), words (B, L) where the arm reads them.
 
-        -> logits of the characters (B, C), None of arm bce; and of tags, None where there are none.
-        Those of tags are (B, V), or (., V) for the places that `hidden`, an index of (B, L), selects.
+        -> logits of the characters (B, C), and of tags, (B, V) or (., V) for the places that `hidden`,
+        an index of (B, L), selects; None without it.
         """
-        x, bias, seen = self.lower_half(patches, ids, words)
-        x = self.encoder.norm(self.encoder.run_blocks(x, begin=self.half, bias=bias))
-        tags = self.decoded(x, bias, seen, hidden)
-        with torch.autocast(x.device.type, enabled=False):  # logits in fp32, whatever the rest is
-            characters = None if self.arm == "bce" else self.head(x[:, 0].float())
-            tags = None if tags is None else self.tag_head(tags.float())
-        return characters, tags[:, :, 0] if self.arm == "l2l" else tags
-
-    def lower_half(self, patches, ids, words):
-        """-> tokens of picture and words (B, ., D), their bias, how many of them are the picture's."""
-        x, bias, seen = None, None, 0
-        if self.arm != "tags":
-            x = self.encoder.embed(patches, ids)  # (B, 1+K, D)
-            x = self.encoder.run_blocks(x, end=self.half)
-            seen = x.shape[1]
+        x = self.encoder.embed(patches, ids)  # (B, 1+K, D)
+        x = self.encoder.run_blocks(x, end=self.half)
+        seen, bias, tags = x.shape[1], None, None
         if self.arm in READS_TAGS:
             bias = torch.zeros(words.shape, device=words.device)
             bias = bias.masked_fill(words == self.V + PAD, -math.inf)[:, None, None]  # (B, 1, 1, L)
             language = self.language(words, bias) + self.kind_token[1]  # (B, L, D)
-            bias = F.pad(bias, (seen, 0))
-            x = language if x is None else torch.cat([x + self.kind_token[0], language], 1)
-        return x, bias, seen
-
-    def decoded(self, x, bias, seen, hidden):
-        """Tokens of the last block (B, ., D) -> the input of the head for tags, or None."""
-        if self.arm == "bce":
-            return x[:, 1:].mean(1)  # (B, D)
-        if self.arm == "l2l":
-            return self.decoder(self.query_token.expand(x.shape[0], -1, -1), x)  # (B, V, D)
-        if hidden is None:
-            return None
-        picture = x[:, :seen]
-        language = x[:, seen:]
-        return self.decoder(language, picture, bias[..., seen:])[hidden]
+            bias = F.pad(bias, (seen, 0))  # no picture's token is padding
+            x = torch.cat([x + self.kind_token[0], language], 1)
+        x = self.encoder.norm(self.encoder.run_blocks(x, begin=self.half, bias=bias))
+        if hidden is not None:
+            tags = self.decoder(x[:, seen:], x[:, :seen], bias[..., seen:])[hidden]
+        with torch.autocast(x.device.type, enabled=False):  # logits in fp32, whatever the rest is
+            characters = self.head(x[:, 0].float())
+            tags = None if tags is None else self.tag_head(tags.float())
+        return characters, tags
 
 
 # ---- its answers, and its file -------------------------------------------------------------------
@@ -334,12 +306,12 @@ class MFDN(nn.Module):
 def answers(net, view, ids=None, ask_tags=True):
     """view u8 (B, S, S, 3), whole; ids (B, T) of known tags, -1 fills up, None where none are known.
 
-    -> logits of characters (B, C), None of arm bce; probabilities of tags (B, V) from the picture
-    alone, None where ids are given, `ask_tags` is off, or the arm names no tags. A network that
-    names hidden tags answers for each place of a tag. The probability of a tag is then a sum over
-    places: (share of pictures with so many tags) * (probability of the tag at this place).
+    -> logits of characters (B, C); probabilities of tags (B, V) from the picture alone, None where
+    ids are given, `ask_tags` is off, or the arm names no tags. The network answers for each place of
+    a tag. The probability of a tag is a sum over places: (share of pictures with so many tags) *
+    (probability of the tag at this place).
     """
-    ask_tags = ask_tags and ids is None and net.arm in NAMES_TAGS
+    ask_tags = ask_tags and ids is None and net.arm in HIDES_TAGS
     words = None
     if net.arm in READS_TAGS:
         words = known_words(net, ids).to(view.device).expand(view.shape[0], -1)
@@ -347,8 +319,6 @@ def answers(net, view, ids=None, ask_tags=True):
     characters, tags = net(*net.encoder.all_patches(view), words, places)
     if not ask_tags:
         return characters, None
-    if net.arm not in HIDES_TAGS:
-        return characters, tags.sigmoid()
     return characters, (net.reach[:, None] * tags.softmax(2)).sum(1).clamp(max=1)  # of (B, R, V)
 
 
@@ -377,6 +347,8 @@ def load_tagger(folder):
     """runs/NAME of apps/tags.py -> (MFDN in eval mode, header of its model file)."""
     path = checkpoints.model_file(folder)
     weights, header = read_safetensors(path, REMEDY)
+    if "tags" not in header:
+        raise UserError(f"{folder} names no tags; {REMEDY}")
     config = header["tags"]
     encoder = ViT(**config["encoder"])
     net = MFDN(encoder, config["C"], config["V"], config["arm"], config["length"])
@@ -426,7 +398,6 @@ def open_task(flags, device, autocast):
     torch.manual_seed(flags.seed)
     net = MFDN(encoder, len(classes), len(words), arm, length).to(device)
     net.reach.copy_(reaches(count, length - 2))
-    encoder.requires_grad_(arm != "bce")
     settings = (arm, keys.get("weight", TAG_WEIGHT), keys.get("share"))
     return Task(*settings, net, classes, words, *sets, device, autocast)
 
@@ -448,12 +419,11 @@ def make_batch(task, index, images, share, generator):
     """The input and targets of one step; every random number is drawn from `generator`.
 
     -> patches, ids, words and hidden, an index of (B, L), as MFDN takes them. Targets: the ids of
-    hidden tags (.,), or where hidden is None (B, V), 0 or 1. share: of tags that are hidden.
+    hidden tags (.,). share: of tags that are hidden.
     """
     V = len(task.words)
-    batch = SimpleNamespace(patches=None, ids=None, words=None, hidden=None, targets=None)
-    if task.arm != "tags":
-        batch.patches, batch.ids = augment(task, images, generator)
+    batch = SimpleNamespace(words=None, hidden=None, targets=None)
+    batch.patches, batch.ids = augment(task, images, generator)
     ids = tags_of(task.train, index)
     if task.arm in READS_TAGS:
         batch.words = truth = to_words(ids, V, task.net.length, generator)
@@ -462,8 +432,6 @@ def make_batch(task, index, images, share, generator):
         batch.targets = truth[hidden]
         places = hidden.nonzero(as_tuple=True)  # counted here: a GPU would make us wait
         batch.hidden = tuple(data.send(x, task.device) for x in places)
-    elif task.arm in NAMES_TAGS:
-        batch.targets = torch.from_numpy(many_hot(ids, V)).float()
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             setattr(batch, name, data.send(value, task.device))
@@ -487,22 +455,13 @@ def augment(task, images, generator):
 
 
 def losses(net, batch, labels):
-    """-> loss of the characters, a cross-entropy, and of the tags; 0 where the arm has none.
-
-    The tags' loss is the mean cross-entropy of hidden places. An arm that hides no tag has a binary
-    one, summed over all tags and divided by the number of tags that are there.
-    """
+    """-> mean cross-entropy of the characters, and of hidden places of tags; 0 where the arm hides none."""
     characters, tags = net(batch.patches, batch.ids, batch.words, batch.hidden)
-    character_loss = tag_loss = torch.zeros((), device=labels.device)
-    if characters is not None:
-        character_loss = F.cross_entropy(characters, labels)
-    if batch.hidden is not None:
+    tag_loss = torch.zeros((), device=labels.device)
+    if tags is not None:
         total = F.cross_entropy(tags, batch.targets, reduction="sum")
         tag_loss = total / max(1, len(batch.targets))
-    elif tags is not None:
-        total = F.binary_cross_entropy_with_logits(tags, batch.targets, reduction="sum")
-        tag_loss = total / batch.targets.sum().clamp(min=1)
-    return character_loss, tag_loss
+    return F.cross_entropy(characters, labels), tag_loss
 
 
 def open_run(flags, task):
@@ -511,8 +470,7 @@ def open_run(flags, task):
     batch_size = flags.batch_size = min(flags.batch_size, count)
     per_epoch = count // batch_size
     total = per_epoch * flags.epochs
-    head_lr = flags.lr if task.arm == "bce" else HEAD_LR
-    optimizer = classifier.make_optimizer(task.net, flags.lr, head_lr, WEIGHT_DECAY, LAYER_DECAY)
+    optimizer = classifier.make_optimizer(task.net, flags.lr, HEAD_LR, WEIGHT_DECAY, LAYER_DECAY)
     parts = {"model": task.net, "optimizer": optimizer}
     run = train.Run(flags, parts, total, per_epoch, task.device)
     run.resume_or_begin()
@@ -590,10 +548,10 @@ def whole_answers(task, images, index, with_tags=False, ask_tags=False):
 def accuracies(task, images):
     """Top-1 and Top-5 of whole pictures, percent: {"with_top1", "with_top5", "without_top1", ...}.
 
-    With their tags and without, as far as the arm reads tags and names characters.
+    With their tags, if the arm reads any, and without.
     """
     row = {}
-    for way in ["with"] * (task.arm in READS_TAGS) + ["without"] * (task.arm != "bce"):
+    for way in ("with", "without") if task.arm in READS_TAGS else ("without",):
         logits, _ = whole_answers(task, images, images.index, with_tags=way == "with")
         for k in (1, 5):
             row[f"{way}_top{k}"] = round(100 * topk(logits, images.labels[images.index], k), 3)
@@ -693,7 +651,7 @@ def write_results(flags, task, run):
     row = metrics_row(flags, task, run)
     print(f"{flags.split:<9}{in_words(row['end'])}")
     thresholds = None
-    if task.arm in NAMES_TAGS:
+    if task.arm in HIDES_TAGS:
         judged, row["dev"]["map"], thresholds = judge_tags(task)
         row |= judged
         best = judged.get("tags_truth", judged["tags"])
@@ -702,16 +660,13 @@ def write_results(flags, task, run):
     split = task.train.split
     header = {"tags": task.net.config, "run": run.config, "words": task.words}
     header |= {"classes": task.classes, "image_size": task.side, "data": flags.data}
-    header |= {"thresholds": thresholds}
-    if task.arm not in ("bce", "tags"):
-        header["least_confidence"] = least_confidence(task)
+    header |= {"thresholds": thresholds, "least_confidence": least_confidence(task)}
     header |= {"base": flags.encoder, "packed_size": split["images"].shape[1]}
     header |= {key: split["header"][key] for key in ("crop", "margin")}
     save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
     save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
     print(f"wrote    {out}/ after {row['seconds']:.0f} s")
-    if task.arm != "tags":  # which sees no picture
-        print(f"next: python -m apps.tags {quoted(out)} PICTURE")
+    print(f"next: python -m apps.tags {quoted(out)} PICTURE")
 
 
 def metrics_row(flags, task, run):
@@ -736,9 +691,7 @@ def use(flags, device, autocast):
     if classifier.is_recogniser(flags.encoder):
         return use_names_alone(flags)
     net, header = load_tagger(flags.encoder)
-    if net.arm == "tags":
-        raise UserError(f"{flags.encoder} sees no picture; give a run with another --arm")
-    if net.arm not in NAMES_TAGS:
+    if net.arm not in HIDES_TAGS:
         refuse_useless(flags.given & {"threshold"}, f"on a run of --arm {net.arm}")
     threshold = flags.threshold
     net.to(device)
@@ -781,13 +734,11 @@ def answer_rows(net, header, some, threshold, autocast, most=NAMED):
         logits, tags = answers(net, view)
     rows = []
     for i, key in enumerate(keys):
-        row = {"picture": key}
-        if logits is not None:
-            sure, who = logits[i].cpu().softmax(0).max(0)
-            name = header["classes"][who]
-            known = sure >= (header.get("least_confidence") or LIKELY)
-            row |= {"name": name if known else None, "best_guess": name}
-            row["confidence"] = round(sure.item(), 4)
+        sure, who = logits[i].cpu().softmax(0).max(0)
+        name = header["classes"][who]
+        known = sure >= header["least_confidence"]
+        row = {"picture": key, "name": name if known else None, "best_guess": name}
+        row["confidence"] = round(sure.item(), 4)
         if tags is not None:
             row["tags"] = named(tags[i].cpu(), header, threshold, most)
         rows.append(row)
@@ -796,11 +747,11 @@ def answer_rows(net, header, some, threshold, autocast, most=NAMED):
 
 def line_of(row):
     """An answer as a line of text."""
-    who = ""
-    if "name" in row:
-        who = row["name"] or f"unknown, or {row['best_guess']}"
-        who += f" {row['confidence']:.0%}; "
-    return f"{shown(row['picture'])}: {who}{in_words(row.get('tags', {}))}".removesuffix("; ")
+    who = row["name"] or f"unknown, or {row['best_guess']}"
+    line = (
+        f"{shown(row['picture'])}: {who} {row['confidence']:.0%}; {in_words(row.get('tags', {}))}"
+    )
+    return line.removesuffix("; ")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -816,10 +767,10 @@ def read_flags():
     add("--data", metavar="DIR", help="set with labels and tags (default: the encoder's, or toon)")
     add("--out", metavar="DIR", help="run folder (default: named by the encoder and the flags)")
     arms = "\n".join(f"{arm}: {text}" for arm, text in ARMS.items())
-    add("--arm", default="mfdn", help=f"{arms}\nkeys: mfdn, fixed, l2l:weight=0.3; fixed:share=0.5")
+    add("--arm", default="mfdn", help=f"{arms}\nkeys: mfdn, fixed:weight=0.3; fixed:share=0.5")
     add("--epochs", type=at_least(2), default=30, help="passes over the data")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="images for one step")
-    add("--lr", type=between(0, 1), help="of the encoder (default: 5e-4); arm bce: its head (3e-2)")
+    add("--lr", type=between(0, 1), default=5e-4, help="of the encoder")
     add = parser.add_argument_group("what is printed of pictures").add_argument
     add("--threshold", type=between(0, 1), metavar="P", help="of every tag (default: its own)")
     add("--json", action="store_true", help="print a JSON object a picture")
@@ -856,7 +807,6 @@ def refuse_flags(flags):
 
 def fill_defaults(flags):
     """Values of flags that were not given, and depend on others. A resumed run has them."""
-    set_defaults(flags, lr=3e-2 if flags.arm.partition(":")[0] == "bce" else 5e-4)
     encoder = checkpoints.load_encoder(flags.encoder)  # its faults show before a set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))

@@ -132,12 +132,8 @@ def test_a_recogniser_and_its_reader_without_torch(at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["mfdn", "bce"])  # an answer and characters, or tags alone
-def test_a_tagger(arm, at):
-    run = f"runs/a-{arm}"
-    run_line(
-        f"apps.tags runs/a --data datasets/packed --arm {arm} --out {run} {QUICK}", at, check=0
-    )
+def test_a_tagger(at):
+    run = "runs/a-tags"
     run_line(f"apps.export {run} --to onnx", at, check=0)
     ask, about = model_of(at / run / "model.onnx")
     net, header = tags.load_tagger(run)
@@ -146,9 +142,7 @@ def test_a_tagger(arm, at):
         characters, probabilities = tags.answers(net, pictures(B, 32))
         found = ask(pictures(B, 32))
         near(found["tags"], probabilities)
-        assert ("characters" in found) == (characters is not None)
-        if characters is not None:
-            near(found["characters"], characters.softmax(1))
+        near(found["characters"], characters.softmax(1))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +219,8 @@ class Constant(nn.Module):
         self.example = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
 
     def forward(self, images):
-        return {"tags": self.tags + 0 * images.flatten(1).float().mean(1, True)}
+        blank = 0 * images.flatten(1).float().mean(1, True)
+        return {"tags": self.tags + blank, "characters": blank[:, :0]}
 
 
 RATED = {  # the tags of a run, and the ratings by their place: the number of the tag, or 0

@@ -113,8 +113,13 @@ def test_a_step_has_an_mps_kernel_for_everything(log, line, at, tmp_path, monkey
     with log:
         run_line(f"{line} --epochs 2 --batch-size 8 --out {tmp_path}/run {CPU}", at, check=0)
     assert not log.missing and torch.float64 not in log.dtypes  # MPS has none
-    whole = {"addmm", "_softmax", "native_layer_norm", "_fused_adamw_"}
-    whole |= set() if "bce" in line else {"native_layer_norm_backward"}  # its encoder is frozen
+    whole = {
+        "addmm",
+        "_softmax",
+        "native_layer_norm",
+        "native_layer_norm_backward",
+        "_fused_adamw_",
+    }
     assert {f"aten::{name}" for name in whole} <= log.seen
     assert "MPS" in kernels_for("_scaled_dot_product_attention_math_for_mps")
 

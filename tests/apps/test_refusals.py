@@ -199,7 +199,6 @@ LOST = (  # two calls, of which the second must not write over what the first ha
     (ATTENTION, f"{ATTENTION} --attention cls"),
 )
 LIBRARIES = (  # the command, and a library that it needs
-    (f"{SEGMENT} --network segformer", "transformers"),
     ("lab.convnets resnet10 --data datasets/packed --out new", "transformers"),
     (f"{PLAN} baselines --data datasets/packed --arms resnet10", "transformers"),
     ("apps.export runs/a --to onnx --out new.onnx", "onnxscript"),
