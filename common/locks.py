@@ -1,7 +1,7 @@
 """Locks: what several processes might write at once is written by one of them at a time.
 
 A lock is an empty file that the system ties to the process that holds it. It ends with the process,
-so a killed one locks nothing. Galleries, data sets, studies and the folders of runs have one.
+so a killed one locks nothing. Galleries, data sets and the folders of studies have one.
 """
 
 import contextlib
@@ -9,12 +9,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from common.train import AT_END, UserError, refuse_overwrite
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # there is none on Windows, and so no lock
-    fcntl = None
+from common.train import AT_END, UserError, refuse_overwrite
 
 HELD = set()  # paths of the locks that this command holds until it ends
 
@@ -43,10 +40,7 @@ def lock_beside(path):
 
 @contextlib.contextmanager
 def locked(path, wait=False):
-    """Hold a lock file -> its descriptor. Where another process holds it: a UserError, or wait.
-
-    The system ends a lock with its process: the file of a killed process locks nothing.
-    """
+    """Hold a lock file. Where another process holds it: a UserError, or wait."""
     path = Path(path)
     made = [folder for folder in path.parents if not folder.exists()]
     try:
@@ -54,31 +48,21 @@ def locked(path, wait=False):
     except (FileExistsError, NotADirectoryError) as problem:
         name = problem.filename
         raise UserError(f"{name} is a file, or lies under one; give another folder") from None
-    file = fcntl and open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = FileLock(path, timeout=-1 if wait else 0)
     try:
-        yield file
+        lock.acquire()
+    except Timeout:
+        who = f"another process ({path.name})"
+        fix = "wait, or write elsewhere"
+        raise UserError(f"{path.parent} is being written by {who}; {fix}") from None
+    except OSError:
+        pass  # a file system without locks locks nothing
+    try:
+        yield
     finally:
-        if fcntl:
-            path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
-            os.close(file)
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            path.unlink()  # before it is let go: who waits for this file looks again
+        lock.release()
         with contextlib.suppress(OSError):  # one holds something by now
             for folder in made:
                 folder.rmdir()
-
-
-def open_locked(path, how):
-    """-> the descriptor of a lock file that is locked, and still has a name."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, how)
-        except BlockingIOError:
-            os.close(file)
-            who = f"another process ({path.name})"
-            fix = "wait, or write elsewhere"
-            raise UserError(f"{path.parent} is being written by {who}; {fix}") from None
-        except OSError:  # a file system without locks locks nothing
-            return file
-        if os.fstat(file).st_nlink:  # else the one that held it has just removed it
-            return file
-        os.close(file)
