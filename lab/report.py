@@ -3,9 +3,14 @@
     python -m lab.report runs/lab/mine-toon
     python -m lab.report results/study/*        # what is published
 
-Reads:  FOLDER/PLAN.json (what is compared), rows.jsonl, images.json (the illustration of each test
-        image, where rows hold which images are right)
+Reads:  FOLDER/PLAN.json (what is compared; lab/run.py tells its fields), rows.jsonl, images.json (the
+        illustration of each test image, where rows hold which images are right)
 Writes: FOLDER/table.md, table.csv, and figure.png with --figure
+
+A comparison is paired by seed. These columns are of the curve that a row holds, if the plan names one:
+
+epochs, log_epochs   until the run reaches the accuracy that the plan has as its threshold: % saved
+variance             of top1 over seeds: % less
 """
 
 import math
@@ -17,13 +22,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from common import metrics
-from common.door import read_json, reading, save_csv
+from common.door import read_json, save_csv
 from common.metrics import from_bits, mean_std, plus_minus
 from common.train import Parser, UserError, cli, read_log, save_text
 from lab import stats
 
-DEFAULTS = {"margin": 1.0, "differences": [], "hypotheses": [], "notes": {}, "axes": {}}
-DEFAULTS["phase"] = "reported"
+DEFAULTS = {"margin": 1.0, "less": [], "axes": {}, "notes": {}, "thresholds": {}, "family": {}}
+DEFAULTS |= {"differences": [], "hypotheses": [], "controls": {}}
 NEEDED = ("plan", "data", "split", "question", "arms", "seeds", "columns", "compare")
 FIX = "restore it, or make the rows with lab.run"
 CURVE = ("knn_before", "knn_after", "mse_before", "mse_after")  # of the run: its start and its end
@@ -46,48 +51,32 @@ def read_rows(folder):
 
 
 def open_folder(folder):
-    """-> a study: plan, rows {arm: {seed: row}}, all rows with the pilots, those that failed, and
-    groups of the test images or None.
+    """-> a study: plan, rows {arm: {seed: row}}, rows of failed runs, and groups of the test images
+    or None.
     """
-    with reading(folder, "folder of a study", FIX):
-        return read_study(Path(folder))
-
-
-def read_study(folder):
-    """The same, where all of it is whole."""
     plan = DEFAULTS | read_json(folder / "PLAN.json", NEEDED, FIX)
-    study = SimpleNamespace(folder=folder, plan=plan, groups=None, all=[], failed=[])
-    for row in read_rows(folder):
-        (study.failed if "failed" in row else study.all).append(row)
+    study = SimpleNamespace(folder=folder, plan=plan, groups=None, failed=[])
     if (folder / "images.json").exists():
         study.groups = np.array(read_json(folder / "images.json", ["groups"], FIX)["groups"])
-    study.thresholds = thresholds(study.all)
     found = {arm: {} for arm in plan["arms"]}
-    for row in study.all:
-        row["metrics"] |= derived(row, study)
-        if row["arm"] in found and row["seed"] in plan["seeds"]:
+    for row in read_rows(folder):
+        if "failed" in row:
+            study.failed.append(row)
+        elif row["arm"] in found and row["seed"] in plan["seeds"]:
+            row["metrics"] |= derived(row, plan)
             found[row["arm"]][row["seed"]] = row
     study.rows = {arm: seeds for arm, seeds in found.items() if seeds}
     return study
 
 
-def thresholds(rows):
-    """{arm: accuracy in the run that counts as reached}, the mean over its pilot runs."""
-    found = {}
-    for row in rows:
-        if row.get("phase") == "pilot":
-            found.setdefault(row["arm"], []).append(metrics.threshold_of(row["curve"]["linear"]))
-    return {arm: round(float(np.mean(values)), 2) for arm, values in found.items()}
-
-
-def derived(row, study):
+def derived(row, plan):
     """Metrics that follow from a row's curve and times."""
     curve = row.get("curve")
-    limits = study.thresholds
+    limits = plan["thresholds"]
     if curve is None:
         times = {"minutes": row.get("seconds"), "core_minutes": row.get("core_seconds")}
         return {name: seconds / 60 for name, seconds in times.items() if seconds}
-    limit = limits.get(study.plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
+    limit = limits.get(plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
     found = {"linear": curve["linear"][-1], "minutes": curve["seconds"][-1] / 60}
     found["epochs"] = limit and stats.epochs_to(curve, limit)
     for name in curve.keys() & {"knn", "mse"}:
@@ -115,13 +104,14 @@ def measure(test, study):
     arm, base = study.rows.get(test["arm"], {}), study.rows.get(test["against"], {})
     pairs = [(arm[seed], base[seed]) for seed in sorted(arm.keys() & base.keys())]
     row = test | {"claim": claim, "planned": len(study.plan["seeds"]), "over": "seeds alone"}
+    row["bootstrap"] = None
     if what == "variance":
         sides = [[r["metrics"]["top1"] for r in side] for side in zip(*pairs, strict=True)]
         return row | stats.variance(*(sides or [[], []]), claim)
     if what in ("epochs", "log_epochs"):
-        limit = study.thresholds.get(test["against"])
+        limit = study.plan["thresholds"].get(test["against"])
         if limit is None:
-            return row | stats.empty([]) | {"notes": ["no pilot, so no threshold"]}
+            return row | stats.empty([]) | {"notes": ["the plan has no threshold"]}
         curves = [(ours["curve"], theirs["curve"]) for ours, theirs in pairs]
         return row | stats.epochs_saved(curves, limit, claim, what == "log_epochs")
     columns = what, test.get("against_what", what)
@@ -129,8 +119,11 @@ def measure(test, study):
     right = [[right_of(r, c, study) for r, c in zip(pair, columns, strict=True)] for pair in pairs]
     if pairs and all(answers is not None for pair in right for answers in pair):
         each = [100.0 * ours - 100.0 * theirs for ours, theirs in right]
-        row["over"] = "seeds and illustrations"
-        return row | stats.paired(np.array(each), study.groups, claim, margin)
+        row |= {"over": "seeds and illustrations"}
+        row |= stats.paired(np.array(each), study.groups, claim, margin)
+        if "claim" in test and row["p"] is not None:
+            row["bootstrap"] = metrics.bootstrap(each, study.groups)
+        return row
     known = [(a["metrics"].get(columns[0]), b["metrics"].get(columns[1])) for a, b in pairs]
     each = [a - b for a, b in known if a is not None and b is not None]
     return row | stats.paired(each, None, claim, margin)
@@ -149,22 +142,18 @@ def right_of(row, column, study):
 def judged(studies):
     """Studies -> the same with their hypotheses, measured, each with its verdict.
 
-    Holm's family: the reported studies of a data set, plan look on all its sets, else a study.
+    Holm's family: the studies that a plan says to be judged together (`together`), else a study.
     """
     families = {}
     for study in studies:
-        plan, key = study.plan, study.folder
-        if plan["phase"] == "reported":
-            key = "look" if plan["plan"] == "look" else plan["data"]
-        families.setdefault(key, []).append(study)
+        families.setdefault(study.plan.get("together", study.folder), []).append(study)
         study.hypotheses = [
-            h | {"parts": [measure(test, study) for test in h["parts"]]} for h in plan["hypotheses"]
+            h | {"parts": [measure(test, study) for test in h["parts"]]}
+            for h in study.plan["hypotheses"]
         ]
     for family in families.values():
         hypotheses = [h for study in family for h in study.hypotheses]
-        planned = {h["id"]: len(h["parts"]) for h in hypotheses}
-        for study in family:
-            planned = study.plan.get("family", {}) | planned
+        planned = {name: n for study in family for name, n in study.plan["family"].items()}
         found = iter(stats.judge(hypotheses, planned))
         for study in family:
             study.hypotheses = [next(found) for _ in study.hypotheses]
@@ -197,7 +186,7 @@ def differences(study):
         p, equal = (stats.holm([test[k] for test in whole] + unasked) for k in ("p", "p_equal"))
         for test, holm_p, q in zip(found, p, equal, strict=False):
             if test["n"]:
-                sign = -1 if test["what"] in study.plan.get("less", ()) else 1
+                sign = -1 if test["what"] in study.plan["less"] else 1
                 verdict = stats.word(sign * test["effect"], holm_p, q)
                 if test["n"] < test["planned"]:
                     verdict = "open: runs are missing"  # or a look could decide when to stop
@@ -249,9 +238,7 @@ def arm_table(study):
             some = f" ({len(values)} of {len(seeds)})" if 0 < len(values) < len(seeds) else ""
             row.append(cell(values) + some)
         rows.append(row)
-    found = next((row["controls"] for row in study.all if row.get("controls")), {})
-    names = ["untrained " + study.plan.get("pool", "mean"), "thumb4", "thumb8", "thumb16"]
-    known = [f"{name} {found[name]:.1f} %" for name in names if name in found]
+    known = [f"{name} {value:.1f} %" for name, value in study.plan["controls"].items()]
     controls = [f"Controls, Top-1: {', '.join(known)}.", ""] if known else []
     return [*markdown(["arm", "runs", *columns.values()], rows), "", *controls]
 

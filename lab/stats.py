@@ -12,11 +12,11 @@ import numpy as np
 from scipy.stats import f, t
 
 from common import metrics
-from common.metrics import LEAST_SEEDS, bootstrap, varies
+from common.metrics import LEAST_SEEDS, varies
 
 TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
 LEVEL = 0.05
-FIELDS = ("effect", "low", "high", "p", "p_against", "p_equal", "bootstrap")
+FIELDS = ("effect", "low", "high", "p", "p_against", "p_equal")
 
 
 def empty(values):
@@ -65,7 +65,7 @@ def errors_of(values, groups):
     return errors
 
 
-def paired(values, groups=None, claim=0.0, margin=None):
+def paired(values, groups=None, claim=0.0, margin=1.0):
     """Paired differences -> the fields of a t test.
 
     values (seeds), or with groups (images), the illustration of each, (seeds, images).
@@ -81,36 +81,11 @@ def paired(values, groups=None, claim=0.0, margin=None):
     row |= {"low": mean - half, "high": mean + half, "notes": []}
     row["p"] = max(float(2 * t.sf(abs(mean) / error, df)) for error, df in errors)
     row["p_against"] = max(float(t.cdf((mean - claim) / error, df)) for error, df in errors)
-    if margin is not None:
-        row["p_equal"] = max(float(t.sf((margin - abs(mean)) / e, df)) for e, df in errors)
-    if groups is not None:
-        row["bootstrap"] = bootstrap(values, groups)
+    row["p_equal"] = max(float(t.sf((margin - abs(mean)) / error, df)) for error, df in errors)
     return row
 
 
-def variance(values, baseline, claim=0.0):
-    """F test, as if unpaired -> percent less variance over seeds than the baseline's.
-
-    Under ten seeds p is 1, which decides nothing.
-    """
-    for side in (values, baseline):
-        if not varies(side):
-            return empty(side) | {"effect": None}
-    n = len(values)
-    df = (len(values) - 1, len(baseline) - 1)
-    ratio = np.var(values, ddof=1) / np.var(baseline, ddof=1)
-    low, high = (ratio / float(f.ppf(q, *df)) for q in (0.975, 0.025))
-    row = dict.fromkeys(FIELDS) | {"n": n, "per_seed": [], "effect": 100 * (1 - ratio)}
-    row |= {"low": 100 * (1 - high), "high": 100 * (1 - low)}
-    if n < TEN:
-        note = f"variances need {TEN} seeds, there are {n}"
-        return row | {"p": 1.0, "p_against": 1.0, "notes": [note]}
-    p = 2 * min(float(f.cdf(ratio, *df)), float(f.sf(ratio, *df)))
-    against = float(f.sf(ratio / (1 - claim / 100), *df))
-    return row | {"p": p, "p_against": against, "notes": []}
-
-
-# ---- epochs to a threshold -----------------------------------------------------------------------
+# ---- other columns of a run: epochs to a threshold, and how much seeds vary -----------------------
 
 
 def epochs_to(curve, threshold):
@@ -150,7 +125,29 @@ def epochs_saved(pairs, threshold, claim=0.0, logs=False):
     if late or base_late:
         found = f"{late} runs and {base_late} baselines of {len(pairs)}"
         row["notes"].append(f"{found} never reach {threshold:.1f} %")
-    return row
+    return row | {"p_equal": None}
+
+
+def variance(values, baseline, claim=0.0):
+    """F test, as if unpaired -> percent less variance over seeds than the baseline's.
+
+    Under ten seeds p is 1, which decides nothing.
+    """
+    for side in (values, baseline):
+        if not varies(side):
+            return empty(side) | {"effect": None}
+    n = len(values)
+    df = (len(values) - 1, len(baseline) - 1)
+    ratio = np.var(values, ddof=1) / np.var(baseline, ddof=1)
+    low, high = (ratio / float(f.ppf(q, *df)) for q in (0.975, 0.025))
+    row = dict.fromkeys(FIELDS) | {"n": n, "per_seed": [], "effect": 100 * (1 - ratio)}
+    row |= {"low": 100 * (1 - high), "high": 100 * (1 - low)}
+    if n < TEN:
+        note = f"variances need {TEN} seeds, there are {n}"
+        return row | {"p": 1.0, "p_against": 1.0, "notes": [note]}
+    p = 2 * min(float(f.cdf(ratio, *df)), float(f.sf(ratio, *df)))
+    against = float(f.sf(ratio / (1 - claim / 100), *df))
+    return row | {"p": p, "p_against": against, "notes": []}
 
 
 # ---- verdicts ------------------------------------------------------------------------------------
@@ -179,46 +176,32 @@ def whole(test):
     return test["p"] is not None and test["n"] == test["planned"]
 
 
-def holds(test):
-    """Is this as claimed? Holm's correction comes afterwards, for the hypothesis."""
-    above = whole(test) and test["low"] > 0 and test["effect"] >= test["claim"]
-    return above and (test["bootstrap"] is None or test["bootstrap"]["low"] > 0)
-
-
 def judge(hypotheses, family):
     """Hypotheses {"id", "parts": tests} -> the same with p, holm_p, holm_claim and verdict.
 
     family {id: number of parts}: all that were planned; one without rows counts with p = 1.
-    Supported: every part holds, and the largest p of its parts is under 0.05 after Holm. Equivalent:
-    every part lies within its margin, in the same way. Refuted: one part excludes its claim, after Holm
-    over all parts. All else is undecided, and so is what lacks a planned run.
+    Supported: every part is above 0 and at least its claim, and the largest p of its parts is under 0.05
+    after Holm. Refuted: one part excludes its claim, after Holm over all parts. All else is undecided.
     """
-    p, equal = [], []
-    for h in hypotheses:
-        right_way = [x["p"] if whole(x) and x["effect"] > 0 else 1.0 for x in h["parts"]]
-        p.append(max(right_way))
-        known = [x.get("p_equal") if whole(x) else None for x in h["parts"]]
-        equal.append(max(1.0 if q is None else q for q in known))
     absent = [family[name] for name in family.keys() - {h["id"] for h in hypotheses}]
-    holm_p, holm_equal = (holm(each + [1.0] * len(absent)) for each in (p, equal))
+    p = [max(x["p"] if whole(x) and x["effect"] > 0 else 1.0 for x in h["parts"]) for h in hypotheses]
     tests = [test for h in hypotheses for test in h["parts"]]
     against = [test["p_against"] if whole(test) else 1.0 for test in tests]
-    against += [1.0] * sum(absent)
-    for test, adjusted in zip(tests, holm(against), strict=False):
+    for test, adjusted in zip(tests, holm(against + [1.0] * sum(absent)), strict=False):
         test["holm_against"] = None if test["p"] is None else adjusted
-    of_each = zip(hypotheses, p, holm_p, holm_equal, strict=False)
-    return [h | verdict(h["parts"], *numbers) for h, *numbers in of_each]
+    found = []
+    for h, own, holm_p in zip(hypotheses, p, holm(p + [1.0] * len(absent)), strict=False):
+        claims = [test["holm_against"] for test in h["parts"] if test["p"] is not None]
+        numbers = {"p": own, "holm_p": holm_p, "holm_claim": min(claims, default=1.0)}
+        found.append(h | numbers | {"verdict": verdict(h["parts"], holm_p)})
+    return found
 
 
-def verdict(tests, p, holm_p, holm_equal):
-    """-> {"p", "holm_p", "holm_claim": the smallest p of a claim, "verdict"} of one hypothesis."""
-    claims = [test["holm_against"] for test in tests if test["holm_against"] is not None]
-    name = "undecided"
-    if all(test["n"] == test["planned"] for test in tests):
-        if any(whole(test) and test["holm_against"] < LEVEL for test in tests):
-            name = "refuted"
-        elif all(map(holds, tests)) and holm_p < LEVEL:
-            name = "supported"
-        elif holm_equal < LEVEL:
-            name = "equivalent"
-    return {"p": p, "holm_p": holm_p, "holm_claim": min(claims, default=1.0), "verdict": name}
+def verdict(tests, holm_p):
+    """-> "supported", "refuted" or "undecided", which is also what lacks a planned run."""
+    if any(test["n"] != test["planned"] for test in tests):
+        return "undecided"
+    if any(whole(test) and test["holm_against"] < LEVEL for test in tests):
+        return "refuted"
+    reached = all(whole(x) and x["low"] > 0 and x["effect"] >= x["claim"] for x in tests)
+    return "supported" if reached and holm_p < LEVEL else "undecided"
