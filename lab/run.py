@@ -1,20 +1,39 @@
 """Run a plan: every arm with every seed -> a row each, then table.md, table.csv and figure.png.
 
     python -m lab.run mine --arms "middle:beta=3" --seeds 3    # your mask against random
+    python -m lab.run ways --arms lora:r=4 full                # ways to fine-tune against LoRA
     python -m lab.run mine --arms "random --source ../edited"  # edited code against this code
-    python -m lab.run h1 --data datasets/faces20 --dry         # what would run, and how long
-    python -m lab.run tags --data datasets/toon --set encoder=runs/first
+    python -m lab.run results/study/h1-toon --dry              # a published plan: what would run
 
-Reads:  plans.py, datasets/NAME
-Writes: OUT/PLAN-NAME/ PLAN.json, rows.jsonl, trials.jsonl, images.json, table.md, table.csv,
-        figure.png; the runs' folders under --work
+Reads:  PLAN.json of a folder, or lab/mine.json, lab/ways.json; datasets/NAME
+Writes: OUT/PLAN-NAME/ PLAN.json, rows.jsonl, images.json, table.md, table.csv, figure.png;
+        the runs' folders under --work
 
-A command runs once. Its folder is named by a hash of its words and of the data, so that arms share
-what they have in common. The same command of yours goes on after any kill: what has a row is not
-made again, a run that was stopped is resumed. A run that diverges is a row that says so.
+A command runs once. Its folder is named by a hash of its words, of the data and of the code, so that arms
+share what they have in common. After a kill, give the same command again: what has a row is not made
+again, and a run that was stopped is resumed. A run that fails is a row that says so, and is tried again.
+
+A plan is a JSON object. In its commands, {0} is the folder of the arm's first command, {seed} and {data}
+are what they say, and other words in braces stand in `set` or `made`.
+
+plan, question, data, split    what it is called, what it asks, and of which pictures
+set         {word: value}: --set replaces them
+seeds       of every arm, paired
+arms        {arm: the one that it is compared with}; itself: with none; "best": p counts all pairs
+commands    {arm: its commands}, made one after the other
+template    the commands of an arm of your own, where {arm} is what --arms says
+commit      {arm: the commit whose code has its flags}: today's code can't make it
+made        {word: commands}: {word} is the folder of the last one, which is made once
+columns     {column: heading};   sources {column: [command, file, path in the file, factor]}
+right       {column: [command, file, path]}: which pictures were right; else intervals are over seeds alone
+compare     columns that get a difference, an interval, a p and a verdict;   less: less of them is better
+differences, margin            further differences; how many points count as equal
+curve       the command whose log.jsonl tells the epochs to a threshold
+thresholds  {arm: accuracy, in percent, that counts as reached by runs that are compared with it}
+hypotheses  [{id, parts: differences with a claim}];   family {id: number of parts}: all that were planned
+together    a word that plans share whose hypotheses are corrected together
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -36,9 +55,8 @@ import torch
 import data
 import mask as masking
 from common.checkpoints import model_file
-from common.door import each_flag_once, read_json, require
+from common.door import read_json
 from common.groups import groups_of
-from common.locks import lock_beside, locked
 from common.train import (
     Parser,
     UserError,
@@ -50,18 +68,22 @@ from common.train import (
     pick_device,
     read_log,
     save_json,
+    save_text,
 )
 from finetune_lora import METHODS
 from lab import report
-from lab.plans import PLANS
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "common/*.py", "kernels/*.py", "apps/*.py", "ingest/*.py", "lab/*.py")
-PILOT_SEED = 1000  # and the next ones: never reported
-TRIAL_SEED = 500
+OURS = {"mine", "ways"}  # plans that take arms of your own
 SOURCE = " --source "  # in an arm; behind it, the folder of a checkout whose code the arm runs
-OF_ALL = {"--epochs"}  # no arm has this flag for itself: a longer run learns more
-OF_PLAN = {"--data", "--seed", "--split", "--out"}
+EQUAL = {
+    "--data",
+    "--seed",
+    "--split",
+    "--out",
+    "--epochs",
+}  # in all arms, or the comparison is unfair
 READING = (
     "How to read it: the true difference may lie anywhere in the brackets. Where 0 is inside, these\n"
     "runs can't tell the two apart (undecided). More --seeds make the interval narrower. But fix their\n"
@@ -69,15 +91,9 @@ READING = (
 )
 IN_PLACE = {"probe": "probe*.json", "unknown": "recognize.json", "stress": "stress-*.json"}
 IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
-KEPT = "question", "compare", "differences", "hypotheses", "margin", "axes", "family", "less"
 RUNNING = set()  # processes of ours
 STOPPED = threading.Event()  # a thread that waited until then begins nothing more
-TRIALS = defaultdict(threading.Lock)  # of two runs that ask for one trial, one makes it
-MAKING = defaultdict(threading.Lock)  # and likewise a command
-
-
-class Diverged(UserError):
-    """A run whose loss is not finite: it would be so again."""
+MAKING = defaultdict(threading.Lock)  # of two arms that share a command, one makes it
 
 
 # ---- one command ---------------------------------------------------------------------------------
@@ -88,6 +104,14 @@ def checkout_of(words):
     return Path(os.path.dirname(words[0]) or ROOT)
 
 
+def code_of(checkout):
+    """A hash of what trains and measures, which is all but the bookkeeping of this folder."""
+    ours = [checkout / f"lab/{name}.py" for name in ("run", "report", "stats")]
+    paths = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
+    found = [path.read_bytes() for path in paths if path.is_file() and path not in ours]
+    return hashlib.sha256(b"".join(found)).hexdigest()[:10]
+
+
 def folder_of(words, args):
     """Where the results of a command are -> its folder, its name, what it writes in another's."""
     script = words[1] if words[0] == "-m" else Path(words[0]).name
@@ -95,64 +119,49 @@ def folder_of(words, args):
     text = shlex.join([*words, args.digest, args.code[checkout_of(words)]])
     name = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     target = Path(words[2] if words[0] == "-m" and len(words) > 2 else words[1])
-    in_place = stem in IN_PLACE and args.work in target.parents
-    return (target if in_place else args.work / name), name, IN_PLACE.get(stem)
+    if stem in IN_PLACE and args.work in target.parents:
+        return target, name, IN_PLACE[stem]
+    return args.work / name, name, None
 
 
 def make(text, args):
     """Run a command, or go on with it, unless it is done -> the file in its folder that says so."""
     words = shlex.split(text)
     out, name, files = folder_of(words, args)
-    checkout = checkout_of(words)
     done = out / f"{name}.done.json"
-    # Threads wait for each other also where the system has no locks. (data.py has one, too.)
-    with MAKING[name], locked(lock_beside(args.work / f"{name}.run"), wait=True) as lock:
-        reason = read_json(done).get("failed") if done.exists() else None
-        if done.exists() and reason is None:
+    with MAKING[name]:
+        if done.exists():
             return done
-        if reason and not args.retry:
-            raise Diverged(reason)
-        if out.name != name:  # it writes into the folder of another command
+        begun = not files and out.exists()  # nobody knows the time of its first part
+        if files:  # what a probe that was killed has left in the folder of another command
             for left in out.glob(f"**/{files}"):
                 left.unlink()
-        elif (out / "state.pt").exists() and reason is None:
+        elif (out / "state.pt").exists():
             words = [*words[: 2 if words[0] == "-m" else 1], "--resume", str(out)]
         else:
-            if reason or not (out / "folds").exists():  # finished folds are not trained again
+            if not (out / "folds").exists():  # of apps.learn, which goes on with the next fold
                 shutil.rmtree(out, ignore_errors=True)
             words += ["--out", str(out)]
-        begun = out.name == name and out.exists()  # nobody knows the time of its first part
-        row = {"command": f"python {text}", "commit": commit(checkout)}
         start = time.perf_counter()
-        try:
-            used = execute(words, args, args.work / f"{name}.log", lock)
-        except Diverged as problem:
-            save_json(row | {"failed": str(problem)}, done)
-            raise
-        if digest_of_code(checkout) != args.code[checkout]:
-            raise UserError(f"the code changed while {out} was made; give the command again")
-        seconds = round(time.perf_counter() - start, 1)
-        save_json(row | ({} if begun else {"core_seconds": used, "seconds": seconds}), done)
+        used = execute(words, args, args.work / f"{name}.log")
+        times = {"core_seconds": used, "seconds": round(time.perf_counter() - start, 1)}
+        save_json({"command": f"python {text}"} | ({} if begun else times), done)
     return done
 
 
-def execute(words, args, log, lock):
-    """Run a stage -> its CPU time in seconds, or None on Windows; what it prints goes to a file.
-
-    It holds our lock, too, should we be killed.
-    """
+def execute(words, args, log):
+    """Run a stage -> its CPU time in seconds, or None on Windows; what it prints goes to a file."""
+    if STOPPED.is_set():
+        raise UserError("stopped")
     print(f"OMP_NUM_THREADS={args.threads} python {shlex.join(words)}", flush=True)
     # Python looks for imports beside the script first, so an edited checkout runs its own code.
     checkout = checkout_of(words)
     script = words if words[0] == "-m" else [checkout / Path(words[0]).name, *words[1:]]
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(checkout)}
-    held = () if lock is None else (lock,)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
-        pipes = {"stdout": file, "stderr": file}
-        process = subprocess.Popen([sys.executable, *script], env=env, pass_fds=held, **pipes)
+        process = subprocess.Popen([sys.executable, *script], env=env, stdout=file, stderr=file)
         RUNNING.add(process)
-        if STOPPED.is_set():
-            process.terminate()
         used = None
         if hasattr(os, "wait4"):  # time of a core, which other work on the machine takes less of
             _, status, usage = os.wait4(process.pid, 0)
@@ -162,105 +171,37 @@ def execute(words, args, log, lock):
         RUNNING.discard(process)
     if status:
         last = (log.read_text("utf-8", errors="replace").strip().splitlines() or ["no word"])[-1]
-        kind = Diverged if "is not finite at step" in last else UserError
-        raise kind(f"python {shlex.join(words)} ended with {status}: {last} (see {log})")
+        raise UserError(f"python {shlex.join(words)} ended with {status}: {last} (see {log})")
     return used
 
 
-# ---- a chain of commands -------------------------------------------------------------------------
+# ---- a run: an arm with a seed -------------------------------------------------------------------
 
 
-def chain(templates, args, seed, flags="", share=1.0):
-    """Make commands one after the other, flags behind the first -> what `make` returns of each."""
+def chain(templates, args, seed):
+    """Make commands one after the other -> what `make` returns of each."""
     made = []
-    encoder = templates in args.plan.get("made", {}).values()
-    budget = "encoder_minutes" if encoder else "minutes", share
-    for i, template in enumerate(templates):
-        text = template if i else f"{template} {flags}".strip()
-        folders = [done.parent for done in made]
-        made.append(make(filled(text, args, folders, seed, budget), args))
+    for template in templates:
+        made.append(make(filled(template, args, [done.parent for done in made], seed), args))
     return made
 
 
-def filled(text, args, folders, seed, budget):
+def filled(text, args, folders, seed):
     """A template -> the command: what it names in braces is made first."""
     words = args.set | {"data": shlex.quote(str(args.data)), "seed": seed}
-    folders = [shlex.quote(str(folder)) for folder in folders]
     for name, commands in args.plan.get("made", {}).items():
         if f"{{{name}}}" in text:
-            made = chain(commands, args, seed, best_flags(name, args))
-            words[name] = shlex.quote(str(made[-1].parent))
-    if "{epochs}" in text:
-        words["epochs"] = epochs_in(text.format(*folders, **words | {"epochs": 1}), args, *budget)
-    return shlex.join(each_flag_once(shlex.split(text.format(*folders, **words))))
+            words[name] = shlex.quote(str(chain(commands, args, seed)[-1].parent))
+    return text.format(*(shlex.quote(str(folder)) for folder in folders), **words)
 
 
-def epochs_in(command, args, minutes, share):
-    """How many epochs of a command fill the plan's minutes of one core: one epoch is timed."""
-    log = read_log(make(command, args).parent / "log.jsonl")
-    speed = median(row["images_per_s"] for row in log if "images_per_s" in row)
-    seconds = 60 * share * float(args.set[minutes]) / args.threads
-    return max(1, round(seconds * speed / args.images))
-
-
-def best_flags(name, args):
-    """The flags with which an arm, or what arms are made of, is best on dev."""
-    name = args.plan.get("tuned_as", {}).get(name, name)
-    trials = args.plan.get("trials", {}).get(name, [""])
-    if len(trials) == 1:
-        return trials[0]
-    scores = {flags: score_of(name, flags, args) for flags in trials}
-    return max(scores, key=scores.get)
-
-
-def score_of(name, flags, args):
-    """The score of a trial on dev, from trials.jsonl where it is there; -1: it diverged."""
-    path = args.folder / "trials.jsonl"
-    with TRIALS[name, flags]:
-        for row in read_log(path):
-            of_code = row.get("code", args.code[ROOT])  # older rows do not say it
-            same = (row["name"], row["flags"], of_code) == (name, flags, args.code[ROOT])
-            if same and not (args.retry and row["score"] < 0):
-                return row["score"]
-        score = score_on_dev(name, flags, args)
-        row = {"name": name, "flags": flags, "seed": TRIAL_SEED, "score": score}
-        add_row(path, row | {"code": args.code[ROOT]})
-        return score
-
-
-def score_on_dev(name, flags, args):
-    """The score of a trial; none is worse than one that diverges."""
-    plan = args.plan
-    share = plan.get("trial_share", 1.0)
-    file, key = plan["dev"]
-    with contextlib.suppress(Diverged):
-        if name in plan.get("made", {}):
-            made = chain(plan["made"][name], args, TRIAL_SEED, flags, share)
-            judge = plan["judge"].replace("{0}", shlex.quote(str(made[-1].parent)))
-            out = chain([judge], args, TRIAL_SEED)[0].parent
-        else:
-            out = chain(plan["arms"][name][:1], args, TRIAL_SEED, flags, share)[0].parent
-        if file.endswith(".jsonl"):
-            return max(row[key] for row in read_log(out / file) if key in row)
-        return value_at(out / file, key)
-    return -1.0
-
-
-# ---- one run: an arm with a seed -----------------------------------------------------------------
-
-
-def value_at(path, keys):
-    """The value at "a/b/c" in a JSON file; None where it has none."""
-    value = read_json(path)
+def value_at(folder, file, keys, args):
+    """The value at "a/b/c" in a JSON file of a run; results of another split have a folder of its name."""
+    other = folder / f"{args.data.resolve().name}-{args.set['split']}" / file
+    value = read_json(other if other.exists() else folder / file)
     for key in keys.split("/"):
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def found_in(folder, file, keys, args):
-    """The value in a file of a run; results of another split are in a folder of its name."""
-    other = folder / f"{args.data.resolve().name}-{args.set['split']}" / file
-    return value_at(other if other.exists() else folder / file, keys)
 
 
 def curve_of(log):
@@ -279,26 +220,21 @@ def curve_of(log):
 
 def row_of(arm, seed, args):
     """Make the runs of an arm with a seed -> its row."""
-    plan = args.plan
-    source = source_of(arm)
-    row = {"arm": arm, "seed": seed, "phase": "run", "data": args.data.name}
-    row |= {"commit": commit(source), "code": args.code[source]}
-    row |= {"machine": machine(args.device), "metrics": {}, "right": {}}
-    if seed in range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0)):
-        row["phase"] = "pilot"
+    plan, source = args.plan, source_of(arm)
+    row = {"arm": arm, "seed": seed, "data": args.data.name, "machine": args.machine}
+    row |= {"commit": commit(source), "code": args.code[source], "metrics": {}, "right": {}}
     try:
-        row["flags"] = best_flags(arm, args)
-        made = chain(plan["arms"][arm], args, seed, row["flags"])
-    except Diverged as problem:
+        made = chain(plan["commands"][arm], args, seed)
+    except UserError as problem:
         return row | {"failed": str(problem)}
     folders = [done.parent for done in made]
-    for name, (_, *source) in plan["columns"].items():
-        if source:
-            step, file, keys, factor = source
-            value = found_in(folders[step], file, keys, args)
+    for name, place in plan["sources"].items():
+        if place:
+            step, file, keys, factor = place
+            value = value_at(folders[step], file, keys, args)
             row["metrics"][name] = None if value is None else factor * value
     for name, (step, file, keys) in plan.get("right", {}).items():
-        row["right"][name] = found_in(folders[step], file, keys, args)
+        row["right"][name] = value_at(folders[step], file, keys, args)
     if "curve" in plan:
         row["curve"] = curve_of(read_log(folders[plan["curve"]] / "log.jsonl"))
     found = [read_json(done) for done in dict.fromkeys(made)]
@@ -310,210 +246,19 @@ def row_of(arm, seed, args):
     return row
 
 
-def add_row(path, row):
-    """Append a row, whole, behind whatever a killed process left."""
-    with locked(lock_beside(path), wait=True), open(path, "ab+") as file:
-        end = file.tell()
-        file.seek(max(0, end - 1))
-        torn = end > 0 and file.read(1) != b"\n"
-        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
-
-
-# ---- all runs ------------------------------------------------------------------------------------
-
-
-def check(args, arms):
-    """What a plan needs, before its first run: splits, labels, masks, libraries, a GPU."""
-    plan = args.plan
-    train, held = (data.open_split(args.data, name) for name in ("train", args.set["split"]))
-    if plan.get("right") and not (data.has_labels(train) and data.has_labels(held)):
-        raise UserError(f"{args.data}: this plan needs two classes, and labels on all images")
-    for name, fix in plan.get("planes", {}).items():
-        if name not in train:
-            raise UserError(f"{args.data} has no {name}, which {args.name} needs; {fix} makes some")
-    args.digest = data.digest(args.data)
-    commands = json.dumps([plan["arms"][arm] for arm in arms] + [plan.get("made")])
-    networks = {args.set.get("encoder"), *re.findall(r"weights/[\w-]+", commands)} - {None}
-    for file in map(model_file, sorted(networks)):
-        if file.is_file():  # a network that was made anew is another one
-            args.digest += f"-{digest_of([file])[:6]}"
-    args.images = len(train["images"])
-    args.groups = groups_of(held).tolist()
-    encoder = args.set.get("encoder")
-    if encoder and not Path(encoder).exists():
-        raise UserError(f"{encoder} does not exist; give --set encoder=RUN, of pretrain.py")
-    text = shlex.join([*arms, *args.set.values(), *(c for arm in arms for c in plan["arms"][arm])])
-    for word, (extra, library) in plan.get("needs", {}).items():
-        if word in text:
-            require(extra, library)
-    torch.set_num_threads(args.threads)  # a row names the machine so
-    asked = re.search(r"--device (\w+)", text)
-    args.device = pick_device(asked[1] if asked else "auto")
-    for arm in arms if "template" in plan else ():
-        if SOURCE not in arm:  # edited code may know others
-            parse_keys(arm.split(" ")[0], names_of(plan), "--arms")
-        if arm not in PLANS[args.name]["arms"]:
-            check_flags(arm, args)
-        if "--maps truth" in arm and "fg" not in train:
-            raise UserError(f"{args.data} has no true maps: {arm} can't run there")
-
-
-def check_flags(arm, args):
-    """An arm of the user's own: the flags that it may have, and the checkout that it names."""
-    given = {word.split("=")[0] for word in arm.split()}
-    if planned := given & OF_PLAN:
-        raise UserError(f"--arms {arm}: the plan gives {min(planned)}; leave it out")
-    if unequal := given & OF_ALL:
-        flag = min(unequal)
-        everyone = shlex.quote(f"recipe={args.set['recipe']} {flag} ...")
-        raise UserError(f"--arms {arm}: {flag} has to be equal in all arms: --set {everyone}")
-    source = source_of(arm)
-    if ("--source" in given) != (SOURCE in arm) or not (source / "pretrain.py").exists():
-        raise UserError(
-            f"--arms {arm}: give --source DIR, a checkout of this repository, behind the flags of both"
-        )
-    if SOURCE in arm and any(command.startswith("-m") for command in args.plan["template"]):
-        raise UserError(f"--arms {arm}: plan {args.name} can't run another checkout; plan mine can")
-    if SOURCE in arm and digest_of_code(source) == digest_of_code(ROOT):
-        raise UserError(f"--arms {arm}: the code there is the same as here; edit it there")
-
-
-def source_of(arm):
-    """The checkout whose code an arm runs."""
-    return Path(arm.partition(SOURCE)[2].partition(" --")[0] or ROOT)
-
-
-def against(plan, arm):
-    """The arm that an arm is compared with."""
-    where = plan["against"]
-    return where.get(arm, arm) if isinstance(where, dict) else where
-
-
-def names_of(plan):
-    """{name: keys} with which an arm of the user's own may begin: methods, or masks."""
-    return METHODS if "--method {arm}" in plan["template"][0] else masking.PARAMS
-
-
-def with_masks(plan, arms):
-    """A plan with arms of the user's own; what an arm is compared with is among the arms.
-
-    For an arm of the user's that is the plan's first one. For edited code it is the same arm of this
-    code, where this code knows the mask or method.
-    """
-    edited = {}
-    for arm in arms:
-        same, source, _ = arm.partition(SOURCE)
-        if source:
-            known = re.split("[: ]", same)[0] in names_of(plan)
-            edited[arm] = same if known else next(iter(plan["arms"]))
-    arms = [*edited.values(), *arms]
-    own = [arm for arm in arms if arm not in plan["arms"]]
-    commands = plan["arms"] | dict.fromkeys(own, plan["template"])
-    for arm, templates in commands.items():
-        same, _, edit = arm.partition(SOURCE)
-        # Flags behind the folder are those of the edited code alone.
-        source, *more = edit.partition(" --")
-        source = f"{shlex.quote(source)}/" if source else ""
-        scripts = [template.replace("{arm}", same + "".join(more)) for template in templates]
-        commands[arm] = [source + script for script in scripts]
-    baselines = dict.fromkeys(commands, next(iter(plan["arms"])))
-    if isinstance(plan["against"], dict):
-        baselines |= plan["against"]
-    baselines |= edited
-    arms = list(dict.fromkeys([*(baselines[arm] for arm in arms), *arms]))
-    return plan | {"arms": commands, "against": baselines}, arms
-
-
-def chosen(args):
-    """-> the plan, the arms that are asked for, and [(arm, seed)], seed by seed: whole pairs."""
-    plan = args.plan
-    arms = list(args.arms or plan["arms"])
-    if "template" in plan:
-        plan, arms = with_masks(plan, arms)
-    unknown = [arm for arm in arms if arm not in plan["arms"]]
-    if unknown:
-        raise UserError(f"--arms {unknown[0]} is unknown; choose from {', '.join(plan['arms'])}")
-    first = plan["seeds"][0]
-    count = args.seeds or len(plan["seeds"])
-    seeds = range(first, first + count)
-    bases = {against(plan, arm) for arm in arms}
-    pilots = range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0))
-    jobs = [(arm, seed) for seed in pilots for arm in arms if arm in bases]
-    return plan, arms, seeds, jobs + [(arm, seed) for seed in seeds for arm in arms]
-
-
-def unlike(old, new):
-    """The names that two tables share with other values."""
-    return [name for name, value in new.items() if old.get(name, value) != value]
-
-
-def save_plan(args, arms, seeds, folder):
-    """PLAN.json: what the rows are compared by. Arms and seeds of earlier calls stay."""
-    path = folder / "PLAN.json"
-    with locked(lock_beside(path), wait=True):
-        now = {"set": args.set, "digest": args.digest}
-        tables = {
-            "commands": {arm: args.plan["arms"][arm] for arm in arms},
-            "made": args.plan.get("made", {}),
-            "sources": {name: list(column[1:]) for name, column in args.plan["columns"].items()},
-        }
-        old = read_json(path) if path.exists() else {"arms": {}, "seeds": []} | now
-        if unlike(old, now) or any(unlike(old.get(k, {}), table) for k, table in tables.items()):
-            other = f"other settings, data or commands ({old['set']})"
-            raise UserError(f"{folder} has rows by {other}; give those again, or another --out")
-        plan = {name: args.plan[name] for name in KEPT if name in args.plan} | now
-        plan |= {"plan": args.name, "data": args.data.name, "split": args.set["split"]}
-        plan["columns"] = {name: column[0] for name, column in args.plan["columns"].items()}
-        # Arms and seeds that the plan names are planned also where fewer were asked for: p is corrected
-        # for all of them, and until all are there, nothing is decided.
-        planned = [*PLANS[args.name]["arms"], *arms]
-        plan["arms"] = old["arms"] | {arm: against(args.plan, arm) for arm in planned}
-        plan["seeds"] = sorted({*old["seeds"], *seeds, *args.plan["seeds"]})
-        plan |= {k: old.get(k, {}) | table for k, table in tables.items()}
-        save_json(plan, path, None)
-        if args.plan.get("right"):
-            found = {"split": args.set["split"], "groups": args.groups}
-            save_json(found, folder / "images.json", None)
-
-
-def code_files(checkout):
-    """Its Python files but the tests, in order."""
-    paths = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
-    return [path for path in paths if path.is_file()]  # Emacs leaves links to nothing
-
-
-def digest_of(paths):
-    """A hash of what these files hold, one after the other."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def digest_of_code(checkout):
-    """A hash of what trains and measures: after an edit, rows that are there are of other code."""
-    ours = [checkout / f"lab/{name}.py" for name in ("plans", "run", "report", "stats")]
-    return digest_of(path for path in code_files(checkout) if path not in ours)[:10]
-
-
-def said(row, plan):
-    """A row's numbers under their headings, or why it has none."""
-    columns = {name: column[0] for name, column in plan["columns"].items()}
-    known = {name: value for name, value in row["metrics"].items() if value is not None}
-    numbers = ", ".join(f"{columns[name]}: {value:.2f}" for name, value in known.items())
-    return row.get("failed", numbers)
-
-
-def run_all(jobs, args, folder):
-    """Make these runs, some side by side; each row is written when it is there -> failures."""
-    failed = []
+def run_all(jobs, args):
+    """Make these runs, some side by side; each row is written when it is there -> failed rows."""
+    failed, writing = [], threading.Lock()
 
     def one(job):
-        try:
-            row = row_of(*job, args)
-            add_row(folder / "rows.jsonl", row)
-            print(f"{job[0]}, seed {job[1]}: {said(row, args.plan)}", flush=True)
-        except Exception as problem:  # whatever it is, the other runs go on
-            reason = problem if isinstance(problem, UserError) else repr(problem)
-            failed.append(f"{job[0]}, seed {job[1]}: {reason}")
-            print(f"failed: {failed[-1]}", flush=True)
+        row = row_of(*job, args)
+        if STOPPED.is_set():  # it did not fail, and goes on next time
+            return
+        if "failed" in row:
+            failed.append(row)
+        with writing, open(args.folder / "rows.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{job[0]}, seed {job[1]}: {said(row, args.plan)}", flush=True)
 
     STOPPED.clear()
     pool = ThreadPoolExecutor(args.jobs)
@@ -524,101 +269,204 @@ def run_all(jobs, args, folder):
         STOPPED.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(RUNNING):
-            # A stage saves, and goes on next time. Windows would kill it, but has told it already.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30 if os.name == "nt" else 0)
-            process.terminate()
+            process.terminate()  # a stage saves, and goes on next time
     return failed
 
 
-def time_of(jobs, args):
-    """How long these runs take, by the rows that there are of this plan and its settings -> a line.
+def said(row, plan):
+    """A row's numbers under their headings, or why it has none."""
+    known = {name: value for name, value in row["metrics"].items() if value is not None}
+    numbers = ", ".join(f"{plan['columns'][name]}: {value:.2f}" for name, value in known.items())
+    return row.get("failed", numbers)
 
-    Those in args.folder were made here; published ones perhaps on a faster machine.
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+def source_of(arm):
+    """The checkout whose code an arm runs."""
+    return Path(arm.partition(SOURCE)[2].partition(" --")[0] or ROOT)
+
+
+def names_of(plan):
+    """{name: keys} with which an arm of your own may begin: methods, or masks."""
+    return METHODS if "--method {arm}" in plan["template"][0] else masking.PARAMS
+
+
+def check_arm(arm, plan):
+    """An arm of your own: the flags that it may have, and the checkout that it names."""
+    given = {word.split("=")[0] for word in arm.split()}
+    if unequal := given & EQUAL:
+        flag = min(unequal)
+        raise UserError(f"--arms {arm}: {flag} has to be equal in all arms (--set recipe=...)")
+    source = source_of(arm)
+    if "--source" not in given:
+        parse_keys(arm.split(" ")[0], names_of(plan), "--arms")
+    elif SOURCE not in arm or not (source / "pretrain.py").exists():
+        raise UserError(
+            f"--arms {arm}: give --source DIR, a checkout of this repository, behind the flags of both"
+        )
+    elif code_of(source) == code_of(ROOT):
+        raise UserError(f"--arms {arm}: the code there is the same as here; edit it there")
+
+
+def commands_of(arm, plan):
+    """The template's commands for an arm; flags behind the folder are those of the edited code alone."""
+    same, _, edit = arm.partition(SOURCE)
+    source, *more = edit.partition(" --")
+    source = f"{shlex.quote(source)}/" if source else ""
+    return [source + text.replace("{arm}", same + "".join(more)) for text in plan["template"]]
+
+
+def with_arms(plan, asked):
+    """A plan that has these arms, and what they are compared with -> the plan, and the arms to run.
+
+    An arm of your own is compared with the plan's first one. Edited code is compared with the same arm
+    of this code, where this code knows the mask or method.
     """
-    for folder in (args.folder, *sorted(ROOT.glob(f"results/*/{args.folder.name}"))):
-        rows = [row for row in report.read_rows(folder) if "seconds" in row]
-        if rows and read_json(folder / "PLAN.json").get("set") == args.set:
-            break
-    else:
-        return "how long is unknown: no run of this plan with these settings has a row yet"
-    each = median(row["seconds"] for row in rows) / 60
-    total = each * len(jobs) / args.jobs
+    first = next(iter(plan["arms"]))
+    plan["commands"] = {arm: commands_of(arm, plan) for arm in plan["arms"]} | plan.get(
+        "commands", {}
+    )
+    wanted = []
+    for arm in asked:
+        same, source, _ = arm.partition(SOURCE)
+        known = source and re.split("[: ]", same)[0] in names_of(plan)
+        for name, other in [(same, first)] * bool(known) + [(arm, same if known else first)]:
+            if name not in plan["arms"]:
+                check_arm(name, plan)
+                plan["arms"][name], plan["commands"][name] = other, commands_of(name, plan)
+            wanted += [plan["arms"][name], name]
+    return plan, list(dict.fromkeys(wanted))
+
+
+def open_plan(name):
+    """The plan of a name, or of a folder with PLAN.json."""
+    path = Path(__file__).with_name(f"{name}.json") if name in OURS else Path(name) / "PLAN.json"
+    return read_json(path, report.NEEDED, f"give a folder of results, or {', '.join(sorted(OURS))}")
+
+
+def save_plan(args, seeds):
+    """PLAN.json: what the rows are compared by. Arms and seeds of earlier calls stay.
+
+    Arms and seeds of the plan are planned also where fewer were asked for: p is corrected for all of them,
+    and until all are there, nothing is decided.
+    """
+    path = args.folder / "PLAN.json"
+    plan = args.plan | {"set": args.set, "digest": args.digest, "data": args.data.name}
+    plan |= {"split": args.set["split"], "seeds": sorted({*plan["seeds"], *seeds})}
+    if path.exists():
+        old = read_json(path)
+        shared = old["commands"].keys() & plan["commands"].keys()
+        other = any(old["commands"][arm] != plan["commands"][arm] for arm in shared)
+        if other or any(old[k] != plan[k] for k in ("set", "digest", "made", "sources")):
+            other = f"other settings, data or commands ({old['set']})"
+            raise UserError(f"{path} is of {other}; give those again, or another --out")
+        plan |= {k: old[k] | plan[k] for k in ("arms", "commands")}
+        plan["seeds"] = sorted({*old["seeds"], *plan["seeds"]})
+    save_json(plan, path)
+    if plan.get("right"):
+        found = {"split": plan["split"], "groups": args.groups}
+        save_json(found, args.folder / "images.json", None)
+
+
+def open_data(args):
+    """The pictures of a plan, packed if need be; their digest, and that of the encoder."""
+    args.data = Path(data.open_or_pack(args.data or f"datasets/{args.plan['data']}"))
+    held = data.open_split(args.data, args.set["split"])
+    if args.plan.get("right") and not data.has_labels(held):
+        raise UserError(f"{args.data}: this plan needs two classes, and labels on all images")
+    args.groups = groups_of(held).tolist()
+    args.digest = data.digest(args.data)
+    encoder = args.set.get("encoder")
+    if encoder:  # one that was trained anew is another one
+        args.digest += "-" + hashlib.sha256(model_file(encoder).read_bytes()).hexdigest()[:6]
+
+
+def time_of(rows, left, args):
+    """How long these runs take, by rows that are there -> a line."""
+    times = [row["seconds"] / 60 for row in rows if row.get("seconds")]
+    if not times:
+        return f"{len(left)} runs; how long one takes is unknown until a row is there"
+    total = median(times) * len(left) / args.jobs
     machines = " and ".join(sorted({row["machine"] for row in rows}))
-    text = f"about {total:.0f} minutes: {len(jobs)} runs of {each:.1f} minutes, the median of "
-    text += f"{len(rows)} in {os.path.relpath(folder)} ({machines})"
-    commands = shlex.join(command for arm, _ in jobs for command in args.plan["arms"][arm])
-    if any(f"{{{name}}}" in commands for name in args.plan.get("made", {})):
-        text += "; what the arms share is made first, and comes on top"
-    return text
+    each = (
+        f"{len(left)} runs of {median(times):.1f} minutes, the median of {len(times)} ({machines})"
+    )
+    return f"about {total:.0f} minutes: {each}; what arms share is made once, and comes on top"
 
 
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("name", choices=PLANS, metavar="PLAN", help=", ".join(PLANS))
-    add("--data", default="datasets/toon", metavar="DIR", help="packed set (default: %(default)s)")
-    add(
-        "--arms",
-        nargs="+",
-        metavar="ARM",
-        help="only these; masks or methods, with flags, --source DIR",
-    )
+    add("name", metavar="PLAN", help="mine, ways, or a folder with PLAN.json")
+    add("--data", metavar="DIR", help="packed set (default: datasets/ and the plan's)")
+    add("--arms", nargs="+", metavar="ARM", help="only these; of mine: masks, of ways: methods")
     add("--seeds", type=at_least(1), metavar="N", help="of every arm (default: the plan's)")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="words in braces of the plan")
+    add("--set", nargs="+", default=[], metavar="WORD=VALUE", help="words in braces of the plan")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
     add("--threads", type=at_least(1), default=os.cpu_count(), metavar="N", help="of each run")
     add("--out", type=Path, default=Path("runs/lab"), metavar="DIR", help="of the tables")
     add("--work", type=Path, default=Path("runs/work"), metavar="DIR", help="of the runs' folders")
-    add("--retry", action="store_true", help="try again what diverged")
     add("--dry", action="store_true", help="pack --data if need be, say what would run, and stop")
     args = parser.parse_args()
-    if unknown := [pair for pair in args.set if "=" not in pair]:
-        raise UserError(f"--set {unknown[0]} is no NAME=VALUE")
-    args.plan = PLANS[args.name]
-    given = dict(pair.split("=", 1) for pair in args.set)
-    if unknown := sorted(given.keys() - args.plan["set"].keys()):
+    args.plan = open_plan(args.name)
+    given = [pair.partition("=") for pair in args.set]
+    if unknown := [word for word, _, _ in given if word not in args.plan["set"]]:
         known = ", ".join(args.plan["set"])
-        raise UserError(f"--set {unknown[0]} is unknown; {args.name} has {known}")
-    commands = json.dumps([args.plan.get(name) for name in ("arms", "template", "made", "judge")])
-    if "split" in given and "{split}" not in commands:
-        raise UserError(f"--set split has no effect: commands of plan {args.name} choose their own")
-    args.set = args.plan["set"] | given
+        raise UserError(f"--set {unknown[0]} is unknown; {args.plan['plan']} has {known}")
+    args.set = args.plan["set"] | {word: value for word, _, value in given}
     return args
 
 
 def main():
     args = parse_args()
-    args.plan, arms, seeds, jobs = chosen(args)
-    args.data = Path(data.open_or_pack(args.data))
-    check(args, arms)
-    args.folder = folder = args.out / f"{args.name}-{args.data.name}"
-    rows = [row for row in report.read_rows(folder) if not (args.retry and "failed" in row)]
-    done = {(row["arm"], row["seed"]) for row in rows}
+    plan = args.plan
+    arms = args.arms or list(plan["arms"])
+    if "template" in plan:
+        plan, arms = with_arms(plan, arms)
+    for arm, version in plan.get("commit", {}).items():
+        print(f"left out {arm}: its flags are those of commit {version}, which can make it")
+    if unknown := set(arms) - plan["arms"].keys():
+        known = ", ".join(plan["arms"])
+        raise UserError(f"--arms {min(unknown)} is unknown; choose from {known}")
+    arms = [arm for arm in arms if arm in plan["commands"]]
+    open_data(args)
+    args.folder = args.out / f"{plan['plan']}-{args.data.name}"
+    seeds = plan["seeds"][: args.seeds]
+    if args.seeds:
+        seeds = range(seeds[0], seeds[0] + args.seeds)
+    jobs = [(arm, seed) for seed in seeds for arm in arms]  # seed by seed: whole pairs
+    rows = report.read_rows(args.folder)
+    done = {(row["arm"], row["seed"]) for row in rows if "failed" not in row}
     left = [job for job in jobs if job not in done]
-    print(f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
-    sources = {source_of(arm) for arm in [*arms, *(row["arm"] for row in rows)]}
-    args.code = {source: digest_of_code(source) for source in sources | {ROOT}}
-    codes = [(row.get("code"), args.code[source_of(row["arm"])]) for row in rows]
-    if older := sum(made not in (None, now) for made, now in codes):
-        again = shlex.join(["rm", "-r", str(folder)])
-        print(f"warning  {older} rows were made by other code; {again}, and they are made again")
+    print(f"{args.folder}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
+    sources = {ROOT, *map(source_of, [*arms, *(row["arm"] for row in rows)])}
+    args.code = {source: code_of(source) for source in sources}
+    if older := sum(row.get("code") != args.code[source_of(row["arm"])] for row in rows):
+        print(
+            f"warning  {older} rows were made by other code; without {args.folder} all are made anew"
+        )
     if args.dry:
         print(*(f"  {arm}, seed {seed}" for arm, seed in left), sep="\n")
-        print(time_of(left, args))
+        print(time_of(rows or report.read_rows(Path(args.name)), left, args))
         return
+    torch.set_num_threads(args.threads)  # a row names the machine so
+    args.machine = machine(pick_device("auto"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which nohup ignores
-    save_plan(args, arms, seeds, folder)
-    failed = run_all(left, args, folder)
-    study = report.judged([report.open_folder(folder)])[0]
-    if study.rows:
-        report.write(study, figure=True)
-        print("", (folder / "table.md").read_text("utf-8"), READING, sep="\n")
-        print(f"wrote    {folder}/table.md, table.csv, figure.png")
-    if failed:
-        raise UserError(f"{len(failed)} runs failed, repeat the command; the first: {failed[0]}")
+    save_plan(args, seeds)
+    # Without a row that a kill cut short, because the next one would be written behind it.
+    save_text("".join(json.dumps(row) + "\n" for row in rows), args.folder / "rows.jsonl")
+    failed = run_all(left, args)
+    study = report.judged([report.open_folder(args.folder)])[0]
     if not study.rows:
-        raise UserError(f"every run diverged, see {folder}/rows.jsonl; --retry makes them again")
+        raise UserError(f"every run failed; the first: {study.failed[0]['failed']}")
+    report.write(study, figure=True)
+    print("", (args.folder / "table.md").read_text("utf-8"), READING, sep="\n")
+    print(f"wrote    {args.folder}/table.md, table.csv, figure.png")
+    if failed:
+        why = f"the first: {failed[0]['failed']}"
+        raise UserError(f"{len(failed)} runs failed; the same command tries again; {why}")
 
 
 if __name__ == "__main__":

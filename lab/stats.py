@@ -184,7 +184,9 @@ def judge(hypotheses, family):
     after Holm. Refuted: one part excludes its claim, after Holm over all parts. All else is undecided.
     """
     absent = [family[name] for name in family.keys() - {h["id"] for h in hypotheses}]
-    p = [max(x["p"] if whole(x) and x["effect"] > 0 else 1.0 for x in h["parts"]) for h in hypotheses]
+    p = [
+        max(x["p"] if whole(x) and x["effect"] > 0 else 1.0 for x in h["parts"]) for h in hypotheses
+    ]
     tests = [test for h in hypotheses for test in h["parts"]]
     against = [test["p_against"] if whole(test) else 1.0 for test in tests]
     for test, adjusted in zip(tests, holm(against + [1.0] * sum(absent)), strict=False):
