@@ -13,7 +13,7 @@ from conftest import ROOT, call
 
 from common import metrics
 from lab import report
-from lab.plans import PLANS
+from lab.run import open_plan
 
 RESULTS = ROOT / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("study/*/verdicts.json"))
@@ -122,8 +122,8 @@ def test_pairs_are_paired_by_seed_though_rows_are_in_another_order(tmp_path):
 
 def test_a_planned_arm_without_rows_counts_in_the_correction():
     arms = {"a": "b", "b": "b", "never run": "b"}
-    plan = {"arms": arms, "seeds": [0, 1, 2], "compare": ["top1"]} | report.DEFAULTS
-    study = SimpleNamespace(plan=plan, groups=None, thresholds={}, rows={"a": {}, "b": {}})
+    plan = report.DEFAULTS | {"arms": arms, "seeds": [0, 1, 2], "compare": ["top1"]}
+    study = SimpleNamespace(plan=plan, groups=None, rows={"a": {}, "b": {}})
     for seed, top1 in enumerate([1.0, 2.0, 4.0]):
         study.rows["a"][seed] = {"metrics": {"top1": top1}}
         study.rows["b"][seed] = {"metrics": {"top1": 0.0}}
@@ -152,7 +152,9 @@ def test_the_minutes_of_the_exercise_follow_from_rows():
     rows = report.read_rows(RESULTS / "study/variants-toon")
     some = [row["core_seconds"] for row in rows if row["arm"] in ("random", "attn_high")]
     assert text[1] == f"{6 * np.median(some) / 60:.0f}"
-    recipes = [PLANS[name]["set"]["recipe"] for name in ("mine", "variants")]
+    recipes = [
+        open_plan(name)["set"]["recipe"] for name in ("mine", RESULTS / "study/variants-toon")
+    ]
     assert recipes[0] == recipes[1]
 
 
@@ -162,7 +164,8 @@ def test_h3_on_the_demo_set_depends_on_its_threshold(judged):
     base = study.rows["random"].values()
     limit = np.mean([metrics.threshold_of(row["curve"]["linear"]) for row in base])
     test = study.hypotheses[0]["parts"][0]
-    other = SimpleNamespace(**vars(study) | {"thresholds": {test["against"]: float(limit)}})
+    plan = study.plan | {"thresholds": {test["against"]: float(limit)}}
+    other = SimpleNamespace(**vars(study) | {"plan": plan})
     other = report.measure(test, other)
     text = (RESULTS / "STUDY.md").read_text()
     assert f"saves {test['effect']:.0f} % of the epochs" in text

@@ -270,7 +270,9 @@ def test_every_plan_is_whole(name, monkeypatch):
     if "template" in plan:
         plan, _ = run.with_arms(plan, plan["arms"])
     assert plan["arms"].keys() == plan["commands"].keys() | plan.get("commit", {}).keys()
-    assert plan["columns"].keys() == plan["sources"].keys() and {*plan["compare"]} <= {*plan["columns"]}
+    assert plan["columns"].keys() == plan["sources"].keys() and {*plan["compare"]} <= {
+        *plan["columns"]
+    }
     assert {*plan["arms"].values()} - {"best"} <= plan["arms"].keys()
     monkeypatch.setattr(run, "chain", lambda *of: [Path("made/file")])
     args = SimpleNamespace(plan=plan, set=plan["set"], data="data")
