@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, turns, percentiles, the roofline, and the table of rows.
+"""What the benchmarks share: clocks, turns, percentiles, the speed of a copy, and the table of rows.
 
 Machines are noisy. So what is compared takes turns in one run, and a comparison is the median of
 the ratios within the turns.
@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.door import reading, save_csv
-from common.locks import lock_beside, reserve
+from common.door import save_csv
 from common.train import Parser, UserError, at_least, commit, machine
 from kernels.patches import TRITON as HAS_TRITON
 
@@ -128,9 +127,6 @@ def alone(function, *args, **options):
             raise UserError("a process was killed; its memory may have been full") from None
 
 
-# ---- the roofline --------------------------------------------------------------------------------
-
-
 def copy_speed(device):
     """Bytes a second, read and written, of a plain copy that is larger than the caches."""
     size = 2**30 if device.type == "cuda" else 2**28
@@ -138,20 +134,6 @@ def copy_speed(device):
     target = torch.empty_like(source)
     ms = milliseconds(lambda: target.copy_(source), device)
     return 2 * size / statistics.median(ms) * 1000
-
-
-def product_speed(device, dtype):
-    """Operations a second of a plain product of two square matrices, which counts as the peak."""
-    side = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device).to(dtype)
-    out = torch.empty_like(a)
-    ms = milliseconds(lambda: torch.mm(a, a, out=out), device)
-    return 2 * side**3 / statistics.median(ms) * 1000
-
-
-def least_seconds(operations, moved, operations_per_s, bytes_per_s):
-    """The roofline: nothing is faster than its operations, or than its bytes (Williams 2009)."""
-    return max(operations / operations_per_s, moved / bytes_per_s)
 
 
 # ---- the table of rows ---------------------------------------------------------------------------
@@ -164,7 +146,6 @@ class Table:
     """
 
     def __init__(self, path, keys, device, **versions):
-        reserve([], lock_beside(path))
         self.path = path
         self.keys = (*keys, "machine", "commit")
         self.rows = read_table(path) if path.exists() else []
@@ -186,10 +167,6 @@ class Table:
 
 
 def read_table(path):
-    """-> the rows of a Table's file, dicts of text; what is no such table is refused."""
-    with reading(path, "table of measurements", "give another --out"):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not all(row.get("commit") for row in rows or [{}]):
-            raise ValueError("a row without a commit")
-    return rows
+    """-> the rows of a Table's file, dicts of text."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))

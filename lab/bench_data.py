@@ -1,4 +1,4 @@
-"""How fast images are packed and handed out, and what memory that takes (on Linux).
+"""How fast images are packed and handed out.
 
     python -m lab.bench_data [--images N | --pack N]
 
@@ -10,7 +10,6 @@ N/2 generated JPEGs of 512 px, with and without the search for copies, into benc
 import contextlib
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -26,31 +25,12 @@ SIDE = 128  # of the loader's images in pixels
 BATCH = 128
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def anonymous_mb():
-    """Memory of this process that no file backs, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
-
-
-def watched(function, *args, **options):
-    """-> (seconds that a call takes, most anonymous memory that it adds in MB)."""
-    readings = [anonymous_mb()]
-    ended = threading.Event()
-
-    def watch():
-        while not ended.wait(0.01):
-            readings.append(anonymous_mb())
-
-    threading.Thread(target=watch, daemon=True).start()
+def seconds_of(function, *args, **options):
+    """How long a call takes."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(None):
         function(*args, **options)
-    seconds = time.perf_counter() - start
-    ended.set()
-    return seconds, max(*readings, anonymous_mb()) - readings[0]
+    return time.perf_counter() - start
 
 
 # ---- the loader ----------------------------------------------------------------------------------
@@ -77,15 +57,13 @@ def loader_row(n, turns, device):
     """The row of results: epochs of the loader on one file. The first one is not timed."""
     with tempfile.TemporaryDirectory() as folder:
         images = noise_file(Path(folder) / "noise", n, SIDE)
-        found = [watched(epoch, images, i, device) for i in range(turns + 1)]
-    seconds = [spent for spent, _ in found[1:]]
+        seconds = [seconds_of(epoch, images, i, device) for i in range(turns + 1)][1:]
     count = n // BATCH * BATCH
     return {
         "file_gb": round(images.nbytes / 1e9, 2),
         "images_per_s": round(count / statistics.median(seconds)),
         "low": round(count / max(seconds)),
         "high": round(count / min(seconds)),
-        "anonymous_mb_added": round(max(mb for _, mb in found), 1),
     }
 
 
@@ -117,9 +95,9 @@ def add_pack_rows(table, n):
                 if table.find(**keys):
                     continue
                 paths = (folder / "jpegs", folder / dedupe)
-                found = bench.alone(watched, pack.pack, *paths, size=128, dedupe=dedupe)
-                speed = {"seconds": round(found[0], 1), "images_per_s": round(count / found[0])}
-                table.add(keys | speed | {"anonymous_mb_added": round(found[1])})
+                spent = bench.alone(seconds_of, pack.pack, *paths, size=128, dedupe=dedupe)
+                speed = {"seconds": round(spent, 1), "images_per_s": round(count / spent)}
+                table.add(keys | speed)
 
 
 def main():

@@ -8,9 +8,6 @@ A step is: bytes of the views, forward, the loss of MAE, backward, AdamW. timm h
 candidate is our step with timm's blocks. All start with the same weights, and get the same images
 and noise. The gate: the losses of the first steps are those of our eager fp32 step with the PyTorch
 references. Where they differ, there is no speed.
-
-The roofline is the time that a plain matrix product would take for the operations of our MAE, or a
-plain copy for the bytes, whichever is longer; both are timed right after the step.
 """
 
 import functools
@@ -24,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import mask as masking
 from apps.export import export
@@ -82,30 +78,7 @@ class Case:
 KEYS = ("turn", *Case.__dataclass_fields__)
 
 
-# ---- counted, not measured -----------------------------------------------------------------------
-
-
-def step_flops(model, K):
-    """Matrix operations of forward and backward of our MAE for one image, K patches visible, as
-    torch counts them.
-
-    A multiplication and an addition are 2 operations. The model is on the device "meta": only
-    shapes are computed.
-    """
-    with torch.device("meta"):
-        ids = torch.arange(model.encoder.side**2)[None]
-        patches = torch.empty(1, K, 3 * model.encoder.patch_size**2)
-    with FlopCounterMode(display=False) as counter:
-        pred, stats, _ = model(patches, ids[:, :K], ids[:, K:])
-        (pred.sum() + stats.sum()).backward()
-    return counter.get_total_flops()
-
-
-def step_bytes(weights, pixels):
-    """The least bytes of a step: each fp32 weight is read forward and backward, its gradient is
-    written, and AdamW reads weight, gradient and two moments and writes three; each pixel is read.
-    """
-    return 4 * (2 + 1 + 4 + 3) * weights + pixels
+# ---- the gate ------------------------------------------------------------------------------------
 
 
 def agree(losses, reference, dtype):
@@ -216,7 +189,7 @@ def make_step(case, folder, device):
 
 
 def measured(case, folder, warmup, steps, impl="auto"):
-    """-> losses of the warm-up, then seconds of a step, memory, and both peaks of the roofline."""
+    """-> losses of the warm-up, then seconds of a step, and memory."""
     device = train.pick_device(case.device)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions, too
     patches.IMPL = impl
@@ -229,33 +202,10 @@ def measured(case, folder, warmup, steps, impl="auto"):
         seconds = (bench.now(device) - start) / max(1, steps)
     except RuntimeError as problem:  # a full memory, or what a compiler can't do
         return {"note": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
-    found = {"losses": losses, "seconds": seconds, "peak_mb": train.peak_memory_mb(device)}
-    if steps:
-        found["operations_per_s"] = bench.product_speed(device, train.DTYPES[case.dtype])
-        found["bytes_per_s"] = bench.copy_speed(device)
-    return found
+    return {"losses": losses, "seconds": seconds, "peak_mb": train.peak_memory_mb(device)}
 
 
 # ---- rows ----------------------------------------------------------------------------------------
-
-
-def row_of(case, found):
-    """The columns of a row that were measured, and the share of the roofline."""
-    with torch.device("meta"):
-        model = case.network()
-    operations = step_flops(model, masking.kept(model.encoder.side**2, case.ratio))
-    weights = sum(w.numel() for w in model.parameters())
-    moved = step_bytes(weights, 3 * case.batch * case.image_size**2)
-    peaks = found["operations_per_s"], found["bytes_per_s"]
-    least = bench.least_seconds(case.batch * operations, moved, *peaks)
-    return {
-        "images_per_s": round(case.batch / found["seconds"], 2),
-        "peak_mb": round(found["peak_mb"]),
-        "gflop_per_image": round(operations / 1e9, 2),
-        "roofline_percent": round(100 * least / found["seconds"], 1),
-        "product_tflop_per_s": round(peaks[0] / 1e12, 3),
-        "copy_gb_per_s": round(peaks[1] / 1e9, 1),
-    }
 
 
 def add_row(table, case, turn, *, folder, reference, counts):
@@ -271,7 +221,11 @@ def add_row(table, case, turn, *, folder, reference, counts):
         problem = found.get("note") or agree(found["losses"], reference, case.dtype)
         if problem and case.candidate == "AniMask":
             raise UserError(f"{name_of(case)}: {problem}; no speed is reported")
-        table.add(keys | ({"note": problem} if problem else row_of(case, found)))
+        row = {"note": problem}
+        if not problem:
+            row = {"images_per_s": round(case.batch / found["seconds"], 2)}
+            row["peak_mb"] = round(found["peak_mb"])
+        table.add(keys | row)
     return float(table.find(**keys).get("images_per_s") or 0)
 
 

@@ -1,4 +1,4 @@
-"""What breaks it? A probe trained on clean features sees corrupted pictures; hidden pixels are predicted.
+"""What breaks it? A probe that was trained on clean features sees corrupted pictures.
 
     python -m lab.stress runs/NAME
     python -m lab.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
@@ -10,7 +10,6 @@ Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run
 
 import io
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import data
-import mask as masking
 from common import features, metrics
-from common.checkpoints import load_encoder, load_mae
-from common.evaluate import filled_in, masked_mse, psnr
+from common.checkpoints import load_encoder
 from common.locks import reserve
 from common.train import (
     Parser,
@@ -37,11 +34,9 @@ from common.train import (
     save_json,
     seeded,
 )
-from finetune_lora import GRAY, cutout
+from finetune_lora import cutout
 from ingest.decode import open_picture
 from model import POOLS
-
-RATIOS = (0.25, 0.5, 0.75, 0.9)
 
 # ---- corruptions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3) -------------
 # Lengths are in pixels of a 128 px picture, and grow with the picture.
@@ -56,17 +51,6 @@ def channels_last(x):
 def luminance(images):
     """-> fp32 (B, 1, S, S)."""
     return (images.float() @ torch.tensor(data.LUMA, device=images.device))[:, None]
-
-
-def paint(images, where):
-    """where (B, S, S) bool becomes gray."""
-    return torch.where(where[..., None].to(images.device), images.new_tensor(GRAY), images)
-
-
-def moved(where, generator):
-    """The control of a hidden part: the same shapes (B, S, S) at random places, wrapped around."""
-    shifts = torch.randint(where.shape[1], (len(where), 2), generator=generator).tolist()
-    return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
 
 
 def rotation(images, level, generator, factor=1.0):
@@ -168,32 +152,11 @@ def corrupted(name, level):
     return lambda images, index: function(images, level, generator)
 
 
-def hide_part(images, index, task, part, generator=None):
-    """A part is painted gray; with a generator its shape elsewhere is, as control."""
-    where = torch.from_numpy(task.split["parts"][index.numpy()] == part)
-    return paint(images, moved(where, generator) if generator else where)
-
-
 def robustness(task):
     """Top-1 under every level of every corruption: {name: {level: percent}}."""
     found = {}
     for name, (_, levels, *_) in progress(SWEEPS.items(), "robustness", leave=False):
         found[name] = {str(x): percent(right_of(task, corrupted(name, x))) for x in levels}
-    return found
-
-
-def without_parts(task):
-    """{part: {"area": share of the picture, "hidden", "control": Top-1 without it}}."""
-    found = {}
-    parts = torch.from_numpy(task.split["parts"][task.index.numpy()])
-    for k, name in list(enumerate(task.split["header"]["parts"]))[1:]:  # 0 is the background
-        hidden = right_of(task, partial(hide_part, task=task, part=k))
-        control = partial(hide_part, task=task, part=k, generator=seeded(0, k))
-        found[name] = {
-            "area": (parts == k).float().mean().item(),
-            "hidden": percent(hidden),
-            "control": percent(right_of(task, control)),
-        }
     return found
 
 
@@ -203,8 +166,7 @@ def stress_probe(task):
     most_frequent = torch.bincount(task.train["labels"]).argmax()
     row = {"clean": percent(clean), "pool": task.args.pool}
     row["chance"] = percent(task.split["labels"][task.index] == most_frequent)
-    row["robustness"] = robustness(task)
-    return row | ({"parts": without_parts(task)} if "parts" in task.split else {})
+    return row | {"robustness": robustness(task)}
 
 
 def stress_some(task):
@@ -219,74 +181,7 @@ def stress_some(task):
     }
 
 
-# ---- reconstruction ------------------------------------------------------------------------------
-
-
-def flat_guess(view, where):
-    """The control: hidden pixels get the mean colour of the visible ones of the same picture."""
-    seen = ~where[..., None]
-    colour = (view.float() * seen).sum((1, 2), keepdim=True) / seen.sum((1, 2), keepdim=True)
-    return torch.where(seen, view, colour.round().to(torch.uint8))
-
-
-def ssim_map(a, b):
-    """Structural similarity of u8 pictures (n, S, S, 3) at every pixel, mean over colours.
-
-    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 0.01, K2 0.03, mirrored borders.
-    """
-
-    def blurred(p):
-        return torch.from_numpy(gaussian_filter(p.numpy(), (0, 1.5, 1.5, 0), truncate=3.5))
-
-    a, b = a.double().cpu(), b.double().cpu()
-    mean_a, mean_b = blurred(a), blurred(b)
-    var = (blurred(a * a) - mean_a**2) + (blurred(b * b) - mean_b**2)
-    cov = blurred(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    return (top / ((mean_a**2 + mean_b**2 + c1) * (var + c2))).mean(3)
-
-
-def pixel_scores(view, pasted, where):
-    """(B,) each: PSNR and SSIM on hidden pixels, and PSNR of the flat guess."""
-    similarity = (ssim_map(pasted, view) * where).sum((1, 2)) / where.sum((1, 2))
-    flat = psnr(flat_guess(view, where), view, where)
-    return {"psnr_flat": flat, "psnr": psnr(pasted, view, where), "ssim": similarity}
-
-
-@torch.no_grad()
-def reconstruction(mae, task):
-    """[{"ratio", "psnr", "ssim", "psnr_flat"}]: means over images, dB, [0, 1]. Random masks."""
-    model = mae[0]
-    total = {ratio: {} for ratio in RATIOS}
-    S = model.config["image_size"]
-    N = model.encoder.side**2
-    for index, view in data.whole_views(task.split["images"], task.index, S, task.device, "pixels"):
-        noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in index.tolist()])
-        for ratio, scores in total.items():
-            ids = masking.sample(noise.to(task.device), masking.kept(N, ratio))
-            pasted, where = (x.cpu() for x in filled_in(*mae, view, *ids, task.autocast))
-            for name, x in pixel_scores(view.cpu(), pasted, where).items():
-                scores.setdefault(name, []).append(x)
-    rows = []
-    for ratio, scores in total.items():
-        table = torch.stack([torch.cat(x) for x in scores.values()])  # (scores, n)
-        # Without the images that one of both predicts exactly, whose PSNR is infinite.
-        means = table[:, table.isfinite().all(0)].mean(1).tolist()
-        rows.append({"strategy": "random", "ratio": ratio} | dict(zip(scores, means, strict=True)))
-    return rows
-
-
 # ---- the command ---------------------------------------------------------------------------------
-
-
-def lines_of_pixels(rows):
-    """PSNR and SSIM of hidden patches, as lines."""
-    lines = ["hidden   PSNR, dB   SSIM   mean colour, dB"]
-    for r in rows:
-        scores = f"{r['psnr']:8.2f}   {r['ssim']:.3f} {r['psnr_flat']:17.2f}"
-        lines.append(f"{r['ratio']:>5.0%}   {scores}")
-    return lines
 
 
 def lines_of_probe(report):
@@ -295,9 +190,6 @@ def lines_of_probe(report):
     for name, levels in report["robustness"].items():
         cells = "  ".join(f"{level} {x:.1f}" for level, x in levels.items())
         lines.append(f"{name:10} {SWEEPS[name][2]:18} {cells}")
-    for name, x in report.get("parts", {}).items():
-        shares = f"{x['hidden']:5.1f}, the same shape elsewhere {x['control']:5.1f}"
-        lines.append(f"without {name:12} {shares} ({100 * x['area']:.1f} % of the picture)")
     return lines
 
 
@@ -335,24 +227,15 @@ def main():
     args = task.args
     name = f"stress-{args.only.replace(',', '-')}.json" if args.only else "stress.json"
     reserve([task.out / name])
-    if args.only and not task.labelled:
-        raise UserError(f"--only {args.only} needs two classes, and labels on all of {task.folder}")
-    mae = None if args.only else load_mae(task.run)
+    if not task.labelled:
+        raise UserError(f"this needs two classes, and labels on all of {task.folder}")
     report = {"command": command(), "machine": machine(task.device), "commit": commit()}
     report |= {"run": task.run.name, "data": str(task.folder), "split": args.split}
     report["images"] = len(task.index)
-    if task.labelled:
-        fit_probe(task)
-        report |= stress_some(task) if args.only else stress_probe(task)
-        lines = [f"Top-1 under {k}: {x:.1f} %" for k, x in report.get("top1", {}).items()]
-        print(*(lines or lines_of_probe(report)), sep="\n")
-    if mae:
-        net, header = mae
-        norm = {key: header[key] for key in ("norm_pix", "floor")}
-        report["masked_mse"] = masked_mse(net.to(task.device), task.split, norm, task.autocast)
-        report["reconstruction"] = reconstruction(mae, task)
-        print(*lines_of_pixels(report["reconstruction"]), sep="\n")
-        print(f"masked error under the fixed random mask {report['masked_mse']:.4f}")
+    fit_probe(task)
+    report |= stress_some(task) if args.only else stress_probe(task)
+    lines = [f"Top-1 under {k}: {x:.1f} %" for k, x in report.get("top1", {}).items()]
+    print(*(lines or lines_of_probe(report)), sep="\n")
     save_json(report, task.out / name)
     print(f"wrote    {task.out}/{name}")
 

@@ -13,37 +13,10 @@ from common.door import save_csv
 from common.train import UserError
 from lab import bench
 from lab import bench_kernels as kernels
-from lab import bench_latency as latency
 from lab import bench_step as step
-from model import MAE, MLP_RATIO
 
 CPU = torch.device("cpu")
 TINY = step.Case(**step.TINY, dtype="fp32", decoder="32x1", device="cpu")
-
-
-def test_flops_are_those_of_the_formula():
-    """A block: 6 T D^2 for q, k and v of all T tokens, (2 + 4 r) U D^2 for proj and MLP of the U that
-    it updates, 4 U T D for q k^T and A v. Backward is twice forward, but for what needs no gradient of
-    its input: pixels, the head's features.
-    """
-    S, p = 48, 16
-    D, depth = 32, 3
-    W, blocks = 64, 2
-    K = 5
-    N, P = (S // p) ** 2, 3 * p * p
-
-    def block(T, D, U):
-        return (6 * T + (2 + 4 * MLP_RATIO) * U) * D**2 + 4 * U * T * D
-
-    decoder = 2 * (K + 1) * D * W + (blocks - 1) * block(N + 1, W, N + 1)
-    decoder += block(N + 1, W, N - K) + 2 * (N - K) * W * P
-    once = 2 * K * P * D + 2 * (N - K) * W * 2  # patch embedding, head for pictures
-    expected = 3 * (depth * block(K + 1, D, K + 1) + decoder) + 2 * once
-    with torch.device("meta"):
-        model = MAE(W, blocks, image_size=S, patch_size=p, dim=D, depth=depth, heads=2)
-    assert step.step_flops(model, K) == expected
-    assert step.step_bytes(1000, 7) == 40_007  # ten fp32 numbers a weight, and pixels
-    assert bench.least_seconds(100, 10, 50, 10) == 2  # 2 s of operations, 1 s of bytes
 
 
 def test_bytes_of_the_kernels_are_those_of_their_docstrings():
@@ -85,10 +58,6 @@ def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     table.add({"case": "a", "ms": 1.5})
     assert [row["case"] for row in bench.read_table(path)] == ["old", "a"]
     assert bench.Table(path, ("case",), CPU).find(case="a")["ms"] == "1.5"
-    path.write_text("mine")
-    with pytest.raises(UserError, match="no.* table of measurements"):
-        bench.Table(path, ("case",), CPU)
-    assert path.read_text() == "mine"
 
 
 def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
@@ -99,8 +68,7 @@ def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
         calls.append(case.candidate)
         if case.candidate == "transformers":
             return {"note": "OutOfMemoryError: full"}
-        found = {"losses": [1.0], "seconds": 0.5, "peak_mb": 9.0}
-        return found | {"operations_per_s": 1e9, "bytes_per_s": 1e9}
+        return {"losses": [1.0], "seconds": 0.5, "peak_mb": 9.0}
 
     monkeypatch.setattr(bench, "alone", answer)
     monkeypatch.setattr(step, "export", lambda *_: None)  # which a plain ViT alone can be
@@ -131,13 +99,6 @@ def test_ten_minutes_of_a_gpu_are_tried_without_one(tmp_path):
         assert "half/model.safetensors" in tar.getnames()
 
 
-def test_the_loader_and_a_model_are_measured(tmp_path):
+def test_the_loader_is_measured(tmp_path):
     call("lab.bench_data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT, check=0)
     assert bench.read_table(tmp_path / "bench_data.csv")[0]["images"] == "2048"
-    assert latency.torch_answer(ROOT / "weights/toon", CPU)[1:] == (96, "encoder")
-
-
-def test_a_whole_recogniser_is_sent_to_the_device():
-    answer, side, _ = latency.torch_answer(ROOT / "weights/toon-lora", torch.device("meta"))
-    found = answer(torch.zeros(1, side, side, 3, dtype=torch.uint8))
-    assert {x.device.type for x in found.values()} == {"meta"}
