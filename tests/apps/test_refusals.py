@@ -110,8 +110,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{RUN} --set recipie=x", "recipie is unknown; mine has"),
     (f"{RUN} --set split=test2", "test2"),
     (f"{RUN} --set 'recipe=--device cuda'", "cuda"),
-    (f"{PLAN} detection --data datasets/packed --set encoder=runs/a", "data.py scenes"),
-    (f"{PLAN} adapt --data datasets/packed --set encoder=runs/none", "runs/none"),
+    (f"{PLAN} ways --data datasets/packed --set encoder=runs/none", "runs/none"),
     ("lab.report images", "PLAN.json"),
     ("lab.map_quality runs/a --data datasets/packed", "no true fg and parts"),
     ("lab.subset datasets/packed --out new --characters 9", "has 3"),
@@ -200,7 +199,6 @@ LOST = (  # two calls, of which the second must not write over what the first ha
 )
 LIBRARIES = (  # the command, and a library that it needs
     ("lab.convnets resnet10 --data datasets/packed --out new", "transformers"),
-    (f"{PLAN} baselines --data datasets/packed --arms resnet10", "transformers"),
     ("apps.export runs/a --to onnx --out new.onnx", "onnxscript"),
     (DETECT, "pycocotools"),
 )
