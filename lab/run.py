@@ -298,7 +298,7 @@ def check_arm(arm, plan):
     given = {word.split("=")[0] for word in arm.split()}
     if unequal := given & EQUAL:
         flag = min(unequal)
-        raise UserError(f"--arms {arm}: {flag} has to be equal in all arms (--set recipe=...)")
+        raise UserError(f"--arms {arm}: the plan gives {flag}, which is equal in all arms (--set)")
     source = source_of(arm)
     if "--source" not in given:
         parse_keys(arm.split(" ")[0], names_of(plan), "--arms")
@@ -379,13 +379,15 @@ def open_data(args):
     args.groups = groups_of(held).tolist()
     args.digest = data.digest(args.data)
     encoder = args.set.get("encoder")
+    if encoder and not Path(encoder).exists():
+        raise UserError(f"{encoder} does not exist; give --set encoder=RUN, of pretrain.py")
     if encoder:  # one that was trained anew is another one
         args.digest += "-" + hashlib.sha256(model_file(encoder).read_bytes()).hexdigest()[:6]
 
 
 def time_of(rows, left, args):
     """How long these runs take, by rows that are there -> a line."""
-    times = [row["seconds"] / 60 for row in rows if row.get("seconds")]
+    times = [row["seconds"] / 60 for row in rows if isinstance(row.get("seconds"), float)]
     if not times:
         return f"{len(left)} runs; how long one takes is unknown until a row is there"
     total = median(times) * len(left) / args.jobs
@@ -403,7 +405,7 @@ def parse_args():
     add("--data", metavar="DIR", help="packed set (default: datasets/ and the plan's)")
     add("--arms", nargs="+", metavar="ARM", help="only these; of mine: masks, of ways: methods")
     add("--seeds", type=at_least(1), metavar="N", help="of every arm (default: the plan's)")
-    add("--set", nargs="+", default=[], metavar="WORD=VALUE", help="words in braces of the plan")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="words in braces of the plan")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
     add("--threads", type=at_least(1), default=os.cpu_count(), metavar="N", help="of each run")
     add("--out", type=Path, default=Path("runs/lab"), metavar="DIR", help="of the tables")
@@ -411,11 +413,13 @@ def parse_args():
     add("--dry", action="store_true", help="pack --data if need be, say what would run, and stop")
     args = parser.parse_args()
     args.plan = open_plan(args.name)
-    given = [pair.partition("=") for pair in args.set]
-    if unknown := [word for word, _, _ in given if word not in args.plan["set"]]:
+    if unknown := [pair for pair in args.set if "=" not in pair]:
+        raise UserError(f"--set {unknown[0]} is no NAME=VALUE")
+    given = dict(pair.split("=", 1) for pair in args.set)
+    if unknown := sorted(given.keys() - args.plan["set"].keys()):
         known = ", ".join(args.plan["set"])
         raise UserError(f"--set {unknown[0]} is unknown; {args.plan['plan']} has {known}")
-    args.set = args.plan["set"] | {word: value for word, _, value in given}
+    args.set = args.plan["set"] | given
     return args
 
 
