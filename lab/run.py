@@ -75,7 +75,7 @@ from lab import report
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "common/*.py", "kernels/*.py", "apps/*.py", "ingest/*.py", "lab/*.py")
-OURS = {"mine", "ways"}  # plans that take arms of your own
+OURS = ("mine", "ways")  # plans that take arms of your own
 SOURCE = " --source "  # in an arm; behind it, the folder of a checkout whose code the arm runs
 EQUAL = {
     "--data",
@@ -343,7 +343,7 @@ def with_arms(plan, asked):
 def open_plan(name):
     """The plan of a name, or of a folder with PLAN.json."""
     path = Path(__file__).with_name(f"{name}.json") if name in OURS else Path(name) / "PLAN.json"
-    return read_json(path, report.NEEDED, f"give a folder of results, or {', '.join(sorted(OURS))}")
+    return read_json(path, report.NEEDED, f"give a folder of results, or {', '.join(OURS)}")
 
 
 def save_plan(args, seeds):
