@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import classifier, metrics, train
+from common import classifier, metrics, readout, train
 from common.checkpoints import (
     fingerprint,
     flags_of,
@@ -615,7 +615,7 @@ def finetune(flags, task, epochs=None):
             if run.step % per_epoch == 0 and task.dev:
                 settle_neck(task, NECK_IN_ALL)
                 dev_logits, truth = predict(task, task.dev)
-                top1 = 100 * metrics.topk(dev_logits, truth, 1)
+                top1 = 100 * readout.topk(dev_logits, truth, 1)
                 # Macro-F1 chooses, because it counts a rare character as much as a frequent one.
                 macro_f1 = 100 * metrics.macro_f1(dev_logits.argmax(1), truth)
                 run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=macro_f1)
@@ -655,7 +655,7 @@ def measure(task):
     logits, labels = predict(task, task.report)
     row = scores(logits, labels, groups_of(task.report.split)[task.report.index], task.sizes())
     gray, _ = predict(task, metrics.in_gray(task.report))
-    row["colourless_top1"] = 100 * metrics.topk(gray, labels, 1)
+    row["colourless_top1"] = 100 * readout.topk(gray, labels, 1)
     # How much do colours tell without any network? An accuracy is good only where it beats these two.
     sets = task.train, task.dev, task.report
     row["thumbnails_top1"] = metrics.thumbnail_top1(*sets)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import features, metrics
+from common import features, metrics, readout
 from common.checkpoints import flags_of, load_teacher
 from common.groups import groups_of
 from common.train import (
@@ -198,7 +198,7 @@ def measure(vectors, task):
     # whole vectors, so it asks whether the character is what makes two pictures similar.
     scores = {
         "logistic": classify(queries),
-        "knn": metrics.knn_votes(bank, task.labels["train"], queries, C),
+        "knn": readout.knn_votes(bank, task.labels["train"], queries, C),
     }
     row = {head: metrics.classification(s, labels, task.counts) for head, s in scores.items()}
     row["logistic"]["C"] = strength  # of scikit-learn: large means little regularisation
@@ -253,7 +253,7 @@ def chance(task):
 def thumbs(view):
     """view u8 (B, s, s, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
     view = view.cpu()  # Metal lacks the pooling
-    return {f"thumb{side}": metrics.thumbnails(view, side) for side in (4, 8, 16)}
+    return {f"thumb{side}": readout.thumbnails(view, side) for side in (4, 8, 16)}
 
 
 def control_rows(encoder, task):

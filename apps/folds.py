@@ -39,7 +39,7 @@ from apps.recognize import (
     outputs_of,
 )
 from apps.unknown import reliability
-from common import metrics, train
+from common import metrics, readout, train
 from common.features import relabelled
 from common.groups import groups_of
 from common.train import UserError, quoted, read_safetensors, save_json, save_safetensors
@@ -180,8 +180,8 @@ def answers_of(task, left_out, learned, C, folds, others=None):
         said["others_similarity"] = grown(shown, gallery, smaller_yet)
     said["enrolled_threshold"] = torch.tensor(enrolled_threshold(gallery, embeddings, labels))
     gray, _ = finetune_lora.predict(task, metrics.in_gray(task.dev))
-    top1 = {"colourless_top1": 100 * metrics.topk(gray, labels, 1)}
-    top1 |= {"histograms_top1": 100 * metrics.topk(by_colours, labels, 1)}
+    top1 = {"colourless_top1": 100 * readout.topk(gray, labels, 1)}
+    top1 |= {"histograms_top1": 100 * readout.topk(by_colours, labels, 1)}
     # Its penalty is chosen by the pictures that judge it, so this control is a little too good.
     top1 |= {"thumbnails_top1": metrics.thumbnail_top1(task.train, task.dev, task.dev)}
     return said | {name: torch.tensor(value) for name, value in top1.items()}

@@ -44,7 +44,7 @@ from apps import captions
 from common import checkpoints, classifier, train
 from common.door import shown
 from common.features import Subset, name_of, open_subsets, split_suffix
-from common.metrics import topk
+from common.readout import topk
 from common.train import (
     Parser,
     UserError,

@@ -9,7 +9,7 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import guidance
-from common.metrics import (
+from common.readout import (
     effective_rank,
     knn_votes,
     ridge,

@@ -101,7 +101,7 @@ REPORTS = {
     "finetune_lora.measure": None,
 }  # and what they return
 REPORTS |= {"pretrain.evaluate": {}, "pretrain.draw_masks": None, "pretrain.draw_run": None}
-REPORTS |= {"apps.tags.topk": 0.0, "common.metrics.topk": 0.0, "common.metrics.macro_f1": 0.0}
+REPORTS |= {"apps.tags.topk": 0.0, "common.readout.topk": 0.0, "common.metrics.macro_f1": 0.0}
 
 
 @pytest.mark.parametrize("line", STEPS)

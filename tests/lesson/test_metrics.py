@@ -19,7 +19,7 @@ from sklearn.metrics import (
 )
 from sklearn.neighbors import KNeighborsClassifier
 
-from common import evaluate, metrics
+from common import evaluate, metrics, readout
 from common.train import seeded
 from kernels.patches import mean_of_neighbours, targets
 from mask import gumbel_noise
@@ -41,7 +41,7 @@ def blobs():
 def test_the_strength_of_the_probe_is_the_best_on_the_rows_to_choose_on(blobs):
     x, labels, held, truth = blobs
     scores, C = metrics.logistic_probe(x, labels, held, truth, 6)
-    z, z_held = metrics.standardise(x, held)
+    z, z_held = readout.standardise(x, held)
     fits = [LogisticRegression(C=c, tol=1e-7, max_iter=5000) for c in metrics.STRENGTHS]
     right = [fit.fit(z, labels).score(z_held, truth) for fit in fits]
     best = right.index(max(right))
@@ -52,12 +52,12 @@ def test_the_strength_of_the_probe_is_the_best_on_the_rows_to_choose_on(blobs):
 
 
 def test_ridge_is_sklearns_on_features_of_mean_0_and_variance_1(blobs):
-    z, other = metrics.standardise(blobs[0], blobs[2])
+    z, other = readout.standardise(blobs[0], blobs[2])
     assert z.mean(0).abs().max() < 1e-6 and (z.std(0) - 1).abs().max() < 1e-5
     expected = (blobs[2] - blobs[0].mean(0)) / blobs[0].std(0)  # held rows by the numbers of train
     torch.testing.assert_close(other.float(), expected, rtol=1e-4, atol=1e-4)
     theirs = Ridge(alpha=10.0).fit(z.numpy(), np.eye(5)[blobs[1].numpy()])
-    W, b = metrics.ridge(z, blobs[1], 5, 10.0)
+    W, b = readout.ridge(z, blobs[1], 5, 10.0)
     np.testing.assert_allclose(W.T.numpy(), theirs.coef_, atol=1e-9)
     np.testing.assert_allclose(b.numpy(), theirs.intercept_, atol=1e-9)
 
@@ -66,7 +66,7 @@ def test_knn_counts_as_sklearn_does(blobs):
     x, labels, held, _ = blobs
     theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
     theirs.fit(x.numpy(), labels.numpy())
-    votes = metrics.knn_votes(x, labels, held, 5)
+    votes = readout.knn_votes(x, labels, held, 5)
     assert votes.argmax(1).tolist() == theirs.predict(held.numpy()).tolist()
     shares = votes / votes.sum(1, keepdim=True)
     np.testing.assert_allclose(shares.numpy(), theirs.predict_proba(held.numpy()), atol=1e-4)
@@ -82,9 +82,9 @@ def test_classification_is_sklearns(blobs):
     assert row["macro_f1"] == pytest.approx(f1_score(truth, found, average="macro"))
     assert row["per_class"][:5] == pytest.approx(np.diag(table)[:5] / table.sum(1)[:5])
     assert row["per_class"][5:] == [None] * 3
-    for k, value in ((1, row["top1"]), (5, row["top5"]), (3, metrics.topk(scores, truth, 3))):
+    for k, value in ((1, row["top1"]), (5, row["top5"]), (3, readout.topk(scores, truth, 3))):
         assert value == pytest.approx(top_k_accuracy_score(truth, scores, k=k, labels=known))
-    assert metrics.topk(torch.ones(4, 6), torch.tensor([0, 1, 0, 5]), 2) == 0.75  # of equals
+    assert readout.topk(torch.ones(4, 6), torch.tensor([0, 1, 0, 5]), 2) == 0.75  # of equals
 
 
 def test_retrieval_is_the_mean_of_sklearns_average_precision(blobs):
@@ -153,7 +153,7 @@ def test_small_formulas_by_hand():
     assert metrics.first_crossing([5, 10], [50, 60], 40) == 5
     assert metrics.first_crossing([0, 10], [50, 60], 61) is None
     cross = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]) + 5
-    assert metrics.effective_rank(cross) == 2  # directions
+    assert readout.effective_rank(cross) == 2  # directions
 
 
 def looked_at(train, held):
@@ -174,7 +174,7 @@ def test_classifiers_learn_nothing_from_the_pictures_that_they_are_judged_on():
 def test_thumbnails_are_means_of_cells():
     images = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
     cells = images.float().view(2, 4, 4, 4, 4, 3).mean((2, 4)) / 255 - 0.5  # (2, row, column, 3)
-    torch.testing.assert_close(metrics.thumbnails(images, 4), cells.permute(0, 3, 1, 2).flatten(1))
+    torch.testing.assert_close(readout.thumbnails(images, 4), cells.permute(0, 3, 1, 2).flatten(1))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from conftest import call, draw_folder, refused
 
 import data
 import probe
-from common import features, metrics
+from common import features, metrics, readout
 from common.train import read_safetensors, save_safetensors
 from ingest import pack
 from model import ViT
@@ -109,7 +109,7 @@ def test_features_are_those_of_the_encoder(small):
     for pool, x in expected.items():
         torch.testing.assert_close(found[pool]["val"][:5], x.half())
     colours = features.extract(probe.thumbs, 32, task)
-    assert torch.equal(colours["thumb4"]["val"][:5], metrics.thumbnails(view, 4).half())
+    assert torch.equal(colours["thumb4"]["val"][:5], readout.thumbnails(view, 4).half())
     untrained = features.of_encoder(features.untrained_like(encoder), task)
     assert not torch.equal(untrained["mean"]["val"], found["mean"]["val"])
 
