@@ -470,6 +470,9 @@ def main():
             guide.update_teacher(encoder, run.step, total)
             # The log's loss is that of the MAE alone. From here on, run.step counts this step, too.
             run.update(mae_loss, grad_norm)
+            # What the step has made is let go before the next one makes its own: on a CPU, memory that was just
+            # in use is a few percent of a step faster.
+            del visible, visible_stats, pred, stats, tokens, side_loss, loss
 
             # 9. log, evaluate, save
             unordered += (~priority.isfinite()).sum()
