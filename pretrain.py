@@ -348,13 +348,12 @@ def main():
     clipped = [w for name, w in model.named_parameters() if not name.startswith(UNCLIPPED)]
 
     target_options = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}
+    error_of = squared_error if isinstance(model, MAE) else absolute_error  # the latter is SimMIM's
     loss_of = functools.partial(
         masked_loss,
         patch=p,
         flat_weight=flags.flat_weight,
-        error_of=squared_error
-        if isinstance(model, MAE)
-        else absolute_error,  # the latter is SimMIM's
+        error_of=error_of,
         target_options=target_options,
     )
     # What a compiler makes faster: the network, the encoder that reads second views, the loss, and the cut.
@@ -363,8 +362,8 @@ def main():
     if flags.compile or (
         flags.compile is None and device.type == "cuda" and ":" not in flags.ratio
     ):
-        # A GPU starts the kernels of a whole pass as one recording: 19 instead of 33 ms a step
-        # (results/TRIED.md).
+        # A GPU starts the kernels of a whole pass as one recording. With one function of all losses a step
+        # took 19 instead of 33 ms (results/TRIED.md); as it stands here, no card has run it.
         mode = "reduce-overhead" if device.type == "cuda" else None
         network, encode, loss_of = (torch.compile(f, mode=mode) for f in (network, encode, loss_of))
         cut_views = torch.compile(cut_views)

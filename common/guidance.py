@@ -15,7 +15,7 @@ attention of that token depends mostly on the place of a patch, and a mask that 
 hide the border. A second loss, the class Contrast, trains an attention that means something:
 
     pooler   a small network reads the patch tokens (model.Pooler). No gradient passes from it to
-             the encoder, which stays a plain MAE's, to the bit
+             the encoder, which stays what it is without this loss, to the bit
     cls      the CLS token itself, and with it the encoder. CAN (Mishra et al. 2022,
              arXiv:2210.16870) trains both losses at once, MAE-CT (Lehner et al. 2023,
              arXiv:2304.10520) one after the other
