@@ -362,8 +362,8 @@ def main():
     if flags.compile or (
         flags.compile is None and device.type == "cuda" and ":" not in flags.ratio
     ):
-        # A GPU starts the kernels of a whole pass as one recording. With one function of all losses a step
-        # took 19 instead of 33 ms (results/TRIED.md); as it stands here, no card has run it.
+        # A GPU starts the kernels of a whole pass as one recording. A step of an earlier
+        # loop took 19 instead of 33 ms (results/TRIED.md); no card has run this one.
         mode = "reduce-overhead" if device.type == "cuda" else None
         network, encode, loss_of = (torch.compile(f, mode=mode) for f in (network, encode, loss_of))
         cut_views = torch.compile(cut_views)
