@@ -46,7 +46,7 @@ def predict(model, view, ids_keep, ids_mask, autocast=contextlib.nullcontext, fl
     return pred.float(), stats
 
 
-def masked_views(model, split, most):
+def masked_views(model, split, most, ratio=EVAL_RATIO):
     """Yield (view u8 (b, s, s, 3), ids_keep, ids_mask) of `most` images under the fixed mask."""
     indices = data.evenly_spaced(len(split["images"]), most)
     N = model.encoder.side**2
@@ -54,7 +54,7 @@ def masked_views(model, split, most):
     device = model.encoder.device
     views = data.whole_views(split["images"], indices, model.config["image_size"], device)
     for (_, view), chunk in zip(views, noise, strict=True):
-        yield view, *masking.sample(chunk.to(device), masking.kept(N, EVAL_RATIO))
+        yield view, *masking.sample(chunk.to(device), masking.kept(N, ratio))
 
 
 @torch.no_grad()
