@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 from common.classifier import read_head
 from common.door import reading
-from common.locks import lock_beside, locked
-from common.train import UserError, progress, refuse_useless, save_text
+from common.train import UserError, progress, save_text
 from ingest.pictures import demo_note, picture_files, tell_problems
 from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon, unescaped
 
@@ -20,20 +19,17 @@ GAP = rf"(\s|{SEPARATOR.pattern})+"  # between two tags
 OF_SENTENCES = {"a", "an", "the", "of", "in", "on", "with", "and", "is"}  # no tags
 
 
-def refuse_demo(trained_on, flags):
+def refuse_demo(trained_on):
     """What a network of the demo set says of other pictures is a guess, which no caption should have.
 
     trained_on: {network: the data set that it learned from}.
     """
-    guessing = [name for name, folder in trained_on.items() if demo_note(folder)]
-    if guessing and not flags.anyway:
-        fix = "train on your own pictures and captions, or give a recogniser of yours alone"
-        fix += " (python -m apps.tags runs/NAME-lora FOLDER --captions); --anyway writes them"
-        raise UserError(
-            f"{guessing[0]} knows the demo set alone, so captions would be guesses; {fix}"
-        )
-    if not guessing:
-        refuse_useless(flags.given & {"anyway"}, "on a network that learned from other pictures")
+    fix = "train on your own pictures and captions, or give a recogniser of yours alone"
+    fix += " (python -m apps.tags runs/NAME-lora FOLDER --captions)"
+    for name, folder in trained_on.items():
+        if demo_note(folder):
+            why = "knows the demo set alone, so captions would be guesses"
+            raise UserError(f"{name} {why}; {fix}")
 
 
 def recognised(flags, files, problems):
@@ -57,32 +53,36 @@ def write_captions(flags, answers=None, learned_from=None):
     trained_on = {} if answers is None else {flags.encoder: learned_from}
     if flags.names:
         trained_on[flags.names] = read_head(flags.names)[1]["data"]
-    refuse_demo(trained_on, flags)
-    without = {plain(word) for word in words_of(flags.without)}
-    first = written(words_of(flags.prepend), flags.escape)
+    refuse_demo(trained_on)
     files = caption_files(flags.pictures, flags.append)
-    problems, done = [], []
-    names = recognised(flags, files, problems) if flags.names else {}
-    if answers is None:
-        rows = ({"picture": file} for file in names)
-    else:
+    names, problems = {}, []
+    if flags.names:
+        names = recognised(flags, files, problems)
+        rows = [{"picture": file} for file in names]
+    if answers is not None:
         problems = []  # the same ones come again
         rows = answers(files, problems)
+    without = {plain(word) for word in words_of(flags.without)}
+    done = []
     for row in progress(rows, "captions", len(files)):
-        if flags.names:
-            row["name"] = names.get(row["picture"])
-        words, name = (
-            written([x for x in caption_words(some) if plain(x) not in without], flags.escape)
-            for some in (row, {"name": row.get("name")})
-        )
+        file = row["picture"]
+        name = names.get(file) if flags.names else row["name"]
+        of_name = words_for(filter(None, [name]), without)
         # Like words of --prepend, the character stands before an old caption.
-        done.append(add_caption(files[row["picture"]], words, [*first, *name]))
+        first = [*words_of(flags.prepend), *of_name]
+        words = words_for(row.get("tags", {}), without)
+        if flags.escape:
+            first, words = map(escaped, first), map(escaped, words)
+        done.append(add_caption(files[file], [*words], [*first]))
     tell_problems(problems, learned_from)
     print(f"wrote {sum(done)} captions beside {len(done)} pictures")
     if flags.names:
         known = sum(name is not None for name in names.values())
         note = "a picture of somebody unknown may have got a wrong one"
         print(f"{flags.names} gave a name to {known} of them; {note}")
+
+
+# ---- words ---------------------------------------------------------------------------------------
 
 
 def words_of(text):
@@ -100,15 +100,25 @@ def readable(tag):
     return tag if is_emoticon(tag) else tag.replace("_", " ")
 
 
-def written(words, escape):
-    """Words as a caption has them; escape: \\( for (, which a prompt would take for a weight."""
-    return [re.sub(r"(?<!\\)([()])", r"\\\1", word) for word in words] if escape else words
+def words_for(tags, without):
+    """Tags as a caption has them, without those whose `plain` form is in `without`."""
+    words = map(readable, tags)
+    return [word for word in words if plain(word) not in without]
 
 
-def caption_words(row):
-    """A row with name and tags -> the words: the character where it is likely, tags by probability."""
-    names = [row["name"]] if row.get("name") else []
-    return [readable(tag) for tag in [*names, *row.get("tags", {})]]
+def escaped(word):
+    """\\( for (, which a prompt would take for a weight."""
+    return re.sub(r"(?<!\\)([()])", r"\\\1", word)
+
+
+def is_spaced(caption):
+    """1girl long_hair solo: tags between spaces, as boorus have them, and no sentence."""
+    words = caption.casefold().split()
+    spaced = len(words) > 1 and "_" in caption and not SEPARATOR.search(caption)
+    return spaced and not {*words} & OF_SENTENCES
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def caption_files(paths, append):
@@ -126,8 +136,7 @@ def caption_files(paths, append):
     there = sorted(file for file in caption_of.values() if file.exists())
     boxes = []
     for file in there:  # now, and not in the middle of the work
-        with reading(file, "caption in UTF-8", "save it as UTF-8"):
-            text = file.read_text("utf-8-sig", "strict" if append else "replace")
+        text = read_caption(file, "strict" if append else "replace")
         boxes += [file] * are_numbers(text.split())
     if boxes:
         why = "hold numbers alone, as boxes of YOLO do; move them elsewhere first"
@@ -140,34 +149,28 @@ def caption_files(paths, append):
 
 def add_caption(file, words, first=()):
     """Write `first` before a caption, and words behind it, where it lacks them -> was there anything to write?"""
-    old = ""
-    with locked(lock_beside(file), wait=True):  # another process may write the same caption
-        if file.exists():
-            with reading(file, "caption in UTF-8", "save it as UTF-8"):
-                old = re.sub(f"^{GAP}|{GAP}$", "", file.read_text("utf-8-sig"))
-        if is_spaced(old):
-            there, join, space = old.split(), " ", "_"
-        else:
-            there, join, space = words_of(old), ", ", " "
-        known = set(map(plain, there))
-        every = {}  # by what its spellings have in common, and the first of them
-        for word in [*first, *words]:
-            every.setdefault(plain(word), word)
-        new = [word for key, word in every.items() if key not in known]
-        if new:
-            before = [word.replace(" ", space) for word in new if word in first]
-            behind = [word.replace(" ", space) for word in new if word not in first]
-            # Words of `first` with which the caption begins stay where they are: a trigger word.
-            ours = set(map(plain, first))
-            head, tail = [*itertools.takewhile(lambda word: plain(word) in ours, there)], old
-            for word in head:
-                tail = re.sub(f"^{GAP}", "", tail.removeprefix(word))
-            save_text(join.join(filter(None, [*head, *before, tail, *behind])), file)
+    old = read_caption(file) if file.exists() else ""
+    old = re.sub(f"^{GAP}|{GAP}$", "", old)
+    there, join, space = words_of(old), ", ", " "
+    if is_spaced(old):
+        there, join, space = old.split(), " ", "_"
+    new = {}  # by what the spellings of a word have in common: the first of them
+    for word in [*first, *words]:
+        new.setdefault(plain(word), word)
+    for word in there:
+        new.pop(plain(word), None)
+    before = [word.replace(" ", space) for word in new.values() if word in first]
+    behind = [word.replace(" ", space) for word in new.values() if word not in first]
+    # Words of `first` with which the caption begins stay where they are: a trigger word.
+    ours = set(map(plain, first))
+    head, tail = [*itertools.takewhile(lambda word: plain(word) in ours, there)], old
+    for word in head:
+        tail = re.sub(f"^{GAP}", "", tail.removeprefix(word))
+    if new:
+        save_text(join.join(filter(None, [*head, *before, tail, *behind])), file)
     return bool(new)
 
 
-def is_spaced(caption):
-    """1girl long_hair solo: tags between spaces, as boorus have them, and no sentence."""
-    words = caption.casefold().split()
-    spaced = len(words) > 1 and "_" in caption and not SEPARATOR.search(caption)
-    return spaced and not {*words} & OF_SENTENCES
+def read_caption(file, errors="strict"):
+    with reading(file, "caption in UTF-8", "save it as UTF-8"):
+        return file.read_text("utf-8-sig", errors)

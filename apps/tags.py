@@ -31,7 +31,6 @@ import json
 import math
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -45,22 +44,7 @@ from common import checkpoints, classifier, train
 from common.door import shown
 from common.features import Subset, name_of, open_subsets, split_suffix
 from common.readout import topk
-from common.train import (
-    Parser,
-    UserError,
-    at_least,
-    between,
-    cli,
-    command,
-    parse_keys,
-    quoted,
-    read_safetensors,
-    refuse_useless,
-    run_name,
-    save_json,
-    save_safetensors,
-    set_defaults,
-)
+from common.train import Parser, UserError, at_least, between, cli, parse_keys, refuse_useless
 from ingest.pictures import pictures, tell_problems
 from kernels.patches import masked_patch_gather
 from model import (
@@ -86,8 +70,8 @@ ARM_KEYS = {arm: {} for arm in ARMS} | {
     "mfdn": {"weight": TAG_WEIGHT},
     "fixed": {"weight": TAG_WEIGHT, "share": 0.5},
 }
-READS_TAGS = ("mfdn", "fixed", "vilt")
 HIDES_TAGS = ("mfdn", "fixed")  # and so learns to name them
+READS_TAGS = (*HIDES_TAGS, "vilt")
 MASK, PAD, CLS, SEP, SPECIAL = range(5)  # words behind the V tags: V + MASK, ...
 
 LENGTH = 32  # places for words at most, as in the paper; fewer where no picture has so many tags
@@ -346,7 +330,7 @@ def is_tagger(path):
 def load_tagger(folder):
     """runs/NAME of apps/tags.py -> (MFDN in eval mode, header of its model file)."""
     path = checkpoints.model_file(folder)
-    weights, header = read_safetensors(path, REMEDY)
+    weights, header = train.read_safetensors(path, REMEDY)
     if "tags" not in header:
         raise UserError(f"{folder} names no tags; {REMEDY}")
     config = header["tags"]
@@ -372,13 +356,9 @@ class Task:
     train: Subset
     dev: Subset
     report: Subset
+    side: int  # of a view, in pixels
     device: torch.device
     autocast: partial
-
-    @property
-    def side(self):
-        """Of a view, in pixels."""
-        return self.net.encoder.image_size
 
 
 def open_task(flags, device, autocast):
@@ -399,7 +379,8 @@ def open_task(flags, device, autocast):
     net = MFDN(encoder, len(classes), len(words), arm, length).to(device)
     net.reach.copy_(reaches(count, length - 2))
     settings = (arm, keys.get("weight", TAG_WEIGHT), keys.get("share"))
-    return Task(*settings, net, classes, words, *sets, device, autocast)
+    machine = (encoder.image_size, device, autocast)
+    return Task(*settings, net, classes, words, *sets, *machine)
 
 
 def tags_of(images, index, plane="tags"):
@@ -418,24 +399,23 @@ def many_hot(ids, V):
 def make_batch(task, index, images, share, generator):
     """The input and targets of one step; every random number is drawn from `generator`.
 
-    -> patches, ids, words and hidden, an index of (B, L), as MFDN takes them. Targets: the ids of
-    hidden tags (.,). share: of tags that are hidden.
+    -> (patches, ids, words, hidden), as MFDN takes them: hidden is an index of (B, L). Targets (.,)
+    are the ids of hidden tags. share: of tags that are hidden.
     """
     V = len(task.words)
-    batch = SimpleNamespace(words=None, hidden=None, targets=None)
-    batch.patches, batch.ids = augment(task, images, generator)
-    ids = tags_of(task.train, index)
+    patches, ids = augment(task, images, generator)
+    words = hidden = targets = None
     if task.arm in READS_TAGS:
-        batch.words = truth = to_words(ids, V, task.net.length, generator)
+        words = to_words(tags_of(task.train, index), V, task.net.length, generator)
     if task.arm in HIDES_TAGS:
-        batch.words, hidden = hide(truth, V, share, generator)
-        batch.targets = truth[hidden]
-        places = hidden.nonzero(as_tuple=True)  # counted here: a GPU would make us wait
-        batch.hidden = tuple(data.send(x, task.device) for x in places)
-    for name, value in vars(batch).items():
-        if isinstance(value, torch.Tensor):
-            setattr(batch, name, data.send(value, task.device))
-    return batch
+        truth = words
+        words, where = hide(truth, V, share, generator)
+        targets = data.send(truth[where], task.device)
+        places = where.nonzero(as_tuple=True)  # counted here: a GPU would make us wait
+        hidden = tuple(data.send(x, task.device) for x in places)
+    if words is not None:
+        words = data.send(words, task.device)
+    return (patches, ids, words, hidden), targets
 
 
 def augment(task, images, generator):
@@ -454,13 +434,13 @@ def augment(task, images, generator):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def losses(net, batch, labels):
+def losses(net, inputs, targets, labels):
     """-> mean cross-entropy of the characters, and of hidden places of tags; 0 where the arm hides none."""
-    characters, tags = net(batch.patches, batch.ids, batch.words, batch.hidden)
+    characters, tags = net(*inputs)
     tag_loss = torch.zeros((), device=labels.device)
     if tags is not None:
-        total = F.cross_entropy(tags, batch.targets, reduction="sum")
-        tag_loss = total / max(1, len(batch.targets))
+        total = F.cross_entropy(tags, targets, reduction="sum")
+        tag_loss = total / max(1, len(targets))
     return F.cross_entropy(characters, labels), tag_loss
 
 
@@ -493,11 +473,11 @@ def fit(task, run, optimizer, seed):
             # view and hidden tags: all random numbers are drawn here, on the CPU
             share = curriculum(run.step, run.total) if task.share is None else task.share
             generator = train.seeded(seed, epoch, run.step)
-            batch = make_batch(task, index, some, share, generator)
+            inputs, targets = make_batch(task, index, some, share, generator)
             # forward, loss, backward
             y = data.send(labels[index], device)  # (B,)
             with task.autocast():
-                character_loss, tag_loss = losses(net.train(), batch, y)
+                character_loss, tag_loss = losses(net.train(), inputs, targets, y)
             loss = character_loss + task.weight * tag_loss
             loss.backward()
             # update
@@ -511,8 +491,11 @@ def fit(task, run, optimizer, seed):
             pairs.append(torch.stack([character_loss.detach(), tag_loss.detach()]))
             if run.logs_now:
                 means = torch.stack(pairs).mean(0).tolist()
-                row = {"head_lr": group["lr"], "character_loss": means[0], "tag_loss": means[1]}
-                run.log_step(**row | ({"hidden": share} if task.arm in HIDES_TAGS else {}))
+                row = {"character_loss": means[0], "tag_loss": means[1]}
+                row["head_lr"] = optimizer.param_groups[-1]["lr"]
+                if task.arm in HIDES_TAGS:
+                    row["hidden"] = share
+                run.log_step(**row)
                 pairs = []
             if run.step % run.per_epoch == 0:
                 evaluate(run, task, epoch + 1)
@@ -539,10 +522,11 @@ def whole_answers(task, images, index, with_tags=False, ask_tags=False):
     for some, view in data.whole_views(images.split["images"], index, task.side, task.device):
         ids = tags_of(images, some) if with_tags else None
         with task.autocast():
-            both = answers(task.net.eval(), view, ids, ask_tags)
-        for parts, part in zip((logits, tags), both, strict=True):
-            parts += [] if part is None else [part.cpu()]
-    return [torch.cat(parts) if parts else None for parts in (logits, tags)]
+            characters, probabilities = answers(task.net.eval(), view, ids, ask_tags)
+        logits.append(characters.cpu())
+        if probabilities is not None:
+            tags.append(probabilities.cpu())
+    return torch.cat(logits), torch.cat(tags) if tags else None
 
 
 def accuracies(task, images):
@@ -563,19 +547,24 @@ def judge_tags(task):
     on dev, and the thresholds (V,), which are chosen there. Tags are named from pictures alone.
     """
     V = len(task.words)
-    judged = {}
-    index = task.dev.index[data.evenly_spaced(len(task.dev.index), JUDGED)]
-    _, scores = whole_answers(task, task.dev, index, ask_tags=True)
+    index, scores = scores_of(task, task.dev)
     truth = many_hot(tags_of(task.dev, index), V)
-    thresholds = fit_thresholds(scores.numpy(), truth)
-    dev_map = judge(scores.numpy(), truth, thresholds)["map"]
-    index = task.report.index[data.evenly_spaced(len(task.report.index), JUDGED)]
-    _, scores = whole_answers(task, task.report, index, ask_tags=True)
+    thresholds = fit_thresholds(scores, truth)
+    dev_map = judge(scores, truth, thresholds)["map"]
+    index, scores = scores_of(task, task.report)
+    judged = {}
     for key, plane in (("tags", "tags"), ("tags_truth", "all_tags")):
         if plane in task.report.split:
             truth = many_hot(tags_of(task.report, index, plane), V)
-            judged[key] = judge(scores.numpy(), truth, thresholds)
+            judged[key] = judge(scores, truth, thresholds)
     return judged, dev_map, thresholds.tolist()
+
+
+def scores_of(task, images):
+    """-> the index (n,) of at most JUDGED pictures, and the probabilities of their tags, (n, V)."""
+    index = images.index[data.evenly_spaced(len(images.index), JUDGED)]
+    _, scores = whole_answers(task, images, index, ask_tags=True)
+    return index, scores.numpy()
 
 
 def judge(scores, truth, thresholds):
@@ -663,10 +652,10 @@ def write_results(flags, task, run):
     header |= {"thresholds": thresholds, "least_confidence": least_confidence(task)}
     header |= {"base": flags.encoder, "packed_size": split["images"].shape[1]}
     header |= {key: split["header"][key] for key in ("crop", "margin")}
-    save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
-    save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
+    train.save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
+    train.save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
     print(f"wrote    {out}/ after {row['seconds']:.0f} s")
-    print(f"next: python -m apps.tags {quoted(out)} PICTURE")
+    print(f"next: python -m apps.tags {train.quoted(out)} PICTURE")
 
 
 def metrics_row(flags, task, run):
@@ -693,23 +682,24 @@ def use(flags, device, autocast):
     net, header = load_tagger(flags.encoder)
     if net.arm not in HIDES_TAGS:
         refuse_useless(flags.given & {"threshold"}, f"on a run of --arm {net.arm}")
-    threshold = flags.threshold
     net.to(device)
-    answer = partial(answer_rows, net, header, threshold=threshold, autocast=autocast)
+    most = len(header["words"]) if flags.captions else NAMED
+    options = {"threshold": flags.threshold, "autocast": autocast, "most": most}
+    answer = partial(answer_rows, net, header, **options)
+    learned_from = header.get("data")
     if flags.captions:
-        every = partial(each_answer, answer, header, most=len(header["words"]))
-        return captions.write_captions(flags, every, header.get("data"))
-    as_json = flags.json
+        return captions.write_captions(flags, partial(each_answer, answer, header), learned_from)
     problems = []
     for row in each_answer(answer, header, flags.pictures, problems):
-        print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
-    tell_problems(problems, header.get("data"), as_json)
+        line = json.dumps(row, ensure_ascii=False) if flags.json else line_of(row)
+        print(line, flush=True)
+    tell_problems(problems, learned_from, flags.json)
 
 
 def use_names_alone(flags):
     """Captions by a recogniser, which knows no tags."""
     if not flags.captions:
-        run = quoted(flags.encoder)
+        run = train.quoted(flags.encoder)
         fix = f"python -m apps.recognize {run} PICTURE prints names, --captions writes them"
         raise UserError(f"{flags.encoder} knows characters and no tags: {fix}")
     refuse_useless(flags.given & {"names", "threshold"}, "on a recogniser, which knows no tags")
@@ -717,12 +707,12 @@ def use_names_alone(flags):
     captions.write_captions(flags)
 
 
-def each_answer(answer, header, paths, problems, **options):
+def each_answer(answer, header, paths, problems):
     """Yield a row of `answer_rows` for each picture of the paths, in order."""
     cut = (header["packed_size"], header["crop"], header["margin"])
     items = pictures(paths, *cut, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
-        yield from answer(some, **options)
+        yield from answer(some)
 
 
 def answer_rows(net, header, some, threshold, autocast, most=NAMED):
@@ -748,10 +738,10 @@ def answer_rows(net, header, some, threshold, autocast, most=NAMED):
 def line_of(row):
     """An answer as a line of text."""
     who = row["name"] or f"unknown, or {row['best_guess']}"
-    line = (
-        f"{shown(row['picture'])}: {who} {row['confidence']:.0%}; {in_words(row.get('tags', {}))}"
-    )
-    return line.removesuffix("; ")
+    line = f"{shown(row['picture'])}: {who} {row['confidence']:.0%}"
+    if row.get("tags"):
+        line += f"; {in_words(row['tags'])}"
+    return line
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -778,10 +768,7 @@ def read_flags():
     add("--append", action="store_true", help="to captions that are there, what they lack")
     add("--without", default="", metavar="TAGS", help="leave these out, 'solo, long hair'")
     add("--prepend", default="", metavar="WORDS", help="put these first in each caption")
-    add(
-        "--names", metavar="RUN", help="runs/NAME-lora: the character of a caption, by a recogniser"
-    )
-    add("--anyway", action="store_true", help="captions by a network that knows the demo set alone")
+    add("--names", metavar="RUN", help="runs/NAME-lora, which gives a caption its character")
     add("--escape", action="store_true", help="brackets in captions as \\( and \\)")
     train.add_flags(parser.add_argument_group("run and machine").add_argument)
     flags = parser.parse_intermixed_args()  # flags may stand between pictures
@@ -793,16 +780,16 @@ def read_flags():
 
 def refuse_flags(flags):
     """Flags of training have no effect on pictures, and the other way round."""
-    training = {"data", "out", "arm", "epochs", "batch_size", "lr"}
-    training |= {"split", "seed", "log"}
-    of_captions = {"append", "without", "prepend", "escape", "names", "anyway"}
+    of_captions = {"captions", "append", "without", "prepend", "escape", "names"}
+    of_pictures = {"threshold", "json"} | of_captions
+    machine = {"device", "dtype"}
     if not flags.pictures:
-        useless = {"threshold", "json", "captions", *of_captions}
-        refuse_useless(flags.given & useless, "on training")
+        refuse_useless(flags.given & of_pictures, "on training")
     elif flags.captions:
-        refuse_useless(flags.given & {*training, "json"}, "on captions")
+        refuse_useless(flags.given - {"threshold"} - of_captions - machine, "on captions")
     else:
-        refuse_useless(flags.given & (training | of_captions), "on pictures, without --captions")
+        useless = flags.given - {"threshold", "json"} - machine
+        refuse_useless(useless, "on pictures, without --captions")
 
 
 def fill_defaults(flags):
@@ -810,8 +797,8 @@ def fill_defaults(flags):
     encoder = checkpoints.load_encoder(flags.encoder)  # its faults show before a set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.data = str(data.open_or_pack(folder, encoder.image_size))
-    name = run_name(flags, f"{name_of(flags.encoder)}-tags", only={"arm", "seed"})
-    set_defaults(flags, out=f"runs/{name}", command=command())
+    name = train.run_name(flags, f"{name_of(flags.encoder)}-tags", only={"arm", "seed"})
+    train.set_defaults(flags, out=f"runs/{name}", command=train.command())
 
 
 def main():
@@ -820,9 +807,8 @@ def main():
     if flags.pictures:
         return use(flags, device, autocast)
     if is_tagger(flags.encoder):
-        raise UserError(
-            f"{flags.encoder} is a run of apps/tags.py: give pictures, or another encoder"
-        )
+        fix = "give pictures, or another encoder"
+        raise UserError(f"{flags.encoder} is a run of apps/tags.py: {fix}")
     print(machine)
     if not flags.resume:
         fill_defaults(flags)

@@ -5,39 +5,14 @@ import gc
 import os
 import re
 import shutil
-import threading
 
 import pytest
 from conftest import call, refused, run_line
 from made import CPU, QUICK, files_of
 
-from apps import captions, export, maps, segment
+from apps import export, maps, segment
 from ingest import pack
 from ingest.pictures import file_name
-
-
-@pytest.mark.parametrize("old", [None, "solo", "solo,\nlong hair,"])
-def test_a_caption_that_two_processes_write_has_the_words_of_both(tmp_path, old, monkeypatch):
-    file = tmp_path / "a.txt"
-    if old:
-        file.write_text(old)
-    plain, others = captions.save_text, []
-
-    def save(text, path):
-        """Between reading and writing, another process comes."""
-        monkeypatch.setattr(captions, "save_text", plain)
-        others.append(threading.Thread(target=captions.add_caption, args=(file, ["second"])))
-        others[0].start()
-        others[0].join(0.2)
-        plain(text, path)
-
-    monkeypatch.setattr(captions, "save_text", save)
-    captions.add_caption(file, ["first"])
-    others[0].join()
-    kept = [old.rstrip(",")] if old else []
-    assert file.read_text() == ", ".join([*kept, "first", "second"])
-    assert list(tmp_path.iterdir()) == [file]
-
 
 # ---- after a kill --------------------------------------------------------------------------------
 

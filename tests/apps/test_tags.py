@@ -119,13 +119,12 @@ def test_probabilities_of_tags_are_sums_over_places_that_pictures_reach():
 def test_the_two_losses_are_means_of_characters_and_of_hidden_places():
     net, words = net_of(), tags.to_words(IDS[:2], V, L)
     patches, places = net.encoder.all_patches(VIEW[:2])
-    batch = {"patches": patches, "ids": places, "words": words, "hidden": words < V}
-    batch = SimpleNamespace(targets=words[words < V], **batch)
-    characters, found = net(patches, places, words, words < V)
-    character_loss, tag_loss = tags.losses(net, batch, torch.tensor([0, 2]))
+    inputs, targets = (patches, places, words, words < V), words[words < V]
+    characters, found = net(*inputs)
+    character_loss, tag_loss = tags.losses(net, inputs, targets, torch.tensor([0, 2]))
     log_p = characters.log_softmax(1)
     assert character_loss.item() == pytest.approx(-(log_p[0, 0] + log_p[1, 2]).item() / 2)
-    expected = -found.log_softmax(1)[torch.arange(3), batch.targets].mean()
+    expected = -found.log_softmax(1)[torch.arange(3), targets].mean()
     assert tag_loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -166,7 +165,7 @@ def test_every_arm_trains_and_is_used(base, arm):
 
 
 def test_it_learns_the_colours_and_their_names(base):
-    words = f"--epochs 20 --batch-size 8 {CPU} --out runs/long"
+    words = f"--epochs 12 --batch-size 8 {CPU} --out runs/long"
     run_line(f"apps.tags runs/a --data datasets/packed {words}", base, check=0)
     (row, _), header = results_of(base / "runs/long"), tags.load_tagger(base / "runs/long")[1]
     assert row["end"]["without_top1"] > 80, row["end"]  # a third by guessing
