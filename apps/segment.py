@@ -22,6 +22,7 @@ import csv
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,26 +37,9 @@ from torch import nn
 import data
 import mask as masking
 from common import train
-from common.checkpoints import (
-    about_model,
-    load_encoder,
-)
+from common.checkpoints import about_model, load_encoder
 from common.features import name_of, open_splits, set_apart, split_suffix
-from common.train import (
-    Parser,
-    UserError,
-    at_least,
-    cli,
-    command,
-    parse_keys,
-    quoted,
-    read_safetensors,
-    refuse_useless,
-    run_name,
-    save_json,
-    save_safetensors,
-    set_defaults,
-)
+from common.train import Parser, UserError, at_least, cli, parse_keys, refuse_useless
 from kernels.patches import masked_patch_gather
 from model import ViT
 
@@ -111,7 +95,7 @@ def blank_patches(config):
 
 def load_patches(path):
     """patches.safetensors -> Patches in eval mode."""
-    weights, header = read_safetensors(path, REMEDY)
+    weights, header = train.read_safetensors(path, REMEDY)
     net = blank_patches(header["patches"])
     net.load_state_dict(weights)
     return net.eval()
@@ -334,7 +318,7 @@ def is_segmenter(path):
 def load(path):
     """A run of apps/segment.py -> Pixels in eval mode, header of model.safetensors."""
     path = Path(path) / "model.safetensors"
-    weights, header = read_safetensors(path, REMEDY)
+    weights, header = train.read_safetensors(path, REMEDY)
     if "network" not in header:
         raise UserError(f"{path.parent} makes no masks; {REMEDY}")
     config = header.get("patches")
@@ -430,19 +414,25 @@ class Task:
 
     train: SimpleNamespace  # frames, as of `frames_of`
     judged: dict  # {"dev" and the split that is reported: frames}
-    held: str  # name of the latter
     encoder: ViT
-    learn_from: str  # of stage 3: proxies, frames or truth
-    data: str  # folder of the set
-    seed: int
+    S: int  # side of a view in pixels
     device: torch.device
     autocast: partial
     masks: np.ndarray | None = None  # (n, ., .) of train, which stage 3 learns from
 
-    @property
-    def S(self):
-        """Side of a view in pixels."""
-        return self.encoder.image_size
+
+@dataclass
+class Stage:
+    """A network, and how it learns."""
+
+    number: int  # 1 or 3
+    net: nn.Module
+    index: torch.Tensor  # frames of train to learn from
+    loss: Callable  # of task, net, index, frames, generator
+    lr: float  # the peak learning rate
+    first: int = 0  # step of the run
+    steps: int = 0  # 0: it has learned in another run
+    optimizer: torch.optim.Optimizer | None = None
 
 
 def open_task(flags, device, autocast):
@@ -469,8 +459,7 @@ def open_task(flags, device, autocast):
     if flags.learn_from != "frames" and not len(frames.mixed):
         raise UserError(f"{flags.data} has no mixed frames; --learn-from frames needs none")
     encoder = load_encoder(flags.encoder, splits["train"]["images"].shape[1])
-    settings = (flags.learn_from, flags.data, flags.seed)
-    return Task(frames, judged, flags.split, encoder, *settings, device, autocast)
+    return Task(frames, judged, encoder, encoder.image_size, device, autocast)
 
 
 def frames_of(split, index):
@@ -489,18 +478,18 @@ def views(task, frames, index, name=""):
     return data.whole_views(frames.split["images"], index, task.S, task.device, name)
 
 
-def fit(task, run, part):
+def fit(task, run, part, seed):
     """Train the network of a stage from the run's step to the last step of the stage."""
     images = data.resident(task.train.split["images"], task.device)
     done = run.step - part.first  # steps of this stage
     B = min(run.batch_size, len(part.index))
     per_epoch = len(part.index) // B
-    for epoch in range(done // per_epoch, -(-part.steps // per_epoch)):
-        order = part.index[data.epoch_order(len(part.index), task.seed, epoch)]
-        order = order[: B * (part.steps - epoch * per_epoch)]
+    for epoch in range(done // per_epoch, math.ceil(part.steps / per_epoch)):
+        order = part.index[data.epoch_order(len(part.index), seed, epoch)]
+        order = order[: B * (part.steps - epoch * per_epoch)]  # the last epoch may be a part of one
         batches = data.batches(images, order, B, task.device, done % per_epoch)
         for index, frames in batches:
-            generator = train.seeded(task.seed, part.stage, epoch, done)
+            generator = train.seeded(seed, part.number, epoch, done)
             with task.autocast():
                 loss = part.loss(task, part.net.train(), index, frames, generator)
             loss.backward()
@@ -512,74 +501,66 @@ def fit(task, run, part):
             run.update(loss, grad_norm)
             done += 1
             if done % train.LOG_EVERY == 0 or done == part.steps or run.stop:
-                run.log_step(stage=part.stage, epoch=round(done / per_epoch, 3))
+                run.log_step(stage=part.number, epoch=round(done / per_epoch, 3))
                 run.save_if_due()
 
 
 def patch_stage(flags, task):
-    """Learning patches: its network, index of train, loss, first step, number of steps and learning rate."""
+    """Stage 1: patches learn from frames of one kind, or are taken from another run."""
     index = task.train.plain
-    stage = SimpleNamespace(stage=1, index=index, loss=patch_loss, first=0, steps=0)
     if flags.patches:
-        stage.net = load_patches(Path(flags.patches) / "patches.safetensors").to(task.device)
-        size = stage.net.encoder.image_size
+        net = load_patches(Path(flags.patches) / "patches.safetensors").to(task.device)
+        size = net.encoder.image_size
         if size != task.S:
             fix = f"pack the set with --size {size}, or leave out --patches"
-            raise UserError(
-                f"{flags.patches} reads {size} px, and {flags.data} has {task.S} px; {fix}"
-            )
-        return stage
-    torch.manual_seed(task.seed)
-    stage.net = Patches(task.encoder).to(task.device)
-    stage.steps = flags.epochs * (len(index) // min(flags.batch_size, len(index)))
-    stage.lr = flags.lr
-    stage.optimizer = train.make_optimizer(stage.net, stage.lr, WEIGHT_DECAY, BETAS)
-    return stage
+            why = f"reads {size} px, and {flags.data} has {task.S} px"
+            raise UserError(f"{flags.patches} {why}; {fix}")
+        return Stage(1, net, index, patch_loss, flags.lr)
+    torch.manual_seed(flags.seed)
+    net = Patches(task.encoder).to(task.device)
+    steps = flags.epochs * (len(index) // min(flags.batch_size, len(index)))
+    optimizer = train.make_optimizer(net, flags.lr, WEIGHT_DECAY, BETAS)
+    return Stage(1, net, index, patch_loss, flags.lr, steps=steps, optimizer=optimizer)
 
 
 def pixel_stage(flags, task, one):
-    """The same of stage 3; `one` is stage 1."""
-    index = torch.cat([task.train.plain, task.train.mixed])
-    if task.learn_from == "frames":
-        index = task.train.plain
-    stage = SimpleNamespace(stage=3, index=index, loss=pixel_loss, first=one.steps, lr=PIXEL_LR)
-    stage.steps = flags.pixel_steps
-    stage.network, keys = parse_keys(flags.network, NETWORKS, "--network")
-    torch.manual_seed(task.seed)
-    stage.net = Pixels(one.net if keys["hint"] else None).to(task.device)
-    stage.optimizer = train.make_optimizer(stage.net.net, PIXEL_LR, WEIGHT_DECAY, BETAS)
-    return stage
+    """Stage 3: pixels learn from frames of one kind and of mixed ones; `one` is stage 1."""
+    index = task.train.plain
+    if flags.learn_from != "frames":
+        index = torch.cat([index, task.train.mixed])
+    _, keys = parse_keys(flags.network, NETWORKS, "--network")
+    torch.manual_seed(flags.seed)
+    net = Pixels(one.net if keys["hint"] else None).to(task.device)
+    optimizer = train.make_optimizer(net.net, PIXEL_LR, WEIGHT_DECAY, BETAS)
+    return Stage(3, net, index, pixel_loss, PIXEL_LR, one.steps, flags.pixel_steps, optimizer)
 
 
-def learn_patches(task, run, one):
-    """Learn patches: train, set the centroids, write patches.safetensors -> its accuracies."""
-    fit(task, run, one)
+def learn_patches(flags, task, run, one):
+    """Train stage 1, set the centroids, write patches.safetensors -> its accuracies."""
+    fit(task, run, one, flags.seed)
     set_centroids(task, one.net)
     row = {name: judge_frames(task, one.net, some) for name, some in task.judged.items()}
-    row["seconds"] = run.seconds() if run.step == one.steps else None  # None: stopped in stage 3
     run.save()
     header = {"patches": one.net.config}
-    save_safetensors(one.net.state_dict(), run.out / "patches.safetensors", header)
-    if row[task.held] is not None:
-        print(f"stage 1  {row[task.held]} % of the frames of one kind in {task.held} are right")
+    train.save_safetensors(one.net.state_dict(), run.out / "patches.safetensors", header)
+    if row[flags.split] is not None:
+        print(f"stage 1  {row[flags.split]} % of the frames of one kind in {flags.split} are right")
     return row
 
 
-def learn_pixels(task, run, one, three):
+def learn_pixels(flags, task, run, one, three):
     """Stages 2 and 3: make the masks, train, write model.safetensors -> seconds of the training."""
-    if task.learn_from == "truth":
+    task.masks = np.zeros((len(task.train.kind), 1, 1), np.uint8)
+    if flags.learn_from == "truth":
         task.masks = task.train.split["drawn"]
-    elif task.learn_from == "proxies":
+    elif flags.learn_from == "proxies":
         task.masks = proxies_of(task, one.net)
-    else:
-        task.masks = np.zeros((len(task.train.kind), 1, 1), np.uint8)
     start = run.seconds() if run.step == three.first else None  # None: it was stopped in this stage
-    fit(task, run, three)
+    fit(task, run, three, flags.seed)
     run.save()
-    header = {"network": three.network, "patches": three.net.patches and one.net.config}
-    header |= {"image_size": task.S}
-    header["run"] = {"data": task.data, "encoder": run.config["encoder"]}
-    save_safetensors(three.net.state_dict(), run.out / "model.safetensors", header)
+    header = {"network": "unet", "patches": three.net.patches and one.net.config}
+    header |= {"image_size": task.S, "run": {"data": flags.data, "encoder": flags.encoder}}
+    train.save_safetensors(three.net.state_dict(), run.out / "model.safetensors", header)
     return None if start is None else run.seconds() - start
 
 
@@ -596,20 +577,21 @@ def run_stages(flags, device, autocast):
     run.resume_or_begin()
     frames = f"{len(one.index)} frames of one kind, {len(task.train.mixed)} mixed"
     print(f"data     {flags.data}: {frames}, {task.S} px\nrun      {run.out}")
-    row = {"run": run.out.name, "seed": task.seed, "data": flags.data, "evaluated_on": task.held}
+    held = flags.split
+    row = {"run": run.out.name, "seed": flags.seed, "data": flags.data, "evaluated_on": held}
     if one.steps:
-        row["frames"] = learn_patches(task, run, one)
+        row["frames"] = learn_patches(flags, task, run, one)
     row["proxies"] = judge(task, lambda view: proxy_masks(one.net, view, autocast))
-    row["pixel_seconds"] = learn_pixels(task, run, one, three)
+    row["pixel_seconds"] = learn_pixels(flags, task, run, one, three)
     row["pixels"] = judge(task, lambda view: pixel_masks(three.net.eval(), view, autocast))
     row |= {"config": run.config, "command": flags.command}
     row |= {"machine": train.machine(device), "commit": train.commit()}
-    save_json(row, run.out / f"metrics{split_suffix(task.held)}.json")
+    train.save_json(row, run.out / f"metrics{split_suffix(held)}.json")
     for stage, name in (("stage 2", "proxies"), ("stage 3", "pixels")):
-        for kind, scores in row[name].get(task.held, {}).items():
+        for kind, scores in row[name].get(held, {}).items():
             print(f"{stage}  {name}, {kind} frames: mean IoU {scores['miou']:.1f} %")
     print(f"wrote    {run.out}/")
-    print(f"next: python -m apps.segment {quoted(run.out)} PICTURE --out masks")
+    print(f"next: python -m apps.segment {train.quoted(run.out)} PICTURE --out masks")
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -654,7 +636,7 @@ def use(flags, device, autocast):
         if out:
             mask = np.uint8(255 * drawn)  # white is drawn
             save_pngs(out, key, {"-mask": mask, "-overlay": overlay(picture, drawn)})
-    tell_problems(problems, (header.get("run") or {}).get("data"))
+    tell_problems(problems, header["run"]["data"])
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -682,11 +664,12 @@ def parse_flags():
     train.add_flags(add)
     flags = parser.parse_intermixed_args()  # flags may stand between pictures
     parse_keys(flags.network, NETWORKS, "--network")  # now, and not when pictures are packed
-    training = {"data", "patches", "epochs", "lr", "learn_from", "network", "pixel_steps"}
-    training |= {"batch_size", "split", "seed", "log"}
-    useless = training if flags.pictures else {"mixed"}
-    refuse_useless(flags.given & useless, "on pictures" if flags.pictures else "on training")
-    refuse_useless(flags.given & {"epochs", "lr"} if flags.patches else (), "beside --patches")
+    if flags.pictures:
+        refuse_useless(flags.given - {"mixed", "out", "device", "dtype"}, "on pictures")
+    else:
+        refuse_useless(flags.given & {"mixed"}, "on training")
+    if flags.patches:
+        refuse_useless(flags.given & {"epochs", "lr"}, "beside --patches")
     return flags
 
 
@@ -696,8 +679,8 @@ def main():
     device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
-    name = run_name(flags, f"{name_of(flags.encoder)}-seg", only={"seed"})
-    set_defaults(flags, out=f"runs/{name}", command=command())
+    name = train.run_name(flags, f"{name_of(flags.encoder)}-seg", only={"seed"})
+    train.set_defaults(flags, out=f"runs/{name}", command=train.command())
     print(machine)
     load_encoder(flags.encoder)  # before a data set is made
     flags.data = str(data.open_or_pack(flags.data))

@@ -241,22 +241,25 @@ def test_three_stages_leave_their_files_and_numbers(base):
     assert masks[train.mixed].any((1, 2)).all()
 
 
-@pytest.mark.parametrize("mixed", ["", " --mixed"])
-@pytest.mark.parametrize(("width", "height"), [(90, 40), (1, 1), (32, 32)])
-def test_a_picture_gets_a_mask_an_overlay_and_its_share(base, width, height, mixed):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(base / "own.png")
+@pytest.mark.parametrize("mixed", ["", "--mixed"])
+def test_pictures_of_any_size_get_a_mask_an_overlay_and_their_share(base, mixed):
+    sizes = {"wide": (90, 40), "dot": (1, 1), "own": (32, 32)}
+    rng = np.random.default_rng(0)
+    for name, (width, height) in sizes.items():
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(base / f"{name}.png")
     (base / "none.png").write_text("no picture")
-    out = f"masks-{width}{mixed.strip()}"
-    use = f"apps.segment runs/a-seg own.png none.png --out {out} {CPU}{mixed}"
-    done = run_line(use, base, check=0)
-    (row,) = csv.DictReader(done.stdout.splitlines())
-    assert row["picture"] == "own.png"
+    out = base / f"masks{mixed}"
+    files = " ".join(f"{name}.png" for name in (*sizes, "none"))
+    done = run_line(f"apps.segment runs/a-seg {files} --out {out} {CPU} {mixed}", base, check=0)
     assert "none.png is not a picture" in done.stderr
-    mask = np.asarray(Image.open(base / out / "own-mask.png"))
-    assert mask.shape == (height, width) and set(mask.flat) <= {0, 255}
-    assert float(row["drawn"]) == pytest.approx((mask == 255).mean(), abs=1e-4)
-    assert (base / out / "own-overlay.png").exists()
+    rows = {row["picture"]: float(row["drawn"]) for row in csv.DictReader(done.stdout.splitlines())}
+    assert rows.keys() == {f"{name}.png" for name in sizes}
+    for name, (width, height) in sizes.items():
+        mask = np.asarray(Image.open(out / f"{name}-mask.png"))
+        assert mask.shape == (height, width) and set(mask.flat) <= {0, 255}
+        assert rows[f"{name}.png"] == pytest.approx((mask == 255).mean(), abs=1e-4)
+        assert (out / f"{name}-overlay.png").exists()
 
 
 def test_stage_1_of_another_run_is_used_and_not_written_again(base):
