@@ -32,28 +32,11 @@ from PIL import Image
 from torch import nn
 
 import data
-from common import door, metrics, train
-from common.checkpoints import (
-    load_encoder,
-    resize_positions,
-)
-from common.door import require
+from common import train
+from common.checkpoints import load_encoder, resize_positions
+from common.door import require, shown
 from common.features import name_of, open_splits, set_apart, split_suffix, untrained_like
-from common.train import (
-    Parser,
-    UserError,
-    at_least,
-    between,
-    cli,
-    command,
-    quoted,
-    read_safetensors,
-    refuse_useless,
-    run_name,
-    save_json,
-    save_safetensors,
-    set_defaults,
-)
+from common.train import Parser, UserError, at_least, between, cli, refuse_useless
 from finetune_lora import add_lora, merge_lora
 from kernels.patches import all_places, masked_patch_gather
 from model import ViT
@@ -144,7 +127,7 @@ def cells(n, stride, device):
 def load(path):
     """A run of apps/detect.py, or its detector.safetensors -> the network in eval mode, and its header."""
     path = Path(path) / "detector.safetensors" if Path(path).is_dir() else Path(path)
-    weights, header = read_safetensors(path, REMEDY)
+    weights, header = train.read_safetensors(path, REMEDY)
     net = Detector(ViT(**header["detector"]["encoder"]))
     net.load_state_dict(weights)
     return net.eval(), header
@@ -383,7 +366,6 @@ class Task:
     late: int  # side of a page at the end of training
     encoder: ViT
     heads: dict  # other weights of a detector that is trained on
-    seed: int
     device: torch.device
     autocast: partial
 
@@ -407,11 +389,9 @@ def open_task(flags, device, autocast):
     if flags.view % two:
         raise UserError(f"--view {flags.view} must be a multiple of {two}, which is two patches")
     page = int(flags.view * PAGE) // two * two
-    late = max(flags.view, page * 6 // 7 // two * two)
-    sides = (flags.view, page, late)
+    sides = (flags.view, page, max(flags.view, page * 6 // 7 // two * two))
     start = load_start(flags.encoder, page)
-    machine = (flags.seed, device, autocast)
-    return Task(splits["train"], index, dev, report, *sides, *start, *machine)
+    return Task(splits["train"], index, dev, report, *sides, *start, device, autocast)
 
 
 def is_detector(path):
@@ -469,16 +449,16 @@ def mosaic(images, boxes, generator, side, least):
     return torch.cat([upper, lower], 1), torch.cat(quarters, 1)
 
 
-def build(task, method):
+def build(task, method, seed):
     """The network on the device; of its encoder learns all (full, scratch), LoRA, or nothing."""
-    torch.manual_seed(task.seed)
-    encoder = untrained_like(task.encoder, task.seed) if method == "scratch" else task.encoder
-    encoder.requires_grad_(method in ("full", "scratch"))
+    torch.manual_seed(seed)
+    if method == "scratch":
+        return Detector(untrained_like(task.encoder, seed).requires_grad_()).to(task.device)
+    encoder = task.encoder.requires_grad_(method == "full")
     if method == "lora":
         add_lora(encoder)
     net = Detector(encoder)
-    if method != "scratch":
-        net.load_state_dict(task.heads, strict=False)  # the encoder has its weights already
+    net.load_state_dict(task.heads, strict=False)  # the encoder has its weights already
     return net.to(task.device)
 
 
@@ -495,21 +475,22 @@ def step_loss(task, net, index, pages, late, generator):
     return loss_of(logits, predicted, data.send(boxes, task.device), side, net.patch)
 
 
-def learn(task, net, optimizer, run, lr):
-    """Train from the run's step to its last one; lr: the peak learning rate."""
+def learn(flags, task, net, optimizer, run):
+    """Train from the run's step to its last one."""
     images = data.resident(task.train["images"], task.device)
     epochs = run.total // run.per_epoch
     first_late = round((1 - LATE) * epochs)
     for epoch in range(run.step // run.per_epoch, epochs):
-        order = task.index[data.epoch_order(len(task.index), task.seed, epoch)]
+        order = task.index[data.epoch_order(len(task.index), flags.seed, epoch)]
         start = run.step % run.per_epoch
         batches = data.batches(images, order, run.batch_size, task.device, start)
         for index, pages in batches:
-            generator = train.seeded(task.seed, epoch, run.step)
+            generator = train.seeded(flags.seed, epoch, run.step)
             loss = step_loss(task, net.train(), index, pages, epoch >= first_late, generator)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-            train.set_lr(optimizer, train.lr_at(run.step, run.total, 0.1 * run.total, lr))
+            lr = train.lr_at(run.step, run.total, 0.1 * run.total, flags.lr)
+            train.set_lr(optimizer, lr)
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)
@@ -522,18 +503,17 @@ def fit(flags, device, autocast):
     """Train a detector, or go on with it, then evaluate it and write its files."""
     task = open_task(flags, device, autocast)
     enough = math.ceil(LEAST_VIEWS / len(task.index))
-    set_defaults(flags, lr=RATES[flags.method], epochs=max(EPOCHS, enough))
+    train.set_defaults(flags, lr=RATES[flags.method], epochs=max(EPOCHS, enough))
     flags.batch_size = min(flags.batch_size, len(task.index))
-    epochs, lr = flags.epochs, flags.lr
-    net = build(task, flags.method)
-    optimizer = train.make_optimizer(net, lr, WEIGHT_DECAY, BETAS)
+    net = build(task, flags.method, flags.seed)
+    optimizer = train.make_optimizer(net, flags.lr, WEIGHT_DECAY, BETAS)
     per_epoch = len(task.index) // flags.batch_size
     parts = {"model": net, "optimizer": optimizer}
-    run = train.Run(flags, parts, epochs * per_epoch, per_epoch, device)
+    run = train.Run(flags, parts, flags.epochs * per_epoch, per_epoch, device)
     run.resume_or_begin()
     print(f"data     {flags.data}: {len(task.index)} pages of {task.page} px, crops of {task.view}")
-    print(f"run      {run.out}: {flags.method}, {epochs} epochs, rate {lr:g}")
-    learn(task, net, optimizer, run, lr)
+    print(f"run      {run.out}: {flags.method}, {flags.epochs} epochs, rate {flags.lr:g}")
+    learn(flags, task, net, optimizer, run)
     if flags.method == "lora":  # the file is a plain network
         merge_lora(net.encoder)
     write_results(flags, task, net, run)
@@ -541,33 +521,24 @@ def fit(flags, device, autocast):
 
 def write_results(flags, task, net, run):
     """Evaluate the detector with the threshold that is best on dev, and write its two files."""
-    out = run.out
     side = task.report[0]["images"].shape[1]
     threshold = coco(*judge(task, net, *task.dev), side)["threshold"]
     answers, truth = judge(task, net, *task.report)
-    row = coco(answers, truth, side) | {"threshold": threshold}
-    split, index = task.report
-    gray_pages = split | {"images": metrics.Gray(split["images"])}
-    gray = coco(*judge(task, net, gray_pages, index), side)
-    row |= {f"gray_{name}": gray[name] for name in ("ap", "ap50", "ap75")}
-    row |= {"pages": len(truth), "faces": sum(map(len, truth))}
+    scores = coco(answers, truth, side) | {"threshold": threshold}
     recipe = {name: getattr(flags, name) for name in RECIPE}
     header = {"detector": net.config, "base": flags.encoder, "run": recipe}
-    header |= {"page": task.page, "threshold": row["threshold"]}
-    save_safetensors(net.state_dict(), out / "detector.safetensors", header)
-    notes = {
-        "command": flags.command,
-        "machine": train.machine(task.device),
-        "commit": train.commit(),
-    }
-    notes |= {"evaluated_on": flags.split, "seconds": run.seconds(), "config": recipe}
-    notes |= {"run": out.name, "data": flags.data, "seed": task.seed}
-    save_json(notes | row, out / f"metrics{split_suffix(flags.split)}.json")
+    header |= {"page": task.page, "threshold": threshold}
+    train.save_safetensors(net.state_dict(), run.out / "detector.safetensors", header)
+    row = {"command": flags.command, "commit": train.commit()}
+    row |= {"machine": train.machine(task.device), "evaluated_on": flags.split}
+    row |= {"seconds": run.seconds(), "config": recipe}
+    row |= {"run": run.out.name, "data": flags.data, "seed": flags.seed}
+    row |= scores | {"pages": len(truth), "faces": sum(map(len, truth))}
+    train.save_json(row, run.out / f"metrics{split_suffix(flags.split)}.json")
     aps = f"AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %"
     print(f"{flags.split:<9}{aps}; {row['faces']} faces on {row['pages']} pages")
-    print(f"in gray  AP {row['gray_ap']:.1f}, AP50 {row['gray_ap50']:.1f} %")
-    print(f"wrote    {out}/ after {run.seconds():.0f} s")
-    print(f"next: python -m apps.detect {quoted(out)} PICTURE --out found")
+    print(f"wrote    {run.out}/ after {run.seconds():.0f} s")
+    print(f"next: python -m apps.detect {train.quoted(run.out)} PICTURE --out found")
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -575,45 +546,49 @@ def write_results(flags, task, net, run):
 
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
-    from ingest.decode import figure_of
     from ingest.pictures import save_pngs, tell_problems, whole_pictures
-    from ingest.scenes import outlined
 
+    crop = flags.crop or flags.largest
+    if crop and not flags.out:
+        raise UserError("--crop and --largest write pictures; --out DIR says where")
     net, header = load(flags.encoder)
     net.to(device)
-    set_defaults(flags, threshold=header["threshold"])
-    threshold, largest, out = flags.threshold, flags.largest, flags.out
-    crop = flags.crop or largest
-    if crop and not out:
-        raise UserError("--crop and --largest write pictures; --out DIR says where")
+    train.set_defaults(flags, threshold=header["threshold"])
     problems, without = [], []
     pages = faces = 0
     for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
-            boxes, scores = faces_of(net, picture, header["page"], threshold)
-        if largest:
-            first = main_face(boxes, scores)
-            boxes, scores = boxes[first], scores[first]
+            boxes, scores = faces_of(net, picture, header["page"], flags.threshold)
+        if flags.largest:
+            main = main_face(boxes, scores)
+            boxes, scores = boxes[main], scores[main]
         row = {"picture": key, "width": picture.shape[1], "height": picture.shape[0], "faces": []}
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         pages, faces = pages + 1, faces + len(boxes)
-        if out:
-            if crop:
-                shown = {f"_{i}": cut_out(picture, box) for i, box in enumerate(boxes.tolist())}
-                if largest and not shown:  # a picture less would be worse than a larger cut
-                    shown = {"_figure": figure_of(picture)}
-                    without.append(key)
-            else:
-                shown = {"": outlined(picture, boxes)}
-            save_pngs(out, key, shown, in_folders=crop)
+        if flags.largest and not len(boxes):
+            without.append(key)
+        if flags.out:
+            save_pngs(flags.out, key, to_write(picture, boxes, flags), in_folders=crop)
     if without:
-        note = f"{len(without)} pictures show no face, such as {door.shown(without[0])}"
+        note = f"{len(without)} pictures show no face, such as {shown(without[0])}"
         print(f"note: {note}; their figure was cut out", file=sys.stderr)
-    if out:
-        print(f"wrote    {out}/: {faces} faces of {pages} pictures", file=sys.stderr)
-    tell_problems(problems, (header.get("run") or {}).get("data"))
+    if flags.out:
+        print(f"wrote    {flags.out}/: {faces} faces of {pages} pictures", file=sys.stderr)
+    tell_problems(problems, header["run"]["data"])
+
+
+def to_write(picture, boxes, flags):
+    """-> {end of a file's name: u8 (., ., 3)}: the picture with outlines, or what is cut out of it."""
+    from ingest.decode import figure_of
+    from ingest.scenes import outlined
+
+    if flags.largest and not len(boxes):  # a picture less would be worse than a larger cut
+        return {"_figure": figure_of(picture)}
+    if flags.crop or flags.largest:
+        return {f"_{i}": cut_out(picture, box) for i, box in enumerate(boxes.tolist())}
+    return {"": outlined(picture, boxes)}
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -633,19 +608,17 @@ def parse_flags():
     add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
     add = parser.add_argument_group("pictures").add_argument
     add("--crop", action="store_true", help="write each face as a picture, in its picture's folder")
-    add(
-        "--largest",
-        action="store_true",
-        help="the same, of each picture its main face or, without one, its figure",
-    )
+    add("--largest", action="store_true", help="the same of its main face, or else its figure")
     add("--threshold", type=between(0, 1), metavar="SCORE", help="default: the best one on dev")
     add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")
     train.add_flags(add)
     flags = parser.parse_intermixed_args()  # flags may stand between pictures
-    training = {"data", "method", "view", "epochs", "batch_size", "lr", "split", "seed", "log"}
-    useless = training if flags.pictures else {"crop", "largest", "threshold"}
-    refuse_useless(flags.given & useless, "on pictures" if flags.pictures else "on training")
+    of_pictures = {"crop", "largest", "threshold"}
+    if flags.pictures:
+        refuse_useless(flags.given - of_pictures - {"out", "device", "dtype"}, "on pictures")
+    else:
+        refuse_useless(flags.given & of_pictures, "on training")
     return flags
 
 
@@ -656,8 +629,8 @@ def main():
     if flags.pictures:
         return use(flags, device, autocast)
     require("detect", "pycocotools")  # found out now, not after the training
-    name = run_name(flags, f"{name_of(flags.encoder)}-det", only={"seed"})
-    set_defaults(flags, out=f"runs/{name}", command=command())
+    name = train.run_name(flags, f"{name_of(flags.encoder)}-det", only={"seed"})
+    train.set_defaults(flags, out=f"runs/{name}", command=train.command())
     print(machine)
     load_start(flags.encoder)  # before a data set is made
     flags.data = str(data.open_or_pack(flags.data, pages=True))
