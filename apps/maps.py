@@ -15,6 +15,8 @@ Writes: maps/NAME/MAP.safetensors, and sheet-MAP.png: what strategies hide by it
 
 import contextlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,46 +26,15 @@ import torch.nn.functional as F
 import data
 import mask as masking
 from apps import masks
-from common import guidance
+from common import guidance, train
 from common.checkpoints import flags_of, load_teacher
 from common.door import aside, drawing
 from common.locks import reserve
 from common.rows import write_rows
-from common.train import (
-    Parser,
-    UserError,
-    between,
-    cli,
-    commit,
-    pick_device,
-    progress,
-    quoted,
-    refuse_useless,
-)
+from common.train import Parser, UserError, between, cli, refuse_useless
 
 SAMPLE = 1024  # images that give the mean token of each place and the clusters of parts
 EXACT = contextlib.nullcontext  # fp32: maps are made once, and are nearly the same on every machine
-NEEDED_AS = {name: need for need, name in guidance.MAPS.items()}  # map: its need in mask.py
-GUIDES = {"attn": ["attn_high", "--teacher", "maps"], "saliency": ["fg_heavy"], "parts": ["parts"]}
-TAKES = {"attn": {"run", "attention"}, "saliency": set(), "parts": {"run", "parts"}}  # flags
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
-    add("--map", required=True, choices=TAKES, help="what the maps show")
-    add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but saliency")
-    add("--attention", choices=guidance.ATTENTION, help="default: what was trained, else outlier")
-    add("--parts", type=between(1, 255, int), default=6, metavar="K", help="clusters (default: 6)")
-    add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    args = parser.parse_args()
-    takes = TAKES[args.map] | {"data", "map", "out", "device"}
-    refuse_useless(args.given - takes, f"with --map {args.map}")
-    if "run" in takes and not args.run:
-        raise UserError(f"--map {args.map} needs an encoder of pretrain.py; add --run RUN")
-    return args
 
 
 # ---- saliency: from colours alone ----------------------------------------------------------------
@@ -189,11 +160,12 @@ def coarse(images):
     return diffuse(logit, colours).sigmoid()
 
 
-def saliency_rows(images, device):
-    """Yield u8 (B, GRID, GRID) of all images, in order."""
-    for index in torch.arange(len(images)).split(data.CHUNK):
-        saliency = coarse(data.take(images, index, device))
-        yield (255 * saliency).round().byte().cpu().numpy()
+def saliency_rows(args, images, device):
+    """-> GRID, and a generator of u8 (B, GRID, GRID) of all images, in order."""
+    where = torch.device("cpu") if device.type == "mps" else device  # Metal lacks the pooling
+    chunks = torch.arange(len(images)).split(data.CHUNK)
+    found = (coarse(data.take(images, index, where)) for index in chunks)
+    return GRID, ((255 * saliency).round().byte().cpu().numpy() for saliency in found)
 
 
 # ---- parts: clusters of foreground tokens --------------------------------------------------------
@@ -246,9 +218,10 @@ def parts_of(tokens, foreground, place, centres):
     return torch.where(foreground, label, 0).to(torch.uint8)
 
 
-def part_rows(images, encoder, K):
-    """-> generator of u8 (B, g, g) of all images, in order; the clusters are found first."""
-    g = encoder.side
+def part_rows(args, images, device):
+    """-> g, and a generator of u8 (B, g, g) of all images, in order; the clusters are found first."""
+    encoder = load_teacher(args.run).to(device)
+    g, K = encoder.side, args.parts
 
     def chunks(indices):
         for index, tokens in tokens_of(images, indices, encoder):
@@ -263,27 +236,43 @@ def part_rows(images, encoder, K):
         raise UserError(f"--parts {K} are more than the {len(points)} patches of foreground found")
     centres = kmeans(points, K)
     labels = (parts_of(*chunk, place, centres) for chunk in chunks(torch.arange(len(images))))
-    return (label.unflatten(1, (g, g)).numpy() for label in labels)
+    return g, (label.unflatten(1, (g, g)).numpy() for label in labels)
 
 
-def attention_rows(images, encoder, kind):
-    """Yield (b, g, g) fp16 of all images, in order: the chunks of a file of maps."""
-    for _, score in guidance.attention(encoder, images, torch.arange(len(images)), kind, EXACT):
-        yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
+# ---- attention -----------------------------------------------------------------------------------
 
 
-def rows_of_map(args, images, device):
-    """-> cells a side, dtype and chunks (B, G, G) of the map, in the order of the images."""
-    if args.map == "saliency":
-        where = torch.device("cpu") if device.type == "mps" else device  # Metal lacks the pooling
-        return GRID, "U8", saliency_rows(images, where)
+def attention_rows(args, images, device):
+    """-> g, and a generator of fp16 (B, g, g) of all images, in order."""
     encoder = load_teacher(args.run).to(device)
-    if args.map == "parts":
-        return encoder.side, "U8", part_rows(images, encoder, args.parts)
+    g = encoder.side
     args.attention = args.attention or guidance.default_attention(encoder, flags_of(args.run))
     if args.attention == "pooler" and encoder.pooler is None:
         raise UserError("--attention pooler: --contrast pooler trains one; choose outlier")
-    return encoder.side, "F16", attention_rows(images, encoder, args.attention)
+    every = torch.arange(len(images))
+    chunks = guidance.attention(encoder, images, every, args.attention, EXACT)
+    return g, (score.unflatten(1, (g, g)).half().cpu().numpy() for _, score in chunks)
+
+
+# ---- all maps, and their files -------------------------------------------------------------------
+
+
+@dataclass
+class Kind:
+    """What a map is for, how it is made, and how it is stored."""
+
+    need: str  # what strategies of mask.py call it
+    mask: str  # words behind --mask of pretrain.py that use it
+    reads: set  # flags that it needs besides those of all maps
+    rows: Callable  # of flags, images and device -> cells a side, chunks (B, G, G)
+    dtype: str
+
+
+KINDS = {
+    "attn": Kind("attn", "attn_high --teacher maps", {"run", "attention"}, attention_rows, "F16"),
+    "saliency": Kind("fg", "fg_heavy", set(), saliency_rows, "U8"),
+    "parts": Kind("parts", "parts", {"run", "parts"}, part_rows, "U8"),
+}
 
 
 def write_maps(path, name, chunks, shape, dtype, header=None):
@@ -292,58 +281,75 @@ def write_maps(path, name, chunks, shape, dtype, header=None):
     write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
 
 
-# ---- the command ---------------------------------------------------------------------------------
-
-
-def draw_sheet(path, args, folder, split, maps):
+def draw_sheet(path, name, folder, split, maps):
     """What each strategy hides whose score is known; maps (n, G, G) give one of the scores."""
-    indices = data.evenly_spaced(len(maps), masks.SHOWN)
-    side = masks.SIDE if args.map == "saliency" else maps.shape[-1]
-    view = masks.whole_images(split["images"], indices, side)
-    where = {NEEDED_AS[args.map]: path.parent}
+    side = masks.SIDE if name == "saliency" else maps.shape[-1]
+    indices, view = masks.images_of(split, side)
+    where = {KINDS[name].need: path.parent}
     scores, _ = masks.read_scores(folder, split, indices, view, side, where)
-    known = (name for name in masking.STRATEGIES if masking.NEEDS.get(name) in (None, *scores))
-    strategies = {name: masking.STRATEGIES[name] for name in known}
     cells = torch.from_numpy(maps[indices.numpy()])
-    shown = {args.map: cells.long() if args.map == "parts" else cells}
-    title = f"Hidden patches, by {args.map} maps"
+    shown = {name: cells.long() if name == "parts" else cells}
+    strategies = masks.known_of(masking.STRATEGIES, scores)
+    title = f"Hidden patches, by {name} maps"
     masks.draw_sheet(path, title, view, side, shown, strategies, scores)
 
 
-def advice(args, folder, out, split):
-    """-> lines that say what to do with the maps."""
-    need = NEEDED_AS[args.map]
-    words = ["python", "pretrain.py", "--data", str(folder), "--mask", *GUIDES[args.map]]
-    if need in split or out.resolve() != (Path("maps") / folder.name).resolve():
-        words += ["--maps", str(out)]
-    known = f"{folder} has true {guidance.TRUTH.get(need)}: pretrain.py prefers them\n"
-    return f"{known if need in split else ''}next: {quoted(*words)}"
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
+    add("--map", required=True, choices=KINDS, help="what the maps show")
+    add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but saliency")
+    add("--attention", choices=guidance.ATTENTION, help="default: what was trained, else outlier")
+    add("--parts", type=between(1, 255, int), default=6, metavar="K", help="clusters (default: 6)")
+    add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = parser.parse_args()
+    reads = KINDS[args.map].reads
+    refuse_useless(args.given - reads - {"data", "map", "out", "device"}, f"with --map {args.map}")
+    if "run" in reads and not args.run:
+        raise UserError(f"--map {args.map} needs an encoder of pretrain.py; add --run RUN")
+    return args
+
+
+def tell_next(kind, folder, out, split):
+    """Print what to do with the maps."""
+    words = ["python", "pretrain.py", "--data", folder, "--mask", *kind.mask.split()]
+    has_truth = kind.need in split
+    if has_truth:
+        print(f"{folder} has true {guidance.TRUTH[kind.need]}: pretrain.py prefers them")
+    if has_truth or out.resolve() != (Path("maps") / folder.name).resolve():
+        words += ["--maps", out]
+    print(f"next: {train.quoted(*words)}")
 
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
+    device = train.pick_device(args.device)
     folder = data.open_or_pack(args.data)
     split = data.open_split(folder, "train")
+    name, kind = args.map, KINDS[args.map]
     out = Path(args.out or Path("maps") / folder.name)
-    path = out / f"{args.map}.safetensors"
-    sheet = out / f"sheet-{args.map}.png"
+    path, sheet = out / f"{name}.safetensors", out / f"sheet-{name}.png"
     reserve([path, sheet])
     images = split["images"]
     n = len(images)
-    grid, dtype, rows = rows_of_map(args, images, device)
-    bar = progress(rows, f"{folder.name}/{args.map}", math.ceil(n / data.CHUNK))
-    header = {"map": args.map, "grid": grid, "by": args.run or "", "data": folder.name}
-    header |= {"images": n, "data_digest": data.fingerprint(split), "commit": commit()}
-    header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(args.map, {})
+    grid, rows = kind.rows(args, images, device)
+    bar = train.progress(rows, f"{folder.name}/{name}", math.ceil(n / data.CHUNK))
+    header = {"map": name, "grid": grid, "by": args.run or "", "data": folder.name, "images": n}
+    header |= {"data_digest": data.fingerprint(split), "commit": train.commit()}
+    header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(name, {})
     with aside(path) as made:
-        write_maps(made, args.map, bar, (n, grid, grid), dtype, header)
+        write_maps(made, name, bar, (n, grid, grid), kind.dtype, header)
         with drawing(sheet.name):
-            maps, _ = data.open_map(made, args.map, split)
-            draw_sheet(made.with_name(sheet.name), args, folder, split, maps)
+            maps, _ = data.open_map(made, name, split)
+            draw_sheet(made.with_name(sheet.name), name, folder, split, maps)
             del maps  # Windows renames no file that is open
     print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}")
-    print(advice(args, folder, out, split))
+    tell_next(kind, folder, out, split)
 
 
 if __name__ == "__main__":

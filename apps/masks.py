@@ -21,19 +21,9 @@ from matplotlib import colormaps
 
 import data
 import mask as masking
-from common import guidance, plots
+from common import guidance, plots, train
 from common.checkpoints import flags_of, load_teacher
-from common.train import (
-    Parser,
-    UserError,
-    between,
-    cli,
-    parse_keys,
-    quoted,
-    refuse_overwrite,
-    refuse_useless,
-    seeded,
-)
+from common.train import Parser, UserError, between, cli, parse_keys
 
 RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
 SHOWN = 3  # images of a sheet
@@ -62,11 +52,12 @@ def score_of(words):
     return masking.NEEDS.get(words.partition(":")[0])
 
 
-def whole_images(images, indices, side):
-    """Images `indices` of the set, u8 (n, S, S, 3), of a size that cuts into side * side patches."""
+def images_of(split, side):
+    """-> the indices of some images of a set, and their views u8 (n, S, S, 3), of side * side patches."""
+    indices = data.evenly_spaced(len(split["images"]), SHOWN)
     size = side * max(1, SIZE // side)
-    ((_, view),) = data.whole_views(images, indices, size, torch.device("cpu"))
-    return view
+    ((_, view),) = data.whole_views(split["images"], indices, size, torch.device("cpu"))
+    return indices, view
 
 
 def read_scores(folder, split, indices, view, side, where):
@@ -94,13 +85,18 @@ def attention_of(run, encoder, images, indices):
     return torch.cat([score for _, score in chunks])
 
 
+def known_of(strategies, scores):
+    """{words: function} of these strategies, but for those whose score is not among these."""
+    return {words: f for words, f in strategies.items() if score_of(words) in (None, *scores)}
+
+
 # ---- the picture ---------------------------------------------------------------------------------
 
 
 def hidden_by(strategy, scores, n, N, ratio, t=1.0):
     """(n, N) bool: what a strategy hides at t of a run, in [0, 1], with the same noise as others."""
     K = masking.kept(N, min(ratio, 1 - 1 / N))  # of a small grid, one patch stays
-    noise = masking.gumbel_noise(n, N, seeded(0))
+    noise = masking.gumbel_noise(n, N, train.seeded(0))
     _, ids_mask = masking.sample(strategy(scores, noise, t, N - K), K)
     return torch.zeros(n, N, dtype=torch.bool).scatter(1, ids_mask, True)
 
@@ -157,27 +153,25 @@ def parse_args():
     args = parser.parse_args()
     args.strategies = {words: parse_strategy(words) for words in args.show}
     if "attn" not in map(score_of, args.show):
-        refuse_useless(args.given & {"teacher"}, f"with {' '.join(args.show)}")
+        train.refuse_useless(args.given & {"teacher"}, f"with {' '.join(args.show)}")
     if Path(args.out).suffix != ".png":
         raise UserError(f"--out {args.out}: give the name of a PNG, such as masks.png")
     if "out" in args.given:  # the default may be drawn over, while you try keys one after the other
-        refuse_overwrite([args.out])
+        train.refuse_overwrite([args.out])
     return args
 
 
-def leave_out(strategies, scores, missing):
-    """The strategies whose score is known; a line says of the others why theirs is not."""
+def tell_left_out(strategies, scores, missing):
+    """A line for each score that is not known, with its strategies; a UserError if that leaves none."""
     unknown = {}
     for words in strategies:
-        score = score_of(words)
-        if score is not None and score not in scores:
-            unknown.setdefault(score, []).append(words)
+        if score_of(words) not in (None, *scores):
+            unknown.setdefault(score_of(words), []).append(words)
     for score, names in unknown.items():
         why = f"{', '.join(names)}: {missing.get(score, f'nothing here computes {score}')}"
         if len(names) == len(strategies):
             raise UserError(why)
         print(f"left out {why}")
-    return {words: f for words, f in strategies.items() if score_of(words) in (None, *scores)}
 
 
 def main():
@@ -186,21 +180,19 @@ def main():
     side = encoder.side if encoder else SIDE
     folder = data.open_or_pack(args.data)
     split = data.open_split(folder, "train")
-    images = split["images"]
-    indices = data.evenly_spaced(len(images), SHOWN)
-    view = whole_images(images, indices, side)
+    indices, view = images_of(split, side)
     scores, missing = read_scores(folder, split, indices, view, side, where={})
     if encoder:
-        scores["attn"] = attention_of(args.teacher, encoder, images, indices)
-    strategies = leave_out(args.strategies, scores, missing)
-    read = {score: scores[score] for score in map(score_of, strategies) if score}
-    maps = guidance.as_pictures(read)
+        scores["attn"] = attention_of(args.teacher, encoder, split["images"], indices)
+    tell_left_out(args.strategies, scores, missing)
+    strategies = known_of(args.strategies, scores)
+    maps = guidance.as_pictures({x: scores[x] for x in map(score_of, strategies) if x})
     when = "at the end of a run" if args.t == 1 else f"after {args.t:.0%} of a run"
     title = f"What masks hide {when}: {folder.name}"
     draw_sheet(args.out, title, view, side, maps, strategies, scores, args.t)
     print(f"wrote {args.out}: three images of {folder}, cut into {side} x {side} patches")
     words = ["--data", args.data] if "data" in args.given else []
-    print(f"next: python pretrain.py {quoted(*words, '--mask', next(iter(strategies)))}")
+    print(f"next: python pretrain.py {train.quoted(*words, '--mask', next(iter(strategies)))}")
 
 
 if __name__ == "__main__":

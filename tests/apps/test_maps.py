@@ -1,13 +1,12 @@
 """apps.maps as a user runs it, and its algorithms on pictures whose truth is drawn; how true maps are."""
 
-import csv
 import json
 import shlex
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, refused, run_line
+from conftest import call, refused, run_line
 from safetensors import safe_open
 from sklearn.metrics import jaccard_score, roc_auc_score
 
@@ -130,7 +129,7 @@ def test_the_next_command_finds_these_maps(at, words, flags):
     line = shlex.split(f"--data datasets/packed --device cpu {words}")
     text = call("apps.maps", *line, cwd=at, check=0).stdout
     assert text.splitlines()[-1].endswith(f"python pretrain.py --data datasets/packed {flags}")
-    need, train = maps.NEEDED_AS[line[5]], data.open_split("datasets/packed", "train")
+    need, train = maps.KINDS[line[5]].need, data.open_split("datasets/packed", "train")
     found = guidance.open_maps(need, line[-1], "datasets/packed", train)[0]
     assert found is not None
 
@@ -173,17 +172,3 @@ def test_the_command_writes_scores_in_their_range_to_one_file(at, monkeypatch):
     for row in found["rows"]:
         assert 0 <= row.get("auc", 0) <= 1 and -0.5 <= row.get("ari", 0) <= 1
     assert "is there already" in refused(run_line(words, at))
-
-
-def test_the_committed_figures_say_what_is_claimed():
-    """The AUC is 0.9 wherever a figure leaves some border free; parts are truer than colours."""
-    with open(ROOT / "results" / "truth.csv", newline="") as f:
-        rows = {(row["run"], row["set"], row["map"]): row for row in csv.DictReader(f)}
-    figures = [key for key in rows if key[2] == "coarse" and "close" not in key[1]]
-    grounds = {f"portraits whole, {ground}" for ground in ("flat", "gradient", "tone", "photo")}
-    assert {key[1] for key in figures} >= grounds | {"toon val"}
-    assert all(float(rows[key]["auc"]) >= 0.9 for key in figures)
-    for run, name, kind in rows:
-        if kind.startswith("parts, k-means of features"):
-            other = rows[run, name, kind.replace("features", "colour")]
-            assert float(rows[run, name, kind]["ari"]) > float(other["ari"])
