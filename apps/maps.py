@@ -246,6 +246,7 @@ def attention_rows(args, images, device):
     """-> g, and a generator of fp16 (B, g, g) of all images, in order."""
     encoder = load_teacher(args.run).to(device)
     g = encoder.side
+    # The header of the file says which one it is.
     args.attention = args.attention or guidance.default_attention(encoder, flags_of(args.run))
     if args.attention == "pooler" and encoder.pooler is None:
         raise UserError("--attention pooler: --contrast pooler trains one; choose outlier")

@@ -267,7 +267,8 @@ class MFDN(nn.Module):
         """
         x = self.encoder.embed(patches, ids)  # (B, 1+K, D)
         x = self.encoder.run_blocks(x, end=self.half)
-        seen, bias, tags = x.shape[1], None, None
+        seen = x.shape[1]  # tokens of the picture
+        bias = tags = None
         if self.arm in READS_TAGS:
             bias = torch.zeros(words.shape, device=words.device)
             bias = bias.masked_fill(words == self.V + PAD, -math.inf)[:, None, None]  # (B, 1, 1, L)
