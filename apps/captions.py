@@ -9,10 +9,11 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+from apps.pictures import demo_note, tell_problems
 from common.classifier import read_head
 from common.door import reading
 from common.train import UserError, progress, save_text
-from ingest.pictures import demo_note, picture_files, tell_problems
+from ingest.pictures import picture_files
 from ingest.tags import SEPARATOR, are_numbers, captions_of, is_emoticon, unescaped
 
 GAP = rf"(\s|{SEPARATOR.pattern})+"  # between two tags

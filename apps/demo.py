@@ -31,6 +31,7 @@ from PIL import Image
 import data
 import mask as masking
 from apps import detect, maps, masks, recognize, segment, tags
+from apps.pictures import demo_note
 from common import guidance
 from common.checkpoints import about_model, load_mae, place_of
 from common.classifier import is_recogniser
@@ -49,7 +50,6 @@ from common.train import (
 from finetune_lora import load_classifier
 from ingest import scenes, toon
 from ingest.decode import decode, on_paper, open_image, reason
-from ingest.pictures import demo_note
 
 CAST = {person["name"]: person for person in toon.cast()}
 FIRST = next(iter(CAST)), 0  # the drawing that the page begins with

@@ -546,7 +546,8 @@ def write_results(flags, task, net, run):
 
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
-    from ingest.pictures import save_pngs, tell_problems, whole_pictures
+    from apps.pictures import save_pngs, tell_problems
+    from ingest.pictures import whole_pictures
 
     crop = flags.crop or flags.largest
     if crop and not flags.out:

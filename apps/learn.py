@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from apps import folds
+from apps.pictures import tell_problems
 from apps.recognize import (
     changing,
     known_faces,
@@ -44,7 +45,7 @@ from apps.sort import folders_of
 from common.classifier import is_recogniser
 from common.train import UserError, at_least, cli, progress, quoted, refuse_useless
 from ingest.layouts import UNNAMED, shows_nobody
-from ingest.pictures import picture_files, tell_problems
+from ingest.pictures import picture_files
 
 OF_TRAINING = ("out", "method", "epochs", "seed")  # flags of the first time
 

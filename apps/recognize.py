@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import data
 from apps.collection import BY_FOLDS, open_all
 from apps.groups import ALIKE, best_threshold, f1_curve
+from apps.pictures import tell_problems
 from common import door
 from common.classifier import pooled_of, predict
 from common.features import open_subsets, place_of_learned
@@ -59,7 +60,7 @@ from common.train import (
 from finetune_lora import load_classifier
 from ingest import sources
 from ingest.layouts import shows_nobody
-from ingest.pictures import pictures, tell_problems, whole_pictures
+from ingest.pictures import pictures, whole_pictures
 
 GALLERY = "gallery.safetensors"
 COLOURS = BINS**3  # cells of a histogram of colours

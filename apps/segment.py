@@ -621,7 +621,8 @@ def mask_of(net, picture, side, autocast, mixed=False):
 
 def use(flags, device, autocast):
     """Print the share of each picture that is drawn; --out: write its mask and an overlay."""
-    from ingest.pictures import save_pngs, tell_problems, whole_pictures
+    from apps.pictures import save_pngs, tell_problems
+    from ingest.pictures import whole_pictures
 
     net, header = load(flags.encoder)
     net.to(device)

@@ -32,10 +32,11 @@ from pathlib import Path
 import torch
 
 from apps.groups import alike, check_grouped
+from apps.pictures import file_name, shortened, tell_problems
 from apps.recognize import all_answers, answers, open_recogniser, parser_of, predictions
 from common.locks import reserve
 from common.train import UserError, atomic, between, cli, progress, quoted, refuse_useless
-from ingest.pictures import file_name, picture_files, shortened, tell_problems
+from ingest.pictures import picture_files
 
 SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
 COLUMNS = ("picture", "name", "similarity", "confidence", "copy")

@@ -40,12 +40,13 @@ from torch import nn
 import data
 import mask as masking
 from apps import captions
+from apps.pictures import tell_problems
 from common import checkpoints, classifier, train
 from common.door import shown
 from common.features import Subset, name_of, open_subsets, split_suffix
 from common.readout import topk
 from common.train import Parser, UserError, at_least, between, cli, parse_keys, refuse_useless
-from ingest.pictures import pictures, tell_problems
+from ingest.pictures import pictures
 from kernels.patches import masked_patch_gather
 from model import (
     EPS,

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 import data
+from apps.pictures import file_name
 from common.door import aside
 from common.locks import reserve
 from common.train import (
@@ -34,7 +35,6 @@ from common.train import (
     save_safetensors,
 )
 from ingest.layouts import ORDER
-from ingest.pictures import file_name
 
 THINNED = ("train", "dev")
 PER_IMAGE = ("keys", "groups")  # lists of the header

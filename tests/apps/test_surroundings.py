@@ -11,8 +11,8 @@ from conftest import call, refused, run_line
 from made import CPU, QUICK, files_of
 
 from apps import export, maps, segment
+from apps.pictures import file_name
 from ingest import pack
-from ingest.pictures import file_name
 
 # ---- after a kill --------------------------------------------------------------------------------
 
