@@ -12,15 +12,8 @@ import data
 from common.train import UserError
 from ingest import boxes, labels, pack
 
-PICTURES = {"a.png": (80, 40), "train/b.png": (30, 60), "empty.png": (20, 20)}
-TRUE = {
-    "a.png": [(10, 5, 30, 25), (50, 10, 80, 40)],
-    "train/b.png": [(5, 20, 15, 30)],
-    "empty.png": [],
-}
 
-
-def write_pictures(folder, named=PICTURES):
+def write_pictures(folder, named):
     for name, size in named.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (200, 60, 60)).save(folder / name)
@@ -34,90 +27,9 @@ def write_texts(folder, texts):
     return folder / next((name for name in texts if "/" not in name), "")
 
 
-COCO = {
-    "images": [{"id": i, "file_name": name} for i, name in enumerate(PICTURES)],
-    "categories": [{"id": 1, "name": "face"}, {"id": 2, "name": "body"}],
-    "annotations": [
-        {"id": 0, "image_id": 0, "category_id": 1, "bbox": [10, 5, 20, 20]},
-        {"id": 1, "image_id": 0, "category_id": 1, "bbox": [50, 10, 30, 30]},
-        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [5, 20, 10, 10]},
-    ],
-}
-ROWS = """\
-a.png,10,5,30,25,face
-a.png,50,10,80,40,face
-train/b.png,5,20,15,30,face
-empty.png,,,,
-"""
 FILENAME = "<annotation><filename>%s</filename>%s</annotation>"
 FACE = "<object><name>%s</name><bndbox><xmin>%d</xmin><ymin>%d</ymin>"
 FACE += "<xmax>%d</xmax><ymax>%d</ymax></bndbox></object>"
-FACES = FACE % ("face", 11, 6, 30, 25) + FACE % ("face", 51, 11, 80, 40)
-VOC = {  # it counts from 1, and the last pixel is inside
-    "Annotations/a.xml": FILENAME % ("a.png", FACES),
-    "Annotations/b.xml": FILENAME % ("b.png", FACE % ("face", 6, 21, 15, 30)),
-    "Annotations/empty.xml": FILENAME % ("empty.png", ""),
-    "more/about.xml": "no annotation",
-}
-YOLO = {
-    "labels/a.txt": "0 .25 .375 .25 .5\n0 .8125 .625 .375 .75",
-    "labels/train/b.txt": "0 .3333333 .4166667 .3333333 .1666667",
-}
-LAYOUTS = {  # files, and the folder of the pictures
-    "COCO": ({"x.json": json.dumps(COCO)}, ""),
-    "csv": ({"x.csv": f"picture,x1,y1,x2,y2,kind\n{ROWS}"}, ""),
-    "csv of columns without names": ({"x.csv": ROWS}, ""),
-    "csv of Open Images": ({"x.csv": f"ID,XMin,YMin,XMax,YMax,Class\n{ROWS}"}, ""),
-    "Pascal VOC": (VOC, "JPEGImages"),
-    "YOLO": (YOLO, "images"),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_same_boxes(name, tmp_path):
-    texts, folder = LAYOUTS[name]
-    write_pictures(tmp_path / folder)
-    records, fetch, notes, shares = boxes.find(write_texts(tmp_path, texts))
-    assert "3 pictures, 3 boxes" in notes[0] and len(notes) == 1
-    found = {r.key.split("/")[-1]: (r, load()) for r, load in fetch(records)}
-    for name in TRUE:
-        record, content = found[name.split("/")[-1]]
-        row = boxes.decode(content, 40, record.box, 2, shares)
-        side, own = max(PICTURES[name]), np.reshape(TRUE[name], (-1, 4))
-        assert np.allclose(row["boxes"][: len(own)], own / side, atol=1e-5)
-        assert (row["boxes"][len(own) :] == -1).all() and row["boxes"].shape == (2, 4)
-        shown = np.abs(row["images"].astype(int) - (200, 60, 60)).max(2) < 10
-        width, height = (round(40 * x / side) for x in PICTURES[name])
-        assert row["images"].shape == (40, 40, 3) and shown.sum() == width * height
-        assert shown[:height, :width].all()  # the rest is filled up
-        assert record.split == ("train" if "/" in name else None)
-
-
-def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
-    """One reaches out of its picture, three are empty or inverted, one is another picture's."""
-    extra = [{"image_id": 0, "category_id": 2, "bbox": [70, 30, 30, 30]}]
-    extra += [{"image_id": 0, "bbox": [5, 5, -3, 4]}, {"image_id": 1, "bbox": [1, 1, 0, 9]}]
-    extra += [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1e7, 9]}]
-    found = COCO | {"annotations": COCO["annotations"] + extra}
-    path = write_texts(tmp_path / "set", {"x.json": json.dumps(found)})
-    write_pictures(tmp_path / "set")
-    records, fetch, notes, _ = boxes.find(path)
-    assert "2 classes are taken as one: face, body" in notes
-    assert "3 boxes are empty or inverted, and left out, the first: a.png" in notes[-1]
-    assert [len(r.box) for r in records] == [3, 1, 0]
-    content = next(fetch(records))[1]()
-    row = boxes.decode(content, 40, records[0].box, 3, False)["boxes"]
-    assert np.allclose(row[2], (70 / 80, 30 / 80, 1, 40 / 80))
-    row = boxes.decode(content, 40, [(-9, -9, 20, 40)], 1, False)["boxes"]
-    assert np.allclose(row, (0, 0, 20 / 80, 40 / 80))
-    assert boxes.usable((0, 0, 999_999, 9)) and not boxes.usable((0, 0, 1e6, 9))
-    with pytest.raises(ValueError, match="outside of the picture"):
-        boxes.decode(content, 40, [(81, 1, 99, 9)], 1, False)
-    words = (path, "--detect", "--out", "packed", "--split", ".4,.3,.3")
-    call("data.py", *words, cwd=tmp_path, check=0)
-    found = [data.open_split(tmp_path / "packed", p.stem) for p in (tmp_path / "packed").iterdir()]
-    own = np.concatenate([split["boxes"].reshape(-1, 4) for split in found])
-    assert (own[:, 0] >= 0).sum() == 4 and own.max() <= 1 and found[0]["header"]["size"] == 256
 
 
 def test_boxes_fit_a_large_jpeg_that_is_decoded_smaller(tmp_path):
@@ -181,8 +93,8 @@ def test_what_is_no_set_of_boxes_is_named(tmp_path, row):
 # ---- the ways in which programs lay out and write them -------------------------------------------
 
 RED = (250, 30, 30)
-SHAPES = {"a": (80, 40), "b": (30, 60)}
-FACES_OF = {"a": [(10, 5, 30, 25), (50, 10, 80, 40)], "b": [(5, 20, 15, 30)]}
+SHAPES = {"a": (80, 40), "b": (30, 60), "c": (20, 20)}
+FACES_OF = {"a": [(10, 5, 30, 25), (50, 10, 80, 40)], "b": [(5, 20, 15, 30)], "c": []}
 
 
 def draw(path, stem, side=1, turn=None):
@@ -236,6 +148,9 @@ def voc(stem, filename="", sized=True):
 
 
 BOTH = {"a.png": "a", "b.png": "b"}
+THREE = BOTH | {"c.png": "c"}  # nobody is on it
+ROWS = [f"{s}.png,{x1},{y1},{x2},{y2},face" for s in "ab" for x1, y1, x2, y2 in FACES_OF[s]]
+ROWS = "\n".join([*ROWS, "c.png,,,,"])
 TREES = {"train/images/a.png": "a", "valid/images/b.png": "b"}
 SAME = {"train2017/1.png": "a", "val2017/1.png": "b"}
 OUTLINE = "1 {x1} {y1} {x2} {y1} {x2} {y2} {x1} {y2}"
@@ -244,46 +159,38 @@ POLYGON = (
 )
 POLYGON += "<object><polygon><x1>51</x1><y1>11</y1><x2>80</x2><y2>40</y2></polygon></object>"
 KEYPOINTS = "0 {x} {y} {w} {h} .9 .9 .1 .1"
-FOLDERS = {  # {picture: which}, {label file: its text}, what is given to data.py
+FOLDERS = {  # {picture: which}, {label file: its text}; x.json or x.csv is given to data.py, else the folder
     "YOLO, folders of splits": (
         TREES,
         {"train/labels/a.txt": yolo("a"), "valid/labels/b.txt": yolo("b")},
-        "",
     ),
     "YOLO, beside": (
         BOTH,
         {"a.txt": yolo("a"), "b.txt": yolo("b"), "classes.txt": "face", "README.txt": "from x\n"},
-        "",
     ),
     "YOLO, beside in CVAT's folder": (
         {"obj_train_data/a.png": "a", "obj_train_data/b.png": "b"},
         {f"obj_train_data/{x}.txt": yolo(x) for x in "ab"} | {"train.txt": "data/a.png"},
-        "",
     ),
     "YOLO, two suffixes and blank lines": (
         {"images/a.png": "a", "images/b.png": "b"},
         {"labels/a.png.txt": f"\n{yolo('a')}\n \n", "labels/b.png.txt": "\ufeff" + yolo("b")},
-        "",
     ),
     "YOLO, capitals": (
         {"Images/a.png": "a", "Images/b.png": "b"},
         {"Labels/a.TXT": yolo("a"), "Labels/b.txt": yolo("b"), "Labels/classes.txt": "face"},
-        "",
     ),
     "YOLO beside Pascal VOC's folders": (
         {"JPEGImages/a.png": "a", "JPEGImages/b.png": "b"},
         {"labels/a.txt": yolo("a"), "labels/b.txt": yolo("b")},
-        "",
     ),
     "YOLO, outlines": (
         BOTH,
         {"a.txt": yolo("a", OUTLINE), "b.txt": yolo("b", OUTLINE + " {x1} {y1}")},
-        "",
     ),
     "YOLO, keypoints": (
         BOTH,
         {f"{x}.txt": yolo(x, KEYPOINTS) for x in "ab"} | {"data.yaml": "kpt_shape: [2, 2]"},
-        "",
     ),
     "COCO beside each split": (
         {"train/1.png": "a", "valid/1.png": "b"},
@@ -291,7 +198,6 @@ FOLDERS = {  # {picture: which}, {label file: its text}, what is given to data.p
             f"{x}/_annotations.coco.json": coco({"1.png": y})
             for x, y in (("train", "a"), ("valid", "b"))
         },
-        "",
     ),
     "COCO, annotations/ beside the splits": (
         SAME,
@@ -299,72 +205,115 @@ FOLDERS = {  # {picture: which}, {label file: its text}, what is given to data.p
             f"annotations/of_{x}.json": coco({"1.png": y})
             for x, y in (("train2017", "a"), ("val2017", "b"))
         },
-        "",
     ),
     "COCO, one file in annotations/": (
         {"train2017/a.png": "a", "train2017/b.png": "b"},
         {"annotations/x.json": coco(BOTH)},
-        "annotations/x.json",
     ),
     "COCO, splits of one folder of pictures": (
         {"images/a.png": "a", "images/b.png": "b"},
         {"train.json": coco({"a.png": "a"}), "val.json": coco({"b.png": "b"}), "notes.json": "[]"},
-        "",
     ),
     "COCO, polygons and ids that are text": (
         BOTH,
         {"x.json": coco(BOTH, polygons=True, text=True)},
-        "x.json",
     ),
-    "COCO, shares": (BOTH, {"x.json": coco(BOTH, shares=True)}, "x.json"),
+    "COCO, shares": (BOTH, {"x.json": coco(BOTH, shares=True)}),
     "COCO of Windows": (
         {"images/a.png": "a", "images/b.png": "b"},
         {"x.json": coco({"images\\a.png": "a", "D:\\set\\images\\b.png": "b"})},
-        "x.json",
     ),
     "Pascal VOC without suffixes": (
         {"JPEGImages/a.png": "a", "JPEGImages/b.png": "b"},
         {"Annotations/a.xml": voc("a", "a"), "Annotations/b.xml": voc("b")},
-        "",
     ),
     "Pascal VOC with old names": (
         {"JPEGImages/a.png": "a", "JPEGImages/b.png": "b"},
         {"Annotations/a.xml": voc("a", "IMG_1.jpg"), "Annotations/b.xml": voc("b", "a.png")},
-        "",
     ),
     "Pascal VOC with names of its own": (
         {"JPEGImages/a.png": "a", "JPEGImages/b.png": "b"},
         {"Annotations/1.xml": voc("a", "a.png"), "Annotations/2.xml": voc("b", "b.png")},
-        "",
     ),
     "Pascal VOC beside, and equal names": (
         {"train/1.png": "a", "valid/1.png": "b"},
         {"train/1.xml": voc("a", "1.png", sized=False), "valid/1.xml": voc("b")},
-        "",
     ),
     "Pascal VOC in another folder, polygons": (
         BOTH,
         {"annotations/a.xml": f"<annotation>{POLYGON}</annotation>", "annotations/b.xml": voc("b")},
-        "",
     ),
+    "YOLO of a picture without faces": (
+        {f"images/{name}": stem for name, stem in THREE.items()},
+        {"labels/a.txt": yolo("a"), "labels/b.txt": yolo("b")},
+    ),
+    "Pascal VOC of a picture without faces, and other files": (
+        {f"JPEGImages/{name}": stem for name, stem in THREE.items()},
+        {f"Annotations/{x}.xml": voc(x, f"{x}.png") for x in "abc"} | {"more/about.xml": "nothing"},
+    ),
+    "COCO of a picture without faces": (THREE, {"x.json": coco(THREE)}),
+    "csv": (THREE, {"x.csv": f"picture,x1,y1,x2,y2,kind\n{ROWS}"}),
+    "csv of columns without names": (THREE, {"x.csv": ROWS}),
+    "csv of Open Images": (THREE, {"x.csv": f"ID,XMin,YMin,XMax,YMax,Class\n{ROWS}"}),
 }
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_folders_as_programs_write_them_give_the_same_boxes(name, tmp_path):
-    named, texts, given = FOLDERS[name]
+def test_every_layout_as_programs_write_it_gives_the_same_boxes(name, tmp_path):
+    named, texts = FOLDERS[name]
     for place, stem in named.items():
         draw(tmp_path / place, stem)
     write_texts(tmp_path, texts)
+    given = next((file for file in texts if file.endswith(("x.json", "x.csv"))), "")
     records, fetch, notes, shares = boxes.find(tmp_path / given)
-    assert "2 pictures, 3 boxes" in notes[0] and not [x for x in notes[1:] if "shares" not in x]
+    assert f"{len(named)} pictures, 3 boxes" in notes[0]
+    assert not [x for x in notes[1:] if "shares" not in x]
     assert {record.place for record in records} == set(named)
     for record, load in fetch(records):
         stem = named[record.place]
         row = boxes.decode(load(), 40, record.box, len(record.box), shares)
-        assert np.allclose(max(SHAPES[stem]) * row["boxes"], FACES_OF[stem], atol=1e-4)
+        truth = np.reshape(FACES_OF[stem], (-1, 4))
+        assert np.allclose(max(SHAPES[stem]) * row["boxes"], truth, atol=1e-4)
     if {"train" in str(place) and "val" in str(named) for place in named} == {True, False}:
         assert {named[r.place]: r.split for r in records} == {"a": "train", "b": "val"}
+
+
+def test_a_page_is_filled_up_to_a_square_and_its_boxes_to_a_list(tmp_path):
+    draw(tmp_path / "b.png", "b")
+    row = boxes.decode((tmp_path / "b.png").read_bytes(), 40, FACES_OF["b"], 2, False)
+    assert np.allclose(row["boxes"], [np.divide(FACES_OF["b"][0], 60), [-1] * 4])
+    gray = (row["images"] == boxes.GRAY).all(2)
+    assert gray.shape == (40, 40) and gray[:, 20:].all() and not gray[:, :20].any()
+
+
+def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
+    """One reaches out of its picture, three are empty or inverted, one is another picture's."""
+    extra = [{"image_id": 0, "category_id": 2, "bbox": [70, 30, 30, 30]}]
+    extra += [{"image_id": 0, "bbox": [5, 5, -3, 4]}, {"image_id": 1, "bbox": [1, 1, 0, 9]}]
+    extra += [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1e7, 9]}]
+    found = json.loads(coco(THREE))
+    found["annotations"] += extra
+    found["categories"] = [{"id": 1, "name": "face"}, {"id": 2, "name": "body"}]
+    path = write_texts(tmp_path / "set", {"x.json": json.dumps(found)})
+    for name, stem in THREE.items():
+        draw(tmp_path / "set" / name, stem)
+    records, fetch, notes, _ = boxes.find(path)
+    assert "2 classes are taken as one: face, body" in notes
+    assert "3 boxes are empty or inverted, and left out, the first: a.png" in notes[-1]
+    assert [len(r.box) for r in records] == [3, 1, 0]
+    content = next(fetch(records))[1]()
+    row = boxes.decode(content, 40, records[0].box, 3, False)["boxes"]
+    assert np.allclose(row[2], (70 / 80, 30 / 80, 1, 40 / 80))
+    row = boxes.decode(content, 40, [(-9, -9, 20, 40)], 1, False)["boxes"]
+    assert np.allclose(row, (0, 0, 20 / 80, 40 / 80))
+    assert boxes.usable((0, 0, 999_999, 9)) and not boxes.usable((0, 0, 1e6, 9))
+    with pytest.raises(ValueError, match="outside of the picture"):
+        boxes.decode(content, 40, [(81, 1, 99, 9)], 1, False)
+    words = (path, "--detect", "--out", "packed", "--split", ".4,.3,.3")
+    call("data.py", *words, cwd=tmp_path, check=0)
+    found = [data.open_split(tmp_path / "packed", p.stem) for p in (tmp_path / "packed").iterdir()]
+    own = np.concatenate([split["boxes"].reshape(-1, 4) for split in found])
+    assert (own[:, 0] >= 0).sum() == 4 and own.max() <= 1 and found[0]["header"]["size"] == 256
 
 
 def test_a_json_for_each_split_gives_the_split(tmp_path):
@@ -399,9 +348,9 @@ def overlap(path):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("turn", [1, 5, 6, 7, 8])
-@pytest.mark.parametrize("side", [1, 0.5, 3])
+@pytest.mark.parametrize("side", [0.5, 1])
 def test_boxes_of_a_stored_picture_turn_and_scale_with_it(tmp_path, suffix, turn, side):
-    named = {f"{stem}.{suffix}": stem for stem in SHAPES}
+    named = {f"{stem}.{suffix}": stem for stem in "ab"}
     for name, stem in named.items():
         draw(tmp_path / name, stem, side, turn)
     found, notes = overlap(write_texts(tmp_path, {"x.json": coco(named)}))
@@ -586,3 +535,6 @@ def test_the_sheet_shows_the_boxes_of_pages(tmp_path):
     assert not changed[:, 22:28, 7:13].any()
     said = call("data.py", "--show", "packed", cwd=tmp_path, check=0).stdout
     assert "written" in said and "weights/toon-det --data packed --out runs/packed-det" in said
+    assert "sheet.png is there already" in refused(
+        call("data.py", "--show", "packed", cwd=tmp_path)
+    )

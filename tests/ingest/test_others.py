@@ -81,15 +81,14 @@ def by_flag_inside(folder, _):
 
 WAYS = (as_folder, below_a_series, with_subfolders, as_zip, as_table, by_flag, by_flag_of_a_zip)
 WAYS += (pytest.param(by_flag_inside, marks=LINUX),)
+NAMES = ("unknown", "Others")  # one of them for each way
 
 
-@pytest.mark.parametrize("name", ["unknown", "Others"])
 @pytest.mark.parametrize("way", WAYS)
-def test_pictures_of_nobody_have_a_file_of_their_own_and_are_no_class(
-    people, monkeypatch, way, name
-):
+def test_pictures_of_nobody_have_a_file_of_their_own_and_are_no_class(people, monkeypatch, way):
     monkeypatch.chdir(people)
-    said, splits = packed(people, way(people, name))
+    name = NAMES[len(way.__name__) % 2]
+    said, splits = packed(people, f"{way(people, name)} --dedupe off")
     assert "10 pictures show nobody" in said
     others = splits.pop("unknown")
     assert len(others["labels"]) == 10 and (others["labels"] == -1).all()

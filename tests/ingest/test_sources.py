@@ -21,8 +21,6 @@ from conftest import CODE, LINUX, ROOT, call, draw_folder, refused, run_line
 from PIL import Image
 
 import data
-from common.door import read_json
-from common.formats import read_tensors
 from common.train import UserError
 from ingest import boxes, decode, files, layouts, pack, pictures, sources, tags
 
@@ -74,14 +72,13 @@ INSIDE = [f"set/{folder}" for folder in ALL.split()]
 PEOPLE = "-/hutao -/venti -/kiana -/mei"
 NUMBERS = "class, the numbers before names left out"
 NUMBERED = f"-/{NUMBERS}"
-# folders of one level in several of another: years of characters, or characters of years?
-CROSSING = [
-    many("a/2019", "a/2020", "b/2019"),
-    many("a/2021", "a/2022", "a/best", "b/2021", "b/best"),
-    many("train/a/2021", "train/a/best", "train/b/2021", "train/b/x", "test/a/best", "test/b/x"),
-]
+# Folders of one level in several of another: years of characters, or characters of years? The
+# layout that a line names reads the other level, here with two classes.
+YEARS = many("a/2019", "a/2020", "b/2019")
+MORE_YEARS = many("a/2021", "a/2022", "a/best", "b/2021", "b/best")
+IN_SPLITS = ("train/a/2021", "train/a/best", "train/b/2021", "train/b/x", "test/a/best", "test/b/x")
 HALVES = many("train/a", "train/b")
-LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
+LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside[, another layout]
     (many("a", "b"), "class", "-/a -/b", 0),
     (many("a/x"), "-/class", "-/x", 0),
     (SPLITS, "split/class", ALL, 0),
@@ -105,9 +102,15 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("train/10_a", "train/5_b", "val/a"), f"split/{NUMBERS}", "train/a train/b val/a", 0),
     (many("2019_06", "2020_07"), "class", "-/2019_06 -/2020_07", 0),
     # what may be read in two ways
-    (CROSSING[0], "class", "-/a -/b", 0),
-    (CROSSING[1], "-/class", "-/2021 -/2022 -/best", 0),
-    (CROSSING[2], "split/-/class", "train/2021 train/best train/x test/best test/x", 0),
+    (YEARS, "class", "-/a -/b", 0, "-/class"),
+    (MORE_YEARS, "-/class", "-/2021 -/2022 -/best", 0, "class"),
+    (
+        many(*IN_SPLITS),
+        "split/-/class",
+        "train/2021 train/best train/x test/best test/x",
+        0,
+        "split/class",
+    ),
     (SERIES, "-/class", PEOPLE, 0),
     (HALVES + many("c", "d"), "split/class", "train/a train/b", 8),
     ([*many("a", "b"), *FLAT], "class", "-/a -/b", 8),
@@ -117,10 +120,14 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
 
 @pytest.mark.parametrize("row", range(len(LAYOUTS)))
 def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
-    names, what, said, aside = LAYOUTS[row]
+    names, what, said, aside, *other = LAYOUTS[row]
     lay(tmp_path, dict.fromkeys(names, b""))
     records, _, (line, *doubts) = sources.find(tmp_path)
-    assert bool(doubts) == (names in CROSSING)
+    assert len(doubts) == len(other)
+    for doubt, layout in zip(doubts, other, strict=True):
+        assert f"--layout {layout} learns 2 (" in doubt
+        found, _, _ = sources.find(tmp_path, layouts.parse_layout(layout))
+        assert len({r.label for r in found}) == 2
     assert {f"{r.split or '-'}/{r.label or '-'}" for r in records} == set(said.split())
     assert len(records) == len(names) - aside
     labels = {r.label for r in records} - {None}
@@ -144,19 +151,6 @@ SPLIT_NAMES = {
 def test_names_of_splits(split):
     assert {layouts.split_of(name) for name in SPLIT_NAMES[split].split()} == {split}
     assert layouts.split_of("") is None and layouts.split_of("test 2") == "test"
-
-
-OTHER = (("-/class", 2), ("class", 2), ("split/class", 2))
-
-
-@pytest.mark.parametrize("row", range(len(CROSSING)))
-def test_where_levels_cross_the_layout_that_reads_the_other_one_is_named(tmp_path, row):
-    lay(tmp_path, dict.fromkeys(CROSSING[row], b""))
-    layout, classes = OTHER[row]
-    (line,) = sources.find(tmp_path)[2][1:]
-    assert f"--layout {layout} learns {classes} (" in line
-    labels = {r.label for r in sources.find(tmp_path, layouts.parse_layout(layout))[0]}
-    assert len(labels) == classes
 
 
 def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
@@ -259,13 +253,6 @@ def test_names_are_found_however_their_accents_are_written(tmp_path, forms):
     assert list(told(tmp_path / "b").values()) == ["-/miku"]
 
 
-def test_what_would_be_lost_in_silence_is_told(tmp_path):
-    lay(tmp_path / "a", {"x/1.png": None, "x/2.png": None, "metadata.csv": "file_name,label\n"})
-    assert any("metadata.csv is not read" in note for note in sources.find(tmp_path / "a")[2])
-    with pytest.raises(ValueError, match="outside"):
-        decode.decode(png(), 16, False, (30, 30, 60, 60), "figure")
-
-
 def test_a_flag_overrules_the_guess(tmp_path):
     russian = ["Аска/1.png".encode("cp866"), "Рей/2.png".encode("cp866")]
     found, notes = names_in(tmp_path, zip_of_raw(russian), names="cp866")
@@ -274,11 +261,7 @@ def test_a_flag_overrules_the_guess(tmp_path):
         names_in(tmp_path, zip_of_raw(russian), names="utf-8")
     line = f"data.py {tmp_path / 'old.zip'} --out out --size 16 --dedupe off --names"
     assert "--names klingon" in refused(run_line(f"{line} klingon", tmp_path))
-    assert "--names zip" in refused(run_line(f"{line} zip", tmp_path))
     assert "Аска, Рей" in run_line(f"{line} cp866", tmp_path, check=0).stdout
-    draw_folder(tmp_path / "images", classes=1, each=2)
-    words = ("images", "--out", "other", "--names", "gbk")
-    assert "--names" in refused(call("data.py", *words, cwd=tmp_path))
 
 
 def test_a_name_that_does_not_fit_the_others_is_counted(tmp_path):
@@ -299,12 +282,14 @@ def test_a_list_on_standard_input_is_read_below_the_folders_that_all_have(tmp_pa
     assert data.open_split(tmp_path / "out", "train")["header"]["keys"][0].startswith("class0/")
     monkeypatch.chdir(tmp_path)
     names = ["miku/train/1.png", "rin/test/2.png", "./rin/train/3.png"]
-    monkeypatch.setattr("sys.stdin", lay(tmp_path, names) and names)
+    lay(tmp_path, names)
+    names[1] = "rin\\test\\2.png\r\n"  # of Windows
+    monkeypatch.setattr("sys.stdin", names)
     assert [*told("-")] == ["miku/train/1.png", "rin/test/2.png", "rin/train/3.png"]
 
 
 @LINUX
-def test_links_are_followed_but_never_round_in_circles(tmp_path):
+def test_links_are_followed_but_never_round_in_circles_and_those_to_no_file_are_counted(tmp_path):
     lay(tmp_path, ["else/rin/1.png", "set/miku/1.png"])
     os.symlink(tmp_path / "else/rin", tmp_path / "set/rin")
     os.symlink(tmp_path / "set", tmp_path / "set/miku/loop")
@@ -313,6 +298,9 @@ def test_links_are_followed_but_never_round_in_circles(tmp_path):
     os.symlink(tmp_path / "nowhere.png", tmp_path / "set/miku/dead.png")
     keys = set(told(tmp_path / "set"))
     assert {"miku/1.png", "rin/1.png"} <= keys and len(keys) <= 4
+    os.mkfifo(tmp_path / "set/miku/pipe.png")
+    note = sources.find(tmp_path / "set")[2][1]
+    assert "links to no file" in note and "pipes or devices" in note
 
 
 LEFT = {  # files beside two pictures of rin and one of luka, what is told of them
@@ -339,25 +327,6 @@ def test_files_that_are_not_read_are_counted_and_the_first_is_named(
     told = LEFT[names]
     assert len(notes) == 1 + (told is not None) and len(records) == len(read)
     assert told is None or (told in notes[1] and "convert" in notes[1])
-
-
-@LINUX
-def test_links_to_no_file_are_counted(tmp_path):
-    lay(tmp_path, ["rin/1.png"])
-    for name, to in {"a.png": "nowhere", "b.png": "b.png", "rin/c": "/else/rin"}.items():
-        os.symlink(to, tmp_path / name)
-    os.mkfifo(tmp_path / "rin/pipe.png")
-    note = sources.find(tmp_path)[2][1]
-    assert "4 files left out: 3 links to no file, 1 pipes or devices" in note
-
-
-def test_what_is_left_out_is_told_by_stages_too(tmp_path, capsys):
-    lay(tmp_path, ["a.png", "b.jxl"])
-    assert len(list(pictures.pictures([tmp_path], 16, "centre", 0, []))) == 1
-    assert "1 .jxl" in capsys.readouterr().err
-    (tmp_path / "a.png").unlink()
-    with pytest.raises(UserError, match="1 files left out: 1 .jxl"):
-        sources.find(tmp_path)
 
 
 @LINUX
@@ -484,6 +453,21 @@ SOURCES = {  # name: files, {key: split/label and tags}, what the notes after th
         dict(KOHYA_SAYS),
         ["2 of 3 pictures have a caption, the first: img/10_miku/1.png"],
     ),
+    "a comma before other signs": (
+        {"a;b.png": None, "c.png": None, "list.csv": 'a;b.png,x,train,"d; e"\nc.png,y,val\n'},
+        {"a;b.png": "train/x d; e", "c.png": "val/y"},
+        [],
+    ),
+    "unknown columns": (
+        {"c.png": None, "list.csv": "image,who,label\nc.png,me,y\n"},
+        {"c.png": "-/y"},
+        [f"columns that are not read: who; known are {', '.join(sources.KNOWN)}"],
+    ),
+    "a table that nobody asked for": (
+        {"x/1.png": None, "x/2.png": None, "metadata.csv": "file_name,label\n"},
+        {"x/1.png": "-/x", "x/2.png": "-/x"},
+        ["metadata.csv is not read; give that file itself if it has the labels"],
+    ),
     "a name twice": (
         IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"},
         {"a/1.png": "-/x", "b 3.png": "-/y"},
@@ -492,14 +476,42 @@ SOURCES = {  # name: files, {key: split/label and tags}, what the notes after th
 }
 
 
+TWO = dict.fromkeys(["a/1.png", "b/2.png"])
+ROWS = {  # the same table, as programs write it
+    "backslashes": "path,label\na\\1.png,miku\nb\\2.png,rin\n",
+    "of Excel": '\ufeffsep=;\r\nPath;Class\r\na\\1.png;"miku"\r\nb\\2.png;rin\r\n',
+    "semicolons without a header": "a/1.png;miku\nb/2.png;rin\n",
+    "tabs": "file\tlabels\na/1.png\tmiku\nb/2.png\trin\n",
+    "a comma said": "sep=,\na/1.png,miku\nb\\2.png,rin\n",
+    "quotes after a space": 'a/1.png, "miku"\nb/2.png, "rin"\n',
+    "cells without a word": "path;label\na/1.png;miku\n;\nb/2.png;rin\n;\n",
+    "quotes and semicolons": '"image"; "labels"\n"a/1.png"; "miku"\n"b/2.png"; "rin"\n',
+}
+CAPTIONED = {  # the caption of a/1.png: its file, and what it says
+    "a tag a line": ("a/1.txt", "solo\nbrown hair\r\nhat\n"),
+    "lines and commas": ("a/1.txt", "solo, brown hair,\nhat"),
+    "a .caption": ("a/1.caption", "solo, brown_hair, hat"),
+    "of gallery-dl": ("a/1.png.txt", "solo\nbrown_hair\nhat"),
+    "in capitals": ("a/1.TXT", "solo brown_hair hat"),
+}
+ONE_CAPTION = ["1 of 2 pictures have a caption, the first: a/1.png"]
+for name, text in ROWS.items():
+    says = {"a/1.png": "-/miku", "b/2.png": "-/rin"}
+    SOURCES[f"a table, {name}"] = (TWO | {"list.csv": text}, says, [])
+for name, (file, text) in CAPTIONED.items():
+    says = {"a/1.png": "-/a solo brown_hair hat", "b/2.png": "-/b"}
+    SOURCES[f"captions, {name}"] = (TWO | {file: text}, says, ONE_CAPTION)
+
+
 @pytest.mark.parametrize("name", SOURCES)
-def test_published_data_sets_and_tables_keep_their_names_splits_and_tags(tmp_path, name):
+def test_sources_keep_their_names_splits_and_tags(tmp_path, name):
     contents, says, notes = SOURCES[name]
     lay(tmp_path, contents)
     path = next(tmp_path.glob("list.*"), tmp_path)
     assert told(path) == says
     first, *more = sources.find(path)[2]
-    assert first.startswith(f"read as {sources.reader_of(path)[1] or NUMBERED}: ") and more == notes
+    kind = sources.reader_of(path)[1] or (NUMBERED if "kohya" in name else "class")
+    assert first.startswith(f"read as {kind}: ") and more == notes
 
 
 def test_tables_give_groups_and_boxes_and_so_do_posts(tmp_path):
@@ -513,53 +525,7 @@ def test_tables_give_groups_and_boxes_and_so_do_posts(tmp_path):
     assert "more.png" in [r.key for r in sources.find(posts, layout=())[0]]  # which no post names
 
 
-# ---- what other programs write -------------------------------------------------------------------
-
-TWO = dict.fromkeys(["a/1.png", "b/2.png"])
-ROWS = {  # the same table, as programs write it
-    "backslashes": "path,label\na\\1.png,miku\nb\\2.png,rin\n",
-    "of Excel": '\ufeffsep=;\r\nPath;Class\r\na\\1.png;"miku"\r\nb\\2.png;rin\r\n',
-    "semicolons without a header": "a/1.png;miku\nb/2.png;rin\n",
-    "tabs": "file\tlabels\na/1.png\tmiku\nb/2.png\trin\n",
-    "a comma said": "sep=,\na/1.png,miku\n.\\b\\2.png,rin\n",
-    "quotes after a space": 'a/1.png, "miku"\nb/2.png, "rin"\n',
-    "cells without a word": "path;label\na/1.png;miku\n;\nb/2.png;rin\n;\n",
-    "quotes and semicolons": '"image"; "labels"\n"a/1.png"; "miku"\n"b/2.png"; "rin"\n',
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_table_of_any_program_gives_the_same_labels(tmp_path, name):
-    path = lay(tmp_path, TWO | {"list.csv": ROWS[name]}) / "list.csv"
-    assert list(told(path).values()) == ["-/miku", "-/rin"]
-    assert [len(line.split("; ")) for line in sources.find(path)[2]] == [1]
-
-
-def test_a_comma_is_kept_before_other_signs_and_unknown_columns_are_named(tmp_path):
-    rows = 'a;b.png,x,train,"d; e"\nc.png,y,val\n'
-    lay(tmp_path, {"a;b.png": None, "c.png": None, "list.csv": rows})
-    assert told(tmp_path / "list.csv") == {"a;b.png": "train/x d; e", "c.png": "val/y"}
-    lay(tmp_path, {"list.csv": "image,who,label\nc.png,me,y\n"})
-    assert told(tmp_path / "list.csv") == {"c.png": "-/y"}
-    assert sources.find(tmp_path / "list.csv")[2][1].startswith("columns that are not read: who;")
-
-
-@pytest.mark.parametrize("above", ["C:\\data\\", "/home/me/", "pictures/"])
-def test_paths_that_lie_elsewhere_are_said_to(tmp_path, monkeypatch, above):
-    lines = [f"{above}a/1.png", f"{above}b/2.png"]
-    lay(tmp_path, TWO | {"list.csv": "\n".join(lines)})
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.stdin", lines)
-    for path in ("list.csv", "-"):
-        with pytest.raises(UserError, match="2 of 2 paths do not lie below"):
-            sources.find(path)
-
-
-@pytest.mark.parametrize("slash", ["\\", "/"])
-def test_a_list_on_standard_input_may_be_of_windows(tmp_path, monkeypatch, slash):
-    monkeypatch.chdir(lay(tmp_path, TWO))
-    monkeypatch.setattr("sys.stdin", [f"a{slash}1.png\r\n", f"b{slash}2.png\r\n"])
-    assert told("-") == {"a/1.png": "-/a", "b/2.png": "-/b"}
+# ---- metadata beside pictures ---------------------------------------------------------------------
 
 
 def lines_of(*rows):
@@ -682,6 +648,8 @@ REFUSED = [  # files, a word of the refusal
     ({"list.csv": "image_path,who\na.png,x"}, "'image_path' is no picture; name the columns path"),
     ({"list.csv": "Datei;Figur\na.png;x"}, "'Datei' is no picture; name the columns path"),
     ({"list.csv": "path,x1,y1,x2,y2\n1.png,.1,.1,.5,.5\n"}, "in pixels, or remove them"),
+    ({"list.csv": "C:\\data\\a/1.png\nC:\\data\\b/2.png"}, "2 of 2 paths do not lie below"),
+    ({"b.jxl": "x", "c.txt": "x"}, "1 files left out: 1 .jxl"),
     ({"list.txt": "hello"}, "is no folder"),
     ({"list.zip": zip_of("a.png").replace(b"PK\1\2", b"PK\3\3")}, "not a whole zip"),
     ({"list.tar": member("a.png", png()) + header("b.png", 4096) + bytes(512)}, "not a whole tar"),
@@ -712,18 +680,17 @@ def test_a_broken_or_hostile_source_is_refused_in_one_line(tmp_path, row):
     assert len(str(problem.value)) < 500 and len(str(problem.value).splitlines()) == 1
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="Windows has no such device")
+@LINUX
 def test_devices_and_pipes_are_never_opened(tmp_path):
     path = "/dev/null"
-    good = lay(tmp_path / "images", ["a.png", "b.png"])
+    good = lay(tmp_path / "images", ["a.png", "b.jxl"])
     (tmp_path / "set.csv").write_text(f"path\n{good}/a.png\n{path}\n")
     problems = []
     found = list(pictures.pictures([path, tmp_path / "set.csv"], 16, "centre", 0, problems))
     assert len(found) == 1 and len(problems) == 2
     assert all("device or a pipe" in why for _, why in problems)
-    for read in (sources.find, boxes.find, read_tensors, read_json):
-        with pytest.raises(UserError, match="device or a pipe"):
-            read(path)
+    with pytest.raises(UserError, match="device or a pipe"):
+        boxes.find(path)
 
 
 def test_copies_are_found_in_a_tar_that_was_appended_to(tmp_path):
@@ -778,6 +745,11 @@ def test_decoding_keeps_the_short_side_and_the_centre():
     picture[:, :20], picture[:, 20:60], picture[:, 60:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     image = decode.decode(saved(Image.fromarray(picture), "PNG"), 40, fg=False)["images"]
     assert image.shape == (40, 40, 3) and (image == (0, 255, 0)).all()
+
+
+def test_a_box_beside_its_picture_is_an_error():
+    with pytest.raises(ValueError, match="outside"):
+        decode.decode(png(), 16, False, (30, 30, 60, 60), "figure")
 
 
 def figure(centre, size=(120, 80)):
@@ -850,24 +822,6 @@ def test_a_picture_of_many_tags_keeps_the_most_frequent_ones():
     assert words[:2] == ["tag0", "tag1"] and dims == {"tags": (tags.MOST,)}
     [(_, row)] = stream(records[399:])
     assert row["tags"].tolist() == list(range(tags.MOST))
-
-
-CAPTIONED = {  # the caption of a/1.png: its file, and what it says
-    "a tag a line": ("a/1.txt", "solo\nbrown hair\r\nhat\n"),
-    "lines and commas": ("a/1.txt", "solo, brown hair,\nhat"),
-    "a .caption": ("a/1.caption", "solo, brown_hair, hat"),
-    "of gallery-dl": ("a/1.png.txt", "solo\nbrown_hair\nhat"),
-    "in capitals": ("a/1.TXT", "solo brown_hair hat"),
-}
-
-
-@pytest.mark.parametrize("name", CAPTIONED)
-def test_captions_beside_pictures_in_any_folder_give_tags(tmp_path, name):
-    file, text = CAPTIONED[name]
-    lay(tmp_path, TWO | {file: text})
-    says = {"a/1.png": "-/a solo brown_hair hat", "b/2.png": "-/b"}
-    assert told(tmp_path) == told(tmp_path, layout=("class",)) == says
-    assert sources.find(tmp_path)[2][1:] == ["1 of 2 pictures have a caption, the first: a/1.png"]
 
 
 def test_brackets_lose_their_backslash_and_boxes_are_no_captions(tmp_path):
