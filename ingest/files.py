@@ -206,16 +206,15 @@ def open_tar(path):
     whole = {}  # {a file's path: its name in the tar, which may begin with ./}
     links = {}  # {a link's path: what it names}
     for member, _ in tar_members(path):
+        if member.isdir():
+            continue
         key = posixpath.normpath(member.name)
+        names.append(member.name)
         if member.isfile():
             whole[key] = member.name
-        elif member.islnk():
-            links[key] = posixpath.normpath(member.linkname)
-        elif member.issym():  # counts from its own folder
-            beside = posixpath.join(posixpath.dirname(key), member.linkname)
-            links[key] = posixpath.normpath(beside)
-        if not member.isdir():
-            names.append(member.name)
+        else:  # what a symbolic link names counts from its own folder
+            above = posixpath.dirname(key) if member.issym() else ""
+            links[key] = posixpath.normpath(posixpath.join(above, member.linkname))
     places = {name: whole.get(end_of(posixpath.normpath(name), links)) for name in names}
     pictures = [(places[name], name) for name in names if places[name] and is_image(name)]
     read = {name for pair in pictures for name in pair}  # what a link leads to is read, too

@@ -38,18 +38,8 @@ def split_of(name):
 
 # of folders and labels: pictures of characters that are not to be learned
 NOBODY = ("unknown", "others")
-VAGUE = (
-    "misc",
-    "miscellaneous",
-    "other",
-    "various",
-    "random",
-    "rest",
-    "unsorted",
-    "nobody",
-    "none",
-    *("その他", "不明", "未分類", "未知", "其他", "기타"),
-)
+VAGUE = ("misc", "miscellaneous", "other", "various", "random", "rest", "unsorted", "nobody")
+VAGUE += ("none", "その他", "不明", "未分類", "未知", "其他", "기타")
 UNNAMED = re.compile(r"group-\d{3,}")  # of apps/sort.py --group, until somebody names it
 
 

@@ -143,11 +143,8 @@ def with_others(records, fetch, path, source):
         yield from fetch_others([r for r in some if r.key in own])
 
     twice = {*files_of(others, path)}
-    stay = [
-        r
-        for r, file in zip(records, files_of(records, source), strict=True)
-        if r.key not in own and file not in twice
-    ]
+    pairs = zip(records, files_of(records, source), strict=True)
+    stay = [r for r, file in pairs if r.key not in own and file not in twice]
     notes = [f"--unknown {path}: {line}" for line in (f"{len(others)} pictures", *notes[1:])]
     return stay + others, fetch_both, notes
 
@@ -200,25 +197,43 @@ def open_scenes(flags, size):
 
 
 DRAWN = {"toon": open_toon, "hybrid": open_hybrid, "scenes": open_scenes}
-OF_TOON = {"drawings", "characters"}
-OF_DRAWN = {"path", "out", "size", "split", "dev", "test", "seed", "min_per_class"}
 
 
 def open_source(flags, size):
     """What is drawn, or the pictures at the path, with or without boxes."""
-    path = flags.path
-    if path in DRAWN:
-        usable = OF_DRAWN | ({"tail"} | OF_TOON if path == "toon" else set())
-        refuse_useless(flags.given - usable, f"on {path}, which is drawn")
-        return DRAWN[path](flags, size)
-    reader, name = (None, "boxes") if flags.detect else sources.reader_of(path, flags.layout)
-    useless = OF_TOON | (set() if name is None else {"layout"})
-    useless |= {"names"} if reader is not files.open_zip else set()
-    useless |= {"crop", "unknown"} if flags.detect else set()
-    refuse_useless(flags.given & useless, "on these pictures")
-    source = open_boxes(flags, size) if flags.detect else open_images(flags, size)
-    print("\n".join(source.notes), flush=True)
+    if flags.path in DRAWN:
+        source = DRAWN[flags.path](flags, size)
+    elif flags.detect:
+        source = open_boxes(flags, size)
+    else:
+        source = open_images(flags, size)
+    refuse_useless(flags.given & flags_without_effect(flags, source.records), "on these pictures")
+    print("\n".join(source.notes), end="\n" * bool(source.notes), flush=True)
     return source
+
+
+def flags_without_effect(flags, records):
+    """-> names of the flags that nothing reads here: a folder has no code page, a page no class."""
+    is_drawn = flags.path in DRAWN
+    is_toon = flags.path == "toon"
+    has_crop = not is_drawn and not flags.detect
+    reader, name = sources.reader_of(flags.path, flags.layout) if has_crop else (None, "drawn")
+    splits = {r.split for r in records}  # that the source brings: then pictures are not dealt
+    deals = "val" not in splits
+    read = (  # flags, and whether anything reads them
+        ("drawings characters", is_toon),
+        ("tail", is_toon or has_crop),
+        ("detect group_by dedupe", not is_drawn),
+        ("crop unknown", has_crop),
+        ("layout", name is None),
+        ("names", reader is files.open_zip),
+        ("min_per_class", not flags.detect),
+        ("split", deals),
+        ("seed", deals or "dev" in flags.given or is_drawn),
+        ("dev", "dev" not in splits),
+        ("test", "val" in splits and "test" not in splits),
+    )
+    return {name for names, effect in read if not effect for name in names.split()}
 
 
 # ---- who goes where ------------------------------------------------------------------------------
@@ -241,22 +256,6 @@ def near_duplicates(records, fetch, dedupe, out):
                 thumbs[place[record.key]] = row
         pairs = duplicates.pairs(thumbs)
     return pairs, duplicates.report(records, pairs)
-
-
-def refuse_flags_of_deal(flags, source):
-    """Pictures that bring their splits are not dealt, and pages have no classes."""
-    brings = {r.split for r in source.records}
-    deals = "val" not in brings
-    has_effect = {
-        "split": deals,
-        "seed": deals or "dev" in flags.given or flags.path in DRAWN,
-        "dev": "dev" not in brings,
-        "test": "val" in brings and "test" not in brings,
-        "min_per_class": not flags.detect,
-        "tail": not flags.detect,
-    }
-    useless = {name for name, effect in has_effect.items() if not effect}
-    refuse_useless(flags.given & useless, "on these pictures")
 
 
 def deal(source, pairs, how, shares):
@@ -367,7 +366,6 @@ def write_splits(flags):
     large = path == "scenes" or flags.detect
     size = flags.size or (LARGE if large else PACKED)
     source = open_source(flags, size)
-    refuse_flags_of_deal(flags, source)
     how = vars(flags)
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
     # Mistakes show now, and not after the search for copies, which reads every picture.
@@ -614,11 +612,7 @@ def parse_flags(words=None):
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--layout", type=layouts.parse_layout, help="split/-/class; -: no labels (default: found)")
     add("--names", type=code_page, help="code page of a zip's names, as cp949 (default: guessed)")
-    add(
-        "--unknown",
-        metavar="DIR",
-        help="pictures of other characters (also: folders unknown, others)",
-    )
+    add("--unknown", metavar="DIR", help="pictures of other characters (also: a folder unknown)")
     add("--size", type=side, help=f"side in pixels (default: {PACKED}; pages {LARGE})")
     centre = {"type": parse_crop, "default": parse_crop("centre")}
     add("--crop", help="centre (default), or figure:margin=0.1 by box, alpha or colours", **centre)

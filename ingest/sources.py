@@ -291,9 +291,8 @@ def from_table(path):
     records = read_table(path)
     boxes = [r.box for r in records if r.box]
     if boxes and max(map(max, boxes)) <= 1:
-        raise UserError(
-            f"{path}: no box reaches beyond 1; write {', '.join(BOX)} in pixels, or remove them"
-        )
+        fix = f"write {', '.join(BOX)} in pixels, or remove them"
+        raise UserError(f"{path}: no box reaches beyond 1; {fix}")
     named = [is_image(r.place) for r in records[:2]]
     if named == [False, True]:
         fix = f"name the columns {', '.join(KNOWN)}"
@@ -546,9 +545,8 @@ def tags_of_post(post):
 
 def record_of_post(post, have):
     """None where its picture is not in have."""
-    keys = [
-        nfc(str(post[k])) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None
-    ]
+    said = [post.get(field) for field in ("file_name", "path", "id", "md5")]
+    keys = [nfc(str(value)) for value in said if value is not None]
     keys += [key.replace("\\", "/") for key in keys]
     place = next((have[key] for key in keys if key in have), None)
     if place is None:

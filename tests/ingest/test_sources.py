@@ -159,8 +159,8 @@ def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
     said = {"class/-": "class: 2 classes (genshin, honkai)", "-/Class/": "-/class: 4 classes"}
     said |= {"-": "pictures only: no labels"}
     for layout, told in said.items():
-        words = ("set", "--layout", layout, "--out", f"{len(layout)}.out", "--size", 16)
-        assert f"read as {told}" in call("data.py", *words, cwd=tmp_path, check=0).stdout
+        flags = pack.parse_flags([str(tmp_path / "set"), "--layout", layout])
+        assert sources.find(flags.path, flags.layout)[2][0].startswith(f"read as {told}")
 
 
 FAMILY = "\N{WOMAN}\u200d\N{GIRL} 3.png"  # a joined emoji
