@@ -1,7 +1,6 @@
 """Pictures of nobody: folders and labels that say so, --unknown, and what they never become."""
 
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,68 +26,44 @@ def packed(folder, words, out="out"):
     return said, splits
 
 
-def as_folder(folder, name):
-    shutil.move(folder / "more/class0", folder / "images" / name)
-    return "images"
+WAYS = {  # what is moved where, and what is given to data.py
+    "a folder": ({"more/class0": "images/NAME"}, "images"),
+    "a folder beside a series": ({"images": "new/fate", "more/class0": "new/NAME"}, "new"),
+    "a folder of folders": (
+        {"images/class0": "new/class0/a", "images/class1": "new/class1/a", "more": "new/NAME"},
+        "new",
+    ),
+    "a zip": ({"more/class0": "images/NAME"}, "images.zip"),
+    "a table": ({"more/class0": "more/NAME"}, "list.csv"),
+    "a flag": ({}, "images --unknown more"),
+    "a flag and a zip": ({}, "images --unknown more.zip"),
+    "a flag and a folder inside": ({"more": "images/spare"}, "link --unknown images/spare"),
+}
 
 
-def below_a_series(folder, name):
-    (folder / "series").mkdir()
-    shutil.move(folder / "images", folder / "series/fate")
-    shutil.move(folder / "more/class0", folder / "series" / name)
-    return "series"
+def move(folder, moves, given, name):
+    """Lay the pictures out so, the others in folders of this name; and what a way needs beside it."""
+    for old, new in moves.items():
+        new = folder / new.replace("NAME", name)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / old, new)
+    if ".zip" in given:
+        archive = given.split()[-1].removesuffix(".zip")
+        shutil.make_archive(folder / archive, "zip", folder / archive)
+    if "link" in given:
+        (folder / "link").symlink_to("images")
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*.png"))]
+    rows = [f"{path},{path.parent.name}" for path in paths]
+    (folder / "list.csv").write_text("\n".join(["path,label", *rows]))
 
 
-def with_subfolders(folder, name):
-    shutil.move(folder / "more", folder / "images" / name)
-    for path in (folder / "images").glob("class*"):
-        shutil.move(path, folder / "volume")
-        (folder / "images" / path.name).mkdir()
-        shutil.move(folder / "volume", folder / "images" / path.name / "class0")
-    return "images"
-
-
-def as_zip(folder, name):
-    shutil.make_archive(folder / "all", "zip", folder / as_folder(folder, name))
-    return "all.zip"
-
-
-def as_table(folder, name):
-    rows = ["path,label"]
-    for path in sorted(folder.rglob("*.png")):
-        label = name if "more" in path.parts else path.parent.name
-        rows.append(f"{path.relative_to(folder)},{label}")
-    (folder / "list.csv").write_text("\n".join(rows))
-    return "list.csv"
-
-
-def by_flag(folder, _):
-    return "images --unknown more"
-
-
-def by_flag_of_a_zip(folder, _):
-    with zipfile.ZipFile(folder / "more.zip", "w") as archive:
-        for path in (folder / "more").rglob("*.png"):
-            archive.write(path, path.name)
-    return "images --unknown more.zip"
-
-
-def by_flag_inside(folder, _):
-    shutil.move(folder / "more", folder / "images/spare")
-    (folder / "link").symlink_to("images")
-    return "link --unknown images/spare"
-
-
-WAYS = (as_folder, below_a_series, with_subfolders, as_zip, as_table, by_flag, by_flag_of_a_zip)
-WAYS += (pytest.param(by_flag_inside, marks=LINUX),)
-NAMES = ("unknown", "Others")  # one of them for each way
-
-
+@LINUX
 @pytest.mark.parametrize("way", WAYS)
 def test_pictures_of_nobody_have_a_file_of_their_own_and_are_no_class(people, monkeypatch, way):
     monkeypatch.chdir(people)
-    name = NAMES[len(way.__name__) % 2]
-    said, splits = packed(people, f"{way(people, name)} --dedupe off")
+    moves, given = WAYS[way]
+    move(people, moves, given, "Others" if way in ("a zip", "a table") else "unknown")
+    said, splits = packed(people, f"{given} --dedupe off")
     assert "10 pictures show nobody" in said
     others = splits.pop("unknown")
     assert len(others["labels"]) == 10 and (others["labels"] == -1).all()
