@@ -481,9 +481,10 @@ def test_a_crop_from_four_pixels_is_that_of_the_two_matrices(S, side):
     assert torch.equal(whole, images)
 
 
-def test_views_are_one_graph_that_waits_for_no_number():
+@pytest.mark.parametrize("side", [16, 48])  # by two matrices, and from four pixels
+def test_views_are_one_graph_that_waits_for_no_number(side):
     """torch.compile without a break: nothing in it asks for a value of a box."""
-    images, side = some_view(4), 48
+    images = some_view(4)
     drawn = data.draw_boxes(4, torch.Generator().manual_seed(0), 0.4)
     for cut, pixels in ((data.view_images, images), (data.view_maps, images[..., 0])):
         graph = torch.compile(cut, fullgraph=True, dynamic=False, backend="aot_eager")

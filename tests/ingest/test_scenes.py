@@ -84,15 +84,15 @@ def test_a_box_holds_the_face_that_was_painted(monkeypatch):
     monkeypatch.setattr(scenes, "bubble", lambda *_: None)
     monkeypatch.setattr(scenes, "MOST", 1)
     seen = 0
-    for item in scenes.plan()[:12]:
-        page = scenes.draw(item, 128)
+    for item in scenes.plan()[:8]:
+        page = scenes.draw(item, 96)
         figure = (page["image"] < 250).any(2)
-        for x1, y1, x2, y2 in (128 * page["boxes"][: len(page["names"])]).round().astype(int):
+        for x1, y1, x2, y2 in (96 * page["boxes"][: len(page["names"])]).round().astype(int):
             left, top, right, bottom = scenes.corners(figure)
             assert left <= x1 and top <= y1 and right >= x2 and bottom >= y2
             assert figure[y1:y2, x1:x2].mean() > 0.6
             seen += 1
-    assert seen > 5
+    assert seen > 3
 
 
 def test_what_a_bubble_covers_is_nobody_s():

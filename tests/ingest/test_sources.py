@@ -525,7 +525,7 @@ def test_tables_give_groups_and_boxes_and_so_do_posts(tmp_path):
     assert "more.png" in [r.key for r in sources.find(posts, layout=())[0]]  # which no post names
 
 
-# ---- metadata beside pictures ---------------------------------------------------------------------
+# ---- metadata beside pictures --------------------------------------------------------------------
 
 
 def lines_of(*rows):
