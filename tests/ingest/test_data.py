@@ -466,7 +466,7 @@ EDGES = [(0, 0, 1, 1), (0, 0, 0.3, 0.6), (0.7, 0.4, 0.3, 0.6), (0.7, 0, 0.3, 1),
 
 
 @pytest.mark.parametrize(("S", "side"), [(33, 33), (16, 97), (96, 128)])
-def test_a_crop_from_four_pixels_is_that_of_the_two_matrices(S, side):
+def test_a_view_is_the_product_with_two_matrices_rounded_and_a_map_is_not_rounded(S, side):
     draws = torch.Generator().manual_seed(0)
     boxes = torch.cat([torch.tensor(EDGES), data.draw_boxes(27, draws, 0.05)[0]]).repeat(2, 1)
     flip = torch.arange(64) < 32
@@ -481,10 +481,9 @@ def test_a_crop_from_four_pixels_is_that_of_the_two_matrices(S, side):
     assert torch.equal(whole, images)
 
 
-@pytest.mark.parametrize("side", [16, 48])  # by two matrices, and from four pixels
-def test_views_are_one_graph_that_waits_for_no_number(side):
+def test_views_are_one_graph_that_waits_for_no_number():
     """torch.compile without a break: nothing in it asks for a value of a box."""
-    images = some_view(4)
+    images, side = some_view(4), 48
     drawn = data.draw_boxes(4, torch.Generator().manual_seed(0), 0.4)
     for cut, pixels in ((data.view_images, images), (data.view_maps, images[..., 0])):
         graph = torch.compile(cut, fullgraph=True, dynamic=False, backend="aot_eager")
