@@ -5,12 +5,12 @@
 #     TOTAL=540 bash lab/gpu.sh                    ends by itself after so many seconds
 #
 # In order of value: the gate of the kernels, the default pre-training to its end, a probe and LoRA on
-# it, the parts of a step, tests, kernels alone, and a step beside other libraries, which takes ten
-# minutes itself. Each step writes FOLDER/STEP.log. A step whose log is there is skipped, so run it
-# again after a stop: it goes on. A step that takes too long is stopped, and keeps the rows that it
-# has. FOLDER/send is what to send, written anew after each step: logs and tables, and the weights in
-# 16 bits, in pieces (cat weights.* | tar x). --small tries all of it on tiny inputs, on any Linux;
-# without a GPU, the interpreter of Triton runs the gate.
+# it, tests, kernels alone, and a step beside other libraries, which takes ten minutes itself. Each
+# step writes FOLDER/STEP.log. A step whose log is there is skipped, so run it again after a stop: it
+# goes on. A step that takes too long is stopped, and keeps the rows that it has. FOLDER/send is what
+# to send, written anew after each step: logs and tables, and the weights in 16 bits, in pieces
+# (cat weights.* | tar x). --small tries all of it on tiny inputs, on any Linux; without a GPU, the
+# interpreter of Triton runs the gate.
 set -uo pipefail
 trap 'echo "stopped; the same command goes on" >&2; exit 130' INT TERM
 cd "$(dirname "$0")/.."
@@ -105,7 +105,6 @@ if step pretrain 330 python3 "${pretrain[@]}"; then
     step probe 40 python3 probe.py "$folder/run" --headline
     step lora 150 python3 "${lora[@]}"
 fi
-step parts 150 python3 -m lab.bench_parts "${small[@]}" --out "$folder"
 if [ ${#small[@]} -eq 0 ]; then
     step tests 200 python3 -m pytest -q -n 4 --dist load tests/lesson/test_gpu.py tests/lesson/test_kernels.py
 fi

@@ -173,7 +173,6 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{SEGMENT} --patches runs/a-seg", "--epochs 2"),
     (DETECT, "--crop"),
     ("apps.detect runs/a-det images", "--epochs 3"),
-    ("lab.bench_data --pack=4", "--images 999"),
     ("lab.bench_step --small", "--batch 999"),
     (IMAGES, "--drawings 9, --characters 9"),
     (SPLITS, "--split .8,.1,.1, --dev .1, --seed 1, --test .5"),

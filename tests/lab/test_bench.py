@@ -94,11 +94,6 @@ def test_ten_minutes_of_a_gpu_are_tried_without_one(tmp_path):
     assert re.findall(r"^== ([\w-]+): .* skipped$", again.stdout, re.M) == steps
     with tarfile.open(tmp_path / "send/logs.tar.gz") as tar:
         sent = set(tar.getnames())
-    assert {f"./{name}.log" for name in steps} | {"./parts.json", "./run/log.jsonl"} <= sent
+    assert {f"./{name}.log" for name in steps} | {"./run/log.jsonl"} <= sent
     with tarfile.open(tmp_path / "send/weights.0") as tar:
         assert "half/model.safetensors" in tar.getnames()
-
-
-def test_the_loader_is_measured(tmp_path):
-    call("lab.bench_data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT, check=0)
-    assert bench.read_table(tmp_path / "bench_data.csv")[0]["images"] == "2048"
