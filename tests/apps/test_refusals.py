@@ -151,7 +151,7 @@ TAKEN = (  # what would be written, and is there
     "apps.export runs/a --to mae --out text.st",  # text.md would be its card
     "lab.subset datasets/packed --out images",
     f"{FACE} --out text.png",
-    "lab.views dino --data datasets/packed --image-size 32 --out runs/a",
+    "lab.dino --data datasets/packed --image-size 32 --out runs/a",
 )
 IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{PRE} --mask random", "--teacher runs/a, --attention cls, --maps truth, --maps maps/packed"),

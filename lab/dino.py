@@ -1,17 +1,15 @@
-"""SimCLR and DINO: encoders that learn from views alone, with the ViT, crops and optimizer of pretrain.py. Baselines.
+"""DINO: an encoder that learns from views alone, with the ViT and the optimizer of pretrain.py. A baseline.
 
-    python -m lab.views dino --data datasets/faces20 --out runs/dino
+    python -m lab.dino --data datasets/faces20 --out runs/dino
 
 Reads:  datasets/NAME
 Writes: OUT/model.safetensors, an encoder that every stage takes, log.jsonl and state.pt
         (--resume OUT goes on from there)
 
-simclr  two crops of each image; each finds the other one among all crops of the batch by its CLS
-        token (Chen et al. 2020, arXiv:2002.05709; common/guidance.py)
-dino    of each large crop a teacher says which of K prototypes it is like; the student says the
-        same of every other crop of that image, small ones, too. The teacher is the student's moving
-        average. Its answers are centred and sharpened: they are neither all alike nor all even
-        (Caron et al. 2021, arXiv:2104.14294, algorithm 1)
+Of each large crop a teacher says which of K prototypes it is like. The student says the same of every
+other crop of that image, small ones, too. The teacher is the student's moving average. Its answers are
+centred and sharpened: they are neither all alike nor all even (Caron et al. 2021, arXiv:2104.14294,
+algorithm 1).
 """
 
 import copy
@@ -23,14 +21,12 @@ from torch import nn
 import data
 from common import train
 from common.checkpoints import resize_positions, save_network
-from common.guidance import Contrast
 from common.train import Parser, UserError, at_least, between, cli, quoted
 from kernels.patches import all_places, masked_patch_gather
 from model import SIZES, ViT
 
 PROTOTYPES, BOTTLENECK, HIDDEN = 1024, 128, 512
 MIN_CROP, JITTER = 0.4, 0.3  # smallest area of a crop; colours are multiplied by 1 +- this
-TEMPERATURE = 0.1  # of simclr
 SHARP, SHARPER = 0.1, 0.04  # temperatures of student and teacher
 WEIGHT_DECAY, CLIP = 0.05, 3.0  # CLIP: largest norm of the gradient
 CENTRE, MOMENTUM = 0.9, 0.99  # how much of centre and teacher stays in a step; it rises to 1
@@ -38,7 +34,7 @@ LARGE, SMALL = 2, 4  # crops of an image; the teacher sees the large ones
 
 
 class Head(nn.Module):
-    """DINO's: tokens (B, D) -> (B, K), the cosines to prototypes, the rows of a matrix."""
+    """Tokens (B, D) -> (B, K), the cosines to prototypes, the rows of a matrix."""
 
     def __init__(self, dim):
         super().__init__()
@@ -68,18 +64,11 @@ def crops(images, generator, side, shrink=1.0):
     return data.jitter_colour(data.view_images(images, boxes, flip, side), draws, JITTER)
 
 
-def simclr(flags, net, index, images, generator, t, autocast):
-    """NT-Xent of 2B views."""
-    views = [crops(images, generator, flags.image_size) for _ in range(2)]
-    with autocast():
-        tokens = [cls_of(net["student"], view)[:, None] for view in views]  # (B, 1, D) each
-    contrast = net["contrast"]
-    loss, _ = contrast(*tokens, contrast.groups[data.send(index, images.device)])
-    return loss
+def step_loss(flags, net, images, generator, t, autocast):
+    """Cross-entropy of the student's answers with the teacher's, of pairs of different crops.
 
-
-def dino(flags, net, index, images, generator, t, autocast):
-    """Cross-entropy of the student's answers with the teacher's, of pairs of different crops."""
+    images u8 (B, S, S, 3); t: the share of the run that is done. The teacher follows here, too.
+    """
     small = max(1, flags.image_size // 2 // flags.patch_size) * flags.patch_size
     large = [crops(images, generator, flags.image_size) for _ in range(LARGE)]
     views = large + [crops(images, generator, small, 0.5) for _ in range(SMALL)]
@@ -110,10 +99,7 @@ def follow(net, momentum):
             theirs.lerp_(ours, 1 - momentum)
 
 
-METHODS = {"simclr": simclr, "dino": dino}
-
-
-def build(flags, train_set):
+def build(flags):
     """-> the networks by their names; what is drawn comes from --seed."""
     torch.manual_seed(flags.seed)
     size = {k: SIZES[flags.model][k] for k in ("dim", "depth", "heads")}
@@ -121,10 +107,6 @@ def build(flags, train_set):
         net = nn.ModuleDict({"student": ViT(flags.image_size, flags.patch_size, **size)})
     except ValueError as problem:
         raise UserError(f"--model {flags.model}: {problem}") from None
-    if flags.method == "simclr":
-        settings = {"temperature": TEMPERATURE, "dcl": 0, "weight": 1.0}
-        net["contrast"] = Contrast(net["student"], settings, train_set, None, MIN_CROP)
-        return net
     net["head"] = Head(size["dim"])
     net["head"].register_buffer("centre", torch.zeros(PROTOTYPES))
     for name, of in (("teacher", "student"), ("teacher_head", "head")):
@@ -135,7 +117,6 @@ def build(flags, train_set):
 def read_flags():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("method", nargs="?", choices=METHODS)
     add("--data", metavar="DIR", help="packed set")
     add("--out", metavar="DIR", help="run folder")
     add("--model", choices=SIZES, default="nano")
@@ -147,8 +128,8 @@ def read_flags():
     train.add_flags(add, reports=False)
     flags = parser.parse_args()
     train.take_saved_flags(flags)
-    if not (flags.resume or (flags.method and flags.data and flags.out)):
-        raise UserError(f"give a method ({', '.join(METHODS)}), --data and --out; or --resume RUN")
+    if not (flags.resume or (flags.data and flags.out)):
+        raise UserError("give --data and --out, or --resume RUN")
     return flags
 
 
@@ -163,16 +144,16 @@ def main():
     B = flags.batch_size = min(flags.batch_size, n)
     per_epoch = n // B
     total = flags.epochs * per_epoch
-    net = build(flags, train_set).to(device).train()
+    net = build(flags).to(device).train()
     optimizer = train.make_optimizer(net, flags.lr, WEIGHT_DECAY)
     run = train.Run(flags, {"net": net, "optimizer": optimizer}, total, per_epoch, device)
     run.resume_or_begin()
     for epoch in range(run.step // per_epoch, flags.epochs):
         order = data.epoch_order(n, flags.seed, epoch)
-        for index, batch in data.batches(images, order, B, device, run.step % per_epoch):
+        for _, batch in data.batches(images, order, B, device, run.step % per_epoch):
             generator = train.seeded(flags.seed, epoch, run.step)
             t = run.step / total
-            loss = METHODS[flags.method](flags, net, index, batch, generator, t, autocast)
+            loss = step_loss(flags, net, batch, generator, t, autocast)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), CLIP)
             lr = train.lr_at(run.step, total, 0.1 * total, flags.lr)
@@ -183,9 +164,8 @@ def main():
             if run.logs_now:
                 run.log_step(lr=lr)
             run.save_if_due()
-    encoder = net["teacher" if flags.method == "dino" else "student"]
     notes = {"step": run.step, "run": run.config}
-    save_network(encoder, run.out / "model.safetensors", notes, "encoder.")
+    save_network(net["teacher"], run.out / "model.safetensors", notes, "encoder.")
     print(f"wrote    {run.out}/model.safetensors after {run.seconds():.0f} s")
     print(f"next: python probe.py {quoted(run.out)}")
 
