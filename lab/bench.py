@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, turns, percentiles, the speed of a copy, and the table of rows.
+"""What the benchmarks share: flags, clocks, turns, percentiles, and a table of rows.
 
 Machines are noisy. So what is compared takes turns in one run, and a comparison is the median of
 the ratios within the turns.
@@ -17,14 +17,9 @@ import numpy as np
 import torch
 
 from common.door import save_csv
-from common.train import Parser, UserError, at_least, commit, machine
-from kernels.patches import TRITON as HAS_TRITON
-
-if HAS_TRITON:
-    import triton
+from common.train import Parser, UserError, at_least, command, commit, machine
 
 OUT = Path("runs/bench")  # results/ is written where --out names it
-TRITON = triton.__version__ if HAS_TRITON else "none"
 
 
 def parser_of(doc):
@@ -48,38 +43,27 @@ def now(device):
     return time.perf_counter()
 
 
-def milliseconds(call, device, seconds=0.3):
-    """Times of single calls, in ms. On a GPU each call begins with a cold L2 cache."""
-    if device.type == "cuda" and HAS_TRITON:
-        return triton.testing.do_bench(call, rep=1000 * seconds, return_mode="all")
-    call()  # warms up
-    times = []
-    begin = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() < begin + seconds:
-        start = now(device)
-        call()
-        times.append(1000 * (now(device) - start))
-    return times
-
-
 def replays(calls, device, times=20):
     """A function that returns times of one call, in ms: each is the mean of all calls once.
 
     Give the calls inputs of their own, larger than the caches together. On a GPU they are one CUDA
     graph, so that the times do not contain Python, which is slower than most kernels.
     """
+
+    def once():
+        for call in calls:
+            call()
+
     if device.type != "cuda":
-        return lambda: [ms for call in calls for ms in milliseconds(call, device, 0.3 / len(calls))]
+        return lambda: [1000 * seconds_of(once, device) / len(calls) for _ in range(times)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a first run compiles, which a graph can't hold
-        for call in calls:
-            call()
+        once()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        once()
 
     def replay():
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
@@ -94,13 +78,20 @@ def replays(calls, device, times=20):
     return replay
 
 
-def in_turns(calls, turns, measure):
-    """{name: call} -> {name: [measure(call) of each turn]}. Every second turn goes backwards."""
+def seconds_of(call, device):
+    """How long a call takes."""
+    start = now(device)
+    call()
+    return now(device) - start
+
+
+def in_turns(calls, turns):
+    """{name: call} -> {name: [what the call returns in each turn]}. Every second turn goes backwards."""
     found = {name: [] for name in calls}
     for turn in range(turns):
         order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
         for name in order:
-            found[name].append(measure(calls[name]))
+            found[name].append(calls[name]())
     return found
 
 
@@ -132,7 +123,7 @@ def copy_speed(device):
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    ms = milliseconds(lambda: target.copy_(source), device)
+    ms = replays([lambda: target.copy_(source)], device)()
     return 2 * size / statistics.median(ms) * 1000
 
 
@@ -140,28 +131,21 @@ def copy_speed(device):
 
 
 class Table:
-    """A CSV that gets each row as soon as it is measured. A row that is there is not measured again.
+    """A CSV that gets each row as soon as it is measured, behind those that are there.
 
-    keys: the columns that say what was measured. Rows of another machine or commit are others.
+    versions: further columns of every row, beside its command, machine and commit.
     """
 
-    def __init__(self, path, keys, device, **versions):
+    def __init__(self, path, device, **versions):
         self.path = path
-        self.keys = (*keys, "machine", "commit")
         self.rows = read_table(path) if path.exists() else []
-        self.where = {"machine": machine(device), **versions, "commit": commit()}
-
-    def find(self, **keys):
-        """The row that has these values under the keys, or None."""
-        wanted = {k: str(value) for k, value in (keys | self.where).items() if k in self.keys}
-        return next((row for row in self.rows if wanted.items() <= row.items()), None)
+        self.where = {"machine": machine(device), **versions}
+        self.where |= {"command": command(), "commit": commit()}
 
     def add(self, row):
-        """Print a row and save it, in place of one with its keys. Cells that it lacks are empty."""
-        old = self.find(**row)
+        """Print a row and save it. Cells that it lacks are empty."""
         print(", ".join(f"{k} {value}" for k, value in row.items()), flush=True)
-        self.rows = [r for r in self.rows if r is not old]
-        self.rows.append({k: str(value) for k, value in (row | self.where).items()})
+        self.rows.append(row | self.where)
         columns = dict.fromkeys(itertools.chain.from_iterable(self.rows))
         save_csv([{k: r.get(k, "") for k in columns} for r in self.rows], self.path)
 

@@ -7,10 +7,10 @@ patch, weight, error, statistics, and the gradients). On a GPU they are replays 
 several inputs in turn, so that no time contains Python or finds its input in a cache. What
 surrounds our kernels is compiled, as in pretrain.py.
 
-Writes runs/bench/bench_kernels.csv on a GPU. Without one it measures the references alone, into
-bench_kernels_cpu.csv. The gate comes first: every contender against float64 on small inputs, then
-against the reference on the inputs that are timed. A wrong number ends the run before any speed.
-Bytes are the least that any implementation moves. Their share is of a plain copy in the same run.
+Writes runs/bench/bench_kernels.csv. The gate comes first: every contender against float64 on small
+inputs, then against the reference on the inputs that are timed. A wrong number ends the run before
+any speed. Without a GPU there is the gate alone, and --small tries the rest on the references. Bytes
+are the least that any implementation moves. Their share is of a plain copy in the same run.
 """
 
 import functools
@@ -22,6 +22,7 @@ from common.train import DTYPES, UserError, cli, pick_device
 from kernels import MEAN, STD
 from kernels.patches import (
     INTERPRET,
+    TRITON,
     detail_weight,
     masked_patch_gather,
     patch_detail,
@@ -32,9 +33,11 @@ from kernels.patches import (
 )
 from lab import bench
 
+if TRITON:
+    import triton
+
 # batch, image size, patch size, share of hidden patches
 GPU_CASES = [(1024, *case, 0.75) for case in ((128, 16), (224, 16), (64, 8), (224, 14))]
-CPU_CASES = [(128, 96, 8, 0.75), (32, 224, 16, 0.75)]
 SMALL_CASES = [(2, 32, 8, 0.75)]
 GATE_CASES = [(4, 64, 16, 0.75), (3, 48, 8, 0.5), (2, 84, 14, 0.9)]
 INPUTS = 4  # that take turns
@@ -98,7 +101,7 @@ def contenders(device, timed=True):
     found = {"reference": with_impl["torch"]}
     if device.type == "cuda":
         found["compile"] = [torch.compile(f, dynamic=False) for f in with_impl["torch"]]
-        if bench.TRITON != "none":
+        if TRITON:
             found["triton"] = [torch.compile(f, dynamic=False) for f in with_impl["triton"]]
     elif INTERPRET and not timed:
         found["triton"] = with_impl["triton"]
@@ -152,9 +155,8 @@ def check(name, found, truth, units=0.5):
         rounding = torch.finfo(x.dtype).eps * units
         off = (x.double() - true).abs().max() / true.abs().max()
         if not off <= max(rounding, 1e-5):
-            raise UserError(
-                f"{name} is off by {off:.1e} of the largest value; no speed is reported"
-            )
+            where = f"{name} is off by {off:.1e} of the largest value"
+            raise UserError(f"{where}; no speed is reported")
 
 
 def gate(device, dtype):
@@ -169,9 +171,8 @@ def gate(device, dtype):
         for operation in MOVES:
             truth = truth_of(operation, given)
             for name, functions in found.items():
-                check(
-                    f"{name} {operation} of {case}", run(operation, functions, given), truth, units
-                )
+                numbers = run(operation, functions, given)
+                check(f"{name} {operation} of {case}", numbers, truth, units)
     names = ", ".join(found)
     print(f"gate     green: {names} agree with float64 in {str(dtype)[6:]}", flush=True)
 
@@ -180,16 +181,13 @@ def gate(device, dtype):
 
 
 def measure(table, case, operation, sets, turns):
-    """Time all contenders in turns, and add a row for each, unless the table has it."""
+    """Time all contenders in turns, and add a row for each."""
     pred, _, view, keep, mask, _, _ = sets[0]
     device, dtype = view.device, pred.dtype
     found = contenders(device)
-    keys = {
-        name: dict(zip(KEYS, (*case, operation, name, str(dtype)[6:]), strict=True))
-        for name in found
-    }
-    if all(table.find(**row) for row in keys.values()):
-        return
+    keys = {}
+    for name in found:
+        keys[name] = dict(zip(KEYS, (*case, operation, name, str(dtype)[6:]), strict=True))
     truth = [x.double() for x in run(operation, found["reference"], sets[0])]
     replays = {}
     for name, functions in found.items():
@@ -199,7 +197,7 @@ def measure(table, case, operation, sets, turns):
             replays[name] = bench.replays(calls, device)
         except torch.OutOfMemoryError:
             table.add(keys[name] | {"note": "does not fit in this GPU's memory"})
-    times = bench.in_turns(replays, turns, lambda replay: replay())
+    times = bench.in_turns(replays, turns)
     n = (keep if operation == "gather" else mask).numel()
     moved = bytes_to_move(operation, n, pred.shape[2], pred.element_size())
     base = "compile" if "compile" in times else "reference"
@@ -216,24 +214,27 @@ def main():
     parser.add_argument("--gate", action="store_true", help="only the gate")
     args = parser.parse_args()
     device = pick_device(args.device)
-    if device.type == "mps":  # it has no float64, in which the gate computes what is true
-        raise UserError("the kernels are for NVIDIA cards; --device cpu measures their references")
     gpu = device.type == "cuda"
+    if not gpu:
+        device = torch.device(
+            "cpu"
+        )  # a Mac's GPU has no float64, in which the gate knows the truth
     dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
     gate(device, dtype)
     if args.gate:
         return
-    path = args.out / ("bench_kernels.csv" if gpu else "bench_kernels_cpu.csv")
-    copy = {"copy_gb_per_s": round(bench.copy_speed(device) / 1e9, 1)}
-    table = bench.Table(path, KEYS, device, triton=bench.TRITON, **copy)
-    if not gpu:
-        print("note: no GPU here, so the PyTorch references are measured, not the kernels")
-    for case in SMALL_CASES if args.small else GPU_CASES if gpu else CPU_CASES:
+    if not (gpu or args.small):
+        print("note: no GPU here, so nothing is timed")
+        return
+    versions = {"triton": triton.__version__ if TRITON else "none"}
+    versions["copy_gb_per_s"] = round(bench.copy_speed(device) / 1e9, 1)
+    table = bench.Table(args.out / "bench_kernels.csv", device, **versions)
+    for case in SMALL_CASES if args.small else GPU_CASES:
         sets = [inputs(case, dtype, device, seed) for seed in range(INPUTS)]
         for operation in MOVES:
             torch.compiler.reset()
             measure(table, case, operation, sets, args.turns)
-    print(f"wrote    {path}")
+    print(f"wrote    {table.path}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""How fast a training step is, beside transformers' ViTMAE and timm: python -m lab.bench_step
+"""How fast a training step is, beside the ViTMAE of transformers: python -m lab.bench_step
 
-Writes runs/bench/bench_step_cpu.csv (or _cuda), a row for each candidate, its settings and a turn.
-Turn 0 tries all settings of a candidate. In the turns that follow, the best settings of each
-candidate are timed one after another. A candidate is a process that ends before the next begins.
+Writes runs/bench/bench_step_cpu.csv (or _cuda), a row for each candidate and its settings in each
+turn. The summary compares each candidate under its fastest settings. A row is measured in a process
+that ends before the next begins.
 
-A step is: bytes of the views, forward, the loss of MAE, backward, AdamW. timm has no MAE, so its
-candidate is our step with timm's blocks. All start with the same weights, and get the same images
-and noise. The gate: the losses of the first steps are those of our eager fp32 step with the PyTorch
-references. Where they differ, there is no speed.
+A step is: bytes of the views, forward, the loss of MAE, backward, AdamW. Both start with the same
+weights, and get the same images and noise. The gate: the losses of the first steps are those of our
+eager fp32 step with the PyTorch references. Where they differ, there is no speed.
 """
 
 import functools
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 import mask as masking
 from apps.export import export
@@ -75,9 +73,6 @@ class Case:
         return found
 
 
-KEYS = ("turn", *Case.__dataclass_fields__)
-
-
 # ---- the gate ------------------------------------------------------------------------------------
 
 
@@ -89,32 +84,7 @@ def agree(losses, reference, dtype):
     return f"losses of {losses}, of the reference {reference}"
 
 
-# ---- three networks ------------------------------------------------------------------------------
-
-
-class TimmBlock(nn.Module):
-    """A block of timm with the weights of ours, in its place."""
-
-    def __init__(self, ours):
-        from timm.models.vision_transformer import Block
-
-        super().__init__()
-        norm = functools.partial(nn.LayerNorm, eps=ours.norm1.eps)
-        width = ours.norm1.normalized_shape[0]
-        self.block = Block(width, ours.attn.heads, qkv_bias=True, norm_layer=norm)
-        self.block.load_state_dict(ours.state_dict())
-
-    def forward(self, x, start=0, bias=None):  # bias: of apps/tags.py alone
-        return self.block(x)[:, start:]
-
-
-def with_blocks_of_timm(net, attention):
-    from timm.layers import set_fused_attn
-
-    set_fused_attn(attention == "fused")
-    for part, name in ((net.encoder, "blocks"), (net.decoder, "decoder_blocks")):
-        setattr(part, name, nn.ModuleList(TimmBlock(block) for block in getattr(part, name)))
-    return net
+# ---- two networks --------------------------------------------------------------------------------
 
 
 def make_network(case, folder):
@@ -131,7 +101,7 @@ def make_network(case, folder):
         return net, their_loss
     net = case.network()
     init_from(net, folder / "model.safetensors")
-    return with_blocks_of_timm(net, case.attention) if case.candidate == "timm" else net, our_loss
+    return net, our_loss
 
 
 def our_loss(case, net, view, noise, autocast):
@@ -208,50 +178,43 @@ def measured(case, folder, warmup, steps, impl="auto"):
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def add_row(table, case, turn, *, folder, reference, counts):
-    """Measure a candidate in one turn, if the table lacks it -> its images a second, 0 if it failed."""
-    keys = {"turn": turn} | asdict(case)
-    if not table.find(**keys):
-        try:
-            if case.candidate == "transformers" and not (folder / "hf").exists():
-                export(folder / "model.safetensors", "hf", folder / "hf")
-            found = bench.alone(measured, case, folder, *counts)
-        except UserError as problem:  # killed, as it is where memory is full; or no plain ViT
-            found = {"note": str(problem)}
-        problem = found.get("note") or agree(found["losses"], reference, case.dtype)
-        if problem and case.candidate == "AniMask":
-            raise UserError(f"{name_of(case)}: {problem}; no speed is reported")
-        row = {"note": problem}
-        if not problem:
-            row = {"images_per_s": round(case.batch / found["seconds"], 2)}
-            row["peak_mb"] = round(found["peak_mb"])
-        table.add(keys | row)
-    return float(table.find(**keys).get("images_per_s") or 0)
+def row_of(case, folder, reference, counts):
+    """Measure a candidate in a process of its own -> its columns: a speed, or a note why it has none."""
+    try:
+        found = bench.alone(measured, case, folder, *counts)
+    except UserError as problem:  # killed, as it is where memory is full
+        found = {"note": str(problem)}
+    problem = found.get("note") or agree(found["losses"], reference, case.dtype)
+    if problem and case.candidate == "AniMask":
+        raise UserError(f"{name_of(case)}: {problem}; no speed is reported")
+    if problem:
+        return {"note": problem}
+    speed = round(case.batch / found["seconds"], 2)
+    return {"images_per_s": speed, "peak_mb": round(found["peak_mb"])}
 
 
-def compare(table, settings, turns, counts):
-    """The gate, the search among the cases of each candidate, the turns -> lines of a summary."""
-    case = settings[0][0]  # ours
+def compare(table, cases, turns, counts):
+    """The gate, then all cases in turns, ours first -> lines of a summary."""
+    ours = cases[0]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         torch.manual_seed(0)
         notes = {"step": 0, "run": {}, "norm_pix": True}
-        save_network(case.network(), folder / "model.safetensors", notes)
-        eager = replace(case, dtype="fp32")
+        save_network(ours.network(), folder / "model.safetensors", notes)
+        if "transformers" in {case.candidate for case in cases}:
+            export(folder / "model.safetensors", "hf", folder / "hf")
+        eager = replace(ours, dtype="fp32")
         reference = bench.alone(measured, eager, folder, counts[0], 0, "torch")
         if "note" in reference:
             raise UserError(f"the reference of the gate: {reference['note']}")
-        gate = {"folder": folder, "reference": reference["losses"], "counts": counts}
-        best = {}
-        for cases in settings:
-            found = {one: add_row(table, one, 0, **gate) for one in cases}
-            fastest = max(found, key=found.get)
-            if found[fastest]:
-                best[fastest] = []
-        for turn in range(1, turns + 1):
-            for one in list(best) if turn % 2 else list(best)[::-1]:
-                best[one].append(add_row(table, one, turn, **gate))
-    return summary(best)
+
+        def speed_of(case):
+            row = row_of(case, folder, reference["losses"], counts)
+            table.add(asdict(case) | row)
+            return row.get("images_per_s", 0.0)
+
+        calls = {case: functools.partial(speed_of, case) for case in cases}
+        return summary(bench.in_turns(calls, turns))
 
 
 def name_of(case):
@@ -260,13 +223,21 @@ def name_of(case):
 
 
 def summary(speeds):
-    """{case: images a second of each turn}, ours first -> a line for each candidate."""
-    ours = next(iter(speeds.values()))
+    """{case: images a second of each turn} -> a line for each candidate under its fastest settings.
+
+    Of several candidates the first is ours. 0 images a second: it failed.
+    """
+    best = {}
+    for case in sorted(speeds, key=lambda case: statistics.median(speeds[case])):
+        best[case.candidate] = case
+    first = next(iter(speeds)).candidate
     lines = []
-    for case, own in speeds.items():
-        ratio = statistics.median(x / y for x, y in zip(own, ours, strict=True))
-        speed = f"{statistics.median(own):g} images/s ({min(own):g} to {max(own):g})"
-        lines.append(f"{name_of(case)}: {speed}, {ratio:.2f} times AniMask")
+    for name in dict.fromkeys(case.candidate for case in speeds):
+        case, own, ours = best[name], speeds[best[name]], speeds[best[first]]
+        if min(own):
+            ratio = statistics.median(x / y for x, y in zip(own, ours, strict=True))
+            speed = f"{statistics.median(own):g} images/s ({min(own):g} to {max(own):g})"
+            lines.append(f"{name_of(case)}: {speed}, {ratio:.2f} times {first}")
     return lines
 
 
@@ -290,17 +261,19 @@ def main():
         decoders = ["32x1"]
         sizes = TINY
         counts = COUNTS["small"]
-    there = [name for name in ("transformers", "timm") if find_spec(name)]
-    versions = {name: version(name) for name in there} | {"triton": bench.TRITON}
-    table = bench.Table(args.out / f"bench_step_{device.type}.csv", KEYS, device, **versions)
-    for name in {"transformers", "timm"} - set(there):
-        print(f"note: {name} is left out, because it is missing (pip install {name})")
+    libraries = ("transformers", "triton")
+    versions = {name: version(name) if find_spec(name) else "none" for name in libraries}
+    table = bench.Table(args.out / f"bench_step_{device.type}.csv", device, **versions)
+    candidates = ["AniMask", "transformers"]
+    if versions["transformers"] == "none":
+        candidates = ["AniMask"]
+        print("note: transformers is missing (pip install transformers), so ours is alone")
     lines = []
     for dtype in dtypes:
         for decoder in decoders:
             case = Case(**sizes, dtype=dtype, decoder=decoder, device=str(device))
-            settings = [case.settings(name, args.small) for name in ("AniMask", *there)]
-            lines += compare(table, settings, args.turns, counts)
+            cases = [one for name in candidates for one in case.settings(name, args.small)]
+            lines += compare(table, cases, args.turns, counts)
     print(*lines, f"wrote    {table.path}", sep="\n")
 
 

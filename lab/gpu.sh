@@ -5,7 +5,7 @@
 #     TOTAL=540 bash lab/gpu.sh                    ends by itself after so many seconds
 #
 # In order of value: the gate of the kernels, the default pre-training to its end, a probe and LoRA on
-# it, tests, kernels alone, and a step beside other libraries, which takes ten minutes itself. Each
+# it, tests, kernels alone, and a step beside transformers, which takes ten minutes itself. Each
 # step writes FOLDER/STEP.log. A step whose log is there is skipped, so run it again after a stop: it
 # goes on. A step that takes too long is stopped, and keeps the rows that it has. FOLDER/send is what
 # to send, written anew after each step: logs and tables, and the weights in 16 bits, in pieces

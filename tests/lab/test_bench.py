@@ -30,9 +30,18 @@ def test_percentiles_are_of_all_turns_and_ratios_within_each():
     found = bench.compared(times, "base")
     assert found["ours"]["times_as_long_as_base"] == 0.5 and found["base"]["p50_ms"] == 11.0
     assert (found["ours"]["p20_ms"], found["ours"]["p80_ms"]) == (1.0, 10.0)
-    slow = replace(TINY, candidate="timm", compile=True)
-    lines = step.summary({TINY: [10.0, 100.0, 30.0], slow: [5.0, 50.0, 15.0]})
-    assert "30 images/s (10 to 100), 1.00 times" in lines[0] and "0.50 times" in lines[1]
+    slow = replace(TINY, candidate="transformers", compile=True)
+    failed = replace(slow, compile=False)
+    slower = replace(slow, attention="eager")
+    turns = {
+        TINY: [10.0, 100.0, 30.0],
+        slow: [5.0, 50.0, 15.0],
+        slower: [4.0] * 3,
+        failed: [0.0] * 3,
+    }
+    ours, theirs = step.summary(turns)
+    assert "30 images/s (10 to 100), 1.00 times" in ours
+    assert "transformers (compiled, fused" in theirs and "0.50 times" in theirs
 
 
 def test_the_gate_lets_through_what_agrees_and_nothing_else():
@@ -50,37 +59,30 @@ def test_a_wrong_kernel_ends_the_run_before_any_speed(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*.csv"))
 
 
-def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
-    path = tmp_path / "t.csv"
-    save_csv([{"case": "old", "machine": "another", "commit": "c"}], path)
-    table = bench.Table(path, ("case",), CPU)
-    assert table.find(case="old") is None  # of another machine
-    table.add({"case": "a", "ms": 1.5})
-    assert [row["case"] for row in bench.read_table(path)] == ["old", "a"]
-    assert bench.Table(path, ("case",), CPU).find(case="a")["ms"] == "1.5"
-
-
-def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
-    """Peers that fail get a row without a speed; our own failure ends the run."""
-    calls = []
+def test_peers_that_fail_get_a_row_without_a_speed_and_our_own_failure_ends_the_run(
+    monkeypatch, tmp_path
+):
+    """Each row is saved at once, behind those of other days."""
 
     def answer(function, case, *_):
-        calls.append(case.candidate)
         if case.candidate == "transformers":
             return {"note": "OutOfMemoryError: full"}
         return {"losses": [1.0], "seconds": 0.5, "peak_mb": 9.0}
 
     monkeypatch.setattr(bench, "alone", answer)
     monkeypatch.setattr(step, "export", lambda *_: None)  # which a plain ViT alone can be
-    table = bench.Table(tmp_path / "t.csv", step.KEYS, CPU)
-    cases = [TINY.settings(name, small=True)[:1] for name in ("AniMask", "transformers")]
-    for expected in (["AniMask"] * 2 + ["transformers"] + ["AniMask"] * 2, ["AniMask"]):
-        lines = step.compare(table, cases, 2, (1, 1))
-        assert calls == expected and len(lines) == 1 and "8 images/s" in lines[0]
-        calls.clear()
+    save_csv([{"candidate": "old", "machine": "another", "commit": "c"}], tmp_path / "t.csv")
+    table = bench.Table(tmp_path / "t.csv", CPU)
+    cases = [replace(TINY, candidate=name) for name in ("AniMask", "transformers")]
+    lines = step.compare(table, cases, 2, (1, 1))
+    assert len(lines) == 1 and "8 images/s" in lines[0]
+    rows = bench.read_table(tmp_path / "t.csv")
+    ours = ["AniMask", "transformers", "transformers", "AniMask"]
+    assert [row["candidate"] for row in rows] == ["old", *ours]
+    assert rows[2]["note"] == "OutOfMemoryError: full" and rows[2]["commit"]
     monkeypatch.setattr(step, "agree", lambda *_: "step 1: another loss")
     with pytest.raises(UserError, match="no speed is reported"):
-        step.compare(table, [[replace(TINY, batch=8)]], 2, (1, 1))
+        step.compare(table, [TINY], 1, (1, 1))
 
 
 @pytest.mark.slow
