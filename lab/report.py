@@ -14,8 +14,6 @@ variance             of top1 over seeds: % less
 """
 
 import math
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +25,7 @@ from common.metrics import from_bits, mean_std, plus_minus
 from common.train import Parser, UserError, cli, read_log, save_text
 from lab import stats
 
-DEFAULTS = {"margin": 1.0, "less": [], "axes": {}, "notes": {}, "thresholds": {}, "family": {}}
+DEFAULTS = {"margin": 1.0, "less": [], "notes": {}, "thresholds": {}, "family": {}}
 DEFAULTS |= {"differences": [], "hypotheses": [], "controls": {}}
 NEEDED = ("plan", "data", "split", "question", "arms", "seeds", "columns", "compare")
 FIX = "restore it, or make the rows with lab.run"
@@ -290,18 +288,15 @@ def csv_row(arm, tests, study):
     return {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
 
 
-def title_of(study):
-    return f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
-
-
 def draw_dots(path, study):
     """A dot for each seed, one panel for each of the first two columns."""
     from common import plots  # matplotlib takes half a second to load
 
     columns = list(study.plan["columns"].items())[:2]
     size = (4.8 * len(columns), 1.4 + 0.28 * len(study.rows))
-    one_row = {"sharey": True, "squeeze": False}
-    with plots.panels(path, title_of(study), 1, len(columns), size, **one_row) as axes:
+    title = f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
+    shape = {"sharey": True, "squeeze": False}
+    with plots.panels(path, title, 1, len(columns), size, **shape) as axes:
         for axis, (column, heading) in zip(axes[0], columns, strict=True):
             for i, seeds in enumerate(study.rows.values()):
                 values = values_of(seeds, column)
@@ -310,45 +305,6 @@ def draw_dots(path, study):
             axis.grid(axis="x", alpha=0.3)
         axes[0, 0].set_yticks(range(len(study.rows)), list(study.rows))
         axes[0, 0].set_ylim(len(study.rows) - 0.5, -0.5)
-
-
-def lines_of(study):
-    """Arms "NAME, 12 min" -> {"min": {"NAME": {12.0: values of the first column}}}; {} of others."""
-    column = next(iter(study.plan["columns"]))
-    found = {}
-    for arm, seeds in study.rows.items():
-        name, _, place = arm.partition(", ")
-        x, _, unit = place.partition(" ")
-        if not x.isdigit():
-            return {}
-        found.setdefault(unit, {}).setdefault(name, {})[float(x)] = values_of(seeds, column)
-    return found
-
-
-def draw_lines(path, study, lines):
-    """A panel for each unit: a line through the means of each name, and a dot for each seed."""
-    from common import plots
-
-    heading = next(iter(study.plan["columns"].values()))
-    every_name = dict.fromkeys(chain(*lines.values()))
-    colours = dict(zip(every_name, plots.COLOURS, strict=False))
-    size = (5.2 * len(lines), 4.2)
-    one_row = {"sharey": True, "squeeze": False}
-    with plots.panels(path, title_of(study), 1, len(lines), size, **one_row) as axes:
-        for axis, (unit, names) in zip(axes[0], lines.items(), strict=True):
-            for name, points in names.items():
-                colour = colours[name]
-                xs = sorted(points)
-                axis.plot(xs, [np.mean(points[x]) for x in xs], color=colour, label=name)
-                for x in xs:
-                    axis.plot([x] * len(points[x]), points[x], "o", ms=4, alpha=0.6, color=colour)
-            axis.set_xscale("log")
-            ticks = sorted(set().union(*names.values()))
-            axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-            axis.minorticks_off()
-            axis.set(xlabel=study.plan["axes"].get(unit, unit))
-        axes[0, 0].set(ylabel=heading)
-        axes[0, 0].legend(loc="lower right")
 
 
 def write(study, figure=False):
@@ -367,9 +323,7 @@ def write(study, figure=False):
     for hypothesis in study.hypotheses:
         text += hypothesis_table(hypothesis)
     if figure:
-        lines = lines_of(study)
-        figure_of = partial(draw_lines, lines=lines) if lines else draw_dots
-        figure_of(folder / "figure.png", study)
+        draw_dots(folder / "figure.png", study)
         text += ["", "![One dot is one seed](figure.png)"]
     save_text("\n".join(text) + "\n", folder / "table.md")
     rows = [csv_row(arm, tests, study) for arm in study.rows]

@@ -89,7 +89,7 @@ READING = (
     "runs can't tell the two apart (undecided). More --seeds make the interval narrower. But fix their\n"
     "number before you look: who adds seeds until a verdict comes gets one by chance."
 )
-IN_PLACE = {"probe": "probe*.json", "unknown": "recognize.json", "stress": "stress-*.json"}
+IN_PLACE = {"probe": "probe*.json", "unknown": "recognize.json", "stress": "stress.json"}
 IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
 RUNNING = set()  # processes of ours
 STOPPED = threading.Event()  # a thread that waited until then begins nothing more

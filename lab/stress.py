@@ -1,11 +1,11 @@
 """What breaks it? A probe that was trained on clean features sees corrupted pictures.
 
     python -m lab.stress runs/NAME
-    python -m lab.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
+    python -m lab.stress runs/NAME --only cutout,blur
 
 Reads:  runs/NAME (model.safetensors), datasets/NAME
-Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run's, or of another
-        split than val, in runs/NAME/DATANAME-SPLIT/
+Writes: runs/NAME/stress.json; of other data than the run's, or of another split than val, in
+        runs/NAME/DATANAME-SPLIT/
 """
 
 import io
@@ -91,21 +91,25 @@ def hue(images, level, generator):
     return channels_last((images.float() @ turn.T.to(images.device)).permute(0, 3, 1, 2))
 
 
+def grayscale(images, level, generator):
+    return channels_last(luminance(images))
+
+
 def line_art(images, level, generator):
     """What is darker than its brightest neighbour, dark on white: lines stay, colour goes."""
     gray = luminance(images)
     return channels_last(255 - 3 * (F.max_pool2d(gray, 3, 1, 1) - gray))
 
 
-SWEEPS = {  # name: (function, levels, what a level is, the level of --only)
-    "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
-    "rotation": (rotation, (10, 20, 45, 90, 180), "degrees", 20),
-    "scale": (scale, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
-    "blur": (blur, (0.5, 1, 2, 4), "std, px of 128", 1),
-    "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
-    "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),
-    "grayscale": (lambda x, *_: channels_last(luminance(x)), (1,), "", 1),
-    "line art": (line_art, (1,), "", 1),
+SWEEPS = {  # name: (function, levels, what a level is)
+    "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area"),
+    "rotation": (rotation, (10, 20, 45, 90, 180), "degrees"),
+    "scale": (scale, (0.5, 0.75, 1.25, 1.5, 2.0), "factor"),
+    "blur": (blur, (0.5, 1, 2, 4), "std, px of 128"),
+    "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality"),
+    "hue": (hue, (15, 30, 60, 120, 180), "degrees"),
+    "grayscale": (grayscale, (1,), ""),
+    "line art": (line_art, (1,), ""),
 }
 
 
@@ -128,12 +132,12 @@ def fit_probe(task):
 def right_of(task, spoil=None):
     """(n,) bool: which images, corrupted or as they are, the clean probe classifies correctly.
 
-    spoil: (images u8 (B, S, S, 3), index (B,)) -> what the encoder sees of them.
+    spoil: images u8 (B, S, S, 3) -> what the encoder sees of them.
     """
     found = []
     for some in task.index.split(data.CHUNK):
         images = data.take(task.split["images"], some, task.device)
-        images = spoil(images, some) if spoil else images
+        images = spoil(images) if spoil else images
         boxes = data.full_boxes(len(some))
         view = data.view_images(images, *boxes, task.encoder.image_size)
         with task.autocast():
@@ -147,44 +151,29 @@ def percent(right):
 
 def corrupted(name, level):
     """-> spoil, at this level of a sweep; each level draws its own random numbers."""
-    function, levels, *_ = SWEEPS[name]
+    function, levels, _ = SWEEPS[name]
     generator = seeded(0, levels.index(level))
-    return lambda images, index: function(images, level, generator)
+    return lambda images: function(images, level, generator)
 
 
-def robustness(task):
-    """Top-1 under every level of every corruption: {name: {level: percent}}."""
+def measure(task, names):
+    """-> {name: {level: which images are right, (n,) bool}} under every level of these corruptions."""
     found = {}
-    for name, (_, levels, *_) in progress(SWEEPS.items(), "robustness", leave=False):
-        found[name] = {str(x): percent(right_of(task, corrupted(name, x))) for x in levels}
+    for name in progress(names, "robustness", leave=False):
+        levels = SWEEPS[name][1]
+        found[name] = {str(x): right_of(task, corrupted(name, x)) for x in levels}
     return found
 
 
-def stress_probe(task):
-    """Everything about the probe."""
-    clean = right_of(task)
-    most_frequent = torch.bincount(task.train["labels"]).argmax()
-    row = {"clean": percent(clean), "pool": task.args.pool}
-    row["chance"] = percent(task.split["labels"][task.index] == most_frequent)
-    return row | {"robustness": robustness(task)}
-
-
-def stress_some(task):
-    """--only: a few numbers, with each image's right or wrong."""
-    right = {}
-    for name in task.args.only.split(","):
-        level = SWEEPS[name][3]
-        right[f"{name} {level}"] = right_of(task, corrupted(name, level))
-    return {
-        "top1": {name: percent(x) for name, x in right.items()},
-        "right": {name: metrics.to_bits(x) for name, x in right.items()},
-    }
+def over_levels(function, found):
+    """{name: {level: x}} -> the same with function(x)."""
+    return {name: {level: function(x) for level, x in rows.items()} for name, rows in found.items()}
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def lines_of_probe(report):
+def lines_of(report):
     """Top-1 under everything, as lines."""
     lines = [f"Top-1, %: clean {report['clean']:.1f}, chance {report['chance']:.1f}"]
     for name, levels in report["robustness"].items():
@@ -201,11 +190,11 @@ def parse_args():
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is measured")
     add("--images", type=at_least(8), default=512, metavar="N", help="at most, evenly spread")
     add("--pool", default=features.HEADLINE, choices=POOLS, help="of the patch tokens")
-    add("--only", metavar="NAMES", help=f"Top-1 under these alone: {', '.join(SWEEPS)}")
+    add("--only", default=",".join(SWEEPS), metavar="NAMES", help="of these (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_args()
-    if unknown := set((args.only or "cutout").split(",")) - set(SWEEPS):
+    if unknown := set(args.only.split(",")) - set(SWEEPS):
         raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(SWEEPS)}")
     return args
 
@@ -225,19 +214,23 @@ def open_task(args):
 def main():
     task = open_task(parse_args())
     args = task.args
-    name = f"stress-{args.only.replace(',', '-')}.json" if args.only else "stress.json"
-    reserve([task.out / name])
+    out = task.out / "stress.json"
+    reserve([out])
     if not task.labelled:
         raise UserError(f"this needs two classes, and labels on all of {task.folder}")
     report = {"command": command(), "machine": machine(task.device), "commit": commit()}
     report |= {"run": task.run.name, "data": str(task.folder), "split": args.split}
     report["images"] = len(task.index)
     fit_probe(task)
-    report |= stress_some(task) if args.only else stress_probe(task)
-    lines = [f"Top-1 under {k}: {x:.1f} %" for k, x in report.get("top1", {}).items()]
-    print(*(lines or lines_of_probe(report)), sep="\n")
-    save_json(report, task.out / name)
-    print(f"wrote    {task.out}/{name}")
+    most_frequent = torch.bincount(task.train["labels"]).argmax()
+    report |= {"pool": args.pool, "clean": percent(right_of(task))}
+    report["chance"] = percent(task.split["labels"][task.index] == most_frequent)
+    found = measure(task, args.only.split(","))
+    report["robustness"] = over_levels(percent, found)
+    report["right"] = over_levels(metrics.to_bits, found)
+    print(*lines_of(report), sep="\n")
+    save_json(report, out)
+    print(f"wrote    {out}")
 
 
 if __name__ == "__main__":

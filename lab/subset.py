@@ -3,37 +3,25 @@
     python -m lab.subset datasets/mine --pictures 5 --out datasets/mine-5
     python -m lab.subset datasets/mine --characters 16 --draw 3 --out datasets/mine-16
     python -m lab.subset datasets/mine --pictures 80 --folders --out pictures
-    python -m lab.subset datasets/mine --wrong 0.05 --out datasets/mine-wrong
 
 Reads:  datasets/NAME
 Writes: OUT/{train,dev,val,test}.safetensors; with --folders the pictures of train, OUT/WHO/*.png
 
 --characters: the others leave every split. --pictures: of train and dev so many of each character
 stay; val and test stay whole. The smaller of two subsets of one --draw is a part of the larger.
---wrong: so large a share of train gets another label. The header lists their rows as "planted",
-to be compared with the suspects.csv of apps/suspects.py.
 """
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import data
 from apps.pictures import file_name
 from common.door import aside
 from common.locks import reserve
-from common.train import (
-    Parser,
-    UserError,
-    at_least,
-    between,
-    cli,
-    read_safetensors,
-    save_safetensors,
-)
+from common.train import Parser, UserError, at_least, cli, read_safetensors, save_safetensors
 from ingest.layouts import ORDER
 
 THINNED = ("train", "dev")
@@ -73,16 +61,6 @@ def thinned(tensors, header, classes, pictures, draw):
     return tensors, header | lists | {"classes": classes, "pixels": pixels.hexdigest()}
 
 
-def mislabelled(tensors, header, share, draw):
-    """A split -> the same, in which this share of the labels is another character's."""
-    rng = np.random.default_rng(draw)
-    labels = tensors["labels"]
-    rows = np.sort(rng.permutation(len(labels))[: round(share * len(labels))])
-    other = rng.integers(1, len(header["classes"]), len(rows))
-    labels[rows] = (labels[rows] + torch.from_numpy(other)) % len(header["classes"])
-    return tensors, header | {"planted": rows.tolist()}
-
-
 def save_pictures(tensors, header, folder):
     """Write each picture to its character's folder."""
     names = [file_name(name) for name in header["classes"]]  # a label may be ../x
@@ -101,7 +79,6 @@ def parse_args():
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--characters", type=at_least(2), metavar="N", help="how many stay (default: all)")
     add("--pictures", type=at_least(2), metavar="N", help="of each in train and in dev, at most")
-    add("--wrong", type=between(0, 0.5), default=0.0, metavar="SHARE", help="of labels of train")
     add("--folders", action="store_true", help="write pictures, as somebody collects them")
     add("--draw", type=at_least(0), default=0, metavar="N", help="which ones stay")
     return parser.parse_args()
@@ -125,15 +102,12 @@ def main():
             if not path.exists():
                 continue
             pictures = args.pictures if name in THINNED else None
-            split = thinned(*read_safetensors(path), classes, pictures, args.draw)
-            if args.wrong and name == "train":
-                split = mislabelled(*split, args.wrong, args.draw)
+            tensors, header = thinned(*read_safetensors(path), classes, pictures, args.draw)
             if args.folders:
-                save_pictures(*split, folder)
+                save_pictures(tensors, header, folder)
             else:
-                save_safetensors(split[0], folder / path.name, split[1])
-            where = args.out if args.folders else args.out / path.name
-            print(f"{where}: {len(split[0]['labels']):,} images")
+                save_safetensors(tensors, folder / path.name, header)
+            print(f"{args.out}, {name}: {len(tensors['labels']):,} images")
     print(f"{len(classes)} of {len(names)} characters: {', '.join(classes)}")
 
 

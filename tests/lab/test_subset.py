@@ -1,7 +1,6 @@
 """lab.subset and pages: a smaller set is a part of the larger; a box on a page holds a person of its split."""
 
 import csv
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +9,9 @@ from conftest import call, refused, run_line
 from PIL import Image
 
 import data
-from apps.suspects import out_of_fold
-from common.checkpoints import save_network
 from common.locks import lock_beside, locked
 from common.train import UserError
-from lab import report
 from lab.subset import save_pictures, thinned
-from model import ViT
 
 
 def subset(small, tmp_path, name, *flags):
@@ -76,28 +71,6 @@ def test_characters_who_leave_are_in_no_split(small, tmp_path):
             assert key.split("/")[-2] == names[label]
 
 
-def test_wrong_labels_are_listed_and_probe_py_doubts_them(small, tmp_path):
-    """The encoder never learned anything, but the classes have a colour each."""
-    old, new = data.open_split(small, "train"), subset(small, tmp_path, "wrong", "--wrong", 0.1)
-    changed = (old["labels"] != new["train"]["labels"]).nonzero()[:, 0].tolist()
-    assert changed == new["train"]["header"]["planted"]
-    assert len(changed) == round(len(old["labels"]) / 10)
-    save_network(ViT(32, 8, 32, 2, 2), tmp_path / "run/model.safetensors", {}, "encoder.")
-    words = ["run", "--data", "wrong", "--out", "s", "--device", "cpu"]
-    call("apps.suspects", *words, cwd=tmp_path, check=0)
-    with open(tmp_path / "s/suspects.csv") as file:
-        rows = list(csv.DictReader(file))
-    worst = {row["picture"] for row in rows[: len(changed)]}
-    found = [i for i in changed if new["train"]["header"]["keys"][i] in worst]
-    assert len(found) >= 0.7 * len(changed)
-    assert {row["split"] for row in rows} <= {*new}
-    assert all(row["label"] != row["better"] for row in rows)
-    assert (tmp_path / "s/suspects.png").exists()
-    assert "suspects.csv is there already" in refused(call("apps.suspects", *words, cwd=tmp_path))
-    with pytest.raises(UserError, match="two classes of 5 illustrations"):
-        out_of_fold(torch.randn(8, 4), torch.tensor([0, 1] * 4), torch.zeros(8), 2)
-
-
 def test_a_folder_of_each_character_has_its_pictures(small, tmp_path):
     call("lab.subset", small, "--folders", "--out", "pictures", cwd=tmp_path, check=0)
     split = data.open_split(small, "train")
@@ -105,20 +78,6 @@ def test_a_folder_of_each_character_has_its_pictures(small, tmp_path):
         there = [np.asarray(Image.open(p)) for p in (tmp_path / "pictures" / name).iterdir()]
         own = split["images"][(split["labels"] == label).numpy()]
         assert {x.tobytes() for x in there} == {x.tobytes() for x in own}
-
-
-def test_arms_named_by_a_number_become_lines_and_others_dots(tmp_path):
-    rows = {seed: {"metrics": {"top1": 80.0 + seed}} for seed in range(2)}
-    arms = ["vit, 6 min", "vit, 12 min", "resnet10, 6 min", "vit, 5 labels"]
-    plan = {"plan": "p", "data": "d", "columns": {"top1": "Top-1, %"}, "axes": {}}
-    study = SimpleNamespace(plan=plan, rows=dict.fromkeys(arms, rows))
-    lines = report.lines_of(study)
-    both = [80.0, 81.0]
-    assert lines["min"] == {"vit": {6.0: both, 12.0: both}, "resnet10": {6.0: both}}
-    assert lines["labels"] == {"vit": {5.0: both}}
-    report.draw_lines(tmp_path / "lines.png", study, lines)
-    study.rows["random"] = rows
-    assert report.lines_of(study) == {}
 
 
 PEOPLE = 4
