@@ -74,23 +74,21 @@ from finetune_lora import METHODS
 from lab import report
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("*.py", "common/*.py", "kernels/*.py", "apps/*.py", "ingest/*.py", "lab/*.py")
 OURS = ("mine", "ways")  # plans that take arms of your own
 SOURCE = " --source "  # in an arm; behind it, the folder of a checkout whose code the arm runs
-EQUAL = {
-    "--data",
-    "--seed",
-    "--split",
-    "--out",
-    "--epochs",
-}  # in all arms, or the comparison is unfair
+# In all arms, or the comparison is unfair.
+EQUAL = {"--data", "--seed", "--split", "--out", "--epochs"}
 READING = (
     "How to read it: the true difference may lie anywhere in the brackets. Where 0 is inside, these\n"
     "runs can't tell the two apart (undecided). More --seeds make the interval narrower. But fix their\n"
     "number before you look: who adds seeds until a verdict comes gets one by chance."
 )
-IN_PLACE = {"probe": "probe*.json", "unknown": "recognize.json", "stress": "stress.json"}
-IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
+IN_PLACE = {  # what a stage writes into the folder of the run that it is given
+    "probe": "probe*.json",
+    "unknown": "recognize.json",
+    "stress": "stress.json",
+    "convnets": "recognize.json",
+}
 RUNNING = set()  # processes of ours
 STOPPED = threading.Event()  # a thread that waited until then begins nothing more
 MAKING = defaultdict(threading.Lock)  # of two arms that share a command, one makes it
@@ -106,9 +104,10 @@ def checkout_of(words):
 
 def code_of(checkout):
     """A hash of what trains and measures, which is all but the bookkeeping of this folder."""
-    ours = [checkout / f"lab/{name}.py" for name in ("run", "report", "stats")]
-    paths = sorted(path for pattern in CODE for path in Path(checkout).glob(pattern))
-    found = [path.read_bytes() for path in paths if path.is_file() and path not in ours]
+    folders = (".", "common", "kernels", "apps", "ingest", "lab")
+    paths = sorted(path for name in folders for path in (checkout / name).glob("*.py"))
+    bookkeeping = [checkout / f"lab/{name}.py" for name in ("run", "report", "stats")]
+    found = [path.read_bytes() for path in paths if path not in bookkeeping]
     return hashlib.sha256(b"".join(found)).hexdigest()[:10]
 
 
@@ -247,24 +246,19 @@ def row_of(arm, seed, args):
 
 
 def run_all(jobs, args):
-    """Make these runs, some side by side; each row is written when it is there -> failed rows."""
-    failed, writing = [], threading.Lock()
-
-    def one(job):
-        row = row_of(*job, args)
-        if STOPPED.is_set():  # it did not fail, and goes on next time
-            return
-        if "failed" in row:
-            failed.append(row)
-        with writing, open(args.folder / "rows.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{job[0]}, seed {job[1]}: {said(row, args.plan)}", flush=True)
-
+    """Make these runs, some side by side, and write a row of each -> the rows of those that failed."""
+    failed = []
     STOPPED.clear()
     pool = ThreadPoolExecutor(args.jobs)
+    futures = [pool.submit(row_of, *job, args) for job in jobs]
     try:
-        for future in [pool.submit(one, job) for job in jobs]:
-            future.result()
+        for (arm, seed), future in zip(jobs, futures, strict=True):
+            row = future.result()
+            with open(args.folder / "rows.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{arm}, seed {seed}: {said(row, args.plan)}", flush=True)
+            if "failed" in row:
+                failed.append(row)
     finally:
         STOPPED.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -283,9 +277,17 @@ def said(row, plan):
 # ---- the plan ------------------------------------------------------------------------------------
 
 
+def parts_of(arm):
+    """ "MASK FLAGS --source DIR MORE" -> what this code knows, too, DIR, and the flags of the edit alone."""
+    same, _, edit = arm.partition(SOURCE)
+    folder, dashes, more = edit.partition(" --")
+    return same, folder, dashes + more
+
+
 def source_of(arm):
     """The checkout whose code an arm runs."""
-    return Path(arm.partition(SOURCE)[2].partition(" --")[0] or ROOT)
+    _, folder, _ = parts_of(arm)
+    return Path(folder or ROOT)
 
 
 def names_of(plan):
@@ -299,23 +301,22 @@ def check_arm(arm, plan):
     if unequal := given & EQUAL:
         flag = min(unequal)
         raise UserError(f"--arms {arm}: the plan gives {flag}, which is equal in all arms (--set)")
-    source = source_of(arm)
     if "--source" not in given:
         parse_keys(arm.split(" ")[0], names_of(plan), "--arms")
-    elif SOURCE not in arm or not (source / "pretrain.py").exists():
-        raise UserError(
-            f"--arms {arm}: give --source DIR, a checkout of this repository, behind the flags of both"
-        )
-    elif code_of(source) == code_of(ROOT):
+        return
+    source = source_of(arm)
+    if SOURCE not in arm or not (source / "pretrain.py").exists():
+        fix = "give --source DIR, a checkout of this repository, behind the flags of both"
+        raise UserError(f"--arms {arm}: {fix}")
+    if code_of(source) == code_of(ROOT):
         raise UserError(f"--arms {arm}: the code there is the same as here; edit it there")
 
 
 def commands_of(arm, plan):
-    """The template's commands for an arm; flags behind the folder are those of the edited code alone."""
-    same, _, edit = arm.partition(SOURCE)
-    source, *more = edit.partition(" --")
-    source = f"{shlex.quote(source)}/" if source else ""
-    return [source + text.replace("{arm}", same + "".join(more)) for text in plan["template"]]
+    """The template's commands for an arm."""
+    same, folder, more = parts_of(arm)
+    place = f"{shlex.quote(folder)}/" if folder else ""
+    return [place + text.replace("{arm}", same + more) for text in plan["template"]]
 
 
 def with_arms(plan, asked):
@@ -325,17 +326,19 @@ def with_arms(plan, asked):
     of this code, where this code knows the mask or method.
     """
     first = next(iter(plan["arms"]))
-    plan["commands"] = {arm: commands_of(arm, plan) for arm in plan["arms"]} | plan.get(
-        "commands", {}
-    )
+    found = {arm: commands_of(arm, plan) for arm in plan["arms"]}
+    plan["commands"] = found | plan.get("commands", {})
     wanted = []
     for arm in asked:
-        same, source, _ = arm.partition(SOURCE)
-        known = source and re.split("[: ]", same)[0] in names_of(plan)
-        for name, other in [(same, first)] * bool(known) + [(arm, same if known else first)]:
+        same, folder, _ = parts_of(arm)
+        pairs = [(arm, first)]
+        if folder and re.split("[: ]", same)[0] in names_of(plan):
+            pairs = [(same, first), (arm, same)]
+        for name, other in pairs:
             if name not in plan["arms"]:
                 check_arm(name, plan)
-                plan["arms"][name], plan["commands"][name] = other, commands_of(name, plan)
+                plan["arms"][name] = other
+                plan["commands"][name] = commands_of(name, plan)
             wanted += [plan["arms"][name], name]
     return plan, list(dict.fromkeys(wanted))
 
@@ -357,9 +360,9 @@ def save_plan(args, seeds):
     plan |= {"split": args.set["split"], "seeds": sorted({*plan["seeds"], *seeds})}
     if path.exists():
         old = read_json(path)
+        same = all(old[k] == plan[k] for k in ("set", "digest", "made", "sources"))
         shared = old["commands"].keys() & plan["commands"].keys()
-        other = any(old["commands"][arm] != plan["commands"][arm] for arm in shared)
-        if other or any(old[k] != plan[k] for k in ("set", "digest", "made", "sources")):
+        if not same or any(old["commands"][arm] != plan["commands"][arm] for arm in shared):
             other = f"other settings, data or commands ({old['set']})"
             raise UserError(f"{path} is of {other}; give those again, or another --out")
         plan |= {k: old[k] | plan[k] for k in ("arms", "commands")}
@@ -390,12 +393,11 @@ def time_of(rows, left, args):
     times = [row["seconds"] / 60 for row in rows if isinstance(row.get("seconds"), float)]
     if not times:
         return f"{len(left)} runs; how long one takes is unknown until a row is there"
-    total = median(times) * len(left) / args.jobs
+    minutes = median(times)
     machines = " and ".join(sorted({row["machine"] for row in rows}))
-    each = (
-        f"{len(left)} runs of {median(times):.1f} minutes, the median of {len(times)} ({machines})"
-    )
-    return f"about {total:.0f} minutes: {each}; what arms share is made once, and comes on top"
+    each = f"{len(left)} runs of {minutes:.1f} minutes, the median of {len(times)} ({machines})"
+    total = f"about {minutes * len(left) / args.jobs:.0f} minutes"
+    return f"{total}: {each}; what arms share is made once, and comes on top"
 
 
 def parse_args():
@@ -448,9 +450,8 @@ def main():
     sources = {ROOT, *map(source_of, [*arms, *(row["arm"] for row in rows)])}
     args.code = {source: code_of(source) for source in sources}
     if older := sum(row.get("code") != args.code[source_of(row["arm"])] for row in rows):
-        print(
-            f"warning  {older} rows were made by other code; without {args.folder} all are made anew"
-        )
+        fix = f"without {args.folder} all are made anew"
+        print(f"warning  {older} rows were made by other code; {fix}")
     if args.dry:
         print(*(f"  {arm}, seed {seed}" for arm, seed in left), sep="\n")
         print(time_of(rows or report.read_rows(Path(args.name)), left, args))
