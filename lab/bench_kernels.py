@@ -1,16 +1,16 @@
 """How fast the kernels are in a step, beside their PyTorch references and torch.compile of those.
 
-    python -m lab.bench_kernels [--gate]
+    python -m lab.bench_kernels
 
 Two parts of a step are timed: the gather of visible patches, and the whole loss (detail of each
 patch, weight, error, statistics, and the gradients). On a GPU they are replays of a CUDA graph over
 several inputs in turn, so that no time contains Python or finds its input in a cache. What
 surrounds our kernels is compiled, as in pretrain.py.
 
-Writes runs/bench/bench_kernels.csv. The gate comes first: every contender against float64 on small
-inputs, then against the reference on the inputs that are timed. A wrong number ends the run before
-any speed. Without a GPU there is the gate alone, and --small tries the rest on the references. Bytes
-are the least that any implementation moves. Their share is of a plain copy in the same run.
+Writes runs/bench/bench_kernels.csv. The gate comes first: the numbers of every contender against those
+of the reference, which tests/lesson/test_kernels.py compares with float64. A wrong one ends the run
+before any speed. Bytes are the least that any implementation moves. Their share is of a plain copy in
+the same run. Without a GPU, --small tries the path on the references.
 """
 
 import functools
@@ -19,9 +19,7 @@ import torch
 
 import mask as masking
 from common.train import DTYPES, UserError, cli, pick_device
-from kernels import MEAN, STD
 from kernels.patches import (
-    INTERPRET,
     TRITON,
     detail_weight,
     masked_patch_gather,
@@ -39,7 +37,6 @@ if TRITON:
 # batch, image size, patch size, share of hidden patches
 GPU_CASES = [(1024, *case, 0.75) for case in ((128, 16), (224, 16), (64, 8), (224, 14))]
 SMALL_CASES = [(2, 32, 8, 0.75)]
-GATE_CASES = [(4, 64, 16, 0.75), (3, 48, 8, 0.5), (2, 84, 14, 0.9)]
 INPUTS = 4  # that take turns
 FLAT_WEIGHT = 0.1  # of pretrain.py
 # How often the least implementation moves a patch's pixels with their place, its P numbers of the
@@ -48,36 +45,6 @@ FLAT_WEIGHT = 0.1  # of pretrain.py
 MOVES = {"gather": (1, 1, 2), "loss": (1, 2, 4)}
 DTYPES = DTYPES | {"fp16": torch.float16}
 KEYS = ("batch", "size", "patch", "ratio", "operation", "impl", "dtype")
-
-
-# ---- the formulas, as they are written most often: in float64 they are the truth -----------------
-
-
-def obvious_gather(view, ids, patch):
-    """-> pixels in [0, 1] (B, K, p*p, 3), the normalised patches (B, K, P), and their statistics."""
-    x = view.double().div(255).unfold(1, patch, patch).unfold(2, patch, patch)  # (B, g, g, 3, p, p)
-    x = x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4).flatten(1, 2)
-    pixels = x[torch.arange(len(ids), device=ids.device)[:, None], ids]
-    mean, std = torch.tensor([MEAN, STD], device=ids.device, dtype=torch.float64)
-    x = ((pixels - mean) / std).flatten(2)
-    return pixels, x, torch.stack([x.mean(2), (x.var(2) + 0.15**2).sqrt().log()], 2)
-
-
-def obvious_loss(pred, stats, view, keep, mask, patch):
-    """L and its gradients by pred and stats, all in float64."""
-    pred, stats = (x.detach().double().requires_grad_() for x in (pred, stats))
-    pixels, x, true = obvious_gather(view, mask, patch)
-    mean, log_std = true[..., :1], true[..., 1:]
-    error = (pred - (x - mean) / log_std.exp()).square().mean(2)
-    detail = pixels.var(2, correction=0).mean(2).sqrt()
-    weight = 1 - (1 - FLAT_WEIGHT) * (-detail / 0.05).exp()
-    _, _, seen = obvious_gather(view, keep, patch)
-    g = view.shape[1] // patch
-    hidden, visible = (torch.stack([ids // g, ids % g], 2).double() for ids in (mask, keep))
-    near = torch.linalg.vector_norm(hidden[:, :, None] - visible[:, None], dim=3) ** -3
-    guess = near @ seen / near.sum(2, keepdim=True)
-    loss = (weight * error).sum() / weight.sum() + (stats + guess - true).square().mean()
-    return loss.detach(), *torch.autograd.grad(loss, (pred, stats))
 
 
 # ---- the contenders ------------------------------------------------------------------------------
@@ -91,8 +58,8 @@ def losses(pred, stats, view, keep, mask, patch, seen, impl):
     return weighted_mean(error, weight) + stats_loss(predicted, true)
 
 
-def contenders(device, timed=True):
-    """{name: (gather, losses)}. The interpreter of Triton is judged, but never timed."""
+def contenders(device):
+    """{name: (gather, losses)}; without a GPU the references alone."""
     gather = functools.partial(masked_patch_gather, return_stats=True)
     with_impl = {
         impl: [functools.partial(f, impl=impl) for f in (gather, losses)]
@@ -103,8 +70,6 @@ def contenders(device, timed=True):
         found["compile"] = [torch.compile(f, dynamic=False) for f in with_impl["torch"]]
         if TRITON:
             found["triton"] = [torch.compile(f, dynamic=False) for f in with_impl["triton"]]
-    elif INTERPRET and not timed:
-        found["triton"] = with_impl["triton"]
     return found
 
 
@@ -132,52 +97,22 @@ def run(operation, functions, given):
     return loss.detach(), *torch.autograd.grad(loss * mask.numel(), (pred, stats))
 
 
-def truth_of(operation, given):
-    pred, stats, view, keep, mask, patch, _ = given
-    if operation == "gather":
-        return obvious_gather(view, keep, patch)[1:]
-    loss, *gradients = obvious_loss(pred, stats, view, keep, mask, patch)
-    return loss, *(x * mask.numel() for x in gradients)
-
-
 def bytes_to_move(operation, n, P, size):
     """The least bytes that any implementation moves for n patches of P numbers of `size` bytes."""
     pixels, numbers, single = MOVES[operation]
     return n * (pixels * (P + 8) + numbers * P * size + single * 4)
 
 
-# ---- the gate ------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
-def check(name, found, truth, units=0.5):
-    """A UserError where numbers are off by more than units in the last place of their dtype."""
+def check(name, found, truth):
+    """A UserError where numbers are off by more than a unit in the last place of their dtype."""
     for x, true in zip(found, truth, strict=True):
-        rounding = torch.finfo(x.dtype).eps * units
-        off = (x.double() - true).abs().max() / true.abs().max()
-        if not off <= max(rounding, 1e-5):
+        off = (x.double() - true.double()).abs().max() / true.double().abs().max()
+        if not off <= max(torch.finfo(x.dtype).eps, 1e-5):
             where = f"{name} is off by {off:.1e} of the largest value"
             raise UserError(f"{where}; no speed is reported")
-
-
-def gate(device, dtype):
-    """Every contender's numbers, on small inputs, against the formulas in float64."""
-    found = contenders(device, timed=False)
-    units = 1 if INTERPRET else 0.5  # the interpreter cuts bf16 off
-    for case in GATE_CASES:
-        # All compiled functions share one code object, and after eight shapes of it torch would run the
-        # formulas as they are.
-        torch.compiler.reset()
-        given = inputs(case, dtype, device)
-        for operation in MOVES:
-            truth = truth_of(operation, given)
-            for name, functions in found.items():
-                numbers = run(operation, functions, given)
-                check(f"{name} {operation} of {case}", numbers, truth, units)
-    names = ", ".join(found)
-    print(f"gate     green: {names} agree with float64 in {str(dtype)[6:]}", flush=True)
-
-
-# ---- rows ----------------------------------------------------------------------------------------
 
 
 def measure(table, case, operation, sets, turns):
@@ -188,11 +123,11 @@ def measure(table, case, operation, sets, turns):
     keys = {}
     for name in found:
         keys[name] = dict(zip(KEYS, (*case, operation, name, str(dtype)[6:]), strict=True))
-    truth = [x.double() for x in run(operation, found["reference"], sets[0])]
+    truth = run(operation, found["reference"], sets[0])
     replays = {}
     for name, functions in found.items():
         try:
-            check(f"{name} {operation} of {case}", run(operation, functions, sets[0]), truth, 1)
+            check(f"{name} {operation} of {case}", run(operation, functions, sets[0]), truth)
             calls = [functools.partial(run, operation, functions, given) for given in sets]
             replays[name] = bench.replays(calls, device)
         except torch.OutOfMemoryError:
@@ -211,21 +146,12 @@ def measure(table, case, operation, sets, turns):
 def main():
     parser = bench.parser_of(__doc__)
     parser.add_argument("--dtype", choices=DTYPES, help="of patches (bf16, on a CPU fp32)")
-    parser.add_argument("--gate", action="store_true", help="only the gate")
     args = parser.parse_args()
     device = pick_device(args.device)
     gpu = device.type == "cuda"
-    if not gpu:
-        device = torch.device(
-            "cpu"
-        )  # a Mac's GPU has no float64, in which the gate knows the truth
-    dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
-    gate(device, dtype)
-    if args.gate:
-        return
     if not (gpu or args.small):
-        print("note: no GPU here, so nothing is timed")
-        return
+        raise UserError("the kernels are for NVIDIA cards; --small tries the path without one")
+    dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
     versions = {"triton": triton.__version__ if TRITON else "none"}
     versions["copy_gb_per_s"] = round(bench.copy_speed(device) / 1e9, 1)
     table = bench.Table(args.out / "bench_kernels.csv", device, **versions)

@@ -93,12 +93,10 @@ fi
 
 step machine 30 bash -c facts
 # A speed is never reported where the kernels are wrong.
-for dtype in fp32 bf16 fp16; do
-    step "gate-$dtype" 180 env TRITON_INTERPRET=$((1 - gpu)) python3 -m lab.bench_kernels --gate --dtype $dtype || {
-        echo "error: the gate is not green, so nothing is timed. Send $folder/send" >&2
-        exit 2
-    }
-done
+step gate 300 env TRITON_INTERPRET=$((1 - gpu)) python3 -m pytest -q -n 4 tests/lesson/test_kernels.py || {
+    echo "error: the gate is not green, so nothing is timed. Send $folder/send" >&2
+    exit 2
+}
 # The training compiles the losses, and what is timed later finds them in the cache.
 if step pretrain 330 python3 "${pretrain[@]}"; then
     step weights 30 python3 -m apps.export "$folder/run" --to half --out "$folder/half"
@@ -106,7 +104,7 @@ if step pretrain 330 python3 "${pretrain[@]}"; then
     step lora 150 python3 "${lora[@]}"
 fi
 if [ ${#small[@]} -eq 0 ]; then
-    step tests 200 python3 -m pytest -q -n 4 --dist load tests/lesson/test_gpu.py tests/lesson/test_kernels.py
+    step tests 200 python3 -m pytest -q -n 4 --dist load tests/lesson/test_gpu.py
 fi
 step kernels 100 python3 -m lab.bench_kernels "${small[@]}" --turns 2 --out "$folder"
 step peers 900 python3 -m lab.bench_step "${small[@]}" --turns 1 --out "$folder"

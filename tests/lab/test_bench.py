@@ -52,11 +52,13 @@ def test_the_gate_lets_through_what_agrees_and_nothing_else():
 
 
 def test_a_wrong_kernel_ends_the_run_before_any_speed(monkeypatch, tmp_path):
-    right = kernels.weighted_mean
-    monkeypatch.setattr(kernels, "weighted_mean", lambda *args: 1.001 * right(*args))
-    done = call("lab.bench_kernels", "--device", "cpu", "--out", tmp_path, cwd=tmp_path)
+    gather, losses = kernels.contenders(CPU)["reference"]
+    found = {"reference": (gather, losses), "wrong": (gather, lambda *of: 1.001 * losses(*of))}
+    monkeypatch.setattr(kernels, "contenders", lambda device: found)
+    done = call("lab.bench_kernels", "--small", "--device", "cpu", "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 2 and "no speed is reported" in done.stderr
-    assert not list(tmp_path.glob("*.csv"))
+    (path,) = tmp_path.glob("*.csv")
+    assert {row["operation"] for row in bench.read_table(path)} == {"gather"}  # which was right
 
 
 def test_peers_that_fail_get_a_row_without_a_speed_and_our_own_failure_ends_the_run(
