@@ -25,13 +25,24 @@ from common.metrics import from_bits, mean_std, plus_minus
 from common.train import Parser, UserError, cli, read_log, save_text
 from lab import stats
 
-DEFAULTS = {"margin": 1.0, "less": [], "notes": {}, "thresholds": {}, "family": {}}
-DEFAULTS |= {"differences": [], "hypotheses": [], "controls": {}}
+DEFAULTS = {  # of what a plan may leave out; controls: Top-1 of what has learned nothing
+    "margin": 1.0,
+    "less": [],
+    "notes": {},
+    "thresholds": {},
+    "differences": [],
+    "hypotheses": [],
+    "family": {},
+    "controls": {},
+}
 NEEDED = ("plan", "data", "split", "question", "arms", "seeds", "columns", "compare")
 FIX = "restore it, or make the rows with lab.run"
 CURVE = ("knn_before", "knn_after", "mse_before", "mse_after")  # of the run: its start and its end
-UNITS = {"epochs": "% of the epochs saved", "variance": "% less variance"}
-UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
+UNITS = {
+    "epochs": "% of the epochs saved",
+    "log_epochs": "% of the epochs saved, by logarithms",
+    "variance": "% less variance",
+}
 NOTES = (
     "Mean ± std over seeds. Differences are paired by seed, with a 95 % t interval over seeds and "
     "illustrations (over seeds alone where no image's answer is kept), and p after Holm over {family}. "
@@ -95,11 +106,12 @@ def measure(test, study):
     """{"what", "arm", "against", "claim"} -> the same with the fields of its test in stats.py.
 
     what: a column, "epochs", "log_epochs" or "variance". against_what: the baseline's column, where
-    it is another one.
+    it is another one. A claim, which only hypotheses have, is in the unit of what is measured.
     """
     what = test["what"]
     claim = test.get("claim", 0.0)
-    arm, base = study.rows.get(test["arm"], {}), study.rows.get(test["against"], {})
+    arm = study.rows.get(test["arm"], {})
+    base = study.rows.get(test["against"], {})
     pairs = [(arm[seed], base[seed]) for seed in sorted(arm.keys() & base.keys())]
     row = test | {"claim": claim, "planned": len(study.plan["seeds"]), "over": "seeds alone"}
     row["bootstrap"] = None
@@ -113,7 +125,7 @@ def measure(test, study):
         curves = [(ours["curve"], theirs["curve"]) for ours, theirs in pairs]
         return row | stats.epochs_saved(curves, limit, claim, what == "log_epochs")
     columns = what, test.get("against_what", what)
-    margin = test.get("margin", study.plan["margin"])
+    margin = study.plan["margin"]
     right = [[right_of(r, c, study) for r, c in zip(pair, columns, strict=True)] for pair in pairs]
     if pairs and all(answers is not None for pair in right for answers in pair):
         each = [100.0 * ours - 100.0 * theirs for ours, theirs in right]
@@ -255,20 +267,27 @@ def hypothesis_table(hypothesis):
     """-> lines of Markdown: the verdict, and a row for each part of the hypothesis."""
     rows = []
     for test in hypothesis["parts"]:
-        what = UNITS.get(test["what"], f"points of {test['what']}")
-        boot = test["bootstrap"]
-        boot = f"{boot['low']:+.2f} to {boot['high']:+.2f}" if boot else "-"
-        row = [what, f"`{test['arm']}`", f"`{test['against']}`", f"{test['claim']:g}"]
-        row += [interval(test), boot, p_value(test["p"]), p_value(test["holm_against"])]
+        draws = test["bootstrap"]
+        row = {
+            "what": UNITS.get(test["what"], f"points of {test['what']}"),
+            "arm": f"`{test['arm']}`",
+            "against": f"`{test['against']}`",
+            "claim": f"{test['claim']:g}",
+            "found": interval(test),
+            "bootstrap, seeds x illustrations": "-",
+            "p of no effect": p_value(test["p"]),
+            "p of the claim, Holm": p_value(test["holm_against"]),
+        }
+        if draws:
+            text = f"{draws['low']:+.2f} to {draws['high']:+.2f}"
+            row["bootstrap, seeds x illustrations"] = text
         rows.append(row)
     p, claim = hypothesis["holm_p"], hypothesis["holm_claim"]
-    head = ["what", "arm", "against", "claim", "found", "bootstrap, seeds x illustrations"]
-    head += ["p of no effect", "p of the claim, Holm"]
     text = f"**{hypothesis['id']}: {hypothesis['verdict']}** (after Holm: p of no effect {p:.3f}, "
     text += f"smallest p of a claim {claim:.3f})."
     if "claim" in hypothesis:
         text += f" Claim: {hypothesis['claim']}."
-    return ["", text, "", *markdown(head, rows)]
+    return ["", text, "", *markdown(rows[0], [row.values() for row in rows])]
 
 
 def csv_row(arm, tests, study):
