@@ -11,7 +11,7 @@ from common.checkpoints import fingerprint, load_encoder
 from common.train import read_safetensors, seeded
 from lab import dino
 from lab.convnets import NETWORKS, ConvNet, load_any, save_any
-from model import ViT
+from model import SIZES, ViT
 
 
 def test_the_loss_of_dino_is_the_cross_entropy_of_different_crops():
@@ -47,7 +47,8 @@ def test_small_crops_lie_in_the_picture_and_are_small(monkeypatch):
     assert 0.4 < span(small) / span(wide) < 0.6
 
 
-def test_what_it_writes_is_an_encoder(small, tmp_path):
+def test_what_it_writes_is_an_encoder(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "nano", SIZES["nano"] | {"dim": 32, "depth": 1, "heads": 2})
     words = "--out run --image-size 32 --batch-size 32 --epochs 1 --device cpu"
     run_line(f"lab.dino --data {small} {words}", tmp_path, check=0)
     encoder = load_encoder(tmp_path / "run")

@@ -5,12 +5,14 @@ import csv
 import numpy as np
 import pytest
 import torch
-from conftest import call, refused, run_line
+from conftest import call, run_line
+from made import render_here
 from PIL import Image
 
 import data
-from common.locks import lock_beside, locked
 from common.train import UserError
+from ingest import pack
+from lab import pages
 from lab.subset import save_pictures, thinned
 
 
@@ -35,13 +37,6 @@ def test_few_pictures_are_among_the_more_and_test_stays_whole(small, tmp_path):
     assert sets["few"]["train"]["labels"].bincount().tolist() == [3, 3, 3]
     assert len(more) == 18 and few.items() < more.items() and few.keys() != other.keys()
     assert pictures_of(sets["few"]["test"]) == pictures_of(data.open_split(small, "test"))
-
-
-def test_of_two_calls_with_one_out_the_second_is_refused(small, tmp_path):
-    long = lock_beside(tmp_path / f"{83 * '星'}.txt")  # with 253 bytes, and .lock would be too many
-    with locked(long), locked(lock_beside(tmp_path / "few")):
-        refusal = refused(call("lab.subset", small, "--out", tmp_path / "few", cwd=tmp_path))
-    assert "is being written" in refusal and not (tmp_path / "few").exists()
 
 
 def test_a_label_is_no_path(tmp_path):
@@ -83,12 +78,14 @@ def test_a_folder_of_each_character_has_its_pictures(small, tmp_path):
 PEOPLE = 4
 
 
-def test_a_box_holds_a_person_of_its_split_alone(tmp_path):
+def test_a_box_holds_a_person_of_its_split_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "TEST_PAGES", 16)
+    monkeypatch.setattr(pack, "render", render_here)
     y, x = np.mgrid[:32, :32]
     for who in range(PEOPLE):
         picture = np.zeros((32, 32, 4), np.uint8)
         picture[(x - 16) ** 2 + (y - 16) ** 2 < 12**2] = (255, 60 * who, 0, 255)
-        for number in range(8):
+        for number in range(6):
             path = tmp_path / f"images/{who}/{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)
