@@ -22,7 +22,7 @@ seeds       of every arm, paired
 arms        {arm: the one that it is compared with}; itself: with none; "best": p counts all pairs
 commands    {arm: its commands}, made one after the other
 template    the commands of an arm of your own, where {arm} is what --arms says
-commit      {arm: the commit whose code has its flags}: today's code can't make it
+commit      {arm: the commit whose code can make it}: today's can't
 made        {word: commands}: {word} is the folder of the last one, which is made once
 columns     {column: heading};   sources {column: [command, file, path in the file, factor]}
 right       {column: [command, file, path]}: which pictures were right; else intervals are over seeds alone
@@ -124,7 +124,10 @@ def folder_of(words, args):
 
 
 def make(text, args):
-    """Run a command, or go on with it, unless it is done -> the file in its folder that says so."""
+    """Run a command, or go on with it, unless it is done -> the file in its folder that says so.
+
+    That file holds the command and its times, and is written last: a kill leaves none.
+    """
     words = shlex.split(text)
     out, name, files = folder_of(words, args)
     done = out / f"{name}.done.json"
@@ -177,7 +180,7 @@ def execute(words, args, log):
 # ---- a run: an arm with a seed -------------------------------------------------------------------
 
 
-def chain(templates, args, seed):
+def make_in_order(templates, args, seed):
     """Make commands one after the other -> what `make` returns of each."""
     made = []
     for template in templates:
@@ -190,7 +193,7 @@ def filled(text, args, folders, seed):
     words = args.set | {"data": shlex.quote(str(args.data)), "seed": seed}
     for name, commands in args.plan.get("made", {}).items():
         if f"{{{name}}}" in text:
-            words[name] = shlex.quote(str(chain(commands, args, seed)[-1].parent))
+            words[name] = shlex.quote(str(make_in_order(commands, args, seed)[-1].parent))
     return text.format(*(shlex.quote(str(folder)) for folder in folders), **words)
 
 
@@ -223,7 +226,7 @@ def row_of(arm, seed, args):
     row = {"arm": arm, "seed": seed, "data": args.data.name, "machine": args.machine}
     row |= {"commit": commit(source), "code": args.code[source], "metrics": {}, "right": {}}
     try:
-        made = chain(plan["commands"][arm], args, seed)
+        made = make_in_order(plan["commands"][arm], args, seed)
     except UserError as problem:
         return row | {"failed": str(problem)}
     folders = [done.parent for done in made]
@@ -256,7 +259,7 @@ def run_all(jobs, args):
             row = future.result()
             with open(args.folder / "rows.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{arm}, seed {seed}: {said(row, args.plan)}", flush=True)
+            print(f"{arm}, seed {seed}: {line_of(row, args.plan)}", flush=True)
             if "failed" in row:
                 failed.append(row)
     finally:
@@ -267,7 +270,7 @@ def run_all(jobs, args):
     return failed
 
 
-def said(row, plan):
+def line_of(row, plan):
     """A row's numbers under their headings, or why it has none."""
     known = {name: value for name, value in row["metrics"].items() if value is not None}
     numbers = ", ".join(f"{plan['columns'][name]}: {value:.2f}" for name, value in known.items())
@@ -278,7 +281,7 @@ def said(row, plan):
 
 
 def parts_of(arm):
-    """ "MASK FLAGS --source DIR MORE" -> what this code knows, too, DIR, and the flags of the edit alone."""
+    """Split "MASK FLAGS --source DIR MORE": what this code knows, too, DIR, and flags of the edit alone."""
     same, _, edit = arm.partition(SOURCE)
     folder, dashes, more = edit.partition(" --")
     return same, folder, dashes + more
@@ -432,7 +435,7 @@ def main():
     if "template" in plan:
         plan, arms = with_arms(plan, arms)
     for arm, version in plan.get("commit", {}).items():
-        print(f"left out {arm}: its flags are those of commit {version}, which can make it")
+        print(f"left out {arm}: the code of commit {version} can make it")
     if unknown := set(arms) - plan["arms"].keys():
         known = ", ".join(plan["arms"])
         raise UserError(f"--arms {min(unknown)} is unknown; choose from {known}")
@@ -442,11 +445,13 @@ def main():
     seeds = plan["seeds"][: args.seeds]
     if args.seeds:
         seeds = range(seeds[0], seeds[0] + args.seeds)
-    jobs = [(arm, seed) for seed in seeds for arm in arms]  # seed by seed: whole pairs
+    # Seed by seed, and not arm by arm: a plan that is stopped has whole pairs, which can be compared.
+    jobs = [(arm, seed) for seed in seeds for arm in arms]
     rows = report.read_rows(args.folder)
     done = {(row["arm"], row["seed"]) for row in rows if "failed" not in row}
     left = [job for job in jobs if job not in done]
     print(f"{args.folder}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
+    # The hash of each code is of the beginning, so that an edit during a plan makes nothing anew.
     sources = {ROOT, *map(source_of, [*arms, *(row["arm"] for row in rows)])}
     args.code = {source: code_of(source) for source in sources}
     if older := sum(row.get("code") != args.code[source_of(row["arm"])] for row in rows):
@@ -456,7 +461,7 @@ def main():
         print(*(f"  {arm}, seed {seed}" for arm, seed in left), sep="\n")
         print(time_of(rows or report.read_rows(Path(args.name)), left, args))
         return
-    torch.set_num_threads(args.threads)  # a row names the machine so
+    torch.set_num_threads(args.threads)  # of the runs; a row names its machine with them
     args.machine = machine(pick_device("auto"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which nohup ignores
     save_plan(args, seeds)

@@ -277,7 +277,7 @@ def test_every_plan_is_whole(name, monkeypatch):
         *plan["columns"]
     }
     assert {*plan["arms"].values()} - {"best"} <= plan["arms"].keys()
-    monkeypatch.setattr(run, "chain", lambda *of: [Path("made/file")])
+    monkeypatch.setattr(run, "make_in_order", lambda *of: [Path("made/file")])
     args = SimpleNamespace(plan=plan, set=plan["set"], data="data")
     for text in chain(*plan["commands"].values(), *plan["made"].values()):
         command = run.filled(text, args, [Path("a")], 0)  # every word in braces is known
