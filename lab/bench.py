@@ -86,7 +86,7 @@ def seconds_of(call, device):
 
 
 def in_turns(calls, turns):
-    """{name: call} -> {name: [what the call returns in each turn]}. Every second turn goes backwards."""
+    """{name: call} -> {name: [what it returns in each turn]}. Every second turn goes backwards."""
     found = {name: [] for name in calls}
     for turn in range(turns):
         order = list(calls) if turn % 2 == 0 else list(calls)[::-1]

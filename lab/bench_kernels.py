@@ -7,10 +7,10 @@ patch, weight, error, statistics, and the gradients). On a GPU they are replays 
 several inputs in turn, so that no time contains Python or finds its input in a cache. What
 surrounds our kernels is compiled, as in pretrain.py.
 
-Writes runs/bench/bench_kernels.csv. The gate comes first: the numbers of every contender against those
-of the reference, which tests/lesson/test_kernels.py compares with float64. A wrong one ends the run
-before any speed. Bytes are the least that any implementation moves. Their share is of a plain copy in
-the same run. Without a GPU, --small tries the path on the references.
+Writes runs/bench/bench_kernels.csv. The gate comes first: the numbers of every contender against
+those of the reference, which tests/lesson/test_kernels.py compares with float64. A wrong one ends
+the run before any speed. Bytes are the least that any implementation moves. Their share is of a
+plain copy in the same run. Without a GPU, --small tries the path on the references.
 """
 
 import functools
@@ -51,7 +51,7 @@ KEYS = ("batch", "size", "patch", "ratio", "operation", "impl", "dtype")
 
 
 def losses(pred, stats, view, keep, mask, patch, seen, impl):
-    """What pretrain.py computes of a prediction: seen (B, K, 2) are statistics of visible patches."""
+    """What pretrain.py computes of a prediction; seen (B, K, 2): statistics of visible patches."""
     error, true = reconstruction_error(pred, view, mask, patch, impl=impl)
     weight = detail_weight(patch_detail(view, mask, patch, impl=impl), FLAT_WEIGHT)
     predicted = predicted_stats(stats, seen, keep, mask, view.shape[1] // patch)

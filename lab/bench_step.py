@@ -179,7 +179,7 @@ def measured(case, folder, warmup, steps, impl="auto"):
 
 
 def row_of(case, folder, reference, counts):
-    """Measure a candidate in a process of its own -> its columns: a speed, or a note why it has none."""
+    """Measure a candidate in a process of its own -> its columns: a speed, or why it has none."""
     try:
         found = bench.alone(measured, case, folder, *counts)
     except UserError as problem:  # killed, as it is where memory is full

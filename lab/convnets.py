@@ -1,8 +1,8 @@
 """Convolutional networks in the place of our ViT, the baselines that the field would pick first.
 
     python -m lab.convnets resnet50 --method full --from-scratch --data datasets/mine
-    python -m lab.convnets runs/resnet50-full                 measures it as apps/unknown.py does
-    python -m lab.convnets runs/resnet50-full PICTURE...      names pictures as apps/recognize.py does
+    python -m lab.convnets runs/resnet50-full               measures it as apps/unknown.py does
+    python -m lab.convnets runs/resnet50-full PICTURE...    names pictures as apps/recognize.py does
 
 The stages know ViTs only. `in_stages` gives them networks of transformers by functions of the same
 names. "Patches" are the whole view. Tokens (B, 1+N, D) are the places of the last map, and their

@@ -1,4 +1,4 @@
-"""DINO: an encoder that learns from views alone, with the ViT and the optimizer of pretrain.py. A baseline.
+"""DINO, a baseline: an encoder that learns from views alone, with the ViT of pretrain.py.
 
     python -m lab.dino --data datasets/faces20 --out runs/dino
 
@@ -6,10 +6,10 @@ Reads:  datasets/NAME
 Writes: OUT/model.safetensors, an encoder that every stage takes, log.jsonl and state.pt
         (--resume OUT goes on from there)
 
-Of each large crop a teacher says which of K prototypes it is like. The student says the same of every
-other crop of that image, small ones, too. The teacher is the student's moving average. Its answers are
-centred and sharpened: they are neither all alike nor all even (Caron et al. 2021, arXiv:2104.14294,
-algorithm 1).
+Of each large crop a teacher says which of K prototypes it is like. The student says the same of
+every other crop of that image, small ones, too. The teacher is the student's moving average. Its
+answers are centred and sharpened: they are neither all alike nor all even (Caron et al. 2021,
+arXiv:2104.14294, algorithm 1).
 """
 
 import copy

@@ -29,7 +29,7 @@ from common.train import Parser, UserError, cli, command, commit, machine, save_
 CPU = torch.device("cpu")
 
 
-# ---- measuring: images u8 (n, S, S, 3), true foreground (n, S, S) in [0, 1] -----------------------
+# ---- measuring: images u8 (n, S, S, 3), true foreground (n, S, S) in [0, 1] ----------------------
 
 
 def tokens_of(encoder, images):
@@ -77,7 +77,7 @@ def main_part(parts, side):
 
 
 def inputs_of_parts(truth, encoder):
-    """{what k-means sees: (n, N, D)}: colour, place, features of an untrained and of this encoder."""
+    """-> {what k-means sees: (n, N, D)}: colours, places, features without and with training."""
     images, foreground, _ = truth
     g = encoder.side
     line = torch.linspace(-1, 1, g)

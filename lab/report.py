@@ -3,11 +3,11 @@
     python -m lab.report runs/lab/mine-toon
     python -m lab.report results/study/*        # what is published
 
-Reads:  FOLDER/PLAN.json (what is compared; lab/run.py tells its fields), rows.jsonl, images.json (the
-        illustration of each test image, where rows hold which images are right)
+Reads:  FOLDER/PLAN.json (what is compared; lab/run.py tells its fields), rows.jsonl, images.json
+        (the illustration of each test image, where rows hold which images are right)
 Writes: FOLDER/table.md, table.csv, and figure.png with --figure
 
-A comparison is paired by seed. These columns are of the curve that a row holds, if the plan names one:
+A comparison is paired by seed. A hypothesis may also be of these, the first two by a row's curve:
 
 epochs, log_epochs   until the run reaches the accuracy that the plan has as its threshold: % saved
 variance             of top1 over seeds: % less
@@ -45,8 +45,8 @@ UNITS = {
 }
 NOTES = (
     "Mean ± std over seeds. Differences are paired by seed, with a 95 % t interval over seeds and "
-    "illustrations (over seeds alone where no image's answer is kept), and p after Holm over {family}. "
-    "Further differences are a family of their own. Equivalent: the difference is within "
+    "illustrations (over seeds alone where no image's answer is kept), and p after Holm over "
+    "{family}. Further differences are a family of their own. Equivalent: the difference is within "
     "±{margin:g} points (two one-sided tests, after Holm). Under three seeds there is no interval."
 )
 
@@ -142,7 +142,7 @@ def measure(test, study):
 def right_of(row, column, study):
     """Which of the test images a run got right, (n,) bool; None where this is not known of each.
 
-    A run that left some characters out was asked for fewer. "logistic" is the name of top1 in older rows.
+    A run that left some characters out was asked for fewer. In older rows, top1 is "logistic".
     """
     right = row.get("right") or {}
     text = right.get(column) or (right.get("logistic") if column == "top1" else None)
@@ -174,8 +174,8 @@ def differences(study):
     """Every difference of a plan -> its tests with holm_p and verdict.
 
     Holm's families: each compared column over its arms, and the plan's further differences. Those
-    that lack rows count, too, with p = 1, and stay open. The best arm is chosen by the runs that are
-    tested: any pair could have been asked about, so all pairs count.
+    that lack rows count, too, with p = 1, and stay open. The best arm is chosen by the runs that
+    are tested: any pair could have been asked about, so all pairs count.
     """
     families = []
     for column in study.plan["compare"]:

@@ -9,12 +9,13 @@ Reads:  PLAN.json of a folder, or lab/mine.json, lab/ways.json; datasets/NAME
 Writes: OUT/PLAN-NAME/ PLAN.json, rows.jsonl, images.json, table.md, table.csv, figure.png;
         the runs' folders under --work
 
-A command runs once. Its folder is named by a hash of its words, of the data and of the code, so that arms
-share what they have in common. After a kill, give the same command again: what has a row is not made
-again, and a run that was stopped is resumed. A run that fails is a row that says so, and is tried again.
+A command runs once. Its folder is named by a hash of its words, of the data and of the code, so
+that arms share what they have in common. After a kill, give the same command again: what has a row
+is not made again, and a run that was stopped is resumed. A run that fails is a row that says so,
+and is tried again.
 
-A plan is a JSON object. In its commands, {0} is the folder of the arm's first command, {seed} and {data}
-are what they say, and other words in braces stand in `set` or `made`.
+A plan is a JSON object. In its commands, {0} is the folder of the arm's first command, {seed} and
+{data} are what they say, and other words in braces stand in `set` or `made`.
 
 plan, question, data, split    what it is called, what it asks, and of which pictures
 set         {word: value}: --set replaces them
@@ -25,12 +26,12 @@ template    the commands of an arm of your own, where {arm} is what --arms says
 commit      {arm: the commit whose code can make it}: today's can't
 made        {word: commands}: {word} is the folder of the last one, which is made once
 columns     {column: heading};   sources {column: [command, file, path in the file, factor]}
-right       {column: [command, file, path]}: which pictures were right; else intervals are over seeds alone
-compare     columns that get a difference, an interval, a p and a verdict;   less: less of them is better
+right       {column: [command, file, path]}: which pictures were right (else, intervals of seeds)
+compare     columns that get a difference, an interval, p and a verdict;   less: best if small
 differences, margin            further differences; how many points count as equal
 curve       the command whose log.jsonl tells the epochs to a threshold
 thresholds  {arm: accuracy, in percent, that counts as reached by runs that are compared with it}
-hypotheses  [{id, parts: differences with a claim}];   family {id: number of parts}: all that were planned
+hypotheses  [{id, parts: differences with a claim}];   family {id: number of parts}: all planned
 together    a word that plans share whose hypotheses are corrected together
 """
 
@@ -79,9 +80,9 @@ SOURCE = " --source "  # in an arm; behind it, the folder of a checkout whose co
 # In all arms, or the comparison is unfair.
 EQUAL = {"--data", "--seed", "--split", "--out", "--epochs"}
 READING = (
-    "How to read it: the true difference may lie anywhere in the brackets. Where 0 is inside, these\n"
-    "runs can't tell the two apart (undecided). More --seeds make the interval narrower. But fix their\n"
-    "number before you look: who adds seeds until a verdict comes gets one by chance."
+    "How to read it: the true difference may lie anywhere in the brackets. Where 0 is inside,\n"
+    "these runs can't tell the two apart (undecided). More --seeds make the interval narrower.\n"
+    "But fix their number before you look: who adds seeds until a verdict comes gets one by chance."
 )
 IN_PLACE = {  # what a stage writes into the folder of the run that it is given
     "probe": "probe*.json",
@@ -198,7 +199,7 @@ def filled(text, args, folders, seed):
 
 
 def value_at(folder, file, keys, args):
-    """The value at "a/b/c" in a JSON file of a run; results of another split have a folder of its name."""
+    """The value at "a/b/c" in a JSON file of a run; those of another split lie in its folder."""
     other = folder / f"{args.data.resolve().name}-{args.set['split']}" / file
     value = read_json(other if other.exists() else folder / file)
     for key in keys.split("/"):
@@ -249,7 +250,7 @@ def row_of(arm, seed, args):
 
 
 def run_all(jobs, args):
-    """Make these runs, some side by side, and write a row of each -> the rows of those that failed."""
+    """Make these runs, some side by side, and write a row of each -> the rows that failed."""
     failed = []
     STOPPED.clear()
     pool = ThreadPoolExecutor(args.jobs)
@@ -281,7 +282,7 @@ def line_of(row, plan):
 
 
 def parts_of(arm):
-    """Split "MASK FLAGS --source DIR MORE": what this code knows, too, DIR, and flags of the edit alone."""
+    """Of "MASK FLAGS --source DIR MORE" -> what this code knows, too, DIR, flags of the edit."""
     same, _, edit = arm.partition(SOURCE)
     folder, dashes, more = edit.partition(" --")
     return same, folder, dashes + more
@@ -325,8 +326,8 @@ def commands_of(arm, plan):
 def with_arms(plan, asked):
     """A plan that has these arms, and what they are compared with -> the plan, and the arms to run.
 
-    An arm of your own is compared with the plan's first one. Edited code is compared with the same arm
-    of this code, where this code knows the mask or method.
+    An arm of your own is compared with the plan's first one. Edited code is compared with the same
+    arm of this code, where this code knows the mask or method.
     """
     first = next(iter(plan["arms"]))
     found = {arm: commands_of(arm, plan) for arm in plan["arms"]}
@@ -355,8 +356,8 @@ def open_plan(name):
 def save_plan(args, seeds):
     """PLAN.json: what the rows are compared by. Arms and seeds of earlier calls stay.
 
-    Arms and seeds of the plan are planned also where fewer were asked for: p is corrected for all of them,
-    and until all are there, nothing is decided.
+    Arms and seeds of the plan are planned also where fewer were asked for: p is corrected for all
+    of them, and until all are there, nothing is decided.
     """
     path = args.folder / "PLAN.json"
     plan = args.plan | {"set": args.set, "digest": args.digest, "data": args.data.name}
@@ -445,7 +446,7 @@ def main():
     seeds = plan["seeds"][: args.seeds]
     if args.seeds:
         seeds = range(seeds[0], seeds[0] + args.seeds)
-    # Seed by seed, and not arm by arm: a plan that is stopped has whole pairs, which can be compared.
+    # Seed by seed, and not arm by arm: a plan that is stopped has whole pairs to compare.
     jobs = [(arm, seed) for seed in seeds for arm in arms]
     rows = report.read_rows(args.folder)
     done = {(row["arm"], row["seed"]) for row in rows if "failed" not in row}

@@ -85,7 +85,7 @@ def paired(values, groups=None, claim=0.0, margin=1.0):
     return row
 
 
-# ---- other columns of a run: epochs to a threshold, and how much seeds vary -----------------------
+# ---- other columns of a run: epochs to a threshold, and how much seeds vary ----------------------
 
 
 def epochs_to(curve, threshold):
@@ -154,7 +154,7 @@ def variance(values, baseline, claim=0.0):
 
 
 def holm(p_values):
-    """p values of a family -> adjusted ones, to be compared with 0.05 (Holm 1979). None counts as 1."""
+    """p of a family -> adjusted ones, to be compared with 0.05 (Holm 1979). None counts as 1."""
     p = [1.0 if x is None else x for x in p_values]
     adjusted = list(p_values)
     highest = 0.0
@@ -180,8 +180,9 @@ def judge(hypotheses, family):
     """Hypotheses {"id", "parts": tests} -> the same with p, holm_p, holm_claim and verdict.
 
     family {id: number of parts}: all that were planned; one without rows counts with p = 1.
-    Supported: every part is above 0 and at least its claim, and the largest p of its parts is under 0.05
-    after Holm. Refuted: one part excludes its claim, after Holm over all parts. All else is undecided.
+    Supported: every part is above 0 and at least its claim, and the largest p of its parts is under
+    0.05 after Holm. Refuted: one part excludes its claim, after Holm over all parts. All else is
+    undecided.
     """
     absent = [family[name] for name in family.keys() - {h["id"] for h in hypotheses}]
     p = [

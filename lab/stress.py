@@ -38,7 +38,7 @@ from finetune_lora import cutout
 from ingest.decode import open_picture
 from model import POOLS
 
-# ---- corruptions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3) -------------
+# ---- corruptions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3) ------------
 # Lengths are in pixels of a 128 px picture, and grow with the picture.
 
 
@@ -157,7 +157,7 @@ def corrupted(name, level):
 
 
 def measure(task, names):
-    """-> {name: {level: which images are right, (n,) bool}} under every level of these corruptions."""
+    """-> {name: {level: which images are right, (n,) bool}} under these corruptions."""
     found = {}
     for name in progress(names, "robustness", leave=False):
         levels = SWEEPS[name][1]

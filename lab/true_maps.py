@@ -4,7 +4,7 @@
     python -m lab.true_maps datasets/toon --mean --out maps/place
 
 Reads:  train of datasets/NAME, which has part masks
-Writes: OUT/attn.safetensors: f16 (n, g, g), for pretrain.py --mask attn_high --teacher maps --maps OUT
+Writes: OUT/attn.safetensors: f16 (n, g, g); pretrain.py --mask attn_high --teacher maps --maps OUT
 
 A cell holds the share of its pixels that show PARTS. --mean: all pictures get one map, their
 geometric mean, which knows the place of eyes and hair, but nothing of the picture.
@@ -25,7 +25,7 @@ FLOOR = 0.01  # of a cell without them: masks read the logarithm
 
 
 def shares(parts, ids):
-    """parts u8 (n, S, S) -> fp32 (n, GRID, GRID): the share of pixels whose part is one of `ids`."""
+    """parts u8 (n, S, S) -> fp32 (n, GRID, GRID): the share of pixels of the parts `ids`."""
     n, S, _ = parts.shape
     shown = np.isin(parts, ids).reshape(n, GRID, S // GRID, GRID, S // GRID)
     return shown.mean((2, 4), dtype=np.float32).clip(FLOOR)

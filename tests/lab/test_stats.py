@@ -213,7 +213,7 @@ def test_epochs_of_two_seeds_of_none_and_from_the_start_say_nothing():
     assert row["notes"] == ["the random-init encoder has the threshold of 0.0 % already"]
 
 
-# ---- verdicts, and common/metrics.py ---------------------------------------------------------------
+# ---- verdicts, and common/metrics.py -------------------------------------------------------------
 
 
 WORDS = {  # (effect, p, p_equal): word
@@ -310,7 +310,7 @@ def test_where_the_best_arm_is_the_baseline_all_pairs_count():
 
 
 def test_a_difference_that_lacks_a_run_is_open_and_takes_no_rank():
-    """Of b and c, b has the smaller p. Without one of its runs, c has the smallest of two, and b no verdict."""
+    """b has a smaller p than c. Without a run of it, c has the smallest of two, b no verdict."""
     study = a_study({"a": 50.0, "b": 30.0, "c": 45.0}, "a")
     b, c = report.differences(study)
     assert b["p"] < c["p"] and c["holm_p"] == max(c["p"], b["holm_p"]) and b["verdict"] == "worse"

@@ -1,4 +1,4 @@
-"""lab.subset and pages: a smaller set is a part of the larger; a box on a page holds a person of its split."""
+"""lab.subset and pages: a smaller set is a part of the larger; a box holds one person."""
 
 import csv
 
