@@ -27,17 +27,9 @@ import torch
 import data
 import finetune_lora
 from apps.collection import BY_FOLDS, open_all
+from apps.gallery import Gallery, confidence, decided, enrolled_threshold
 from apps.groups import best_threshold, f1_curve
-from apps.recognize import (
-    FACES,
-    PROMISE,
-    Gallery,
-    confidence,
-    decided,
-    enrolled_threshold,
-    open_others,
-    outputs_of,
-)
+from apps.recognize import FACES, PROMISE, open_others, outputs_of
 from apps.unknown import reliability
 from common import metrics, readout, train
 from common.features import relabelled

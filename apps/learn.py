@@ -30,17 +30,9 @@ from pathlib import Path
 import torch
 
 from apps import folds
+from apps.gallery import same_pictures
 from apps.pictures import tell_problems
-from apps.recognize import (
-    changing,
-    known_faces,
-    name_of,
-    open_recogniser,
-    parser_of,
-    predictions,
-    renamed,
-    same_pictures,
-)
+from apps.recognize import changing, name_of, open_recogniser, parser_of, predictions, renamed
 from apps.sort import folders_of
 from common.classifier import is_recogniser
 from common.train import UserError, at_least, cli, progress, quoted, refuse_useless
@@ -131,14 +123,6 @@ def by_character(shows, faces):
     return files, notes
 
 
-def without(gallery, embeddings):
-    """-> the gallery without pictures (n, D) that were added and show nobody known, and a line."""
-    stay = ~same_pictures(embeddings, gallery.embeddings).any(0)
-    stay[: gallery.trained] = True
-    gone = f"{int((~stay).sum())} of them left the gallery"
-    return gallery.only(stay), [f"unknown: {len(embeddings)} pictures, {gone}"]
-
-
 def learn(run, files_of, faces):
     """Change the gallery by {who: files} and {file: embedding} -> it before and after, and lines."""
     report = []
@@ -150,7 +134,10 @@ def learn(run, files_of, faces):
                 if who:
                     gallery, lines = gallery.enrol(who, files, embeddings)
                 else:
-                    gallery, lines = without(gallery, embeddings)
+                    rest = gallery.without(same_pictures(embeddings, gallery.embeddings).any(0))
+                    gone = len(gallery.keys) - len(rest.keys)
+                    lines = [f"unknown: {len(files)} pictures, {gone} of them left the gallery"]
+                    gallery = rest
             except UserError as problem:  # too few of a new character; the others go on
                 lines = [f"note: {problem}"]
             report += lines
@@ -169,7 +156,7 @@ def correct(args):
         print(line)
     if left := len(shows) - len(faces) - len(problems):
         print(f"not learned: {left} pages without a face, or with several")
-    print(renamed(*known_faces(args.run, net, header, autocast, before), before, after))
+    print(renamed(net, before, after))
     tell_problems(problems, header["data"])
     # Below a character are the folders that its pictures came from, which may look like classes.
     words = [str(args.folder), "--layout", "class", "--out", "datasets/NAME"]

@@ -33,12 +33,7 @@ import torch.nn.functional as F
 import data
 from apps.collection import BY_FOLDS
 from apps.groups import ALIKE, alike, centred, pair_f1
-from apps.recognize import (
-    PROMISE,
-    open_recogniser,
-    outputs_of,
-    parser_of,
-)
+from apps.recognize import PROMISE, open_recogniser, outputs_of, parser_of
 from common import metrics
 from common.checkpoints import place_of
 from common.features import check_learned, place_of_learned, results_folder

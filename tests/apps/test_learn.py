@@ -10,7 +10,8 @@ from conftest import draw_folder, json_of, refused, run_line
 from made import CPU
 
 import data
-from apps import detect, recognize
+from apps import detect
+from apps.gallery import Gallery
 
 LEARN = f"apps.learn runs/a-lora {CPU} out"
 SORT = f"apps.sort runs/a-lora {CPU} --out out --threshold 2"  # all are unknown
@@ -25,7 +26,7 @@ def sorted_copies(fresh, words):
 def learned(fresh):
     """What is told, and {name: pictures} of the gallery."""
     told = run_line(LEARN, fresh, check=0).stdout
-    gallery = recognize.Gallery.load("runs/a-lora")
+    gallery = Gallery.load("runs/a-lora")
     return told, dict(zip(gallery.names, gallery.labels.bincount().tolist(), strict=True))
 
 
@@ -38,7 +39,7 @@ def move(fresh, *copies, to):
 
 def test_every_picture_is_whom_its_folder_says_once_and_second_thoughts_count(fresh):
     draw_folder(fresh / "new/zoe", 1, 8, seed=5)
-    before = recognize.Gallery.load("runs/a-lora")
+    before = Gallery.load("runs/a-lora")
     copies = sorted_copies(fresh, "images/class1 new")
     zoe = [copy for copy in copies if "zoe" in copy]
     move(fresh, *zoe[:5], to="Zoë")
@@ -53,7 +54,7 @@ def test_every_picture_is_whom_its_folder_says_once_and_second_thoughts_count(fr
     assert learned(fresh)[1] == names
     move(fresh, zoe[0].replace("unknown", "Zoë", 1), to="unknown")  # one of them was nobody
     assert learned(fresh)[1] == names | {"Zoë": 4}
-    assert len(before.keys) + 4 == len(recognize.Gallery.load("runs/a-lora").keys)
+    assert len(before.keys) + 4 == len(Gallery.load("runs/a-lora").keys)
 
 
 @pytest.mark.parametrize("right", ["class0", "class1"])
@@ -80,7 +81,7 @@ def test_a_picture_leaves_the_character_that_it_was_added_to(fresh, right):
 
 
 def test_too_few_of_somebody_new_and_groups_without_a_name_are_not_learned(fresh):
-    before = recognize.Gallery.load("runs/a-lora")
+    before = Gallery.load("runs/a-lora")
     copies = sorted_copies(fresh, "images/class0")
     move(fresh, *copies[:2], to="Ann")
     move(fresh, copies[2], to="group-001")

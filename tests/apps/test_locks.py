@@ -17,6 +17,7 @@ from PIL import Image
 from test_poison import differences, written
 
 from apps import recognize
+from apps.gallery import Gallery
 from common.locks import locked
 from common.train import UserError, read_safetensors
 
@@ -100,7 +101,7 @@ def test_an_enrolment_meanwhile_is_not_lost(fresh, monkeypatch):
     monkeypatch.setattr(recognize, "predictions", slow)
     run_line(f"{ENROL} first", fresh, check=0)
     monkeypatch.chdir(fresh)
-    assert recognize.Gallery.load("runs/a-lora").names[-2:] == ["second", "first"]
+    assert Gallery.load("runs/a-lora").names[-2:] == ["second", "first"]
 
 
 # dies before or after a move of a file

@@ -11,6 +11,7 @@ from sklearn.metrics import accuracy_score
 
 import data
 from apps import demo, detect, recognize, segment, tags
+from apps.gallery import Gallery
 from common.train import read_safetensors
 from finetune_lora import load_classifier
 from ingest import scenes, toon
@@ -56,7 +57,7 @@ def test_its_encoder_fills_in_three_quarters(drawings):
 def test_its_recogniser_names_drawings_that_no_data_set_has(drawings):
     names, images = drawings
     net, _ = load_classifier("weights/toon-lora")
-    gallery = recognize.Gallery.load("weights/toon-lora")
+    gallery = Gallery.load("weights/toon-lora")
     rows = recognize.answers(names, *recognize.embed(net, images, nullcontext), gallery, 1)
     assert accuracy_score(names, [row["name"] or "unknown" for row in rows]) >= 0.95
 

@@ -1,0 +1,440 @@
+"""The gallery of a recogniser: known faces, and the numbers that say who a new face shows.
+
+The head of a network has a name for every face, also for those of characters that it has never seen.
+So each face is compared with known ones, too, by their embeddings (each a mean over a picture and its
+mirror image). A face that is similar to none of them is unknown. An enrolled character is known by
+its faces alone, so nothing is trained. apps/recognize.py builds a gallery and asks it.
+
+    n faces   m held-out pictures   B batch   D width of an embedding   C characters
+"""
+
+import itertools
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+from apps.groups import ALIKE, best_threshold, f1_curve
+from common import door
+from common.metrics import BINS
+from common.train import UserError, read_safetensors, save_safetensors
+
+GALLERY = "gallery.safetensors"
+CELLS = BINS**3  # of a histogram of colours
+NEAREST = 3  # faces of a character that a picture is compared with
+WHITENED = 20  # faces of a character that the whitening is fitted to
+MOST_LIFT = 3  # standard deviations
+LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED.md)
+SHRINK = 0.3  # share of the mean variance that is added to the covariance
+MOST_REJECTED = 0.09  # share of known faces on dev called unknown; on new ones a tenth
+OTHERS = 0.05  # share of other faces that may pass for one enrolled character
+FOLDS = 5  # of the characters, where known ones stand in for unknown ones
+LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
+SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
+HANDICAP = 0.05  # so much less similar are new faces to a mean of SHOTS faces (results/TRIED.md)
+
+
+@dataclass
+class Gallery:
+    """Known faces, and the numbers that say who a face shows and whether it is known at all.
+
+    Without the numbers it only compares faces. A character whose faces were added has a mean of its
+    own: a learned one may have two, one of what it was taught by and one of what was added.
+    """
+
+    # what gallery.safetensors holds
+    embeddings: torch.Tensor  # (n, D) of faces; with colours, histograms are the last columns
+    labels: torch.Tensor  # (n,), places in `names`
+    learned: int  # characters that the head names; their names are the first ones
+    trained: int = None  # faces that taught the head, the first ones; None: all of learned ones
+    names: list = None
+    keys: list = None  # of the faces
+    threshold: float = None  # the similarity under which a face is unknown
+    enrolled_threshold: float = None  # that of characters whom the head has not learned
+    temperature: float = None  # of the logits
+    platt: list = None  # see `fit_platt`
+    lift: list = None  # see `lift_of`; None leaves the head out of similarities
+    colours: float = 0.0  # their weight in a similarity, where the cosine of embeddings has 1
+    alike: float = ALIKE  # the cosine that joins two groups of apps/sort.py
+
+    def __post_init__(self):
+        if self.trained is None:
+            self.trained = int((self.labels < self.learned).sum())
+        plain = self.embeddings[:, :-CELLS] if self.colours else self.embeddings
+        taught = self.labels[: self.trained]
+        self.mean, self.matrix = whitening(plain[: self.trained], taught)
+        self.unit = self.whitened(self.embeddings)  # (n, D)
+        self.faces = self.of_learned(len(self.labels))
+        self.growth = self.measure_growth()
+
+        # Groups of faces: first each learned character as it was taught, then everybody with added faces.
+        added, number = self.labels[self.trained :].unique(return_inverse=True)
+        self.who = torch.cat([torch.arange(self.learned), added])  # (G,): the character of a group
+        self.group = torch.cat([taught, self.learned + number])  # (n,): the group of a face
+        self.sums = self.unit.new_zeros(len(self.who), self.unit.shape[1])  # (G, D)
+        self.sums.index_add_(0, self.group, self.unit)
+        # The more faces a mean is of, the nearer are others to it. One or two faces are no mean yet.
+        sizes = self.group.bincount(minlength=len(self.who))[self.learned :]
+        handicap = HANDICAP * SHOTS / sizes.clamp(min=SHOTS)
+        self.handicap = handicap.where(sizes >= LEAST, 0)  # of each group of added faces
+
+    # -- the file, and changes of it
+
+    @classmethod
+    def load(cls, run):
+        tensors, header = read_safetensors(Path(run) / GALLERY)
+        numbers = {name: header[name] for name in HEADER if name in header}
+        return cls(tensors["embeddings"].float(), tensors["labels"], **numbers)
+
+    def save(self, run):
+        tensors = {"embeddings": self.embeddings, "labels": self.labels}
+        header = {name: getattr(self, name) for name in HEADER}
+        save_safetensors(tensors, Path(run) / GALLERY, header)
+
+    def shows(self, who):
+        """Which faces show this character, (n,) bool?"""
+        return torch.tensor([name == who for name in self.names])[self.labels]
+
+    def add(self, who, keys, embeddings):
+        """-> the gallery with so many faces (n, D) more of a character, new or not."""
+        names = list(dict.fromkeys([*self.names, who]))
+        labels = F.pad(self.labels, (0, len(keys)), value=names.index(who))
+        embeddings = torch.cat([self.embeddings, embeddings])
+        keys = self.keys + keys
+        return replace(self, embeddings=embeddings, labels=labels, names=names, keys=keys)
+
+    def without(self, gone):
+        """-> the gallery without these faces, (n,) bool; a name without faces leaves, too.
+
+        Faces that taught the head stay: what it has learned can't be taken out.
+        """
+        stay = ~gone
+        stay[: self.trained] = True
+        left, labels = self.labels[stay].unique(return_inverse=True)
+        names = [self.names[i] for i in left]
+        keys = list(itertools.compress(self.keys, stay))
+        embeddings = self.embeddings[stay]
+        return replace(self, embeddings=embeddings, labels=labels, names=names, keys=keys)
+
+    def enrol(self, who, keys, embeddings):
+        """-> the gallery with embeddings (n, D) of pictures `keys`, each once, and lines that say so.
+
+        A picture that was added under another name leaves that one; one that was learned stays there.
+        """
+        lines = []
+        embeddings = embeddings[:, : self.embeddings.shape[1]]  # some have no colours
+        same = same_pictures(embeddings, self.embeddings)  # (n, faces)
+        has_name = self.shows(who)
+        twins = same_pictures(embeddings, embeddings)
+        new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
+        for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
+            name = self.names[self.labels[face]]
+            note = f"was added as {name}; it is {who} now"
+            if face < self.trained:
+                note = f"was learned as {name}; it stays there, too"
+            lines.append(f"note: {door.shown(keys[i])} {note}")
+        total = int(has_name.sum() + new.sum())
+        if total < LEAST:
+            raise UserError(f"{total} pictures of {who} are too few; give {LEAST} or more")
+        rest = self.without((same & ~has_name).any(0))
+        gallery = rest.add(who, [*itertools.compress(keys, new)], embeddings[new])
+        line = f"{who} is enrolled with {total} pictures"
+        if who in gallery.names[: gallery.learned]:
+            line = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
+        return gallery, [*lines, f"{line}; the gallery knows {len(gallery.names)} characters"]
+
+    def forget(self, who):
+        """-> the gallery without the added pictures of a character, and a line that says so."""
+        gallery = self.without(self.shows(who))
+        count = len(self.keys) - len(gallery.keys)
+        if not count:
+            how = "was learned in training" if who in self.names else "is not enrolled"
+            raise UserError(f"{who} {how}; only enrolled ones can be forgotten, see --list")
+        if who in gallery.names:
+            return (
+                gallery,
+                f"{who} is known from training alone; {count} added pictures are forgotten",
+            )
+        return gallery, f"{who} is forgotten; the gallery knows {len(gallery.names)} characters"
+
+    def move_threshold(self, threshold):
+        """Set that of learned characters; that of enrolled ones moves with it, and confidences stay."""
+        moved = threshold - self.threshold - self.growth
+        a, b = self.platt
+        self.enrolled_threshold += moved
+        self.platt = [a, b + a * moved]
+        self.threshold, self.growth = threshold, 0.0
+
+    # -- similarity
+
+    def whitened(self, embeddings):
+        """embeddings (n, D) -> whitened unit vectors (n, D): their products are similarities."""
+        embeddings = embeddings[:, : len(self.mean)]  # without histograms
+        return F.normalize((embeddings - self.mean) @ self.matrix)
+
+    def of_learned(self, count):
+        """-> of each learned character, which of the first `count` faces are its own: indices (k,)."""
+        labels = self.labels[:count]
+        return [(labels == c).nonzero()[:, 0] for c in labels.unique() if c < self.learned]
+
+    def similarities(self, embeddings, faces=None):
+        """embeddings (n, D) -> (n, C): the mean cosine with the three nearest faces of each character.
+
+        With colours it is averaged with the mean cosine of histograms, by their weight. faces: as of
+        `of_learned` (default: all).
+        """
+        faces = faces or self.faces
+        scores = nearest_of(self.whitened(embeddings), [self.unit[own] for own in faces])
+        if self.colours:
+            # What a network has learned of few pictures tells these characters apart, but says little
+            # of others. Colours tell less of each, but the same of all.
+            known = self.embeddings[:, -CELLS:]
+            alike = nearest_of(embeddings[:, -CELLS:], [known[own] for own in faces])
+            scores = (scores + self.colours * alike) / (1 + self.colours)
+        return scores
+
+    def best_similarity(self, embeddings):
+        """embeddings (n, D) -> (n,): the similarity to the most similar character."""
+        return self.similarities(embeddings).amax(1)
+
+    def similarity(self, logits, embeddings):
+        """(n, C), (n, D) -> (n,): `best_similarity`, higher where the head is surer than usual.
+
+        LIFT for each standard deviation of the best logit of known faces. Together they separate best.
+        """
+        return lifted(self.best_similarity(embeddings), logits.amax(1), self.lift)
+
+    def measure_growth(self):
+        """How much more similar faces are to learned characters that are not theirs, by what was added to these.
+
+        Unknown faces are, too, so by this the threshold rises: else, the more was corrected, the fewer
+        unknown pictures would be called so. The added faces are asked, which the network has not learned.
+        """
+        labels, trained = self.labels, self.trained
+        corrected = labels[trained:][labels[trained:] < self.learned].unique()
+        if not len(corrected):
+            return 0.0
+        asked = torch.arange(trained, len(labels))
+        if len(corrected) == 1:
+            # No added face gains by what was added to its own character, so faces of the others are asked.
+            asked = torch.cat(data.evenly_of_each(labels[:trained], WHITENED))
+            asked = asked[labels[asked] != corrected]
+        own = labels[asked, None] == torch.arange(self.learned)
+        best = []  # with all faces, and with those that taught the head
+        for faces in (self.faces, self.of_learned(trained)):
+            similar = self.similarities(self.embeddings[asked], faces)
+            best.append(similar.masked_fill(own, -1).amax(1))
+        return (best[0] - best[1]).mean().item()
+
+    # -- who is it?
+
+    def to_means(self, unit, own=None):
+        """unit (n, D) -> cosines (n, G) with the mean of each group; own (n,): groups that leave the face out."""
+        cosines = unit @ F.normalize(self.sums).T
+        if own is None:
+            return cosines
+        others = F.normalize(self.sums[own] - unit)
+        return cosines.scatter(1, own[:, None], (unit * others).sum(1, keepdim=True))
+
+    def decide(self, logits, embeddings, own=None):
+        """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
+
+        The head names the characters that it learned. Where faces were added, their character wins if
+        their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`. Who
+        was enrolled is known by this mean, with a threshold of its own.
+        confidence: P(the name is right) where half of all pictures show unknown characters;
+        nan of a name that added faces gave, and not the head.
+        """
+        who = logits.argmax(1)
+        similarity = self.similarity(logits, embeddings)
+        margin = similarity - self.threshold - self.growth
+        sure = confidence(logits, margin, self.temperature, self.platt)
+        to_mean = self.to_means(self.whitened(embeddings), own)  # (n, G)
+        if to_mean.shape[1] == self.learned:  # nobody has added faces
+            return who, similarity, margin, sure
+        to_added = to_mean[:, self.learned :]
+        best, added = (to_added + self.handicap).max(1)
+        new = best > to_mean[:, : self.learned].amax(1)
+        near = to_added.gather(1, added[:, None])[:, 0]
+        name = torch.where(new, self.who[self.learned + added], who)
+        enrolled = name >= self.learned
+        return (
+            name,
+            torch.where(enrolled, near, similarity),
+            torch.where(enrolled, near - self.enrolled_threshold, margin),
+            sure.masked_fill(name != who, torch.nan),
+        )
+
+    def names_given(self, logits, embeddings, own=None):
+        """-> the name of each picture, "" where it is unknown; own: see `decide`."""
+        who, _, margin, _ = self.decide(logits, embeddings, own)
+        return [self.names[i] if m >= 0 else "" for i, m in zip(who, margin, strict=True)]
+
+
+HEADER = [field.name for field in fields(Gallery)][2:]  # of the file, beside its two tensors
+
+
+# ---- similarity ----------------------------------------------------------------------------------
+
+
+def whitening(embeddings, labels):
+    """embeddings (n, D), labels (n,) -> mean (D,), matrix (D, D).
+
+    (x - mean) @ matrix varies alike in all directions in a class (Hatch et al. 2006, WCCN):
+    matrix matrix^T is the inverse of the covariance within classes.
+    """
+    groups = [embeddings[rows] for rows in data.evenly_of_each(labels, WHITENED)]
+    means = torch.stack([group.mean(0) for group in groups]).double()
+    differences = torch.cat([group.double() - group.mean(0) for group in groups])
+    W = differences.T @ differences / max(1, len(differences) - len(groups))
+    W += (SHRINK * W.diagonal().mean() + 1e-9) * torch.eye(len(W), dtype=W.dtype)
+    return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
+
+
+def nearest_of(unit, faces):
+    """Unit vectors (n, D), a list of those of each character -> (n, C): mean products with the nearest."""
+    cosines = [unit @ own.T for own in faces]
+    nearest = [x.topk(min(NEAREST, x.shape[1]), 1).values.mean(1) for x in cosines]
+    return torch.stack(nearest, 1)
+
+
+def lifted(similarity, strength, lift):
+    """Cosines (n,) and best logits (n,) -> (n,), at most 1; lift as of `lift_of`, or None."""
+    usual, per_logit = lift or (0.0, 0.0)
+    # A head can be far surer of one picture than of any that it was measured by. That is bounded, so
+    # that it never names a face that looks like nobody's.
+    most = MOST_LIFT * LIFT
+    return (similarity + (per_logit * (strength - usual)).clamp(-most, most)).clamp(max=1)
+
+
+def confidence(logits, margin, temperature, platt):
+    """Logits (n, C), margins (n,) -> (n,): P(the name is that of a known face) P(it is known)."""
+    a, b = platt
+    right_name = (logits / temperature).softmax(1).amax(1)
+    return right_name * (a * margin + b).sigmoid()
+
+
+def same_pictures(embeddings, others):
+    """Embeddings (n, D) and (m, D) -> (n, m): are they of one picture?"""
+    width = min(embeddings.shape[1], others.shape[1])  # some have no colours
+    return F.normalize(embeddings[:, :width]) @ F.normalize(others[:, :width]).T > SAME
+
+
+# ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
+
+
+def calibrate(embeddings, labels, held_out, unknown=None):
+    """-> a dict of numbers for the gallery's header, where a run has held-out pictures.
+
+    held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown: logits and
+    embeddings of unknown ones, which may be few: each known one stands in for one, too.
+    The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
+    """
+    logits, known, known_labels = held_out
+    gallery = Gallery(embeddings, labels, int(labels.max()) + 1, lift=lift_of(logits))
+    known_score = gallery.similarity(logits, known)
+    new_score = as_unknown(gallery, held_out)
+    if unknown:
+        new_score = torch.cat([new_score, gallery.similarity(*unknown)])
+    curve = f1_curve(gallery.whitened(known), known_labels)
+    return {
+        "lift": gallery.lift,
+        "alike": best_threshold([curve], len(known)),
+        "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
+        **decided(logits, known_labels, known_score, new_score),
+    }
+
+
+def decided(logits, labels, known, unknown):
+    """Logits (m, C), labels (m,) and similarities (m,) of known faces, those of unknown ones (k,)
+    -> threshold and confidence. At most MOST_REJECTED of the known are called unknown."""
+    highest = known.sort().values[int(MOST_REJECTED * len(known))].item()
+    threshold = min(balance(known, unknown), highest)
+    return {
+        "threshold": threshold,
+        "temperature": fit_temperature(logits, labels),
+        "platt": fit_platt(known - threshold, unknown - threshold),
+    }
+
+
+def lift_of(logits):
+    """Logits (m, C) of known held-out faces -> the gallery's lift: the usual one, and similarity per logit."""
+    strength = logits.amax(1)
+    usual = strength.mean().item()
+    spread = strength.std(correction=0).item()
+    # A head that is equally sure of all pictures can't say which of them are known. What differs in
+    # the last digits is rounding, and divided by it every other logit would be the largest.
+    if spread < 1e-4 * max(1.0, abs(usual)):
+        return [usual, 0.0]
+    return [usual, LIFT / max(spread, 0.1 * abs(usual))]
+
+
+def as_unknown(gallery, held_out):
+    """Similarities (m,) of known faces while a fifth of the characters at a time is left out."""
+    logits, known, known_labels = held_out
+    similarity = torch.empty(len(known))
+    for fold in range(FOLDS):
+        stay = gallery.labels % FOLDS != fold
+        asked = known_labels % FOLDS == fold
+        faces = gallery.embeddings[stay], gallery.labels[stay]
+        less = Gallery(*faces, gallery.learned, lift=gallery.lift)
+        others = torch.arange(logits.shape[1]) % FOLDS != fold
+        similarity[asked] = less.similarity(logits[asked][:, others], known[asked])
+    return similarity
+
+
+def enrolled_threshold(gallery, known, known_labels):
+    """The similarity to the mean of SHOTS faces of a character that OTHERS of other faces reach."""
+    unit = gallery.whitened(known)
+    others = []
+    for c in gallery.labels.unique().tolist():
+        faces = gallery.unit[gallery.labels == c]
+        mean = F.normalize(faces[data.evenly_spaced(len(faces), SHOTS)].sum(0), dim=0)
+        others.append((unit @ mean)[known_labels != c])
+    others = torch.cat(others).sort(descending=True).values
+    return others[int(OTHERS * len(others))].item()
+
+
+def balance(known, unknown):
+    """-> the threshold that rejects as large a share of known (n,) as it accepts of unknown (m,)."""
+    thresholds = torch.cat([known, unknown]).sort().values
+    rejected = torch.searchsorted(known.sort().values, thresholds) / len(known)
+    accepted = 1 - torch.searchsorted(unknown.sort().values, thresholds) / len(unknown)
+    return thresholds[(rejected - accepted).abs().argmin()].item()
+
+
+def fit_temperature(logits, labels):
+    """The T for which softmax(logits / T) fits the labels best (Guo et al. 2017, arXiv:1706.04599).
+
+    A logit of -inf is that of a character which a network did not learn.
+    """
+    grid = torch.logspace(-1, 1.5, 101)
+    losses = []
+    for T in grid:
+        log_p = (logits / T).log_softmax(1)
+        # Where all names are right, a T of 0 would fit best, and every name would be certain. So one
+        # more picture is counted, which shows each character equally.
+        nobody = -log_p[logits > -torch.inf].mean()
+        losses.append(F.nll_loss(log_p, labels, reduction="sum") + nobody)
+    return grid[torch.stack(losses).argmin()].item()
+
+
+def fit_platt(known, unknown):
+    """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999).
+
+    Half of all faces count as unknown. Targets are Platt's, (n + 1) / (n + 2) and 1 / (m + 2): few
+    faces that are told apart without a mistake do not make it certain.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    x = torch.cat([known, unknown])
+    n, m = len(known), len(unknown)
+    target = torch.cat([torch.full((n,), (n + 1) / (n + 2)), torch.full((m,), 1 / (m + 2))])
+    weight = torch.cat([torch.full((n,), 1 / n), torch.full((m,), 1 / m)]) * (n + m) / 2
+    twice = torch.cat([x, x])[:, None].numpy()
+    y = [1] * (n + m) + [0] * (n + m)
+    weights = torch.cat([weight * target, weight * (1 - target)]).numpy()
+    fit = LogisticRegression(C=1e3).fit(twice, y, weights)
+    return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
