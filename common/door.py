@@ -27,7 +27,6 @@ from common.train import UserError, atomic
 FULL = "can't allocate memory|out of memory"  # torch's words for full memory
 LETTERS = 100  # of a name
 JOINER = "\u200d"  # makes one emoji of several
-LARGEST = 1e6  # absolute value of a weight: a network of larger ones overflows
 
 
 def shown(text):
@@ -48,7 +47,7 @@ def whole(low, high=10**9):
     return lambda value: type(value) is int and low <= value <= high
 
 
-def number(low=-LARGEST, high=LARGEST):
+def number(low=-1e6, high=1e6):
     return lambda value: type(value) in (int, float) and low <= value <= high
 
 
@@ -68,8 +67,6 @@ def is_text(value):
     return isinstance(value, str) and len(value) <= 4096 and "\0" not in value  # no path has one
 
 
-TEXT = is_text
-SIDE = whole(1, 4096)  # of a picture, in pixels
 EPSILON = number(1e-12, 1)  # of a norm
 
 # ---- a file --------------------------------------------------------------------------------------
@@ -88,14 +85,6 @@ def check_fields(header, table, path, remedy):
             check_fields(value, rule, f"{path}: {name}", remedy)
         elif not rule(value):
             raise UserError(f"{path}: {name} can't be {short(value)}; {remedy}")
-
-
-def check_finite(weights, path):
-    """Weights that are NaN, infinite or huge answer NaN."""
-    for name, w in weights.items():
-        if not (w.float().abs() < LARGEST).all():
-            fix = "take another copy, or make it again"
-            raise UserError(f"{path}: {name} is not finite, or too large; {fix}")
 
 
 # ---- reading and writing ---------------------------------------------------------------------------
@@ -206,17 +195,6 @@ def drawing(what):
         yield
     except Exception as problem:  # matplotlib raises whatever it meets
         print(f"note: {what} could not be drawn ({shown(one_line(problem))})", file=sys.stderr)
-
-
-def each_flag_once(words):
-    """Words of a command, each flag with its values once; of one that is there twice, the later."""
-    groups, name = {}, None  # a flag and its values
-    for word in words:
-        if word.startswith("--"):
-            name = word.partition("=")[0]
-            groups[name] = []
-        groups.setdefault(name, []).append(word)
-    return [word for group in groups.values() for word in group]
 
 
 def require(extra, *libraries):

@@ -32,7 +32,6 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 import mask as masking  # noqa: E402
 from common import train  # noqa: E402
-from common.door import each_flag_once  # noqa: E402
 from common.train import cli  # noqa: E402
 
 
@@ -45,6 +44,17 @@ def pytest_collection_modifyitems(items):
 
 
 MAIN_OF = {"data.py": "ingest.pack"}  # it has none of its own
+
+
+def each_flag_once(words):
+    """Words of a command, each flag with its values once; of one that is there twice, the later."""
+    groups, name = {}, None  # a flag and its values
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            groups[name] = []
+        groups.setdefault(name, []).append(word)
+    return [word for group in groups.values() for word in group]
 
 
 def call(script, *words, cwd, check=None):

@@ -22,12 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import each_flag_once
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common.door import each_flag_once  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden.json"
 
