@@ -14,9 +14,9 @@ Writes: into the folder of ENCODER, or to --out, with a card: FILE.md, or README
         half    half/, what stages read of a run of any stage, numbers in 16 bits
 """
 
-import contextlib
 import json
 import logging
+import re
 import textwrap
 import warnings
 from functools import partial
@@ -34,7 +34,7 @@ from apps.adapters import adapter_tensors, load_adapter, read_config, save_adapt
 from apps.recognize import open_gallery
 from common import checkpoints, metrics
 from common.classifier import is_recogniser, read_head
-from common.door import aside, one_line, read_json, reading, require, save_csv
+from common.door import aside, require, save_csv
 from common.formats import HF, QKV, as_convolution, of_decoder, renamed
 from common.locks import reserve
 from common.train import (
@@ -47,16 +47,26 @@ from common.train import (
     save_safetensors,
     save_text,
 )
-from finetune_lora import LoRA, load_classifier, lora_layers, merge_lora
+from finetune_lora import load_classifier, lora_layers, merge_lora
 from kernels import MEAN, STD
 from model import EPS
 
-TENSORS = ("model", "head", "gallery", "detector")
-TENSORS += ("patches",)  # stage 1 of apps/segment.py
+TENSORS = (
+    "model",
+    "head",
+    "gallery",
+    "detector",
+    "patches",
+)  # the last: stage 1 of apps/segment.py
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
 PIP = 'pip install -e ".[onnx]"'
+PLAIN = re.compile(  # names of weights in MAE, timm and HF
+    r"cls_token|mask_token|(decoder_)?pos_embed|"
+    r"((decoder_)?blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])|"
+    r"(decoder_)?norm|patch_embed\.proj|decoder_embed|decoder_pred)\.(weight|bias)"
+)
 OUT = "{out}"  # in a line that loads what was written: the path, which the writer does not know
 
 
@@ -80,34 +90,11 @@ def public_weights(source, image_size, whole=True):
         weights = as_convolution(checkpoints.load_encoder(source, image_size).state_dict())
     if not whole:
         weights = {name: w for name, w in weights.items() if not of_decoder(name)}
-    check_plain(weights, facts, source)
+    # Where a weight has no place, some readers leave it out, and compute something else.
+    if odd := [name for name in weights if not PLAIN.fullmatch(name)]:
+        fix = "--to timm leaves out the decoder, --to onnx keeps any"
+        raise UserError(f"{source}: {', '.join(odd[:3])} is not in MAE, timm and HF; {fix}")
     return weights, facts
-
-
-def check_plain(weights, facts, source):
-    """A UserError if names and shapes are not those of MAE, timm and HF, as after a change of model.py."""
-    D, E, p = facts["dim"], facts.get("decoder_dim"), facts["patch_size"]
-    N = 1 + (facts["image_size"] // p) ** 2
-    sides = {"patch_embed.proj": (D, 3, p, p)} | vit_sides("", D, facts["depth"])
-    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, N, D)}
-    if "mask_token" in weights:
-        sides |= {"decoder_embed": (E, D), "decoder_pred": (p * p * 3, E)}
-        sides |= vit_sides("decoder_", E, facts["decoder_depth"])
-        shapes |= {"mask_token": (1, 1, E), "decoder_pos_embed": (1, N, E)}
-    shapes |= {f"{name}.weight": side for name, side in sides.items()}
-    shapes |= {f"{name}.bias": side[:1] for name, side in sides.items()}
-    theirs = {name: tuple(w.shape) for name, w in weights.items()}
-    if odd := sorted(k for k in shapes | theirs if shapes.get(k) != theirs.get(k)):
-        fix = "these formats hold a plain ViT alone; --to timm leaves out the decoder, --to onnx keeps any"
-        raise UserError(f"{source}: {', '.join(odd[:3])} is not as in MAE, timm and HF; {fix}")
-
-
-def vit_sides(stack, D, depth):
-    """{layer: the shape of its weight} of blocks and norm whose names begin with `stack`."""
-    block = {"norm1": (D,), "attn.qkv": (3 * D, D), "attn.proj": (D, D)}
-    block |= {"norm2": (D,), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
-    blocks = {f"{stack}blocks.{i}.{k}": side for i in range(depth) for k, side in block.items()}
-    return blocks | {f"{stack}norm": (D,)}
 
 
 def save_mae(source, out, image_size):
@@ -132,17 +119,25 @@ def save_hf(source, folder, image_size):
     weights, facts = public_weights(source, image_size)
     size, depth = facts["image_size"], facts["decoder_depth"]
     network = "ViTMAEForPreTraining" if depth else "ViTModel"
-    config = {"model_type": "vit_mae" if depth else "vit", "architectures": [network]}
-    config |= {"image_size": size, "patch_size": facts["patch_size"]}
-    config["layer_norm_eps"] = facts["norm_eps"]
-    if depth:
-        # transformers keeps a key that it does not know. Here, `formats.facts_beside` reads it again.
-        config |= {"norm_pix_loss": facts["norm_pix"], "norm_pix_floor": facts["floor"]}
+    config = {
+        "model_type": "vit_mae" if depth else "vit",
+        "architectures": [network],
+        "image_size": size,
+        "patch_size": facts["patch_size"],
+        "layer_norm_eps": facts["norm_eps"],
+    }
     for stack in ("", "decoder_") if depth else ("",):
         config |= {stack + theirs: facts[stack + ours] for theirs, ours in HF_SHAPE.items()}
         config[f"{stack}intermediate_size"] = 4 * facts[f"{stack}dim"]
-    pixels = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
-    pixels |= {"image_mean": list(MEAN), "image_std": list(STD)}
+    if depth:
+        # transformers keeps a key that it does not know. Here, `formats.facts_beside` reads it again.
+        config |= {"norm_pix_loss": facts["norm_pix"], "norm_pix_floor": facts["floor"]}
+    pixels = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": size, "width": size},
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
     theirs = {}
     for name, w in weights.items():
         names = [name.replace("attn.qkv", part) for part in QKV] if ".qkv." in name else [name]
@@ -181,9 +176,9 @@ def save_merged(source, out, image_size):
 def save_peft(source, folder, image_size):
     """Write the adapter of a run of finetune_lora.py for peft, whose formula is W + alpha/r B A."""
     net, header = load_classifier(source)
-    plain = {k for k, m in lora_layers(net.encoder).items() if type(m) is LoRA}
+    factors = {f"encoder.{name}.{factor}" for name in lora_layers(net.encoder) for factor in "AB"}
     learned = {name for name in read_head(source)[0] if name.startswith("encoder.")}
-    if not plain or learned != {f"encoder.{name}.{factor}" for name in plain for factor in "AB"}:
+    if not factors or learned != factors:
         raise UserError(f"{source} has no plain LoRA, which --to peft holds; try --to merged")
     notes = {name: header[name] for name in ("fingerprint", "image_size")}
     save_adapter(net.encoder, notes, folder, header["base"])
@@ -244,26 +239,25 @@ def tag(net, view):
 
 def graph_of(source, image_size=None):
     """A run or a checkpoint -> (Graph, what a reader of its file has to know)."""
-    if is_recogniser(source):
-        net, header = load_classifier(source)
-        gallery = open_gallery(source)
-        answer = partial(recognise, gallery=gallery)
-        notes = {"is": "recogniser", "names": gallery.names, "learned": gallery.learned}
-    elif tags.is_tagger(source):
-        net, header = tags.load_tagger(source)
-        answer = tag
-        if net.arm not in tags.HIDES_TAGS:
-            raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
-        notes = {"is": "tagger", "names": header["classes"]}
-        notes |= {"tags": header["words"], "thresholds": header["thresholds"]}
-        notes["least_confidence"] = header["least_confidence"]
-    else:
+    if not is_recogniser(source) and not tags.is_tagger(source):
         encoder = checkpoints.load_encoder(source, image_size)
         side = encoder.image_size
         graph = Graph(encoder, lambda net, view: {"tokens": net.features(view)}, side, side)
         return graph.eval(), {"is": "encoder", "side": side}
     if image_size:
         raise UserError(KEEPS_SIZE.format(image_size, source))
+    if is_recogniser(source):
+        net, header = load_classifier(source)
+        gallery = open_gallery(source)
+        answer = partial(recognise, gallery=gallery)
+        notes = {"is": "recogniser", "names": gallery.names, "learned": gallery.learned}
+    else:
+        net, header = tags.load_tagger(source)
+        answer = tag
+        if net.arm not in tags.HIDES_TAGS:
+            raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
+        notes = {"is": "tagger", "names": header["classes"], "tags": header["words"]}
+        notes |= {name: header[name] for name in ("thresholds", "least_confidence")}
     notes |= {"side": header["packed_size"], "crop": header["crop"]}
     return Graph(net, answer, header["image_size"], header["packed_size"]).eval(), notes
 
@@ -284,11 +278,8 @@ def write_onnx(graph, notes, out):
         program = torch.onnx.export(graph, (graph.example,), verbose=False, **options)
     program.model.metadata_props["animask"] = json.dumps(notes, ensure_ascii=False)
     program.save(str(out), external_data=False)
-    try:
-        answers = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
-    except Exception as problem:  # onnxruntime's own kinds
-        fix = "in what you changed, write x.shape[0] and not len(x), which becomes a constant"
-        raise UserError(f"onnxruntime can't run it: {one_line(problem)}; {fix}") from None
+    # If it can't run this, write x.shape[0] and not len(x) in the network: that becomes a constant.
+    answers = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
     for x, y in zip(answers, expected.values(), strict=True):
         if not torch.allclose(torch.from_numpy(x), y, atol=1e-4, equal_nan=True):
             raise UserError(f"onnxruntime's answers are not torch's; try newer ones: {PIP}")
@@ -328,12 +319,10 @@ class WDGraph(nn.Module):
             x = (x @ self.resize).round().clamp(0, 255).mT
         answers = self.inner(x.permute(0, 2, 3, 1).to(torch.uint8))
         if "who" in answers:
-            answers |= {
-                "tags": x.new_zeros(x.shape[0], 0),
-                "characters": name_alone(answers, self.names),
-            }
-        tags = F.pad(answers["tags"], (0, 1))[:, self.order]
-        return {"output": torch.cat([tags, answers["characters"]], 1)}
+            tags, characters = x.new_zeros(x.shape[0], 0), name_alone(answers, self.names)
+        else:
+            tags, characters = answers["tags"], answers["characters"]
+        return {"output": torch.cat([F.pad(tags, (0, 1))[:, self.order], characters], 1)}
 
 
 def pillow_matrix(n_in, n_out):
@@ -440,12 +429,10 @@ def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
     if is_recogniser(source):
         header = read_head(source)[1]
-        flags = {"encoder": header["base"]} | header["config"]
-        flags |= {"data": header["data"], "method": header["method"]}
         before = checkpoints.flags_of(checkpoints.place_of(header["base"], source))
-        return flags | {
-            f"{name} of its encoder": before[name] for name in MADE_BY if name in before
-        }
+        flags = {"encoder": header["base"], **header["config"]}
+        flags |= {"data": header["data"], "method": header["method"]}
+        return flags | {f"{k} of its encoder": before[k] for k in MADE_BY if k in before}
     detector = checkpoints.about_model(source / "detector.safetensors")
     header = detector or checkpoints.about_model(source)
     flags = header.get("run") or header.get("origin", {})
@@ -454,18 +441,14 @@ def flags_of_run(source):
 
 def measured(folder):
     """Yield a line for each file of results of a run: its numbers, and the command behind them."""
-    for name in RESULTS:
-        with (
-            contextlib.suppress(UserError),
-            reading(folder / name, "file of results", ""),
-        ):  # or none
-            row = read_json(folder / name)
-            row |= row.get("verification", {}) | row.get("tags", {}) | row.get("end", {})
-            row |= row.get("pixels", {}).get(row.get("evaluated_on"), {}).get("mixed", {})
-            numbers = [f"{k} {row[k]:.4g}" for k in NUMBERS if isinstance(row.get(k), float)]
+    for path in [folder / name for name in RESULTS if (folder / name).exists()]:
+        row = json.loads(path.read_text())
+        row |= row.get("verification", {}) | row.get("tags", {}) | row.get("end", {})
+        row |= row.get("pixels", {}).get(row.get("evaluated_on"), {}).get("mixed", {})
+        numbers = [f"{k} {row[k]:.4g}" for k in NUMBERS if isinstance(row.get(k), float)]
+        if numbers:
             where = f"{row.get('evaluated_on', row.get('split'))} of {row['data']}"
-            if numbers:
-                yield f"- {', '.join(numbers)}, {where}: `{row['command']}`"
+            yield f"- {', '.join(numbers)}, {where}: `{row['command']}`"
 
 
 def export(source, to, out=None, image_size=None):
@@ -473,9 +456,7 @@ def export(source, to, out=None, image_size=None):
     source = Path(source)
     write, name, library = FORMATS[to]
     out = Path(out or checkpoints.model_file(source).parent / name)
-    card = (
-        out / "README.md" if to in ("hf", "peft", "wd", "half") else out.parent / f"{out.stem}.md"
-    )
+    card = out.parent / f"{out.stem}.md" if Path(name).suffix else out / "README.md"
     if card == out:
         raise UserError(f"--out {out} would be the card, too; choose another name")
     reserve([out, card])
@@ -491,12 +472,7 @@ def main():
     add("encoder", type=Path, metavar="ENCODER", help="runs/NAME, or a checkpoint file")
     add("--to", required=True, choices=list(FORMATS), help="the format")
     add("--out", metavar="FILE", help="where to (default: its folder); hf, wd, half: a folder")
-    add(
-        "--image-size",
-        type=between(8, 4096, int),
-        metavar="PX",
-        help="side of a view (default: as it is)",
-    )
+    add("--image-size", type=between(8, 4096, int), metavar="PX", help="side of a view (its own)")
     args = parser.parse_args()
     out, use = export(args.encoder, args.to, args.out, args.image_size)
     print(f"wrote    {out}, and its card\nload it  {use}")

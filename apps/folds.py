@@ -16,8 +16,7 @@ where the command is stopped, the same command goes on. apps/learn.py is the com
 import argparse
 import copy
 import json
-import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,15 +31,14 @@ from apps.groups import best_threshold, f1_curve
 from apps.recognize import FACES, PROMISE, open_others, outputs_of
 from apps.unknown import reliability
 from common import metrics, readout, train
-from common.features import relabelled
+from common.features import Subset, relabelled
 from common.groups import groups_of
-from common.train import UserError, quoted, read_safetensors, save_json, save_safetensors
+from common.train import UserError, quoted, save_json
 
 FOLDS = 5  # networks, or as many as there are characters
 ENOUGH = 10, 5  # pictures of a character, characters: from here on a promise says something
 COLOURS = 1.0  # their weight in a similarity (results/TRIED.md)
 CURVES = "dev_top1", "dev_macro_f1"  # of held-out pictures, after each epoch
-ANSWERS = "answers.safetensors"  # of a fold that is finished
 # flags that may differ where the same command goes on
 OF_START = train.UNSAVED | {"out", "device", "command"}
 
@@ -70,32 +68,37 @@ def draw_folds(labels, groups, count):
     return of_character, of_picture
 
 
-def sets_of(every, classes, of_character, of_picture, fold):
-    """A set of all pictures -> sets that a fold learns from and is asked about, of characters that it
-    leaves out (their index in the split), and the numbers of the characters that it learns."""
-    labels = every.labels[every.index]
-    held = torch.from_numpy(of_picture == fold)
-    left_out = torch.from_numpy(of_character == fold)[labels]
-    learned = labels[~held & ~left_out].unique()
-    names = every.split["header"]["classes"]
-    fit = relabelled("all", every.split, [names.index(classes[c]) for c in learned])
-    known = torch.isin(labels, learned)
-    dev = replace(fit, index=every.index[held & known])
-    fit.index = every.index[~held & known]
-    return fit, dev, every.index[left_out], learned
+@dataclass
+class Fold:
+    """The pictures of a fold. Their labels are those of its own head: places in `learned`."""
+
+    train: Subset  # what its network learns
+    dev: Subset  # other pictures of its characters
+    left_out: torch.Tensor  # (k,): index in the split, of pictures of characters that it leaves out
+    learned: torch.Tensor  # the numbers of its characters among all
 
 
 def deal(every, classes, folder):
-    """-> what `sets_of` returns of each fold; a UserError where the collection is too small for it."""
+    """A Subset of all pictures -> its Folds; a UserError where the collection is too small for them."""
     count = min(FOLDS, len(classes))
     if count < 3:
         why = "one of three has to be left out, to see what a new character looks like"
         fix = f"python finetune_lora.py ENCODER --data {quoted(folder)} learns two"
         raise UserError(f"{folder} has {count} characters: {why}; {fix}")
-    groups = groups_of(every.split)[every.index]
-    parts = draw_folds(every.labels[every.index], groups, count)
-    folds = [sets_of(every, classes, *parts, fold) for fold in range(count)]
-    if not all(len(dev.index) and len(learned) > 1 for _, dev, _, learned in folds):
+    index, labels = every.index, every.labels[every.index]
+    names = every.split["header"]["classes"]
+    of_character, of_picture = draw_folds(labels, groups_of(every.split)[index], count)
+    folds = []
+    for number in range(count):
+        held = torch.from_numpy(of_picture == number)
+        left_out = torch.from_numpy(of_character == number)[labels]
+        learned = labels[~held & ~left_out].unique()
+        known = torch.isin(labels, learned)
+        own = relabelled("all", every.split, [names.index(classes[c]) for c in learned])
+        fit = replace(own, index=index[~held & known])
+        dev = replace(own, index=index[held & known])
+        folds.append(Fold(fit, dev, index[left_out], learned))
+    if not all(len(fold.dev.index) and len(fold.learned) > 1 for fold in folds):
         fix = "give two illustrations or more of each character (copies are one)"
         raise UserError(f"a part of {folder} has too few pictures or characters; {fix}")
     return folds
@@ -110,16 +113,16 @@ def flags_in(flags, folder, **changes):
     return argparse.Namespace(**vars(flags) | {"out": str(folder), "resume": resume} | changes)
 
 
-def train_fold(flags, folder, encoder, sets, learned, whole):
+def train_fold(flags, folder, encoder, fold, whole):
     """Train without the pictures of a fold -> its Task and its run. whole: the Task of all pictures."""
     # As many steps as when everything is learned, of smaller batches. With fewer, it would learn less,
     # and known pictures would seem less similar than they will be.
     steps = len(whole.train.index) // flags.batch_size
-    flags = flags_in(flags, folder, batch_size=max(2, len(sets[0].index) // steps))
-    classes = [whole.classes[c] for c in learned]
-    machine = whole.device, whole.autocast
+    flags = flags_in(flags, folder, batch_size=max(2, len(fold.train.index) // steps))
+    classes = [whole.classes[c] for c in fold.learned]
+    sets = fold.train, fold.dev, None
     own = copy.deepcopy(encoder)
-    task = finetune_lora.build_task(flags, own, (*sets, None), classes, *machine)
+    task = finetune_lora.build_task(flags, own, sets, classes, whole.device, whole.autocast)
     # A frozen encoder reads each picture once, and not once for each fold.
     task.features = whole.features
     # Pictures that choose an epoch can't measure it, so each fold keeps its last one.
@@ -128,23 +131,24 @@ def train_fold(flags, folder, encoder, sets, learned, whole):
 
 
 @torch.no_grad()
-def answers_of(task, left_out, learned, C, folds, others=None):
-    """What the network of one of `folds` says of pictures that it was not taught -> {name: tensor}.
+def answers_of(task, fold, whole, folds, others=None):
+    """What the network of one of `folds` says of pictures that it was not taught -> a dict.
 
-    logits (m, C), similarity (m,), unit (m, D) of held-out pictures of its characters; a logit of a
-    character that it did not learn is -inf. colours (m,): how sure the control is, an SVM on colours.
-    The same of `left_out`, index (k,) of unknown ones, as unknown_... others: a split, and an index of
-    pictures that show nobody, whose similarity is asked, too. The last names are Top-1 in percent.
+    index, labels (m,), logits (m, C), similarity (m,), unit (m, D) of held-out pictures of its
+    characters; a logit of a character that it did not learn is -inf. colours (m,): how sure the
+    control is, an SVM on colours. The same of the characters that it left out, as unknown_index and so
+    on. others_similarity: of `others`, a split and an index of pictures that show nobody. Also numbers:
+    the threshold of enrolled ones, and Top-1 in percent of pictures in gray and of two controls.
     """
     outputs = partial(outputs_of, task.net.eval(), task.train.split, autocast=task.autocast)
-    index, labels = task.train.index, task.dev.labels[task.dev.index]
+    index = task.train.index
     of_each = data.evenly_of_each(task.train.labels[index], FACES)
     index = index[torch.cat(of_each)]
     faces, numbers = outputs(index)[1], task.train.labels[index]
     place = torch.cat([torch.arange(len(own)) for own in of_each])  # among a character's faces
 
     def gallery_of(some):
-        return Gallery(faces[some], numbers[some], len(learned), colours=COLOURS)
+        return Gallery(faces[some], numbers[some], len(fold.learned), colours=COLOURS)
 
     gallery = gallery_of(slice(None))
     # In the end every picture is learned, and is one more that a face can be similar to: of known
@@ -155,28 +159,37 @@ def answers_of(task, left_out, learned, C, folds, others=None):
     smaller_yet = [gallery_of(fewer & (numbers % folds != part)) for part in range(folds)]
     colour_scores = histogram_scorer(task.train)
 
-    def answer(asked, galleries):
+    def answers(asked, galleries):
         some, embeddings = outputs(asked)
-        logits = torch.full((len(asked), C), -torch.inf)
-        logits[:, learned] = some
-        said = {"logits": logits, "similarity": grown(embeddings, gallery, galleries)}
-        by_colours = colour_scores(asked)
-        said |= {"colours": by_colours.amax(1), "unit": gallery.whitened(embeddings)}
-        return said, embeddings, by_colours
+        logits = torch.full((len(asked), len(whole.classes)), -torch.inf)
+        logits[:, fold.learned] = some
+        said = {
+            "index": asked,
+            "labels": whole.train.labels[asked],
+            "logits": logits,
+            "similarity": grown(embeddings, gallery, galleries),
+            "unit": gallery.whitened(embeddings),
+            "colours": colour_scores(asked).amax(1),
+        }
+        return said, embeddings
 
-    said, embeddings, by_colours = answer(task.dev.index, smaller)
-    of_unknown, _, _ = answer(left_out, smaller_yet)
+    said, embeddings = answers(fold.dev.index, smaller)
+    of_unknown, _ = answers(fold.left_out, smaller_yet)
     said |= {f"unknown_{name}": x for name, x in of_unknown.items()}
+    said["others_similarity"] = torch.empty(0)
     if others:
         _, shown = outputs_of(task.net, *others, autocast=task.autocast)
         said["others_similarity"] = grown(shown, gallery, smaller_yet)
-    said["enrolled_threshold"] = torch.tensor(enrolled_threshold(gallery, embeddings, labels))
-    gray, _ = finetune_lora.predict(task, metrics.in_gray(task.dev))
-    top1 = {"colourless_top1": 100 * readout.topk(gray, labels, 1)}
-    top1 |= {"histograms_top1": 100 * readout.topk(by_colours, labels, 1)}
-    # Its penalty is chosen by the pictures that judge it, so this control is a little too good.
-    top1 |= {"thumbnails_top1": metrics.thumbnail_top1(task.train, task.dev, task.dev)}
-    return said | {name: torch.tensor(value) for name, value in top1.items()}
+    labels = fold.dev.labels[fold.dev.index]
+    gray, _ = finetune_lora.predict(task, metrics.in_gray(fold.dev))
+    by_colours = colour_scores(fold.dev.index)
+    return said | {
+        "enrolled_threshold": enrolled_threshold(gallery, embeddings, labels),
+        "colourless_top1": 100 * readout.topk(gray, labels, 1),
+        "histograms_top1": 100 * readout.topk(by_colours, labels, 1),
+        # Its penalty is chosen by the pictures that judge it, so this control is a little too good.
+        "thumbnails_top1": metrics.thumbnail_top1(task.train, fold.dev, fold.dev),
+    }
 
 
 def grown(embeddings, gallery, smaller):
@@ -203,85 +216,68 @@ def histogram_scorer(images):
 
 
 def ask_folds(flags, encoder, whole, home):
-    """Train the folds, or read those that are finished -> a list of `answers_of`, with index and labels."""
-    every, classes = whole.train, whole.classes
-    folds = deal(every, classes, flags.data)
+    """Train the folds, or read the networks that are finished -> a list of `answers_of`, with curves."""
+    folds = deal(whole.train, whole.classes, flags.data)
     others = open_others(flags.data)
+    if others and len(others[1]) < len(folds):  # too few for one in each
+        others = None
     answers = []
-    for fold, (fit, dev, left_out, learned) in enumerate(folds):
-        folder = home / str(fold + 1)
-        if not (folder / ANSWERS).exists():
-            print(
-                f"fold     {fold + 1} of {len(folds)}: {len(learned)} of {len(classes)} characters"
-            )
-            task, run = train_fold(flags, folder, encoder, (fit, dev), learned, whole)
-            some = None
-            if others and len(others[1]) >= len(folds):
-                some = others[0], others[1][fold :: len(folds)]  # each picture is asked once
-            said = answers_of(task, left_out, learned, len(classes), len(folds), some)
-            rows = train.read_log(run.log_path)
-            for name in CURVES:
-                said[name] = torch.tensor([row[name] for row in rows if name in row])
-            save_safetensors(said, folder / ANSWERS)
-            run.save_if_due()  # somebody may have stopped it while the answers were made
-            run.path.unlink()  # the answers are all that is needed of it
-        of_known = {"index": dev.index, "labels": every.labels[dev.index]}
-        of_unknown = {"unknown_labels": every.labels[left_out]}
-        answers.append(read_safetensors(folder / ANSWERS)[0] | of_known | of_unknown)
+    for i, fold in enumerate(folds):
+        count = f"{len(fold.learned)} of {len(whole.classes)} characters"
+        print(f"fold     {i + 1} of {len(folds)}: {count}")
+        task, run = train_fold(flags, home / str(i + 1), encoder, fold, whole)
+        some = others and (others[0], others[1][i :: len(folds)])  # each picture is asked once
+        said = answers_of(task, fold, whole, len(folds), some)
+        rows = train.read_log(run.log_path)
+        said |= {name: np.array([row[name] for row in rows if name in row]) for name in CURVES}
+        answers.append(said)
+        run.save_if_due()  # somebody may have stopped it while the answers were made
     return answers
 
 
 # ---- what follows from their answers -------------------------------------------------------------
 
-OF_PICTURES = [
-    "index",
-    "labels",
-    "logits",
-    "similarity",
-    "unknown_labels",
-    "unknown_logits",
-    "unknown_similarity",
-]
+OF_PICTURES = ("index", "labels", "logits", "similarity", "others_similarity")
+OF_PICTURES += ("unknown_labels", "unknown_logits", "unknown_similarity")
+NUMBERS = ("auroc", "colours_auroc", "enrolled_threshold")
+NUMBERS += ("colourless_top1", "thumbnails_top1", "histograms_top1")
 
 
 def together(answers):
-    """A list of `ask_folds` -> one dict: what all of them say, and numbers of which each fold has its own.
+    """A list of `ask_folds` -> one dict: what all of them say, and the means of their numbers.
 
     others_similarity (k,): of pictures of nobody, perhaps none. alike: see `best_threshold`.
     """
-    nobody = torch.empty(0)
+    curves = []
     for fold in answers:
-        fold.setdefault("others_similarity", nobody)
         # Each fold by itself, because scores of two networks, or of two machines, differ in scale.
         for name, kind in (("auroc", "similarity"), ("colours_auroc", "colours")):
-            fold[name] = torch.tensor(100 * metrics.auroc(fold[kind], fold[f"unknown_{kind}"]))
-    found = {
-        k: torch.cat([fold[k] for fold in answers]) for k in (*OF_PICTURES, "others_similarity")
-    }
-    numbers = [name for name, x in answers[0].items() if x.ndim == 0] + list(CURVES)
-    for name in numbers:
-        found[name] = torch.stack([fold[name] for fold in answers]).double().mean(0)
-    curves = []
-    for fold in answers:  # each has embeddings of its own
-        unit = torch.cat([fold["unit"], fold["unknown_unit"]])
+            fold[name] = 100 * metrics.auroc(fold[kind], fold[f"unknown_{kind}"])
+        unit = torch.cat([fold["unit"], fold["unknown_unit"]])  # it has embeddings of its own
         curves.append(f1_curve(unit, torch.cat([fold["labels"], fold["unknown_labels"]])))
+    found = {name: torch.cat([fold[name] for fold in answers]) for name in OF_PICTURES}
+    for name in (*NUMBERS, *CURVES):
+        found[name] = np.mean([fold[name] for fold in answers], axis=0)
     return found | {"alike": best_threshold(curves, len(found["unknown_labels"]))}
 
 
 def epoch_of(curve, pictures):
     """Macro-F1 after each epoch, (epochs,) -> the latest epoch within a standard error of the best, as `Best`."""
     best = curve.max()
-    return int((curve >= best - metrics.standard_error(best, pictures)).nonzero()[-1]) + 1
+    return int(np.flatnonzero(curve >= best - metrics.standard_error(best, pictures))[-1]) + 1
 
 
 def calibration(found):
-    """`together` -> the numbers of a gallery's header (apps/recognize.py)."""
+    """`together` -> the numbers of a gallery's header (apps/gallery.py)."""
     unknown = torch.cat([found["unknown_similarity"], found["others_similarity"]])
-    numbers = decided(found["logits"], found["labels"], found["similarity"], unknown)
-    numbers |= {"enrolled_threshold": found["enrolled_threshold"].item(), "alike": found["alike"]}
-    # The head's logits have no part in these similarities: those of a network that learned few
-    # pictures say less of unknown characters than colours do, and mixed in they made it worse.
-    return numbers | {"lift": [0.0, 0.0], "colours": COLOURS}
+    return decided(found["logits"], found["labels"], found["similarity"], unknown) | {
+        "enrolled_threshold": float(found["enrolled_threshold"]),
+        "alike": found["alike"],
+        # The head's logits have no part in these similarities: those of a network that learned few
+        # pictures say less of unknown characters than colours do, and mixed in they made it worse.
+        "lift": [0.0, 0.0],
+        "colours": COLOURS,
+    }
 
 
 def share_of(hits, labels, of_new=False):
@@ -307,19 +303,23 @@ def share_of(hits, labels, of_new=False):
 
 def promise(found, numbers, sizes):
     """What to expect, by `together`, `calibration` and the pictures of each character (C,), in percent."""
-    least = numbers["threshold"]
+    least, scale = numbers["threshold"], (numbers["temperature"], numbers["platt"])
     margin, unknown_margin = found["similarity"] - least, found["unknown_similarity"] - least
     right = found["logits"].argmax(1) == found["labels"]
-    row = {"characters": len(sizes), "pictures": int(sizes.sum()), "least": int(sizes.min())}
-    row["names_right"] = 100 * (right & (margin >= 0)).double().mean().item()
-    row["known_unknown"] = share_of(margin < 0, found["labels"])
-    row["unknown"] = share_of(unknown_margin < 0, found["unknown_labels"], of_new=True)
-    if len(found["others_similarity"]):
-        row["others"] = 100 * (found["others_similarity"] < least).double().mean().item()
-    row |= {name: float(found[name]) for name in ("auroc", "colours_auroc")}
-    scale = numbers["temperature"], numbers["platt"]
     sure = confidence(found["logits"], margin, *scale)
     unsure = confidence(found["unknown_logits"], unknown_margin, *scale)
+    row = {
+        "characters": len(sizes),
+        "pictures": int(sizes.sum()),
+        "least": int(sizes.min()),
+        "names_right": 100 * (right & (margin >= 0)).double().mean().item(),
+        "known_unknown": share_of(margin < 0, found["labels"]),
+        "unknown": share_of(unknown_margin < 0, found["unknown_labels"], of_new=True),
+        "auroc": float(found["auroc"]),
+        "colours_auroc": float(found["colours_auroc"]),
+    }
+    if len(found["others_similarity"]):
+        row["others"] = 100 * (found["others_similarity"] < least).double().mean().item()
     return row | reliability(sure, right, unsure)
 
 
@@ -331,32 +331,31 @@ def promised(row):
     share = "{mean:.0f} % (95 % interval {low:.0f} to {high:.0f})"
     if small:
         share = "{low:.0f} to {high:.0f} %"
-    both = f"{row['auroc']:.1f} %; {row['colours_auroc']:.1f} %"
-    wins = ", so colours alone tell better" if row["colours_auroc"] > row["auroc"] else ""
-    cells = {
-        "new characters' pictures called unknown": share.format(**new),
-        "known characters' pictures called unknown": share.format(**known),
-        "AUROC; of an SVM on histograms of colours": both + wins,
-    }
-    if "others" in row:
-        cells["pictures of nobody called unknown"] = f"{row['others']:.0f} %"
-    if small:
-        there = f"{C} characters, one of them with {least} pictures"
-        cells["too few to say how many"] = f"{there}; {ENOUGH[1]} with {ENOUGH[0]} each say more"
-    elif row["right_when_sure"] is not None:
-        right = f"{row['right_when_sure']:.0f} %, if half of all pictures show new characters"
-        cells["names right, of confidence 80 % or more"] = right
-    width = max(map(len, cells))
-    lines = [f"         {name:<{width}}  {value}" for name, value in cells.items()]
-    lines[0] = "unknown" + lines[0][len("unknown") :]
-    fewest, most = C - math.ceil(C / row["folds"]), C - C // row["folds"]
-    count = fewest if fewest == most else f"{fewest} to {most}"
-    among = f"{count} of the {C} characters at a time"
-    lines.insert(0, f"note: Top-1 was measured among {among}, so among all it may be lower")
+    lines = []
     if not small:
         right, wrong = row["names_right"], 100 - new["mean"]
-        short = f"in short: of 100 new pictures of these characters, about {right:.0f} get the right name"
-        lines.insert(0, f"{short}; of 100 of other characters, about {wrong:.0f} get a wrong one")
+        lines += [
+            f"in short: of 100 new pictures of these characters, about {right:.0f} get the right "
+            f"name; of 100 of other characters, about {wrong:.0f} get a wrong one"
+        ]
+    lines += [
+        f"note: Top-1 was measured among at most {C - C // row['folds']} of the {C} characters at a "
+        f"time, so among all it may be lower",
+        f"unknown  new characters' pictures called unknown    {share.format(**new)}",
+        f"         known characters' pictures called unknown  {share.format(**known)}",
+        f"         AUROC; of an SVM on histograms of colours  {row['auroc']:.1f} %; "
+        f"{row['colours_auroc']:.1f} %",
+    ]
+    if "others" in row:
+        lines += [f"         pictures of nobody called unknown          {row['others']:.0f} %"]
+    if small:
+        there = f"{C} characters, one of them with {least} pictures"
+        lines += [
+            f"note: {there}, are too few to say how many; {ENOUGH[1]} with {ENOUGH[0]} say more"
+        ]
+    elif row["right_when_sure"] is not None:
+        right = f"{row['right_when_sure']:.0f} %, if half of all pictures show new characters"
+        lines += [f"         names right, of confidence 80 % or more    {right}"]
     return lines
 
 
@@ -400,9 +399,6 @@ def learn_all(words):
         f"{sizes.max()} pictures\n"
         f"run      {out}: {flags.method} of {flags.encoder}"
     )
-    if rare := [name for name in names if name not in classes]:
-        line = f"note: too few pictures to learn {rare[0]}, one of {len(rare)} such characters"
-        print(f"{line}; apps.recognize --enrol makes a character known by three pictures")
 
     # 1. ask networks that lack a part of the pictures
     answers = ask_folds(flags, encoder, whole, home)
@@ -422,8 +418,9 @@ def learn_all(words):
     # 3. write what they said, and the network
     groups = groups_of(every.split)[found["index"]]
     scores = finetune_lora.scores(found["logits"], found["labels"], groups, sizes)
-    scores |= {name: x.item() for name, x in found.items() if name.endswith("s_top1")}
+    scores |= {name: float(found[name]) for name in NUMBERS if name.endswith("_top1")}
     print("\n".join(promised(row)))
     finetune_lora.write_network(flags, whole, run)
     finetune_lora.write_results(flags, whole, run, epoch, scores)
-    run.path.unlink()  # it would go on as a run that holds pictures back
+    for path in home.glob("*/state.pt"):  # it would go on as a run that holds pictures back
+        path.unlink()

@@ -43,16 +43,6 @@ def near(found, expected):
     assert np.allclose(found, expected.detach().numpy(), atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.slow
-def test_an_encoder(at):
-    run_line("apps.export runs/a --to onnx --out encoder.onnx --image-size 16", at, check=0)
-    net = load_encoder("runs/a", 16)
-    ask, about = model_of(at / "encoder.onnx")
-    assert about == {"is": "encoder", "side": 16}
-    for B in (1, 5):
-        near(ask(pictures(B, 16))["tokens"], net.features(pictures(B, 16)))
-
-
 def turn_and_clear(path, turned, clear):
     """A picture as a camera stores one that it held upright, and with its lower half transparent."""
     img, exif = Image.open(path), Image.Exif()
@@ -84,24 +74,13 @@ def test_a_changed_decoder_is_in_no_public_format_but_its_encoder_is(tmp_path, m
     assert (tmp_path / "timm.safetensors").exists()
 
 
-class Scaled(finetune_lora.LoRA):
-    """It has the tensors of LoRA, and another formula."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def bias_alone(encoder, r=8, alpha=0.0):
     for name, w in encoder.named_parameters():
         w.requires_grad_(name.endswith("bias"))
 
 
-@pytest.mark.parametrize("change", ["another formula", "biases"])
-def test_what_is_no_plain_lora_is_not_written_for_peft(at, tmp_path, monkeypatch, change):
-    if change == "biases":
-        monkeypatch.setattr(finetune_lora, "add_lora", bias_alone)
-    else:
-        monkeypatch.setattr(finetune_lora, "LoRA", Scaled)
+def test_what_is_no_plain_lora_is_not_written_for_peft(at, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_lora, "add_lora", bias_alone)
     line = f"finetune_lora.py runs/a --split val --method lora:r=2 --out {tmp_path}/run {QUICK}"
     run_line(f"{line} --data datasets/packed", at, check=0)
     refused(run_line(f"apps.export {tmp_path}/run --to peft", at))
@@ -132,13 +111,18 @@ def test_a_recogniser_and_its_reader_without_torch(at):
 
 
 @pytest.mark.slow
-def test_a_tagger(at):
-    run = "runs/a-tags"
-    run_line(f"apps.export {run} --to onnx", at, check=0)
-    ask, about = model_of(at / run / "model.onnx")
-    net, header = tags.load_tagger(run)
+def test_an_encoder_and_a_tagger(at):
+    """Of any number of pictures; an encoder also at another size."""
+    run_line("apps.export runs/a --to onnx --out encoder.onnx --image-size 16", at, check=0)
+    run_line("apps.export runs/a-tags --to onnx", at, check=0)
+    encode, about = model_of(at / "encoder.onnx")
+    assert about == {"is": "encoder", "side": 16}
+    ask, about = model_of(at / "runs/a-tags/model.onnx")
+    encoder = load_encoder("runs/a", 16)
+    net, header = tags.load_tagger("runs/a-tags")
     assert about["tags"] == header["words"] and len(about["thresholds"]) == len(header["words"])
-    for B in (1, 4):
+    for B in (1, 5):
+        near(encode(pictures(B, 16))["tokens"], encoder.features(pictures(B, 16)))
         characters, probabilities = tags.answers(net, pictures(B, 32))
         found = ask(pictures(B, 32))
         near(found["tags"], probabilities)
@@ -159,7 +143,7 @@ def test_a_hub_reads_the_card(tmp_path, to, card, library, pictures, licence):
     save_network(MAE(**TINY_MAE), tmp_path / "run/model.safetensors", {"run": flags})
     probe = {"headline": 0.414, "split": "val", "data": flags["data"], "command": "probe.py X"}
     (tmp_path / "run/probe.json").write_text(json.dumps(probe))
-    (tmp_path / "run/metrics.json").write_text("{}")  # another program's
+    (tmp_path / "run/metrics.json").write_text("{}")  # nothing in it
     said = run_line(f"apps.export run --to {to}", tmp_path, check=0).stdout
     found = cards.ModelCard.load(tmp_path / "run" / card)
     assert (found.data.library_name, found.data.license) == (library, licence)
@@ -208,6 +192,53 @@ def test_a_folder_is_written_whole_or_not_at_all(at, tmp_path, monkeypatch):
         run_line(line, at)
     assert files
     assert not list(tmp_path.iterdir())
+
+
+# ---- the contract of WD taggers ------------------------------------------------------------------
+
+
+def asked_as_by_others(folder, path):
+    """Probabilities by name, computed as programs do that know WD taggers alone."""
+    model = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    entry = model.get_inputs()[0]
+    side = entry.shape[1]
+    picture = Image.open(path).convert("RGB")
+    square = Image.new("RGB", [max(picture.size)] * 2, (255, 255, 255))
+    square.paste(picture, [(square.width - length) // 2 for length in picture.size])
+    pixels = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC), np.float32)
+    [found] = model.run([model.get_outputs()[0].name], {entry.name: pixels[None, :, :, ::-1]})
+    with open(folder / "selected_tags.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert entry.type == "tensor(float)" and found.shape == (1, len(rows))
+    kinds = [row["category"] for row in rows]
+    assert kinds == sorted(kinds, key="904".find)
+    # As kohya's tagger and toriato's extension read it: four outputs are ratings, whatever the rows say;
+    # general tags follow, and then characters.
+    assert [row["name"] for row in rows[:4]] == list(export.RATINGS)
+    behind = [(row["name"], row["category"]) for row in rows if row["category"] != "9"]
+    assert not found[0][:4].any()  # the tests' tags have no rating
+    return dict(zip(behind, found[0][4:], strict=True))
+
+
+@pytest.mark.slow
+def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(fresh, monkeypatch):
+    """Sides of 96 and 32 px: Pillow resizes to a fourth or less in other steps."""
+    monkeypatch.setattr(export, "WD_SIDE", 96)
+    picture = Image.open(fresh / "images/class0/illust0_0.png").convert("RGB")
+    picture.resize((96, 96), Image.Resampling.BICUBIC).save(fresh / "x.png")
+    for run in ("a-tags", "a-lora"):
+        run_line(f"apps.export runs/{run} --to wd", fresh, check=0)
+    found = asked_as_by_others(fresh / "runs/a-tags/wd", fresh / "x.png")
+    (row,) = json_of(f"apps.tags runs/a-tags x.png {CPU} --threshold 0 --json", fresh)
+    for tag, p in row["tags"].items():
+        assert found[tag, "0"] == pytest.approx(p, abs=1e-4)
+    assert found[row["name"], "4"] == pytest.approx(row["confidence"], abs=1e-4)
+    assert len(found) == len(row["tags"]) + 3
+    found = asked_as_by_others(fresh / "runs/a-lora/wd", fresh / "x.png")
+    (row,) = json_of(f"apps.recognize runs/a-lora {CPU} x.png --json", fresh)
+    wanted = row["confidence"] if row["known"] else 0.0
+    assert max(found.values()) == pytest.approx(wanted, abs=1e-4)
+    assert "names nothing" in refused(run_line("apps.export runs/a --to wd --out wd", fresh))
 
 
 class Constant(nn.Module):

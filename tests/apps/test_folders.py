@@ -1,25 +1,20 @@
-"""What is done with a folder of somebody's own: captions beside pictures, and files for other programs."""
+"""What is done with a folder of somebody's own: captions beside pictures."""
 
-import csv
 import re
 from types import SimpleNamespace
 
 import numpy as np
-import onnxruntime
 import pytest
 from conftest import ROOT, json_of, refused, run_line
 from made import CPU, files_of
 from PIL import Image
 
-from apps import captions, export
+from apps import captions
 from common.train import UserError, read_safetensors, save_safetensors
 from ingest import sources
 from ingest import tags as packing
 
 FOLDER = "images/class0"
-
-
-# ---- captions ------------------------------------------------------------------------------------
 
 
 def captioned(fresh, *words, check=None):
@@ -166,50 +161,3 @@ def test_two_spellings_of_a_tag_are_one(tmp_path):
     assert not captions.add_caption(file, ["long hair", "saber (fate)"])
     assert captions.add_caption(file, ["smile", "smile"])
     assert file.read_text() == "Long_Hair, saber \\(fate\\), smile"
-
-
-# ---- files for other programs --------------------------------------------------------------------
-
-
-def asked_as_by_others(folder, path):
-    """Probabilities by name, computed as programs do that know WD taggers alone."""
-    model = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-    entry = model.get_inputs()[0]
-    side = entry.shape[1]
-    picture = Image.open(path).convert("RGB")
-    square = Image.new("RGB", [max(picture.size)] * 2, (255, 255, 255))
-    square.paste(picture, [(square.width - length) // 2 for length in picture.size])
-    pixels = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC), np.float32)
-    [found] = model.run([model.get_outputs()[0].name], {entry.name: pixels[None, :, :, ::-1]})
-    with open(folder / "selected_tags.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert entry.type == "tensor(float)" and found.shape == (1, len(rows))
-    kinds = [row["category"] for row in rows]
-    assert kinds == sorted(kinds, key="904".find)
-    # As kohya's tagger and toriato's extension read it: four outputs are ratings, whatever the rows say;
-    # general tags follow, and then characters.
-    assert [row["name"] for row in rows[:4]] == list(export.RATINGS)
-    behind = [(row["name"], row["category"]) for row in rows if row["category"] != "9"]
-    assert not found[0][:4].any()  # the tests' tags have no rating
-    return dict(zip(behind, found[0][4:], strict=True))
-
-
-@pytest.mark.slow
-def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(fresh, monkeypatch):
-    """Sides of 96 and 32 px: Pillow resizes to a fourth or less in other steps."""
-    monkeypatch.setattr(export, "WD_SIDE", 96)
-    picture = Image.open(fresh / FOLDER / "illust0_0.png").convert("RGB")
-    picture.resize((96, 96), Image.Resampling.BICUBIC).save(fresh / "x.png")
-    for run in ("a-tags", "a-lora"):
-        run_line(f"apps.export runs/{run} --to wd", fresh, check=0)
-    found = asked_as_by_others(fresh / "runs/a-tags/wd", fresh / "x.png")
-    (row,) = json_of(f"apps.tags runs/a-tags x.png {CPU} --threshold 0 --json", fresh)
-    for tag, p in row["tags"].items():
-        assert found[tag, "0"] == pytest.approx(p, abs=1e-4)
-    assert found[row["name"], "4"] == pytest.approx(row["confidence"], abs=1e-4)
-    assert len(found) == len(row["tags"]) + 3
-    found = asked_as_by_others(fresh / "runs/a-lora/wd", fresh / "x.png")
-    (row,) = json_of(f"apps.recognize runs/a-lora {CPU} x.png --json", fresh)
-    wanted = row["confidence"] if row["known"] else 0.0
-    assert max(found.values()) == pytest.approx(wanted, abs=1e-4)
-    assert "names nothing" in refused(run_line("apps.export runs/a --to wd --out wd", fresh))
