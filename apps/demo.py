@@ -6,8 +6,8 @@ Reads:  a run of any stage (default: the newest encoder in runs/, or one in weig
         made of the same encoder: runs/NAME-lora, -tags, -seg, -det; else what ships in weights/
 Writes: nothing but the gallery of a recogniser that has none yet
 
-Only this machine can open the page, unless --host or --share allows others; no other site can use
-it. Nothing that a visitor sends is the path of a file or starts a command.
+Only this machine can open the page, unless --host or --share allows others, and gradio lets no other
+site read it. Nothing that a visitor sends is the path of a file or starts a command.
 """
 
 import base64
@@ -37,16 +37,7 @@ from common.checkpoints import about_model, load_mae, place_of
 from common.classifier import is_recogniser
 from common.door import require
 from common.evaluate import filled_in, psnr
-from common.train import (
-    AT_END,
-    Parser,
-    UserError,
-    between,
-    cli,
-    open_machine,
-    read_header,
-    seeded,
-)
+from common.train import AT_END, Parser, UserError, between, cli, open_machine, read_header, seeded
 from finetune_lora import load_classifier
 from ingest import scenes, toon
 from ingest.decode import decode, on_paper, open_image, reason
@@ -62,8 +53,6 @@ Choose a drawing, or drop a picture, and see what networks make of it. The first
 for another network: `python -m apps.demo {}`"""
 SHIPS = "weights/toon"  # an encoder that ships
 QUEUE = 50  # waiting requests; one change of the picture makes five
-# What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
-POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset")]
 EVENT = {"concurrency_id": "page", "show_progress": "hidden"}  # one at a time: one decoded picture
 LATEST = EVENT | {"trigger_mode": "always_last"}  # of many moves of a slider the last one counts
 MACHINE = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)  # see main
@@ -223,9 +212,7 @@ def figures(items, kind=""):
     cells = ""
     for name, pixels in items:
         source = f"data:image/png;base64,{base64.b64encode(png_file(np.asarray(pixels))).decode()}"
-        cells += (
-            f'<figure><img src="{source}" alt=""><figcaption>{escape(name)}</figcaption></figure>'
-        )
+        cells += f'<figure><img src="{source}" alt="">{element("figcaption", name)}</figure>'
     return f'<div class="figures {kind}">{cells}</div>'
 
 
@@ -261,11 +248,11 @@ def maps_of(net, picture, view):
         scores = {"attn": net.encoder.patch_attention(view, source).float().mean(1)}
     if picture.number is None:
         fg = (255 * maps.coarse(view.cpu())[0]).byte().numpy()  # Metal lacks the pooling
-        scores["fg"] = guidance.crop_map(fg[None], *place)
     else:
         figure = figure_of(picture.name, picture.number)
-        scores["fg"] = guidance.crop_map(figure["fg"][None], *place)
+        fg = figure["fg"]
         scores["parts"] = guidance.crop_map(figure["parts"][None], *place, len(toon.PARTS))
+    scores["fg"] = guidance.crop_map(fg[None], *place)
     return {"view": view} | {name: score.to(view.device) for name, score in scores.items()}
 
 
@@ -395,29 +382,6 @@ def pages_page(run, picture):
     return text + figures(items, "page") + element("code", f"python {command}")
 
 
-# ---- who may ask ---------------------------------------------------------------------------------
-
-
-def gate(app):
-    """ASGI middleware: neither another site's page nor a function that the page has not gets an answer."""
-    from starlette.datastructures import Headers  # starlette comes with gradio
-    from starlette.responses import PlainTextResponse
-
-    def is_refused(scope):
-        headers = Headers(scope=scope)
-        # gradio lets another site post, and only keeps the answer from it.
-        _, _, site = headers.get("origin", "").partition("://")
-        is_foreign = "origin" in headers and site != headers.get("host")
-        return is_foreign or (scope["method"] == "POST" and scope["path"].rstrip("/") not in POSTS)
-
-    async def guarded(scope, receive, send):
-        refused = scope["type"] == "http" and is_refused(scope)
-        handler = PlainTextResponse("The page takes no such request", 403) if refused else app
-        await handler(scope, receive, send)
-
-    return guarded
-
-
 # ---- the page ------------------------------------------------------------------------------------
 
 TABS = {  # its function, the runs that it takes, the command that makes such a run, its minutes
@@ -503,7 +467,7 @@ def build(gr, run):
             asked = [picture, *controls]
             triggers = [page.load, seen.change, *(x.input for x in controls)]
             gr.on(triggers, work, asked, out, api_name=out.elem_id, **LATEST)
-    return page.queue(max_size=QUEUE)
+    return page.queue(max_size=QUEUE, api_open=False)  # no call passes the queue by
 
 
 def main():
@@ -522,7 +486,6 @@ def main():
 
     page = build(gr, run)
     settings = {"server_name": args.host, "server_port": args.port, "share": args.share}
-    settings["app_kwargs"] = {"middleware": [(gate, (), {})]}
     theme = gr.themes.Default(font="system-ui", font_mono="monospace")  # no font is fetched
     # What is asked first is loaded before anybody can ask: Metal is for one thread at a time.
     answer("Mask", run, drawing(*FIRST), "attn_high", "random", 0.75, 1, 0)

@@ -91,7 +91,9 @@ def public_weights(source, image_size, whole=True):
     if not whole:
         weights = {name: w for name, w in weights.items() if not of_decoder(name)}
     # Where a weight has no place, some readers leave it out, and compute something else.
-    if odd := [name for name in weights if not PLAIN.fullmatch(name)]:
+    odd = [name for name in weights if not PLAIN.fullmatch(name)]
+    odd += [k for k, w in weights.items() if "fc1.weight" in k and len(w) != 4 * w.shape[1]]
+    if odd:
         fix = "--to timm leaves out the decoder, --to onnx keeps any"
         raise UserError(f"{source}: {', '.join(odd[:3])} is not in MAE, timm and HF; {fix}")
     return weights, facts
