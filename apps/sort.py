@@ -128,12 +128,12 @@ def grouped(batches, gallery, least):
 
 def names_of(groups, names):
     """Group and name (None: unknown) of each face -> {group: its name}, as most of its faces."""
-    names_in, name_of, unnamed = defaultdict(list), {}, itertools.count(1)
+    names_in, name_of, unnamed = defaultdict(Counter), {}, itertools.count(1)
     for number, name in zip(groups, names, strict=True):
-        names_in[number].append(name)
+        names_in[number][name] += 1
     for number, inside in sorted(names_in.items()):
-        [(name, count)] = Counter(inside).most_common(1)
-        known = name is not None and 2 * count > len(inside)
+        [(name, count)] = inside.most_common(1)
+        known = name is not None and 2 * count > inside.total()
         name_of[number] = name if known else f"group-{next(unnamed):03}"
     return name_of
 

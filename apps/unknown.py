@@ -109,8 +109,11 @@ def open_set(known, right, enrolled, unknown):
     """
     counts = {"known": len(known), "strangers": len(unknown), "enrolled": int(enrolled.sum())}
     named = (right & (known >= 0)).double()
-    shares = {"top1": right.double().mean(), "known_rejected": (known < 0).double().mean()}
-    shares["known_named_rightly"] = named.mean()
+    shares = {
+        "top1": right.double().mean(),
+        "known_rejected": (known < 0).double().mean(),
+        "known_named_rightly": named.mean(),
+    }
     if enrolled.any() and not enrolled.all():
         shares["enrolled_named_rightly"] = named[enrolled].mean()
     if len(unknown):
@@ -231,15 +234,14 @@ def measure_run(args, net, header, gallery, autocast):
     learned = place_of(header["data"], args.run)
     by_folds = header.get("split") == BY_FOLDS
     folder = Path(data.open_or_pack(args.data or learned))
-    if by_folds and folder.resolve() == learned.resolve():
-        fix = f"{args.run}/{PROMISE} says what was measured before; give --data OTHER"
-        raise UserError(f"{args.run} learned every picture of {folder}; {fix}")
     if folder.resolve() == learned.resolve():
+        if by_folds:
+            fix = f"{args.run}/{PROMISE} says what was measured before; give --data OTHER"
+            raise UserError(f"{args.run} learned every picture of {folder}; {fix}")
         check_learned(header, args.run, folder)
     home = results_folder(args.run, folder, args.split, learned)
     reserve([home / "recognize.json"], fix="choose another --data or --split")
-    of_split = data.open_split(folder, args.split)["header"]
-    asked_cut, own_cut = cut_of(of_split), cut_of(header)
+    asked_cut, own_cut = cut_of(data.open_split(folder, args.split)["header"]), cut_of(header)
     if asked_cut != own_cut:
         fix = f"{args.run} learned from --crop {own_cut}: pack it so"
         print(f"note: {folder} was packed by --crop {asked_cut}, and {fix}", file=sys.stderr)
@@ -253,10 +255,16 @@ def measure_run(args, net, header, gallery, autocast):
     measured = measure(asked, own, gallery.learned, gallery.alike)
     if not measured:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
-    row = {"run": str(args.run), "data": str(folder), "split": args.split}
-    row |= {"threshold": gallery.threshold + gallery.growth} | measured
-    row |= {"command": command(), "commit": commit()}
-    row["machine"] = machine(net.encoder.cls_token.device)
+    row = {
+        "run": str(args.run),
+        "data": str(folder),
+        "split": args.split,
+        "threshold": gallery.threshold + gallery.growth,
+        **measured,
+        "command": command(),
+        "commit": commit(),
+        "machine": machine(net.encoder.cls_token.device),
+    }
     save_json(row, home / "recognize.json")
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json", file=sys.stderr)

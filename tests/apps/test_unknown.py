@@ -15,13 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 import data
 from apps import recognize
-from apps.unknown import (
-    detection_rate,
-    measure,
-    open_set,
-    reliability,
-    verification,
-)
+from apps.unknown import detection_rate, measure, open_set, reliability, verification
 from common import metrics
 from common.checkpoints import place_of
 from common.train import read_safetensors, seeded
@@ -161,11 +155,10 @@ def test_characters_that_were_held_out_set_no_threshold(fresh, monkeypatch):
     """They are there to be asked, so the threshold is that of the learned ones alone."""
     words = f"{CPU} --data datasets/packed --split val --method linear --epochs 1 --hold-out 1"
     run_line(f"finetune_lora.py runs/a {words} --out runs/less", fresh, check=0)
-    given = []
-    calibrate = recognize.calibrate
+    calibrate, given = recognize.calibrate, []
     monkeypatch.setattr(recognize, "calibrate", lambda *x: given.append(x) or calibrate(*x))
-    recognize.open_gallery("runs/less", "cpu", "fp32")
-    assert given[0][3] is None
+    gallery = recognize.open_gallery("runs/less", "cpu", "fp32")
+    assert given[0][3] is None and len(gallery.names) == 2
 
 
 # ---- recognize.json ------------------------------------------------------------------------------
@@ -186,13 +179,6 @@ def pack_with(fresh, name, classes):
     return f"--data datasets/{name} --split train", f"{name}-train"
 
 
-def test_pictures_that_were_cut_otherwise_are_told(fresh):
-    line = "data.py images --out datasets/figures --size 32 --crop figure"
-    run_line(line, fresh, check=0)
-    told = run_line(f"{MEASURE} --data datasets/figures --split train", fresh, check=0).stderr
-    assert "was packed by --crop figure" in told and "--crop centre" in told
-
-
 def test_unknown_characters_are_measured_and_counted_apart_once_enrolled(fresh):
     shutil.copytree(fresh / "images", fresh / "more")
     place = pack_with(fresh, "more", ["somebody"])
@@ -207,6 +193,10 @@ def test_unknown_characters_are_measured_and_counted_apart_once_enrolled(fresh):
     found = verified(fresh, *place)[1]["open_set"]
     assert found["strangers"] == 0 and "strangers_unknown" not in found
     assert found["enrolled"] > 5 and found["enrolled_named_rightly"] > 60
+    line = "data.py images --out datasets/figures --size 32 --crop figure"
+    run_line(line, fresh, check=0)
+    told = run_line(f"{MEASURE} --data datasets/figures --split train", fresh, check=0).stderr
+    assert "was packed by --crop figure" in told and "--crop centre" in told
     _, row = verified(fresh, *pack_with(fresh, "others", ["x", "y"]))  # of no known character
     assert row["open_set"]["known"] > 10 and row["open_set"]["strangers"] > 20
     assert 0 <= row["calibration_error"] <= 100
