@@ -12,7 +12,6 @@ from PIL import Image
 from apps import captions
 from common.train import UserError, read_safetensors, save_safetensors
 from ingest import sources
-from ingest import tags as packing
 
 FOLDER = "images/class0"
 
@@ -39,23 +38,23 @@ def test_captions_are_written_once_and_what_is_there_stays(fresh):
     assert files_of(fresh / FOLDER) == after
 
 
-def test_tags_between_spaces_stay_apart(tmp_path):
+SAID = "a photo of ohwx_girl in a park"
+ADDED = (  # what is there, tags, what is to stand before them, the caption afterwards
+    ("my, 1girl, solo\n", ["Rem", "hat"], ["my", "Rem"], "my, Rem, 1girl, solo, hat"),
+    ("1girl blue_hair\n", ["blue hair", "hat"], ["my style"], "my_style 1girl blue_hair hat"),
+    (SAID, ["my style", "hat", "Solo"], ["my_style", "solo"], f"my_style, solo, {SAID}, hat"),
+    ("，my，1girl、solo，\n", ["hat"], ["my", "Rem"], "my, Rem, 1girl、solo, hat"),
+    ("Long_Hair, x \\(y\\)", ["long hair", "x (y)"], [], None),  # two spellings are one
+    ("Long_Hair", ["hat", "hat"], [], "Long_Hair, hat"),
+)
+
+
+@pytest.mark.parametrize(("there", "words", "first", "caption"), ADDED)
+def test_tags_join_a_caption_in_its_own_style_and_once(tmp_path, there, words, first, caption):
     file = tmp_path / "x.txt"
-    file.write_text("mystyle, 1girl, solo\n")  # the name comes behind the trigger word
-    assert captions.add_caption(file, ["Rem", "smile"], ["mystyle", "Rem"])
-    assert file.read_text() == "mystyle, Rem, 1girl, solo, smile"
-    file.write_text("1girl blue_hair solo\n")
-    assert captions.add_caption(file, ["blue hair", "short skirt"], ["my style"])
-    assert file.read_text() == "my_style 1girl blue_hair solo short_skirt"
-    assert not captions.is_spaced("ohwx_girl") and captions.is_spaced("1girl blue_hair")
-    assert len(packing.words_of(file.read_text())) == 5
-    sentence = "a photo of ohwx_girl standing in a park"
-    file.write_text(sentence)
-    assert captions.add_caption(file, ["my style", "short skirt", "Solo"], ["my_style", "solo"])
-    assert file.read_text() == f"my_style, solo, {sentence}, short skirt"
-    file.write_text("，mystyle，1girl、solo，\n")
-    assert captions.add_caption(file, ["smile"], ["mystyle", "Rem"])
-    assert file.read_text() == "mystyle, Rem, 1girl、solo, smile"
+    file.write_text(there)
+    assert captions.add_caption(file, words, first) == (caption is not None)
+    assert file.read_text() == (caption or there)
 
 
 def test_boxes_of_yolo_are_not_taken_for_captions(fresh):
@@ -153,11 +152,3 @@ def test_underscores_become_spaces_but_for_kaomoji():
         assert captions.readable(tag) == tag
     for tag in ("long_hair", "saber_(fate)", "青い_目", "d_va"):
         assert captions.readable(tag) == tag.replace("_", " ")
-
-
-def test_two_spellings_of_a_tag_are_one(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("Long_Hair, saber \\(fate\\)")
-    assert not captions.add_caption(file, ["long hair", "saber (fate)"])
-    assert captions.add_caption(file, ["smile", "smile"])
-    assert file.read_text() == "Long_Hair, saber \\(fate\\), smile"
