@@ -7,8 +7,9 @@ learned its character by other pictures, and once of one that has never seen thi
 first answers say how often names are right, and after how many epochs. Both together say which
 similarity is too low for a name. Then one more network learns everything for so many epochs.
 
-Each of these trainings is a run in a folder of its own, runs/NAME/folds/1, ... and runs/NAME/folds/all. So
-where the command is stopped, the same command goes on. apps/learn.py is the command.
+Each of these trainings is a run in a folder of its own, runs/NAME/folds/1, ... and runs/NAME/folds/all, with
+a state.pt until all of them are finished. So where the command is stopped, the same command goes on.
+apps/learn.py is the command.
 
     n pictures   m held-out ones   k of characters left out   C characters
 """

@@ -23,7 +23,7 @@ from common.train import UserError, read_safetensors, save_safetensors
 
 GALLERY = "gallery.safetensors"
 CELLS = BINS**3  # of a histogram of colours
-NEAREST = 3  # faces of a character that a picture is compared with
+NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
 WHITENED = 20  # faces of a character that the whitening is fitted to
 MOST_LIFT = 3  # standard deviations
 LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED.md)

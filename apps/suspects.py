@@ -23,7 +23,7 @@ import torch
 import data
 from common import features
 from common.checkpoints import load_encoder
-from common.door import aside, drawing, save_csv
+from common.door import save_csv
 from common.locks import reserve
 from common.train import Parser, UserError, cli
 
@@ -120,10 +120,8 @@ def main():
     doubted = [
         table_row(task.splits, places[i], labels[i], better[i], probabilities[i]) for i in worst
     ]
-    with aside(table) as made:
-        save_csv(doubted, made, COLUMNS)
-        with drawing(sheet.name):
-            draw(made.with_name(sheet.name), task.splits, [places[i] for i in worst], doubted)
+    save_csv(doubted, table, COLUMNS)
+    draw(sheet, task.splits, [places[i] for i in worst], doubted)
     print(f"wrote    {table}: {len(worst)} of {len(labels)} labels are doubted, the worst first")
     if doubted:
         print(f"next: look at {sheet}; move pictures with a wrong label, and pack the set again")
