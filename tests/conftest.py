@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -27,6 +28,11 @@ MISSING = re.compile(r"\w+ is missing: pip install -e .*")  # as command.require
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="links, names or signals of Linux")
 WORDS = ("red", "green", "blue", "hat", "smile")  # of the pictures of `tagged`
 sys.path.insert(0, str(ROOT))
+# pytest's first process makes this folder, those that it starts share it, and it ends with the first.
+if "ANIMASK_HOME" not in os.environ:
+    FOLDER = tempfile.TemporaryDirectory(prefix="animask-home-")
+    os.environ["ANIMASK_HOME"] = FOLDER.name
+HOME = Path(os.environ["ANIMASK_HOME"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes, and so are theirs
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

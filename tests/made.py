@@ -3,12 +3,11 @@
 import contextlib
 import functools
 import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FIGURES, WORDS, draw_folder, run_line
+from conftest import FIGURES, HOME, WORDS, draw_folder, run_line
+from filelock import FileLock
 from golden import write_frames
 
 import model
@@ -18,7 +17,6 @@ CPU = "--device cpu --dtype fp32"
 QUICK = f"--batch-size 8 --epochs 2 {CPU}"
 NANO = "nano:image_size=32,patch_size=8,decoder_dim=32"
 SIZE = {"dim": 32, "depth": 4, "heads": 2}
-FOLDER = tempfile.TemporaryDirectory(prefix="animask-home-")  # gone when the process ends
 PACKED = "--size 32 --split .6,.2,.2 --dev .15"
 COMMANDS = (  # of home, in their order
     f"data.py list.csv --out datasets/packed {PACKED}",
@@ -50,10 +48,7 @@ def write_list(base):
     (base / "list.csv").write_text("\n".join(rows))
 
 
-@functools.cache
-def pristine():
-    """The folder itself, of this process; nothing may write into it."""
-    base = Path(FOLDER.name)
+def make_home(base):
     draw_folder(base / "images", classes=3, each=24)
     write_list(base)
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +62,18 @@ def pristine():
         for line in COMMANDS:
             with contextlib.suppress(pytest.skip.Exception):  # its extra is not here
                 run_line(line, base, check=0)
-    return base
+
+
+@functools.cache
+def pristine():
+    """The folder itself, made by the first process that asks for it; nothing may write into it."""
+    with FileLock(HOME / "lock"):
+        if not (HOME / "made").exists():
+            # Where it fails, the next process begins anew, and says the same.
+            shutil.rmtree(HOME / "begun", ignore_errors=True)
+            make_home(HOME / "begun")
+            (HOME / "begun").rename(HOME / "made")
+    return HOME / "made"
 
 
 def home(where):

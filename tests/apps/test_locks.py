@@ -37,7 +37,6 @@ STAGES = [  # a call that writes what others may write at the same time, and its
     ("apps.export runs/a --to hf --out new/hf", "new/.hf.lock"),
     (NAMES, "runs/a-lora/packed-test/.recognize.json.lock"),
 ]
-RUNS = [PRETRAIN, TUNE, TAGS, SEGMENT, DETECT]
 ENROL = f"apps.recognize runs/a-lora {CPU} images/class0/illust0_0.png images/class0/illust1_0.png"
 ENROL += " images/class0/illust2_0.png --enrol"
 
@@ -47,18 +46,6 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path):
     with locked(path), pytest.raises(UserError, match="run is being written"), locked(path):
         pass
     assert not path.parent.exists()
-
-
-@LINUX
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    code = "import os, sys; from common.locks import locked\n"
-    code += "with locked(sys.argv[1]): os.kill(os.getpid(), 9)"
-    path = tmp_path / ".lock"
-    python("-c", code, path, cwd=tmp_path, check=-signal.SIGKILL)
-    assert path.exists()
-    with locked(path):
-        assert path.exists()
-    assert not path.exists()
 
 
 def test_who_waits_for_a_lock_that_is_removed_gets_a_new_one(tmp_path):
@@ -104,67 +91,88 @@ def test_an_enrolment_meanwhile_is_not_lost(fresh, monkeypatch):
     assert Gallery.load("runs/a-lora").names[-2:] == ["second", "first"]
 
 
-# dies before or after a move of a file
-KILL = """
-import os, signal, sys
-moment, moves, count = int(sys.argv[1]), {"replace": os.replace, "rename": os.rename}, []
-
-def move(name, paths):
-    count.append(name)
-    now = len(count) == moment // 2 + 1
-    if now and moment % 2 == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    moves[name](*paths)
-    if now:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-os.replace, os.rename = lambda *paths: move("replace", paths), lambda *paths: move("rename", paths)
-"""
-PACK = "from ingest import pack; pack.pack('images', 'set', size=16, seed=1)"
 AGAIN = "data.py images --out set --size 16 --seed 1"
+MOVES = ("test", "val", "train", "their folder")  # of packing, one after the other
+KILLED = """
+import os, signal, sys
+from ingest import pack
+
+def pack_until(moment):
+    moves, count = {"replace": os.replace, "rename": os.rename}, []
+
+    def move(name, paths):
+        count.append(name)
+        now = len(count) == moment // 2 + 1
+        if now and moment % 2 == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moves[name](*paths)
+        if now:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = lambda *paths: move("replace", paths)
+    os.rename = lambda *paths: move("rename", paths)
+    os.chdir(str(moment))
+    pack.pack("images", "set", size=16, seed=1)
+
+for moment in range(int(sys.argv[1])):
+    child = os.fork()  # what a process imports takes seconds
+    if child == 0:
+        pack_until(moment)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The bytes of the set that is packed without a kill."""
-    folder = tmp_path_factory.mktemp("whole")
-    draw_folder(folder / "images")
-    run_line(AGAIN, folder, check=0)
-    return {path.name: path.read_bytes() for path in (folder / "set").iterdir()}
+def killed(tmp_path_factory):
+    """Folders 0 to 7: packing was killed before or after each of its moves."""
+    folder = tmp_path_factory.mktemp("killed")
+    for name in [str(moment) for moment in range(2 * len(MOVES))] + ["whole"]:
+        draw_folder(folder / name / "images")
+    run_line(AGAIN, folder / "whole", check=0)
+    python("-c", KILLED, 2 * len(MOVES), cwd=folder)
+    return folder
 
 
-@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("moment", range(2 * len(MOVES)))
 @LINUX
-def test_a_kill_while_packing_leaves_a_whole_set_or_none(tmp_path, whole, moment):
-    """Before or after each of the renames: of test, val and train, and of their folder."""
-    draw_folder(tmp_path / "images")
-    python("-c", KILL + PACK, moment, cwd=tmp_path, check=-signal.SIGKILL)
-    assert (tmp_path / "set").exists() == (moment == 7)
-    if moment < 7:
-        run_line(AGAIN, tmp_path, check=0)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "set"]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == whole
+def test_a_kill_while_packing_leaves_a_whole_set_or_none(killed, moment):
+    """The next call takes over what is left, also the lock."""
+    folder, last = killed / str(moment), 2 * len(MOVES) - 1
+    assert (folder / "set").exists() == (moment == last) and (folder / ".set.lock").exists()
+    if moment < last:
+        run_line(AGAIN, folder, check=0)
+        assert sorted(path.name for path in folder.iterdir()) == ["images", "set"]
+    whole = {path.name: path.read_bytes() for path in (killed / "whole/set").iterdir()}
+    assert {path.name: path.read_bytes() for path in (folder / "set").iterdir()} == whole
 
 
+LEARNED = "--mask learned:start=0,ramp_for=0,throw=.1 --ratio .5:.7"
+TAUGHT = "--mask attn_high:start=0 --contrast cls:weight=.5"
+FULL = "--method full --head curricularface --unfreeze-every 1 --keep .2:1"
 STOPPED = {  # a call, and the steps in which it is stopped, one after the other
-    f"{PRETRAIN} --epochs 2 --mask learned:start=0,ramp_for=0,throw=.1 --ratio .5:.7": (6,),
-    f"{PRETRAIN} --epochs 2 --mask attn_high:start=0 --contrast cls:weight=.5": (6,),
-    f"{TUNE} --epochs 3 --method lora --balanced --keep .5": (2, 8),
-    f"{TUNE} --epochs 3 --method full --head curricularface --unfreeze-every 1 --keep .2:1": (2, 8),
+    f"{PRETRAIN} --epochs 2 {LEARNED}": (6,),
+    f"{TUNE} --epochs 3 {FULL}": (2, 8),
     f"{TAGS} --epochs 2": (5,),
     f"{SEGMENT} --epochs 2 --pixel-steps 1 --batch-size 32": (1, 3),  # the second in stage 3
     f"{DETECT} --epochs 2 --method lora": (3,),
 }
+SELDOM = {
+    f"{PRETRAIN} --epochs 2 {TAUGHT}": (6,),
+    f"{TUNE} --epochs 3 --method linear": (3,),
+    f"{TUNE} --epochs 3 --method lora --balanced --keep .5": (2, 8),
+}
+CUT = [*STOPPED.items()]
+CUT += [pytest.param(*row, marks=pytest.mark.slow) for row in SELDOM.items()]
 
 
-@pytest.mark.parametrize("line", STOPPED)
-def test_a_run_that_was_stopped_ends_with_the_same_bits(fresh, line, no_pictures):
+@pytest.mark.parametrize(("line", "steps"), CUT)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(fresh, line, steps, no_pictures):
     """It goes on where it was, is refused where it would begin again, and is judged on test."""
     run, whole = fresh / "new/run", fresh / "new/whole"
     run_line(line, fresh, check=0)
     run.rename(whole)
     resumed = f"{line.split()[0]} --resume new/run"
-    for step, number in zip(STOPPED[line], (signal.SIGTERM, signal.SIGINT), strict=False):
+    for step, number in zip(steps, (signal.SIGTERM, signal.SIGINT), strict=False):
         with stopped(step, number):
             run_line(resumed if run.exists() else line, fresh, check=128 + number)
             assert "is there already" in refused(run_line(line, fresh))
@@ -196,13 +204,12 @@ def check_whole(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [*(line for line, _ in STAGES), *RUNS])
-def test_a_kill_of_each_stage_loses_nothing(fresh, line):
+@pytest.mark.parametrize("line", [PRETRAIN, TUNE, SEGMENT])
+def test_a_kill_of_a_run_loses_nothing(fresh, line):
     """At a seeded moment after it begins to write; a run then ends with the bits of a whole one."""
     run, whole = fresh / "new/run", fresh / "new/whole"
-    if "new/run" in line:
-        run_line(line, fresh, check=0)
-        run.rename(whole)
+    run_line(line, fresh, check=0)
+    run.rename(whole)
     before, paths = files_of(fresh), set(fresh.rglob("*"))
     script, *words = shlex.split(line)
     process = subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=fresh)
@@ -218,5 +225,5 @@ def test_a_kill_of_each_stage_loses_nothing(fresh, line):
     assert done.returncode or not [*fresh.rglob("*.tmp")]
     check_whole(fresh)
     assert before.items() <= files_of(fresh).items()
-    found = differences(written(whole), written(run)) if whole.exists() else ()
+    found = differences(written(whole), written(run))
     assert {file for file, *_ in found} <= {"log.jsonl"}

@@ -4,6 +4,7 @@ The networks are tiny and randomly initialised; their weights are so large that 
 """
 
 import argparse
+import importlib
 import json
 import os
 import pickle
@@ -12,7 +13,6 @@ from itertools import product
 
 import pytest
 import torch
-import transformers
 from conftest import call, equal, shaken, some_view
 from safetensors.torch import load_file, save_file
 
@@ -37,6 +37,12 @@ TWO_HEADS = {"num_attention_heads": 2}  # 64 wide is one head, if nobody says ot
 def small_is_public(monkeypatch):
     """The small networks of these tests count as a public size: one head of 64."""
     monkeypatch.setitem(formats.HEADS, 64, 1)
+
+
+@pytest.fixture
+def transformers():
+    """The library: it takes seconds, so it is not imported where no test of this file is run."""
+    return importlib.import_module("transformers")
 
 
 def small_mae(**changes):
@@ -94,7 +100,7 @@ def check_pretraining(ours, theirs, view):
 
 
 @pytest.mark.parametrize("heads", [2, 4])
-def test_a_hugging_face_mae_is_ours_and_goes_back(tmp_path, heads):
+def test_a_hugging_face_mae_is_ours_and_goes_back(tmp_path, heads, transformers):
     """The heads of the decoder are believed: they change no shape."""
     torch.manual_seed(1)
     config = transformers.ViTMAEConfig(**HF, **HF_DECODER, decoder_num_attention_heads=heads)
@@ -116,7 +122,7 @@ def test_a_hugging_face_mae_is_ours_and_goes_back(tmp_path, heads):
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification"])
-def test_a_hugging_face_vit_is_ours(tmp_path, kind):
+def test_a_hugging_face_vit_is_ours(tmp_path, kind, transformers):
     """Its epsilon is 1e-12, its positions are learned, its pixels had another mean."""
     torch.manual_seed(2)
     theirs = shaken(getattr(transformers, kind)(transformers.ViTConfig(**HF)))
@@ -137,7 +143,7 @@ def test_a_hugging_face_vit_is_ours(tmp_path, kind):
         close(larger.features(view), out.last_hidden_state)
 
 
-def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path):
+def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path, transformers):
     """At another image size."""
     save_encoder(small_mae().encoder, tmp_path / "model.safetensors")
     folder, _ = export(tmp_path, "hf", image_size=48)

@@ -4,14 +4,13 @@ import itertools
 import json
 import math
 import shutil
-import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import draw_folder, equal, refused, run_line, some_view, state_of, stopped
+from conftest import draw_folder, refused, run_line, some_view, state_of
 from made import QUICK
 
 import data
@@ -215,18 +214,6 @@ def test_a_run_goes_on_with_its_own_set_alone(at, no_pictures):
     shutil.copytree("datasets/other", "datasets/again")  # the same pictures, dealt anew
     (at / "runs/on/metrics-test.json").unlink()
     assert "has changed since" in refused(run_line(f"{RESUME} --split test", at))
-
-
-@pytest.mark.parametrize("method", ["linear", "lora", "full"])
-def test_a_stopped_run_ends_with_the_same_bits(at, method, no_pictures):
-    line = f"{TUNE} --method {method} --unfreeze-every {int(method == 'full')}"
-    run_line(f"{line} --out runs/whole-{method}", at, check=0)
-    with stopped(3):
-        run_line(f"{line} --out runs/cut-{method}", at, check=128 + signal.SIGTERM)
-    run_line(f"finetune_lora.py --resume runs/cut-{method}", at, check=0)
-    one, two = (state_of(at / f"runs/{kind}-{method}") for kind in ("whole", "cut"))
-    assert equal(one["model"], two["model"])
-    assert equal(one["best"]["weights"], two["best"]["weights"])
 
 
 @pytest.mark.parametrize("with_dev", [False, True])

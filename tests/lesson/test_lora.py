@@ -3,7 +3,6 @@
 import json
 import math
 
-import peft
 import pytest
 import torch
 from conftest import some_view
@@ -89,6 +88,8 @@ def test_lora_trains_few_parameters():
 
 def made_by_peft(kind=True, **options):
     """peft's model on our encoder, its adapter begun in this way and moved as by training."""
+    import peft  # it takes seconds, also where no test of this file is run
+
     torch.manual_seed(5)
     options = {"r": 4, "lora_alpha": 10, "target_modules": ["qkv", "fc1"]} | options
     config = peft.LoraConfig(init_lora_weights=kind, **options)
@@ -113,6 +114,8 @@ def loaded(folder):
 
 
 def test_peft_loads_ours_with_the_same_output(tmp_path):
+    import peft
+
     expected = save_adapted(tmp_path).features(some_view())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 6)
