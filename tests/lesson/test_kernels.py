@@ -15,7 +15,13 @@ from kernels import patches as K
 GPU = torch.cuda.is_available() and not K.INTERPRET
 DEVICE, IMPL = ("cuda" if GPU else "cpu"), ("triton" if GPU or K.INTERPRET else "torch")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIDES = [4, 5, 8, 14, 16, 32]
+# The interpreter takes its time: of each kernel a power of two and a size with a tail, by default.
+SELDOM = [pytest.mark.slow] * K.INTERPRET
+SIDES = [4, 14, *(pytest.param(p, marks=SELDOM) for p in (5, 8, 16, 32))]
+SHAPES = [(4, 0.75), (14, 0.75)]  # p, ratio
+SHAPES += [pytest.param(*x, marks=SELDOM) for x in ((6, 0.75), (8, 0.5), (16, 0.9), (32, 0.75))]
+WAYS = [(True, True), pytest.param(True, False, marks=SELDOM)]  # norm_pix, weighted
+WAYS += [(False, False), pytest.param(False, True, marks=SELDOM)]
 MEANT = "if you changed squared_error on purpose, change error_kernel and gradient_kernel, too"
 needs_kernel = pytest.mark.skipif(IMPL == "torch", reason="about a Triton kernel")
 needs_reference = pytest.mark.skipif(IMPL == "triton", reason="about the reference")
@@ -162,12 +168,9 @@ def test_the_weight_of_a_patch_rises_by_63_percent_at_tau():
     assert worst(K.detail_weight(d, 0.1), expected) < 1e-7
 
 
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
-@pytest.mark.parametrize("norm_pix", [True, False], ids=["norm", "raw"])
+@pytest.mark.parametrize("norm_pix, weighted", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "p, ratio", [(4, 0.75), (6, 0.75), (8, 0.5), (14, 0.75), (16, 0.9), (32, 0.75)]
-)
+@pytest.mark.parametrize("p, ratio", SHAPES)
 def test_loss_and_gradient_against_float64(p, ratio, dtype, norm_pix, weighted):
     view, _, ids = case(p, ratio=ratio)
     pred = randn(*ids.shape, p * p * 3, dtype=dtype)

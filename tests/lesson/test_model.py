@@ -65,6 +65,7 @@ def test_masked_pixels_never_reach_the_network(kind):
     assert torch.equal(first[0], second[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [M.MAE, SimMIM])
 def test_the_network_is_one_graph_for_the_compiler(kind):
     """What CUDA replays: no break, and the same results and gradients (here without its code)."""

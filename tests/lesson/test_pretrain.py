@@ -16,14 +16,14 @@ from common.train import UserError, read_log
 from model import ViT
 
 QUICK = ["--device", "cpu", "--batch-size", 16, "--epochs", 2]
-WHOLE = ["--model", "nano:image_size=32", *QUICK, "--epochs", 4, "--mask", "attn_high:start=.3"]
+SIZE = dict(dim=32, depth=2, heads=1, image_size=32, decoder_dim=32)
+NANO = "nano:" + ",".join(f"{key}={value}" for key, value in SIZE.items())
 
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch, no_pictures):
     """A network of 32 numbers for what runs in this process."""
-    small = dict(dim=32, depth=2, heads=1, image_size=32, decoder_dim=32)
-    monkeypatch.setitem(pretrain.SIZES, "nano", pretrain.SIZES["nano"] | small)
+    monkeypatch.setitem(pretrain.SIZES, "nano", pretrain.SIZES["nano"] | SIZE)
 
 
 def train_in(out, packed, *words):
@@ -33,10 +33,10 @@ def train_in(out, packed, *words):
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
-    """An attn_high run with the nano that a user has, and what it printed."""
+    """An attn_high run with its pictures, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    words = ["--data", small, "--out", out, *WHOLE]
-    return out, call("pretrain.py", *words, cwd=out.parent, check=0)
+    words = ["--data", small, "--out", out, *QUICK, "--epochs", 4, "--mask", "attn_high:start=.3"]
+    return out, call("pretrain.py", *words, "--model", NANO, cwd=out.parent, check=0)
 
 
 def test_a_run_writes_what_its_docstring_says(finished):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, draw_folder, refused
+from made import pristine
 
 import data
 import probe
@@ -35,14 +36,13 @@ def relative(run, other, **flags):
 
 
 @pytest.fixture(scope="module")
-def runs(small, tmp_path_factory):
+def runs(tmp_path_factory):
     """Two seeds of random masks and one of green noise, and what probe.py printed of the first."""
-    base = tmp_path_factory.mktemp("runs")
-    words = ["--data", small, "--out", base / "random-s0", "--model", "nano:image_size=32,dim=96"]
-    words += ["--batch-size", 16, "--epochs", 2, "--device", "cpu"]
-    call("pretrain.py", *words, cwd=base, check=0)
-    relative(base / "random-s0", base / "random-s1", seed=1)
-    relative(base / "random-s0", base / "green-s0", mask="green")
+    base, plain = tmp_path_factory.mktemp("runs"), pristine() / "runs/a"
+    data = str(pristine() / "datasets/packed")
+    relative(plain, base / "random-s0", data=data)
+    relative(plain, base / "random-s1", data=data, seed=1)
+    relative(plain, base / "green-s0", data=data, mask="green")
     return base, run_probe(base / "random-s0", cwd=base)
 
 
