@@ -362,18 +362,6 @@ def test_what_a_network_adds_is_read_back(tmp_path, monkeypatch):
     close(again.features(some_view(32)), model.encoder.features(some_view(32)))
 
 
-def test_one_block_in_several_places_is_written_and_read(tmp_path):
-    """As in ALBERT. Its weights have several names, and each is a tensor of the file."""
-    model = M.MAE(**TINY | {"depth": 1}, decoder_dim=64, decoder_depth=1)
-    scale = model.encoder.blocks[0].mlp.fc2.weight.std().item()
-    model.encoder.blocks.append(model.encoder.blocks[0])
-    model.config["depth"] = 2
-    M.shrink_branches(model.encoder.blocks)
-    assert model.encoder.blocks[0].mlp.fc2.weight.std().item() == pytest.approx(scale / 2)
-    C.save_network(model, tmp_path / "model.safetensors", {})
-    close(C.load_encoder(tmp_path).features(some_view(32)), model.encoder.features(some_view(32)))
-
-
 class Waving(M.ViT):
     """With an argument that adds no weight."""
 
@@ -390,13 +378,6 @@ def test_init_asks_every_argument_of_the_network(tmp_path, monkeypatch):
     assert "encoder and decoder" in C.init_from(small_mae(wave=1), tmp_path)
     with pytest.raises(UserError, match="wave 1, this run wave 0; .*wave=1"):
         C.init_from(small_mae(), tmp_path)
-
-
-def test_weights_in_16_bits_are_the_same_features(tmp_path, capsys):
-    C.save_network(small_mae(), tmp_path / "model.safetensors", {})
-    out, _ = export(tmp_path, "half")
-    C.load_encoder(out)
-    assert capsys.readouterr().err == ""
 
 
 def test_an_mae_comes_back_whole(tmp_path):

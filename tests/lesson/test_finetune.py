@@ -17,7 +17,6 @@ import data
 import finetune_lora
 from apps import recognize
 from common import classifier, features, metrics, train
-from common.checkpoints import load_encoder
 from common.groups import groups_of
 from common.train import read_log, seeded
 from model import ViT
@@ -268,26 +267,6 @@ def test_what_has_no_label_or_no_second_picture_is_not_learned(at, thin, no_pict
 
 
 # ---- an adapter that somebody changed ------------------------------------------------------------
-
-
-def test_a_method_that_trains_a_part_of_the_encoder_is_read_back(at, monkeypatch):
-    """Biases alone, as in BitFit: what is trained is written, whatever the method is called."""
-
-    class Biases(classifier.Classifier):
-        def __init__(self, encoder, *args, **keys):
-            super().__init__(encoder, *args, **keys)
-            for name, p in encoder.named_parameters():
-                p.requires_grad_(name.endswith("bias"))
-
-    monkeypatch.setattr(classifier, "Classifier", Biases)
-    for table in ("METHODS", "NOT_READ", "RECIPE", "WEIGHT_DECAY"):
-        known = getattr(finetune_lora, table)
-        monkeypatch.setitem(known, "bitfit", known["full"])
-    run_line(f"{TUNE} --method bitfit --out runs/biases", at, check=0)
-    before = load_encoder(at / "runs/a").state_dict()
-    after = finetune_lora.load_classifier(at / "runs/biases")[0].encoder.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(name.endswith("bias") for name in changed)
 
 
 def test_an_adapter_of_ones_own_is_read_back(at, monkeypatch):

@@ -10,7 +10,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, run_line
+from conftest import ROOT, run_line
 
 import data
 import mask as masking
@@ -196,14 +196,6 @@ def test_of_a_small_grid_a_patch_stays_visible_on_the_sheet():
     assert masks.hidden_by(masking.random, {}, 2, 9, 0.9).sum(1).tolist() == [8, 8]
 
 
-def test_parts_get_a_colour_each_and_dark_maps_stay_maps():
-    parts = masks.coloured(torch.arange(21)[None, None])[0, 0]
-    assert len({*map(tuple, parts.tolist())}) == 21
-    assert not torch.tensor(masks.coloured(torch.tensor([[[21]]])) == parts[0]).all()
-    low, lower = masks.coloured(torch.tensor([[[12, 3]]], dtype=torch.uint8))[0, 0].tolist()
-    assert low[2] > low[0] and lower[2] > lower[0]  # both are the blue of viridis
-
-
 def test_the_predictor_learns_the_order_of_the_losses(batch):
     """Log loss of every pair of hidden patches, written once more; its gradient reaches it all."""
     source = guide("difficulty")
@@ -265,17 +257,6 @@ def test_the_readmes_exercise_works_as_it_stands():
     _, ids = masking.sample(priority, 32)
     often = torch.bincount(ids.flatten(), minlength=64).view(8, 8)
     assert often[3:5, 3:5].min() > 2 * often[0].max()
-
-
-def test_a_strategy_that_was_left_out_of_strategies_is_refused(monkeypatch, tmp_path):
-    """NEEDS alone does not make a strategy: the flag lists those that there are."""
-    source = (ROOT / "mask.py").read_text()
-    changed = {"__name__": "changed"}
-    exec(source.replace("NEEDS = {", 'NEEDS = {\n    "bright": "view",'), changed)
-    monkeypatch.setattr(masking, "PARAMS", changed["PARAMS"])
-    message = refused(run_line("pretrain.py --mask bright --device cpu", tmp_path))
-    assert "bright" in message and "attn_high" in message
-    assert not (tmp_path / "datasets").exists()  # before pictures are packed
 
 
 def test_a_strategy_that_reads_pixels_is_written_in_one_file(bright, tmp_path, monkeypatch):

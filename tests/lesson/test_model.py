@@ -218,16 +218,6 @@ def test_pixels_survive_the_round_trip_with_and_without_statistics():
     assert torch.equal(painted, torch.full((3,), 11 / 16))
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [(0, 8, 32, 1, 1), (32, 7, 32, 1, 1), (32, 8, 32, 1, 3), (32, 8, 6, 1, 3), (32, 8, 32, 0, 1)],
-)
-def test_sizes_that_do_not_fit_are_refused(sizes):
-    """Side of the view and of a patch, width, depth, heads."""
-    with pytest.raises(ValueError):
-        M.check_sizes(*sizes)
-
-
 def test_sizes_are_those_of_the_literature():
     """ViT-S has 22 and ViT-B 86 million parameters (Touvron et al. 2020, arXiv:2012.12877)."""
     millions = {}

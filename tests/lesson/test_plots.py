@@ -1,7 +1,5 @@
 """common/plots.py: what the pictures of pre-training cover."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -41,22 +39,6 @@ def test_a_log_whose_first_rows_were_moved_away_is_drawn(drawn):
     assert len(drawn(rows).axes) == len(drawn([*log(1)]).axes)
 
 
-@pytest.mark.parametrize("most", [0.001, 100])
-def test_a_legend_covers_no_curve_and_no_label(drawn, most):
-    figure = drawn([*log(most)])
-    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
-    assert len(figure.axes) == 4 and len(legends) == 2
-    boxes = [legend.get_window_extent() for legend in legends]
-    boxes += [axis.get_window_extent() for axis in figure.axes]
-    boxes += [axis.xaxis.label.get_window_extent() for axis in figure.axes]
-    boxes += [axis.title.get_window_extent() for axis in figure.axes]
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.overlaps(other)
-    for legend in boxes[:2]:  # the figure cuts off nothing
-        assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
-        assert figure.bbox.y0 <= legend.y0
-
-
 def test_masks_are_drawn_as_the_encoder_sees_them(tmp_path, monkeypatch):
     """With throw, some patches are neither seen nor predicted."""
     drawn = {}
@@ -66,11 +48,6 @@ def test_masks_are_drawn_as_the_encoder_sees_them(tmp_path, monkeypatch):
     evaluate.draw_masks(tmp_path, view, {}, torch.rand(2, 16), ids_keep, 8)
     seen = (drawn["seen"] == view).all(3).unflatten(2, (4, 8)).unflatten(1, (4, 8)).all(4).all(2)
     assert [row.flatten().nonzero()[:, 0].tolist() for row in seen] == [[0, 5, 7], [1, 2, 15]]
-
-
-def test_a_log_without_labels_has_two_panels(drawn):
-    rows = [{key: row[key] for key in ("epoch", "loss", "val_mse")} for row in log(1)]
-    assert len(drawn(rows).axes) == 2
 
 
 def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, capsys):
