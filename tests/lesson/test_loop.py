@@ -90,9 +90,11 @@ def test_biases_norms_and_tokens_are_not_decayed(stage):
     assert len(decay) == len(list(net.parameters()))
 
 
-@pytest.mark.parametrize("gain, dtype", [(1.1, "fp32"), (3.0, "bf16")])
-def test_a_cpu_gets_bf16_where_bf16_is_fast(monkeypatch, gain, dtype):
-    monkeypatch.setattr(train, "bf16_gain", lambda: gain)
+@pytest.mark.parametrize(
+    "can, dtype", [("avx2", "fp32"), ("avx512_bf16", "bf16"), ("bf16", "fp32")]
+)
+def test_a_cpu_gets_bf16_where_it_has_units_for_it(monkeypatch, can, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {can: True})
     assert train.pick_dtype("auto", CPU)[0] == dtype
     assert train.pick_dtype("bf16", CPU)[0] == "bf16"
 
