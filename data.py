@@ -205,7 +205,21 @@ def batches(images, order, batch_size, device, start=0):
     used = len(order) // batch_size * batch_size
     chunks = order[:used].split(batch_size)[start:]
     load_device = torch.device("cpu") if device.type == "mps" else device  # Metal is for one thread
-    for index, batch in prefetch((index, take(images, index, load_device)) for index in chunks):
+    # Images that the GPU has no room for are copied on a stream of their own, beside the steps before them: on
+    # the stream of the steps, each would wait for its copy.
+    is_apart = device.type == "cuda" and not isinstance(images, torch.Tensor)
+    stream = torch.cuda.Stream(device) if is_apart else None
+
+    def load(index):
+        with torch.cuda.stream(stream):  # None: where it is
+            batch = take(images, index, load_device)
+            return index, batch, stream and stream.record_event()
+
+    for index, batch, arrived in prefetch(map(load, chunks)):
+        if arrived:
+            here = torch.cuda.current_stream(device)
+            here.wait_event(arrived)  # the GPU waits, and not the CPU
+            batch.record_stream(here)  # its memory is free again after the steps that read it
         yield index, send(batch, device)
 
 
