@@ -4,13 +4,13 @@
 #     bash lab/gpu.sh [--small] [FOLDER]           (FOLDER: runs/gpu)
 #     TOTAL=540 bash lab/gpu.sh                    ends by itself after so many seconds
 #
-# In order of value: the gate of the kernels, the default pre-training to its end, a probe and LoRA on
-# it, tests, kernels alone, and a step beside transformers, which takes ten minutes itself. Each
-# step writes FOLDER/STEP.log. A step whose log is there is skipped, so run it again after a stop: it
-# goes on. A step that takes too long is stopped, and keeps the rows that it has. FOLDER/send is what
-# to send, written anew after each step: logs and tables, and the weights in 16 bits, in pieces
-# (cat weights.* | tar x). --small tries all of it on tiny inputs, on any Linux; without a GPU, the
-# interpreter of Triton runs the gate.
+# In order of value: the gate of the kernels, 150 steps of three ways to run the loop, the default
+# pre-training to its end, a probe and LoRA on it, tests, kernels alone, and a step beside
+# transformers, which takes ten minutes itself. Each step writes FOLDER/STEP.log. A step whose log is
+# there is skipped, so run it again after a stop: it goes on. A step that takes too long is stopped,
+# and keeps the rows that it has. FOLDER/send is what to send, written anew after each step: logs and
+# tables, and the weights in 16 bits, in pieces (cat weights.* | tar x). --small tries all of it on
+# tiny inputs, on any Linux; without a GPU, the interpreter of Triton runs the gate.
 set -uo pipefail
 trap 'echo "stopped; the same command goes on" >&2; exit 130' INT TERM
 cd "$(dirname "$0")/.."
@@ -97,7 +97,8 @@ step gate 300 env TRITON_INTERPRET=$((1 - gpu)) python3 -m pytest -q -n 4 tests/
     echo "error: the gate is not green, so nothing is timed. Send $folder/send" >&2
     exit 2
 }
-# The training compiles the losses, and what is timed later finds them in the cache.
+# What decides: do graphs give the losses of a plain loop, and what do they and cuDNN's attention bring?
+step loop 300 python3 -m lab.bench_loop "${small[@]}" --out "$folder"
 if step pretrain 330 python3 "${pretrain[@]}"; then
     step weights 30 python3 -m apps.export "$folder/run" --to half --out "$folder/half"
     step probe 40 python3 probe.py "$folder/run" --headline

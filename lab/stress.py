@@ -59,7 +59,11 @@ def rotation(images, level, generator, factor=1.0):
     matrix = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]) / factor
     x = images.permute(0, 3, 1, 2).float()
     at = F.affine_grid(matrix.to(x).expand(len(x), 2, 3), x.shape, align_corners=False)
-    return channels_last(F.grid_sample(x, at, "bilinear", "border", align_corners=False))
+    # Where a place lies outside, the nearest pixel counts. Metal knew no padding_mode="border" up to torch 2.9, so
+    # the places are kept inside, between the centres of the outermost pixels.
+    edge = 1 - 1 / x.shape[2]
+    at = at.clamp(-edge, edge)
+    return channels_last(F.grid_sample(x, at, "bilinear", align_corners=False))
 
 
 def scale(images, level, generator):
