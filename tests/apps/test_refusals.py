@@ -175,7 +175,7 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     (IMAGES, "--drawings 9, --characters 9"),
     (SPLITS, "--split .8,.1,.1, --dev .1, --seed 1, --test .5"),
     (SHOW, "--out x, --dev .1, --seed 1, --layout class, --crop figure"),
-    (TOON, "--crop figure, --group-by ^a, --dedupe, --layout class, --detect"),
+    (TOON, "--crop figure, --detect"),
     ("data.py list.csv --out new", "--layout class"),
 )
 ATTENTION = f"{MAPS} --map attn --run runs/a"
