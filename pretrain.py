@@ -47,10 +47,10 @@ from common.train import (
     run_name,
     set_defaults,
 )
+from kernels import patches
 from kernels.patches import (
     FLOOR,
     absolute_error,
-    choose_impl,
     detail_weight,
     masked_patch_gather,
     patch_detail,
@@ -78,7 +78,10 @@ WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first p
 # more (results/TRIED.md).
 GPU = {"model": "small", "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "blr": 8e-3, "views": 64_000, "batch": 32}
-DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
+# About half an hour of a Mac, by a sum: a thousand views cost 2.9 TFLOP, and a third of the 4.3 TFLOP/s is
+# reached that an M4 has in fp32. No Mac has run it.
+MAC = GPU | {"views": 800_000}
+DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": MAC}
 RECIPES = {
     "mae": {"mask": "random", "ratio": "0.75", "contrast": "pooler"},
     "simmim": {"mask": "squares", "ratio": "0.6", "contrast": "none"},
@@ -158,7 +161,7 @@ def ends_of(ratio):
 
 
 def settle(flags, device, rank, world):
-    """Give every flag its value: after this, none changes. -> the reason for the dtype, and two splits.
+    """Give every flag its value: after this, none changes. -> a line on how it computes, and two splits.
 
     Flags stay the text that they were; parse_model and parse_mask take them apart, here and where they are used.
     The splits are train, and that of the evaluations; pictures are packed first if need be.
@@ -168,6 +171,7 @@ def settle(flags, device, rank, world):
     set_defaults(flags, model=defaults["model"], blr=defaults["blr"])
     simmim, size = parse_model(flags)
     set_defaults(flags, **RECIPES["simmim" if simmim else "mae"])
+    kernels = settle_compiler(flags, device)
 
     # Network and mask come first: a typo should not wait until pictures are packed.
     contrast, _ = parse_keys(flags.contrast, guidance.SETTINGS, "--contrast")
@@ -189,7 +193,22 @@ def settle(flags, device, rank, world):
     splits = data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
 
     set_length(flags, len(splits[0]["images"]), N, device, world)
-    return reason, splits
+    return f"{flags.dtype}: {reason}; {kernels}", splits
+
+
+def settle_compiler(flags, device):
+    """--compile, and who computes what kernels/ has -> a line that says so. All is compiled, or nothing is."""
+    # Where the ratio changes, so do the shapes, and each new one would be compiled.
+    set_defaults(flags, compile=device.type == "cuda" and ":" not in flags.ratio)
+    why_not = patches.why_not_triton(device) if device.type == "cuda" else None
+    if why_not:  # a GPU's programs are all made by Triton, those of torch.compile, too
+        flags.compile = False
+    if not flags.compile:
+        patches.IMPL = "torch"
+    line = f"kernels in {patches.choose_impl('auto', device)}"
+    if flags.compile:
+        return f"{line}; compiling, a minute or more (--no-compile begins at once)"
+    return line + (f": {why_not}" if why_not else "")
 
 
 def set_length(flags, n, N, device, world):
@@ -312,7 +331,7 @@ def build_contrast(flags, encoder, train_set):
 def main():
     flags = parse_flags()
     rank, world, device = start_processes(train.pick_device(flags.device))
-    dtype_reason, (train_set, held_set) = settle(flags, device, rank, world)
+    how, (train_set, held_set) = settle(flags, device, rank, world)
     dtype = train.DTYPES[flags.dtype]
     autocast = train.autocast_of(device, flags.dtype)
 
@@ -359,9 +378,7 @@ def main():
     # What a compiler makes faster: the network, the encoder that reads second views, the loss, and the cut.
     # The model itself stays plain, because evaluations and the teacher come in other shapes.
     network, encode, cut_views = model, encoder, data.view_images
-    if flags.compile or (
-        flags.compile is None and device.type == "cuda" and ":" not in flags.ratio
-    ):
+    if flags.compile:
         # A GPU starts the kernels of a whole pass as one recording. A step of an earlier
         # loop took 19 instead of 33 ms (results/TRIED.md); no card has run this one.
         mode = "reduce-overhead" if device.type == "cuda" else None
@@ -371,7 +388,7 @@ def main():
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
         f"machine  {train.machine(device)}\n"
-        f"         {flags.dtype}: {dtype_reason}; kernels in {choose_impl('auto', device)}\n"
+        f"         {how}\n"
         f"data     {flags.data}: {len(images)} train, {len(held_set['images'])} {flags.split} images\n"
         f"model    {flags.model}: {count:.1f} M parameters, {N} patches\n"
         f"recipe   {flags.batch_size * total:,} views: {total:,} steps of {flags.batch_size}, learning rate "

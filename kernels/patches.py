@@ -28,10 +28,7 @@ compiler would load single bytes. A patch is flattened in the order (row, column
 
 import functools
 import os
-import shutil
-import sysconfig
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -50,11 +47,6 @@ LARGEST = 104  # px of a patch: from 105 on, a sum of squared bytes overflows in
 IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you change there trains
 TRITON = find_spec("triton") is not None  # macOS has none
 INTERPRET = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-# Triton compiles its link to the driver with these before its first kernel. A Linux distribution may
-# have Python without its headers.
-COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-HEADER = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
-HAS_HEADER = HEADER.exists()  # asked once, because torch.compile can't trace a look at the disk
 OLDEST = (7, 0)  # compute capability; torch.compile refuses older GPUs, too
 
 
@@ -72,6 +64,7 @@ def choose_impl(impl, device):
     return impl
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks it, and does not trace it
 def why_not_triton(device):
     """The reason why the kernels can't run on this device, or None."""
     if not TRITON:
@@ -81,13 +74,26 @@ def why_not_triton(device):
         return None if INTERPRET else f"Triton needs a GPU ({note})"
     if device.type != "cuda":
         return f"Triton does not run on {device.type}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST:
-        return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more"
-    if os.name == "nt":  # triton-windows looks for a compiler by itself
-        return None
-    if not COMPILER:
-        return "Triton needs a C compiler (install gcc)"
-    return None if HAS_HEADER else f"Triton needs {HEADER} (apt install python3-dev)"
+    return why_no_kernel_runs(device)
+
+
+@functools.cache
+def why_no_kernel_runs(device):
+    """Run a small kernel on a GPU -> the reason why it can't, or None."""
+    # Triton compiles it, and its link to the driver, here and now. For that it needs a C compiler, the headers of
+    # Python, and a GPU that it knows. Whether all of them are there and fit is known once a kernel has run.
+    try:
+        if torch.cuda.get_device_capability(device) < OLDEST:
+            return f"Triton needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or more"
+        from kernels import fused
+
+        view = torch.zeros(1, 16, 16, 3, dtype=torch.uint8, device=device)
+        place = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        fused.gather_op(view, place, 16, torch.float32, FLOOR)[0].cpu()
+    except Exception as problem:  # of Triton, of the compiler that it calls, or of the driver
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:100]
+        return f"Triton fails here ({reason}); it needs a C compiler and Python.h (apt install gcc python3-dev)"
+    return None
 
 
 def check_patches(view, ids, patch):

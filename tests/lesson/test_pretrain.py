@@ -13,6 +13,7 @@ import pretrain
 from common import evaluate, train
 from common.formats import as_convolution
 from common.train import UserError, read_log
+from kernels import patches
 from model import ViT
 
 QUICK = ["--device", "cpu", "--batch-size", 16, "--epochs", 2]
@@ -133,6 +134,29 @@ def test_a_step_of_a_mac_has_no_more_tokens_than_torch_adds_up_rightly(N, batch)
     flags = SimpleNamespace(contrast="none", mask="random", given=set())
     pretrain.set_length(flags, 5000, N, torch.device("mps"), 1)
     assert flags.batch_size == batch and batch * (N + 1) < 32_767
+
+
+@pytest.mark.parametrize(
+    "device, asked, fails, compiles",
+    [
+        ("cuda", None, None, True),
+        ("cuda", False, None, False),
+        ("cuda", None, "no C compiler", False),
+        ("cuda", True, "no C compiler", False),
+        ("cpu", None, "needs a GPU", False),
+        ("cpu", True, "needs a GPU", True),
+    ],
+)
+def test_all_is_compiled_or_nothing(monkeypatch, device, asked, fails, compiles):
+    monkeypatch.setattr(patches, "IMPL", "auto")
+    monkeypatch.setattr(patches, "why_not_triton", lambda _: fails)
+    given = set() if asked is None else {"compile"}
+    flags = SimpleNamespace(compile=asked, ratio="0.75", given=given)
+    line = pretrain.settle_compiler(flags, torch.device(device))
+    assert flags.compile is compiles
+    triton = device == "cuda" and compiles
+    assert f"kernels in {'triton' if triton else 'torch'}" in line
+    assert ("no C compiler" in line) == (fails == "no C compiler")
 
 
 def test_a_priority_without_an_order_is_refused(small, tmp_path, monkeypatch):
