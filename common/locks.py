@@ -48,7 +48,8 @@ def locked(path, wait=False):
     except (FileExistsError, NotADirectoryError) as problem:
         name = problem.filename
         raise UserError(f"{name} is a file, or lies under one; give another folder") from None
-    lock = FileLock(path, timeout=-1 if wait else 0)
+    # mode: in a folder that people share, one may take over what another's killed process has left.
+    lock = FileLock(path, timeout=-1 if wait else 0, mode=0o666)
     try:
         lock.acquire()
     except Timeout:
