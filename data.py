@@ -57,8 +57,7 @@ def open_split(folder, name):
         fix = "choose one of them, or pack it again, with a share for it: --split .7,.1,.2"
         raise UserError(f"{folder} has no split {name}, only {choices}; {fix}")
     split = open_tensors(path)
-    # Pictures stay in the file, whatever their number. Labels are small, and are copied, because
-    # torch warns of arrays that can't be written, and a memory map here is one.
+    # Pictures stay in the file, whatever their number. Labels are small, and are read at once.
     split["labels"] = torch.from_numpy(np.array(split["labels"]))
     return split
 
@@ -91,7 +90,8 @@ def open_or_pack(path, image_size=0, pages=False):
         advice = f"python data.py {quoted(path)} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {advice}")
     else:
-        print(f"note     {out} was packed before; for new pictures of {path}: rm -r {quoted(out)}")
+        advice = f"python data.py {quoted(path)} --out datasets/OTHER"
+        print(f"note     {out} was packed before; for new pictures of {path}: {advice}")
         note_small(out, image_size, pages)
     return out
 

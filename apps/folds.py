@@ -369,8 +369,9 @@ def check_begun(flags, home):
     ours = {name: value for name, value in vars(flags).items() if name not in OF_START}
     ours = json.loads(json.dumps(ours))  # tuples are lists in a file
     if path.exists() and json.loads(path.read_text()) != ours:
-        fix = f"choose another --out, or rm -r {quoted(flags.out)}"
-        raise UserError(f"{flags.out} was begun by another command, or of other pictures; {fix}")
+        raise UserError(
+            f"{flags.out} was begun by another command, or of other pictures; choose another --out"
+        )
     save_json(ours, path)
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import distributed
 from tqdm import tqdm
 
@@ -52,6 +52,8 @@ AT_END = contextlib.ExitStack()  # what a command lets go of when it ends
 
 def cli(main):
     """Run a stage's main; a mistake of the user becomes one line on stderr and exit status 2."""
+    # A second %run in a notebook has none, and processes that packing starts ask for it.
+    vars(sys.modules["__main__"]).setdefault("__spec__", None)
     try:
         main()
     except UserError as problem:
@@ -161,10 +163,10 @@ def refuse_useless(names, where):
 
 
 def refuse_overwrite(paths, fix="choose another --out"):
-    """Nothing that exists is overwritten: the line says what to do instead, and what removes it."""
-    there = [str(path) for path in paths if os.path.lexists(path)]
-    if there:
-        raise UserError(f"{there[0]} is there already; {fix}, or rm -r {quoted(*there)}")
+    """Nothing that exists is overwritten: the line says what to do instead."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise UserError(f"{path} is there already; {fix}")
 
 
 def take_saved_flags(flags, *free):
@@ -226,6 +228,7 @@ def atomic(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a kill; in a shared folder, perhaps of somebody else's
     yield temporary
     os.replace(temporary, path)
 
@@ -239,42 +242,46 @@ def save_safetensors(tensors, path, header=None):
         temporary.write_bytes(save(plain, metadata))  # save_file would let nobody else read it
 
 
-@contextlib.contextmanager
-def open_safetensors(path, remedy="give a file that is there"):
-    """with ... as (an open file of tensors, our header or {})."""
+def read_head(path, remedy="give a file that is there"):
+    """The head of a file of tensors -> {name: where it is}, our dict in it (or {}), and its length in bytes."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; {remedy}")
+    with open(path, "rb") as file:
+        # The first 8 bytes are the length of the head. The head is JSON. Then come the tensors.
+        room = int.from_bytes(file.read(8), "little")
+        if room > os.path.getsize(path):
+            raise UserError(f"{path} is no whole file of tensors; {remedy}")
+        text = file.read(room)
     try:
-        with safe_open(path, "pt") as file:
-            yield file, json.loads((file.metadata() or {}).get("animask", "{}"))
-    except SafetensorError as problem:
-        raise UserError(f"{path} is no whole file of tensors ({problem}); {remedy}") from None
+        head = json.loads(text)
+        ours = json.loads(head.pop("__metadata__", {}).get("animask", "{}"))
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} is no file of tensors; {remedy}") from None
+    return head, ours, 8 + room
 
 
 def read_safetensors(path, remedy="give a file that is there"):
     """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
-    with open_safetensors(path, remedy) as (file, header):
-        # Copies, because its tensors keep the file mapped, and Windows replaces no file that is.
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, header  # noqa: SIM118
+    _, header, _ = read_head(path, remedy)
+    try:
+        return load(Path(path).read_bytes()), header
+    except SafetensorError as problem:
+        raise UserError(f"{path} is no whole file of tensors ({problem}); {remedy}") from None
 
 
 def read_header(path):
     """-> our dict in the head of such a file (or {}); no tensor is read."""
-    with open_safetensors(path) as (_, header):
-        return header
+    return read_head(path)[1]
 
 
 def open_tensors(path):
     """The same file as {name: memory map}, and our dict as "header": only the rows that are used are read."""
-    with open(path, "rb") as file:
-        # Its first 8 bytes are the length of the head. The head is JSON. Then come the tensors.
-        room = int.from_bytes(file.read(8), "little")
-        head = json.loads(file.read(room))
-        tensors = {"header": json.loads(head.pop("__metadata__", {}).get("animask", "{}"))}
-        for name, entry in head.items():
-            start = 8 + room + entry["data_offsets"][0]
-            shape = tuple(entry["shape"])
-            tensors[name] = np.memmap(file, ARRAYS[entry["dtype"]], "r", start, shape)
+    head, header, start = read_head(path)
+    tensors = {"header": header}
+    for name, entry in head.items():
+        # "c": a private map, of which writes change nothing in the file. Disks in a network may have no other.
+        place = {"offset": start + entry["data_offsets"][0], "shape": tuple(entry["shape"])}
+        tensors[name] = np.memmap(path, ARRAYS[entry["dtype"]], "c", **place)
     return tensors
 
 
@@ -472,21 +479,23 @@ class Run:
         signal.signal(number, signal.default_int_handler)
 
     def resume_or_begin(self):
-        """Go on from state.pt where --resume asks for it, else begin; then the bar can run."""
-        if self.resumes:
+        """Go on from state.pt, or begin; then the bar can run.
+
+        Without --resume, too, a run that was stopped goes on where its own command is given again.
+        """
+        if self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if not self.resumes:
+                self.check_own(state)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step = state["step"]
             # The clock goes on as if there had been no pause, so that seconds can be compared.
             self.start -= state["seconds"]
         if self.writes:
-            rows = []
-            if self.resumes:
-                # Rows that were logged after the state leave the log: their steps are made again.
-                rows = [row for row in read_log(self.log_path) if row["step"] <= self.step]
-            else:
-                refuse_overwrite([self.path])
+            rows = read_log(self.log_path) if self.path.exists() else []
+            # Rows that were logged after the state leave the log: their steps are made again.
+            rows = [row for row in rows if row["step"] <= self.step]
             save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
         if self.wandb and self.writes:
             import wandb
@@ -495,6 +504,16 @@ class Run:
         self.bar = progress(
             total=self.total, initial=self.step, unit="step", disable=not self.writes
         )
+
+    def check_own(self, state):
+        """A UserError unless the same flags have begun this run, and it has not ended."""
+        fix = "choose another --out"
+        if state.get("config") != self.config:
+            go_on = f"{self.again} goes on with it"
+            raise UserError(f"{self.out} is there already, of other flags; {fix}; {go_on}")
+        if state["step"] == self.total:
+            raise UserError(f"{self.out} is there already, and has ended; {fix}")
+        print(f"goes on  with step {state['step']} of {self.out}, which this command has begun")
 
     def save(self):
         """Write state.pt."""

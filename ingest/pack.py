@@ -22,6 +22,7 @@ data.py reads them.
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import sys
@@ -250,11 +251,13 @@ def near_duplicates(records, fetch, dedupe, out):
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     shape = (len(records), duplicates.SIDE, duplicates.SIDE)
     with tempfile.TemporaryFile(dir=Path(out).resolve().parent) as file:
-        thumbs = np.memmap(file, np.uint8, "w+", shape=shape)
+        file.truncate(math.prod(shape))
         for record, row in progress(rows, "looking for copies", len(records), unit="img"):
             if not isinstance(row, Exception):  # what can't be read stays blank
-                thumbs[place[record.key]] = row
-        pairs = duplicates.pairs(thumbs)
+                file.seek(place[record.key] * row.nbytes)
+                file.write(row.tobytes())
+        file.flush()
+        pairs = duplicates.pairs(np.memmap(file, np.uint8, "c", shape=shape))
     return pairs, duplicates.report(records, pairs)
 
 

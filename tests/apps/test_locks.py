@@ -167,15 +167,14 @@ CUT += [pytest.param(*row, marks=pytest.mark.slow) for row in SELDOM.items()]
 
 @pytest.mark.parametrize(("line", "steps"), CUT)
 def test_a_run_that_was_stopped_ends_with_the_same_bits(fresh, line, steps, no_pictures):
-    """It goes on where it was, is refused where it would begin again, and is judged on test."""
+    """It goes on where it was, by its own command or by --resume, and is judged on test."""
     run, whole = fresh / "new/run", fresh / "new/whole"
     run_line(line, fresh, check=0)
     run.rename(whole)
     resumed = f"{line.split()[0]} --resume new/run"
     for step, number in zip(steps, (signal.SIGTERM, signal.SIGINT), strict=False):
         with stopped(step, number):
-            run_line(resumed if run.exists() else line, fresh, check=128 + number)
-            assert "is there already" in refused(run_line(line, fresh))
+            run_line(line, fresh, check=128 + number)
     with stopped(step):  # whatever began again would be stopped again
         run_line(resumed, fresh, check=0)
     found = differences(written(whole), written(run))
@@ -219,9 +218,8 @@ def test_a_kill_of_a_run_loses_nothing(fresh, line):
     process.kill()
     process.wait()
     check_whole(fresh)
-    again = f"{script} --resume new/run" if (run / "state.pt").exists() else line
-    done = run_line(again, fresh)
-    assert not done.returncode or "is there already" in refused(done)
+    done = run_line(line, fresh)
+    assert not done.returncode or "has ended" in refused(done)
     assert done.returncode or not [*fresh.rglob("*.tmp")]
     check_whole(fresh)
     assert before.items() <= files_of(fresh).items()

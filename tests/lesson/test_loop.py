@@ -1,6 +1,10 @@
 """What surrounds every loop: flags that know who read them, the schedule, a run after a kill, two processes."""
 
+import errno
 import math
+import mmap
+import sys
+from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
 
 import pytest
@@ -140,17 +144,21 @@ def test_a_run_never_goes_on_with_a_loss_that_is_not_finite(tmp_path):
         run.log_step()
 
 
-def test_a_run_that_failed_before_it_was_saved_is_begun_again(tmp_path):
-    """An edit of a student that crashes in step 3 costs no rm -r; a saved step is kept."""
-    out = tmp_path / "run"
-    steps(flags_of("--out", str(out)), 3)
-    AT_END.close()  # as the end of its process would
-    run, _ = steps(flags_of("--out", str(out)), 20)
-    assert train.read_log(out / "log.jsonl")[-1]["step"] == 20
+def test_the_same_command_begins_again_or_goes_on_and_never_over_an_ended_run(tmp_path, capsys):
+    """An edit of a student that crashes in step 3 costs nothing; a saved step is kept."""
+    out = str(tmp_path / "run")
+    steps(flags_of("--out", out), 3)
+    run, _ = steps(flags_of("--out", out), 20)
+    assert [row["step"] for row in train.read_log(run.log_path)] == [10, 20]
     run.save()
-    AT_END.close()
-    with pytest.raises(UserError, match="is there already"):
-        steps(flags_of("--out", str(out)), 3)
+    run, net = steps(flags_of("--out", out), 40)
+    assert "goes on  with step 20" in capsys.readouterr().out
+    assert net.weight.equal(steps(flags_of("--out", str(tmp_path / "whole")), 40)[1].weight)
+    with pytest.raises(UserError, match="of other flags.*--resume"):
+        steps(flags_of("--out", out, "--lr", "0.2"), 3)
+    run.save()
+    with pytest.raises(UserError, match="has ended"):
+        steps(flags_of("--out", out), 40)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -229,3 +237,37 @@ def test_two_processes_end_with_the_same_weights(small, tmp_path):
     start = MAE(**SIZES["nano"] | {"image_size": 32})
     assert not torch.equal(one["model"]["encoder.cls_token"], start.encoder.cls_token)
     assert max(row["step"] for row in train.read_log(tmp_path / "run" / "log.jsonl")) == 10
+
+
+def test_a_disk_without_shared_maps_is_read_by_private_ones(tmp_path, monkeypatch):
+    """Mounts of a network and FUSE may refuse the first kind: ENODEV."""
+    path = tmp_path / "x.safetensors"
+    train.save_safetensors({"x": torch.arange(6).view(2, 3)}, path, {"n": 1})
+    plain = mmap.mmap
+
+    def private(*args, access, **options):
+        if access != mmap.ACCESS_COPY:
+            raise OSError(errno.ENODEV, "No such device")
+        return plain(*args, access=access, **options)
+
+    monkeypatch.setattr(mmap, "mmap", private)
+    found = train.open_tensors(path)
+    assert found["header"] == {"n": 1} and found["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    found["x"][:] = 7
+    assert train.read_safetensors(path)[0]["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\xff" * 40, b"\x02" + bytes(7) + b"[]", bytes(100)]
+)
+def test_a_file_that_holds_no_tensors_is_one_line(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="file of tensors"):
+        train.read_safetensors(path)
+
+
+def test_a_module_without_a_spec_can_start_processes(monkeypatch):
+    """As __main__ is in a notebook from the second %run on."""
+    monkeypatch.delattr(sys.modules["__main__"], "__spec__")
+    train.cli(lambda: get_preparation_data("a process"))
