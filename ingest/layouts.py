@@ -8,12 +8,12 @@ nothing):
     class/split      miku/train/1.png, miku/test/2.png   -                no labels
 
 One rule decides what a level means. The first level of folders named like splits is the split. Of
-the other levels, the one with the most names is the class. Pictures that do not fit are set aside.
-`described` says so in one line, and --layout overrules it.
+the other levels, the one with the most names is the class, but `standing` goes before their number.
+Pictures that do not fit are set aside. `described` says so in one line, and --layout overrules it.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter
 from functools import cache
 
 from common.door import shown
@@ -41,6 +41,11 @@ NOBODY = ("unknown", "others")
 VAGUE = ("misc", "miscellaneous", "other", "various", "random", "rest", "unsorted", "nobody")
 VAGUE += ("none", "その他", "不明", "未分類", "未知", "其他", "기타")
 UNNAMED = re.compile(r"group-\d{3,}")  # of apps/sort.py --group, until somebody names it
+# of folders that sort somebody's pictures, or everybody's: by year, by what they show or how good
+YEAR = r"(?:19|20)\d\d(?:\d\d|\d{4}|\D.*)?"
+KINDS = "best|good|bad|old|new|raw|edited|originals?|official|fan ?art|full(?: ?body)?|portraits?|"
+KINDS += "safe|sfw|nsfw|questionable|sensitive|explicit|general|r-?18|part|batch|fold|cropped"
+KIND = re.compile(rf"{YEAR}|(?:{THING}|{KINDS})[ _.-]?\d*")
 
 
 def shows_nobody(label):
@@ -50,6 +55,11 @@ def shows_nobody(label):
 def is_vague(label):
     """Does a folder's name say that nobody knows who is in it? misc, group-001."""
     return label.casefold() in VAGUE or bool(UNNAMED.fullmatch(label))
+
+
+def is_kind(name):
+    """Does a folder's name tell a year, a rating or the like? Then it is no character's: 2021, best."""
+    return bool(KIND.fullmatch(name.casefold())) or is_vague(name)
 
 
 def parse_layout(text):
@@ -76,7 +86,8 @@ def without_number(name):
 
 
 def understand(dirs, layout=None):
-    """Folders of each picture, [["train", "miku"], ...] -> rows as of `read`; read as what; doubts.
+    """Folders of each picture, [["train", "miku"], ...] -> rows as of `read`; read as what; doubts;
+    a question, or None, that the user has to answer by a --layout.
 
     Where most classes have a number before their name, it is left out: kohya's scripts count
     repeats, AnimeFace Character (moeimouto) its classes. Doubts are lines, of which there may be none.
@@ -85,7 +96,7 @@ def understand(dirs, layout=None):
     rows = read(dirs, pattern)
     what = "/".join(pattern) or "pictures only"
     if layout is not None:
-        return rows, what
+        return rows, what, [], None
     labels = {row[1] for row in rows if row} - {None}
     if 2 * sum(label != without_number(label) for label in labels) > len(labels):
         what += ", the numbers before names left out"
@@ -138,43 +149,77 @@ def class_level(dirs, at):
 
 
 def class_levels(dirs, at):
-    """-> the levels that may be the class: those of numbered names first, then by how many names.
+    """-> {level that may be the class: (its standing, how many names)}, the likeliest first.
 
-    A level whose folders stand alone in the folder above is a wrapper, where they have no numbers.
+    A level whose folders stand alone in the folder above is a wrapper, but for kohya's 10_miku.
     """
-    levels = [k for k in shared_levels(dirs) if k != at]
     order = {}
-    for k in levels:
+    for k in shared_levels(dirs):
         deep = {tuple(d[: k + 1]) for d in dirs if len(d) > k}
         names = {d[-1] for d in deep}
-        if are_numbered(names) or len(deep) > len({d[:-1] for d in deep}):
-            order[k] = (are_numbered(names), len(names))
-    return sorted(order, key=order.get, reverse=True)
+        rank = standing(names, holds_pictures(dirs, k, at))
+        if k != at and (are_numbered(names) or len(deep) > len({d[:-1] for d in deep})):
+            order[k] = (rank, len(names))
+    return dict(sorted(order.items(), key=lambda item: item[1], reverse=True))
+
+
+def holds_pictures(dirs, k, at):
+    """Do at least half of the pictures of a level lie in its folders, or in splits there?"""
+    last = k + 1 + (at == k + 1)
+    inside = [len(d) <= last for d in dirs if len(d) > k]
+    return 2 * sum(inside) >= len(inside)
+
+
+SORTS, ABOVE, NAMES, NUMBERS = range(4)  # what a level's folders may be; characters are the last
+
+
+def standing(names, hold_pictures):
+    """Mostly years and the like, 01_vocaloid above folders, names, or 10_miku above pictures."""
+    if 2 * sum(map(is_kind, names)) > len(names):
+        return SORTS
+    if are_numbered(names):
+        return NUMBERS if hold_pictures else ABOVE
+    return NAMES
 
 
 def doubts(dirs, pattern):
-    """Lines where another level may be the class, because folders of two levels cross.
+    """-> lines where another level may be the class, and a question or None.
 
-    miku/2021 beside rin/2021 are years of characters, safe/miku beside explicit/miku are characters
-    of ratings: only who made the folders can tell. Characters below their series do not cross.
+    Folders of two levels may cross: miku/2021 beside rin/2021 are years of characters, safe/miku
+    beside explicit/miku are characters of ratings. Characters below their series hardly do. Where
+    more than half of the deeper folders cross, and nothing but their number makes them the class,
+    only who made the folders can tell.
     """
     at = pattern.index("split") if "split" in pattern else None
     dirs = labelled(dirs, at)
-    chosen, *others = class_levels(dirs, at) or [None]
-    lines = []
+    levels = class_levels(dirs, at)
+    chosen, *others = levels or [None]
+    lines, asked = [], []
     for k in others:
-        above = defaultdict(set)
-        for d in dirs:
-            if len(d) > max(k, chosen):
-                above[d[max(k, chosen)]].add(d[min(k, chosen)])
-        twice = [name for name, folders in above.items() if len(folders) > 1]
+        pairs = {(d[min(k, chosen)], d[max(k, chosen)]) for d in dirs if len(d) > max(k, chosen)}
+        below = Counter(name for _, name in pairs)
+        twice = {name for name in below if below[name] > 1}
         if twice:
-            roles = {k: "class", at: "split"}
-            layout = "/".join(roles.get(i, "-") for i in range(max(k, at or 0) + 1))
-            names = {d[k] for d in dirs if len(d) > k}
             cross = f"{first(twice)} lie below several folders, so the class may be another level"
-            lines.append(f"{cross}: --layout {layout} learns {len(names)} ({first(names)})")
-    return lines
+            lines.append(f"{cross}: {offered(dirs, k, at)}")
+        elif levels[k][0] < NAMES:
+            line = "one level of folders is not taken for characters"
+            lines.append(f"{line}: {offered(dirs, k, at)}")
+        crossing = sum(below[name] for name in twice)
+        if k < chosen and levels[k][0] >= NAMES and 2 * crossing > len(pairs):
+            asked.append(offered(dirs, k, at))
+    if not asked:
+        return lines, None
+    choices = "; ".join([*asked, offered(dirs, chosen, at), "--layout - learns no labels"])
+    return lines, f"folders of two levels cross, so say which are the characters: {choices}"
+
+
+def offered(dirs, k, at):
+    """ "--layout class learns 2 (miku, rin)": the flag that makes a level the class."""
+    roles = {k: "class", at: "split"}
+    layout = "/".join(roles.get(i, "-") for i in range(max(k, at or 0) + 1))
+    names = {d[k] for d in dirs if len(d) > k}
+    return f"--layout {layout} learns {len(names)} ({first(names)})"
 
 
 # ---- reading by it -------------------------------------------------------------------------------

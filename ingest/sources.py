@@ -47,17 +47,19 @@ def find(path, layout=None, names=None):
     reader, name = reader_of(path, layout)
     if reader is files.open_zip:
         reader = partial(files.open_zip, code=names)
+    question = None
     if name:
         records, fetch, *notes = reader(Path(path))
         notes.insert(0, layouts.described(name, [(r.split, r.label) for r in records]))
     else:
         pictures, fetch, *more = reader(Path(path))
-        records, *notes = by_path(pictures, layout)
+        records, notes, question = by_path(pictures, layout)
         notes += more
     if reader in (open_folder, open_beside) and layout != ():
         if layout is None:
-            records, lines = with_metadata(records, Path(path))
+            records, lines, has_labels = with_metadata(records, Path(path))
             notes += lines
+            question = None if has_labels else question
         records, lines = tags.with_captions(records, folder_of(path))
         notes += lines
     if not records:
@@ -66,6 +68,8 @@ def find(path, layout=None, names=None):
             fix = "no line of its metadata names one; --layout class reads the folders alone"
         looked = f"looked for {' '.join(sorted(files.SUFFIXES))} in it and its subfolders"
         raise UserError("; ".join([f"no image found in {path}", *notes[1:], looked, fix]))
+    if question:
+        raise UserError(f"{path}: {question}")
     first, again = {}, []
     for r in records:
         if r.key in first:
@@ -134,17 +138,19 @@ def refuse_absent(names, root):
 
 
 def by_path(pictures, layout=None):
-    """[(place, name)] -> records whose folders say split and class, and lines: read as what."""
+    """[(place, name)] -> records whose folders say split and class; lines: read as what; a question."""
     named = [(place, nfc(name.removeprefix("./"))) for place, name in pictures]
     named, others = without_others(named, layout)
-    rows, what, *doubt = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
+    dirs = [key.split("/")[:-1] for _, key in named]
+    rows, what, doubts, question = layouts.understand(dirs, layout)
     pairs = [*zip(named, rows, strict=True)]
     records = [Record(key, place, row[1], row[0]) for (place, key), row in pairs if row]
     aside = [key for (_, key), row in pairs if row is None]
     if named and not records:
         problem = f"--layout {what} fits none of the {len(rows)} pictures, such as {named[0][1]}"
         raise UserError(f"{problem}; a split is named train, val, dev or test, or much like it")
-    return records + others, layouts.described(what, [row for row in rows if row], aside), *doubt
+    line = layouts.described(what, [row for row in rows if row], aside)
+    return records + others, [line, *doubts], question
 
 
 def without_others(named, layout):
@@ -582,7 +588,7 @@ def open_beside(path):
 
 
 def with_metadata(records, path):
-    """Records with labels and tags of metadata beside them, or in folders of splits; and lines.
+    """Records with labels and tags of metadata beside them, or in folders of splits; lines; has it labels?
 
     Where it has labels, folders are no classes. Of a file, only pictures that it names are kept.
     """
@@ -609,7 +615,7 @@ def with_metadata(records, path):
         records = [r._replace(label=of_post.get(r.key)) for r in records]
         count = f"{len(labels)} classes ({layouts.first(labels)})"
         notes.append(f"labels are those of the metadata: {count}; --layout reads folders")
-    return records, notes
+    return records, notes, bool(labels)
 
 
 # ---- the readers ---------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ INSIDE = [f"set/{folder}" for folder in ALL.split()]
 PEOPLE = "-/hutao -/venti -/kiana -/mei"
 NUMBERS = "class, the numbers before names left out"
 NUMBERED = f"-/{NUMBERS}"
-# Folders of one level in several of another: years of characters, or characters of years? The
-# layout that a line names reads the other level, here with two classes.
+# Folders of one level in several of another: years of characters, or characters of ratings? The
+# layout that a line names reads the other level.
 YEARS = many("a/2019", "a/2020", "b/2019")
 MORE_YEARS = many("a/2021", "a/2022", "a/best", "b/2021", "b/best")
 IN_SPLITS = ("train/a/2021", "train/a/best", "train/b/2021", "train/b/x", "test/a/best", "test/b/x")
@@ -103,15 +103,15 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("2019_06", "2020_07"), "class", "-/2019_06 -/2020_07", 0),
     # what may be read in two ways
     (YEARS, "class", "-/a -/b", 0, "-/class"),
-    (MORE_YEARS, "-/class", "-/2021 -/2022 -/best", 0, "class"),
-    (
-        many(*IN_SPLITS),
-        "split/-/class",
-        "train/2021 train/best train/x test/best test/x",
-        0,
-        "split/class",
-    ),
+    (MORE_YEARS, "class", "-/a -/b", 0, "-/class"),
+    (many(*IN_SPLITS), "split/class", "train/a train/b test/a test/b", 0, "split/-/class"),
+    (many("a/2021_summer", "a/2022_old", "b/2021_summer"), "class", "-/a -/b", 0, "-/class"),
+    (many("faces/a", "faces/b", "faces/c", "sfw/a"), "-/class", "-/a -/b -/c", 0, "class"),
     (SERIES, "-/class", PEOPLE, 0),
+    # numbers above folders: of series, of how many are on a picture, of artists
+    (many("01_x/a", "01_x/b", "02_y/c"), "-/class", "-/a -/b -/c", 0, "class"),
+    (many("0_x", "1_y/a", "1_y/b", "2_y/a+b"), "-/class", "-/a -/b -/a+b", 4, "class"),
+    (many("12345_x/a", "12345_x/b", "67890_y/a"), "-/class", "-/a -/b", 0, "class"),
     (HALVES + many("c", "d"), "split/class", "train/a train/b", 8),
     ([*many("a", "b"), *FLAT], "class", "-/a -/b", 8),
     ([*many("a", "b"), *FLAT, "x.png"], "pictures only", "-/-", 0),
@@ -125,9 +125,8 @@ def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
     records, _, (line, *doubts) = sources.find(tmp_path)
     assert len(doubts) == len(other)
     for doubt, layout in zip(doubts, other, strict=True):
-        assert f"--layout {layout} learns 2 (" in doubt
         found, _, _ = sources.find(tmp_path, layouts.parse_layout(layout))
-        assert len({r.label for r in found}) == 2
+        assert f"--layout {layout} learns {len({r.label for r in found})} (" in doubt
     assert {f"{r.split or '-'}/{r.label or '-'}" for r in records} == set(said.split())
     assert len(records) == len(names) - aside
     labels = {r.label for r in records} - {None}
@@ -136,6 +135,29 @@ def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
     assert (f"; {aside} pictures set aside (" in line) == (aside > 0)
     assert ("without a label" in line) == (bool(labels) and None in {r.label for r in records})
     assert len(sources.find(tmp_path, layout=())[0]) == len(names)
+
+
+CROSSED = (  # folders of two levels that cross, the two layouts that the refusal names
+    (many("a/school", "a/beach", "b/beach", "b/school", "b/party"), "class", "-/class"),
+    (many("x/pixiv/a", "x/pixiv/b", "x/pixiv/c", "x/web/a", "x/web/b"), "-/class", "-/-/class"),
+    (many("a/1_casual", "a/2_suit", "b/1_casual", "b/2_suit", "b/3_kimono"), "class", "-/class"),
+)
+
+
+@pytest.mark.parametrize("row", range(len(CROSSED)))
+def test_where_either_level_may_be_the_character_a_layout_has_to_say_it(tmp_path, row):
+    names, *layouts_of_both = CROSSED[row]
+    lay(tmp_path, dict.fromkeys(names, b""))
+    with pytest.raises(UserError, match="say which are the characters") as problem:
+        sources.find(tmp_path)
+    for layout in layouts_of_both:
+        found, _, _ = sources.find(tmp_path, layouts.parse_layout(layout))
+        assert len(found) == len(names)
+        count = len({r.label for r in found})
+        assert f"--layout {layout} learns {count} (" in str(problem.value)
+    rows = [{"file_name": name, "label": name[0]} for name in names]
+    lay(tmp_path, {"metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    assert {r.label for r in sources.find(tmp_path)[0]} == {name[0] for name in names}
 
 
 SPLIT_NAMES = {
