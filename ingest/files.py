@@ -20,6 +20,7 @@ from pathlib import Path
 from common.door import reading, regular, shown
 from common.train import UserError
 from ingest import codepages
+from ingest.layouts import counted
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
@@ -31,6 +32,12 @@ LINK = "links to no file"
 LONGEST_CHAIN = 40  # of links to links, as in Linux
 # folders of macOS, Synology, QNAP and Windows, with thumbnails or what was deleted
 TOOLS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}
+# and what programs call by a dot; another name with a dot is somebody's, such as .hack or ...1.png
+WORDS = "git(hub)?|svn|hg|idea|vs(code)?|v?env|dvc|nox|tox|te?mp|sync|stfolder|stversions|wdmc"
+INSIDE = "thumb(?!e)|trash|cache|recycle|checkpoint|snapshot|spotlight|fsevent|appled|pending-|"
+INSIDE += r"picasa|xvpics|dropbox|temporaryitems|documentrevisions|\.(te?mp|lock|sw[op])\b"
+OF_A_TOOL = re.compile(rf"\.([_@~#]|({WORDS})(?![a-z])|.*({INSIDE})).*", re.IGNORECASE)
+DOT = re.compile(r"(^|/)\.(?!\.?/)")  # before a file or a folder, not of ./ and ../
 
 
 def nfc(text):
@@ -38,10 +45,14 @@ def nfc(text):
     return unicodedata.normalize("NFC", text)
 
 
+def is_of_a_tool(name):
+    """As __MACOSX/._x.png and .thumbnails/x.png."""
+    return any(part in TOOLS or OF_A_TOOL.fullmatch(part) for part in name.split("/"))
+
+
 def is_hidden(name):
-    """By a dot, or a tool's, as __MACOSX/._x.png and .thumbnails/x.png."""
-    parts = set(name.split("/")) - {".", ".."}
-    return any(part in TOOLS or part.startswith(".") for part in parts)
+    """By a dot, or a tool's: no label file has such a name, and metadata names no such picture."""
+    return bool(DOT.search(name)) or is_of_a_tool(name)
 
 
 def suffix_of(name):
@@ -49,8 +60,15 @@ def suffix_of(name):
 
 
 def is_image(name):
-    """By its suffix; a hidden one is none."""
-    return suffix_of(name) in SUFFIXES and not is_hidden(name)
+    """By its suffix, which may be all of its name, as .png; a tool's is none."""
+    return suffix_of(f"x{posixpath.basename(name)}") in SUFFIXES and not is_of_a_tool(name)
+
+
+def dotted(names):
+    """A line, or none, on pictures that most programs hide: .flow/1.png and ...1.png."""
+    inside = [name.removeprefix("./") for name in names if DOT.search(name)]
+    what = "pictures are read, though their names or folders begin with a dot"
+    return counted(inside, what, "move those that a program keeps there out of this folder")
 
 
 def left_out(names, kinds=None):
@@ -58,7 +76,9 @@ def left_out(names, kinds=None):
 
     names: of all files that are no pictures; kinds: {name: what it is} where its suffix does not tell.
     """
-    lost = sorted(x for x in names if not is_hidden(x) and suffix_of(x) not in BESIDE)
+    settings = {x for x in names if posixpath.basename(x)[:1] == "." and not suffix_of(x)}
+    lost = {x for x in names if not is_of_a_tool(x) and suffix_of(x) not in BESIDE}
+    lost = sorted(lost - settings)
     if not lost:
         return []
     kinds = [(kinds or {}).get(x) or suffix_of(x) or "without suffix" for x in lost]
@@ -93,8 +113,9 @@ def walk_all(folder, prefix="", above=()):
 
 
 def walk(folder):
-    """Names of the images below a folder, sorted."""
-    return (name for name, kind in walk_all(folder) if is_image(name) and not kind)
+    """Names of the images below a folder, sorted, without hidden ones: label files name others."""
+    names = (name for name, kind in walk_all(folder) if is_image(name) and not kind)
+    return (name for name in names if not is_hidden(name))
 
 
 def read_whole(path):
@@ -119,7 +140,8 @@ def open_folder(root):
     kinds = dict(walk_all(root))
     names = [name for name, kind in kinds.items() if is_image(name) and not kind]
     others = kinds.keys() - set(names)
-    return [(name, name) for name in names], files_below(root), *left_out(others, kinds)
+    notes = dotted(names) + left_out(others, kinds)
+    return [(name, name) for name in names], files_below(root), *notes
 
 
 def as_it_lies(name, root=""):
@@ -136,9 +158,12 @@ def open_list(_):
     absolute = bool(paths) and all(map(os.path.isabs, paths))
     top = os.path.commonpath([os.path.dirname(p) for p in paths]) if absolute else "."
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    pictures = [(p, name) for p, name in named if is_image(name)]
-    others = [name for p, name in named if not is_image(name) and not os.path.isdir(p)]
-    return pictures, fetch_files, *left_out(others)
+    shared = len(os.path.commonprefix([name.split("/")[:-1] for _, name in named]))
+    own = {name: "/".join(name.split("/")[shared:]) for _, name in named}
+    pictures = [(p, name) for p, name in named if is_image(own[name])]
+    notes = dotted([own[name] for _, name in pictures])
+    others = [own[x] for p, x in named if not is_image(own[x]) and not os.path.isdir(p)]
+    return pictures, fetch_files, *notes, *left_out(others)
 
 
 # ---- archives ------------------------------------------------------------------------------------
@@ -171,7 +196,7 @@ def open_zip(path, code=None):
         refuse_escape(path, name)
     images = [pair for pair in zip(members, names, strict=True) if is_image(pair[1])]
     others = [name for name in names if not is_image(name) and not name.endswith("/")]
-    notes += left_out(others)
+    notes += dotted([name for _, name in images]) + left_out(others)
 
     def fetch(records):
         return ((r, partial(read_member, archive, r.place)) for r in records)
@@ -219,7 +244,9 @@ def open_tar(path):
     pictures = [(places[name], name) for name in names if places[name] and is_image(name)]
     read = {name for pair in pictures for name in pair}  # what a link leads to is read, too
     kinds = {name: LINK for name in names if not places[name]}
-    return pictures, fetch, *left_out([name for name in names if name not in read], kinds)
+    others = [name for name in names if name not in read]
+    notes = dotted([name for _, name in pictures]) + left_out(others, kinds)
+    return pictures, fetch, *notes
 
 
 def end_of(name, links):

@@ -351,6 +351,37 @@ def test_files_that_are_not_read_are_counted_and_the_first_is_named(
     assert told is None or (told in notes[1] and "convert" in notes[1])
 
 
+DOTTED = {  # pictures beside one of rin: are they read, or a tool's?
+    ".flow/1.png .flow/deep/2.png rin/...000.png": True,
+    ".hack/.hack.1.png .../...jpg rin/.png": True,
+    "rin/.2B.png .gitta/.applejack.png ..hidden/1.webp": True,
+    ".git/1.png .Trash-1000/files/1.png .x/.thumbnails/normal/1.png": False,
+    "rin/._1.png .ipynb_checkpoints/1-checkpoint.png .@__thumb/s1001.jpg": False,
+    "rin/.trashed-1700000000-x.jpg .1.png.tmp/1.png .tmp.driveupload/4.png": False,
+}
+
+
+@pytest.mark.parametrize("names", DOTTED)
+@pytest.mark.parametrize("kind", ["folder", "zip", "gztar", "list", "list from elsewhere"])
+@LINUX
+def test_names_that_begin_with_a_dot_are_read_and_told_if_no_tool_keeps_them(
+    tmp_path, monkeypatch, names, kind
+):
+    root = lay(tmp_path / ".cache" / "set", ["rin/1.png", *names.split()])
+    path = root if kind == "folder" else "-"
+    if kind in ("zip", "gztar"):
+        path = shutil.make_archive(tmp_path / "packed", kind, root)
+    monkeypatch.chdir(tmp_path if kind == "list" else root)
+    found = [os.path.relpath(x) for x in root.rglob("*") if x.is_file()]
+    monkeypatch.setattr("sys.stdin", found)
+    records, fetch, notes = sources.find(path)
+    assert len(records) == (4 if DOTTED[names] else 1)
+    assert len([load() for _, load in fetch(records)]) == len(records)
+    lines = [line for line in notes if "names or folders begin with a dot" in line]
+    assert len(lines) == DOTTED[names] and len(notes) == 1 + len(lines)
+    assert len(pictures.picture_files(root)) == len(records)  # of apps/sort.py
+
+
 @LINUX
 def test_links_in_a_tar_are_what_they_lead_to(tmp_path):
     lay(tmp_path / "set", ["miku/1.png", "store/ab12", "rin/4.png"])
