@@ -153,21 +153,24 @@ def class_levels(dirs, at):
 
     A level whose folders stand alone in the folder above is a wrapper, but for kohya's 10_miku.
     """
-    order = {}
-    for k in shared_levels(dirs):
+    shared, order, rank = shared_levels(dirs), {}, None
+    for k in range(max(map(len, dirs), default=0)):
+        if k == at or not (k in shared or rank == ABOVE):  # few pictures may lie below numbers
+            continue
         deep = {tuple(d[: k + 1]) for d in dirs if len(d) > k}
         names = {d[-1] for d in deep}
         rank = standing(names, holds_pictures(dirs, k, at))
-        if k != at and (are_numbered(names) or len(deep) > len({d[:-1] for d in deep})):
+        if are_numbered(names) or len(deep) > len({d[:-1] for d in deep}):
             order[k] = (rank, len(names))
     return dict(sorted(order.items(), key=lambda item: item[1], reverse=True))
 
 
 def holds_pictures(dirs, k, at):
-    """Do at least half of the pictures of a level lie in its folders, or in splits there?"""
+    """Do at least half of the pictures of a level, and in half of its folders, lie there or in splits?"""
     last = k + 1 + (at == k + 1)
-    inside = [len(d) <= last for d in dirs if len(d) > k]
-    return 2 * sum(inside) >= len(inside)
+    inside = [d[k] for d in dirs if k < len(d) <= last]
+    below = [d[k] for d in dirs if len(d) > k]
+    return 2 * len(inside) >= len(below) and 2 * len({*inside}) >= len({*below})
 
 
 SORTS, ABOVE, NAMES, NUMBERS = range(4)  # what a level's folders may be; characters are the last

@@ -78,6 +78,7 @@ YEARS = many("a/2019", "a/2020", "b/2019")
 MORE_YEARS = many("a/2021", "a/2022", "a/best", "b/2021", "b/best")
 IN_SPLITS = ("train/a/2021", "train/a/best", "train/b/2021", "train/b/x", "test/a/best", "test/b/x")
 HALVES = many("train/a", "train/b")
+ZERO = many("0_x", each=20)
 LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside[, another layout]
     (many("a", "b"), "class", "-/a -/b", 0),
     (many("a/x"), "-/class", "-/x", 0),
@@ -110,7 +111,7 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (SERIES, "-/class", PEOPLE, 0),
     # numbers above folders: of series, of how many are on a picture, of artists
     (many("01_x/a", "01_x/b", "02_y/c"), "-/class", "-/a -/b -/c", 0, "class"),
-    (many("0_x", "1_y/a", "1_y/b", "2_y/a+b"), "-/class", "-/a -/b -/a+b", 4, "class"),
+    (ZERO + many("1_y/a", "1_y/b", "2_y/c"), "-/class", "-/a -/b -/c", 20, "class"),
     (many("12345_x/a", "12345_x/b", "67890_y/a"), "-/class", "-/a -/b", 0, "class"),
     (HALVES + many("c", "d"), "split/class", "train/a train/b", 8),
     ([*many("a", "b"), *FLAT], "class", "-/a -/b", 8),
