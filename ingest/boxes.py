@@ -66,8 +66,9 @@ def find(path):
     path = Path(path)
     reader, layout = choose(path, labels.READERS, labels.KNOWN)
     root = labels.root_of(path)
-    odd = []
-    pages = of_their_own(list(reader(path, list(walk(root)), odd)))
+    pictures = list(walk(root))
+    odd, unsure = [], []
+    pages = of_their_own(list(reader(path, pictures, odd, unsure)))
     refuse_odd(path, [page.name for page in pages])
     faces = [face for page in pages for face in page.faces]
     count = len({page.place or page.name for page in pages})
@@ -79,7 +80,10 @@ def find(path):
     if shares and layout != "YOLO":
         notes.append("no box reaches beyond 1, so all are taken for shares of the picture")
     pages, absent = present(pages, path)
-    notes += absent
+    notes += absent + unsure
+    unnamed = sorted({*pictures} - {page.place for page in pages})
+    fix = "a picture without a face needs a label file, or an entry, without boxes"
+    notes += counted(unnamed, "pictures have no label that can be read, and are left out", fix)
     bare = [page.place for page in pages if not page.faces]
     if 2 * len(bare) > len(pages):
         fix = "where nobody has boxed them yet, give the boxed ones alone"

@@ -1,7 +1,8 @@
 """Files that say where the faces are: COCO, tables, Pascal VOC, YOLO. One page for each picture.
 
-Each reader, from_...(path, pictures, odd), yields pages. pictures are the names of those that lie
-below root_of(path); what can't be read of a label file becomes a line of the list `odd`. A page says
+Each reader, from_...(path, pictures, odd, notes), yields pages. pictures are the names of those that
+lie below root_of(path); what can't be read of a label file becomes a line of the list `odd`, and
+what has two meanings one of `notes`. A page says
 
     name    of the picture as the label file has it, or of the label file
     place   of the picture below the folder, or None, where no such picture is there
@@ -20,10 +21,11 @@ from pathlib import Path
 from common.door import one_line, parse_table, reading
 from common.train import UserError
 from ingest.files import is_hidden, nfc, suffix_of, walk, walk_all
-from ingest.layouts import split_of
+from ingest.layouts import counted, split_of
 from ingest.sources import BOX, box_of, split_in, table_rows
 
 ASIDE = ("images", "jpegimages", "labels", "annotations")  # folders for one kind of file each
+UNSEEN = (-1, -1)  # a point of a face that does not show it
 Page = namedtuple("Page", "name place faces size split", defaults=(None, None))
 
 
@@ -121,7 +123,7 @@ def coco_files(path):
     return [f for f in below(path, ".json") if all(word in f.read_bytes() for word in words)]
 
 
-def from_coco(path, pictures, odd):
+def from_coco(path, pictures, odd, notes):
     find = finder(pictures)
     root = root_of(path)
     needs = "it needs images with id and file_name, and annotations with image_id and bbox"
@@ -173,7 +175,7 @@ def coco_box(one):
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def from_csv(path, pictures, odd):
+def from_csv(path, pictures, odd, notes):
     find = finder(pictures)
     pages = {}
     for where, cells in table_rows(path, ("path", *BOX, "label")):
@@ -196,7 +198,7 @@ def voc_files(root):
     return below(folder if folder.is_dir() else root, ".xml")
 
 
-def from_voc(root, pictures, odd):
+def from_voc(root, pictures, odd, notes):
     find = finder(pictures)
     files = voc_files(root)
     stems = {nfc(file.stem) for file in files}
@@ -253,9 +255,10 @@ def in_labels(file, root):
     return "labels" in map(str.lower, file.relative_to(root).parts[:-1])
 
 
-def from_yolo(root, pictures, odd):
+def from_yolo(root, pictures, odd, notes):
     files = {without_aside(f.relative_to(root).with_suffix("")): f for f in yolo_files(root)}
     keypoints = any(b"kpt_shape" in f.read_bytes() for f in below(root, ".yaml"))
+    keypoints = keypoints or look_like_boxes(files.values(), notes)
     used = set()
     for name in pictures:
         key = without_aside(name)
@@ -285,7 +288,7 @@ def yolo_faces(file, keypoints):
 
 def yolo_box(numbers, keypoints):
     """x y width height, and a confidence or keypoints; or x y x y x y ..., an outline."""
-    if len(numbers) in (4, 5) or (keypoints and len(numbers) > 5):
+    if len(numbers) in (4, 5) or (len(numbers) > 5 and (keypoints or UNSEEN in pairs(numbers))):
         x, y, w, h = numbers[:4]
         box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
     elif len(numbers) > 5 and len(numbers) % 2 == 0:
@@ -295,6 +298,49 @@ def yolo_box(numbers, keypoints):
     if max(map(abs, box)) > 3:
         raise ValueError("a line is class x y width height in shares of the picture")
     return box
+
+
+def pairs(numbers):
+    """The points behind x y width height: x y each, or x y and whether it is visible. Or none."""
+    rest = numbers[4:]
+    if len(rest) % 3 == 0 and {*rest[2::3]} <= {-1, 0, 1, 2}:
+        return list(zip(rest[::3], rest[1::3], strict=True))
+    return list(zip(rest[::2], rest[1::2], strict=True)) if len(rest) % 2 == 0 else []
+
+
+def look_like_boxes(files, notes):
+    """Are the long lines boxes with points? No field says so: it is enough if a third look like them.
+
+    Few outlines do, and most boxes, except for those of faces that fill their picture.
+    """
+    likely, long = [], 0
+    for file in files:
+        for line in file.read_text("utf-8-sig", "replace").splitlines():
+            with contextlib.suppress(ValueError):  # no numbers: it is named when it is read
+                numbers = [float(x) for x in line.split()[1:]]
+                if len(numbers) > 5 and pairs(numbers):
+                    long += 1
+                    likely += [f"{file.parent.name}/{file.name}"] * is_box_with_points(numbers)
+    if 3 * len(likely) > long:
+        what = "long lines look like boxes with points, so all are read so"
+        notes += counted(likely, f"of {long} {what}", "--show draws the boxes")
+    elif 10 * len(likely) > long:
+        fix = "if all are, write kpt_shape: [5, 2] into a data.yaml there"
+        notes += counted(likely, f"of {long} outlines may be boxes with points", fix)
+    return 3 * len(likely) > long
+
+
+def is_box_with_points(numbers):
+    """Or an outline? Its second pair is a point near the others, and no width and height."""
+    x, y, w, h = numbers[:4]
+    points = pairs(numbers)
+    seen = [point for point in points if min(point) > 0]  # 0 0 is not seen
+    if UNSEEN in points or not seen:
+        return True
+    x1, y1, x2, y2 = around(*zip(*seen, (x, y), strict=True))
+    reach = max(x2 - x1, y2 - y1) / (4 if len(points) > 3 else 1)  # one of few may lie far away
+    beside = x1 - reach <= w <= x2 + reach and y1 - reach <= h <= y2 + reach
+    return not beside and all(abs(a - x) <= 0.6 * w and abs(b - y) <= 0.6 * h for a, b in seen)
 
 
 # ---- the readers ---------------------------------------------------------------------------------

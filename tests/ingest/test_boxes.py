@@ -462,7 +462,9 @@ def test_one_odd_label_is_named_and_more_than_a_twentieth_is_an_error(name, tmp_
 
     records, _, notes, _ = boxes.find(write(1))
     assert len(records) == stay and sum(len(r.box) for r in records) == stay
-    assert len(notes) == 2 and "1 of 3" in notes[1]
+    assert "1 of 3" in notes[1]
+    lost = [note for note in notes[2:] if "1 pictures have no label" in note]
+    assert len(lost) == len(notes) - 2 == 30 - stay
     first = notes[1].split("the first: ")[1]
     assert ("line 31" if name.startswith("csv") else "3") in first
     with pytest.raises(UserError, match="2 of 3"):
@@ -481,6 +483,93 @@ def test_two_files_of_one_picture_are_not_mixed(tmp_path):
         records, _, notes, _ = boxes.find(tmp_path)
         assert {len(r.box) for r in records} == {1} and f"the first: {copied}" in notes[1]
         (tmp_path / copied).unlink()
+
+
+def landmarks(box, middle, spread, count):
+    """x y width height of a box, and points in it as programs find them: two eyes, a nose, a mouth."""
+    at = np.array([(-0.2, -0.15), (0.2, -0.15), (0, 0.05), (-0.15, 0.25), (0.15, 0.25)][:count])
+    return [*box, *(middle + spread * at * box[2:]).ravel()]
+
+
+def ring(x, y, side, corners, start=0.0):
+    angles = start + np.arange(corners) * 2 * np.pi / corners
+    return np.stack([x + side * np.cos(angles), y + side * np.sin(angles)], 1).ravel()
+
+
+AT = np.random.default_rng(0).uniform(0.3, 0.6, (12, 2))  # a face a picture, in its middle
+SIDES = np.random.default_rng(1).uniform(0.1, 0.3, (12, 2))
+FACES = [np.r_[at, side] for at, side in zip(AT, SIDES, strict=True)]
+POINTED = {  # numbers of each line; do they say a box and points?
+    "15 columns": ([landmarks(f, f[:2], 1, 5) for f in FACES], True),
+    "13 columns": ([landmarks(f, f[:2], 0.9, 4) for f in FACES], True),
+    "a profile whose nose is outside": (
+        [landmarks(f, f[:2] + (f[2] * 0.4 * (i < 4), 0), 1, 5) for i, f in enumerate(FACES)],
+        True,
+    ),
+    "nobody found the points": ([[*f, *[-1] * 10] for f in FACES], True),
+    "19 columns, with what is visible": (
+        [[*f, *np.insert(landmarks(f, f[:2], 1, 5)[4:], [2, 4, 6, 8, 10], 2)] for f in FACES],
+        True,
+    ),
+    "points in some, and none in others": (
+        [[*f, *[0] * 10] if i % 2 else landmarks(f, f[:2], 1, 5) for i, f in enumerate(FACES)],
+        True,
+    ),
+    "a single face at the border": (
+        [landmarks(np.array([0.11, 0.42, 0.22, 0.4]), (0.11, 0.42), 1, 5)],
+        True,
+    ),
+    "outlines of seven points": ([ring(x, y, 0.1, 7, x) for x, y in AT], False),
+    "small ones in the middle": ([ring(x, y, 0.03, 20, y) for x, y in AT], False),
+    "turned squares": ([ring(x, y, 0.05, 4, 9 * x) for x, y in AT], False),
+}
+
+
+@pytest.mark.parametrize("name", POINTED)
+def test_a_box_with_points_is_no_outline_and_a_line_says_so(tmp_path, name):
+    lines, are_boxes = POINTED[name]
+    write_pictures(tmp_path, {f"{i}.png": (40, 40) for i in range(len(lines))})
+    texts = {f"labels/{i}.txt": " ".join(map(str, [0, *x])) for i, x in enumerate(lines)}
+    write_texts(tmp_path, texts)
+    records, _, notes, _ = boxes.find(tmp_path)
+    for record in records:
+        x = lines[int(record.key.split(".")[0])]
+        truth = labels.around(x[::2], x[1::2])
+        if are_boxes:
+            truth = np.r_[x[0] - x[2] / 2, x[1] - x[3] / 2, x[0] + x[2] / 2, x[1] + x[3] / 2]
+        assert np.allclose(record.box, [truth])
+    assert any("look like boxes with points" in note for note in notes) == are_boxes
+
+
+def test_lines_that_may_be_boxes_with_points_are_told(tmp_path):
+    """Of ten outlines three look so: they stay outlines, but who has points learns what to write."""
+    lines = [ring(x, y, 0.1, 8, x) for x, y in AT[:8]] + [
+        landmarks(f, f[:2], 1, 5) for f in FACES[:3]
+    ]
+    write_pictures(tmp_path, {f"{i}.png": (40, 40) for i in range(len(lines))})
+    texts = {f"{i}.txt": " ".join(map(str, [0, *x])) for i, x in enumerate(lines)}
+    write_texts(tmp_path, texts)
+    notes = boxes.find(tmp_path)[2]
+    assert any("3 of 11 outlines may be" in note and "kpt_shape" in note for note in notes)
+    write_texts(tmp_path, {"data.yaml": "kpt_shape: [5, 2]"})
+    assert len(boxes.find(tmp_path)[2]) == 1
+
+
+HALF = [f"{i}.png" for i in range(5)]  # of ten
+FEW = {
+    "Pascal VOC": {f"Annotations/{i}.xml": voc("b") for i in range(5)},
+    "COCO": {"annotations/some.json": coco(dict.fromkeys(HALF, "b"))},
+    "csv": {"x.csv": "\n".join(f"{name},5,20,15,30" for name in HALF)},
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_pictures_that_no_label_file_names_are_counted(tmp_path, name):
+    for i in range(10):
+        draw(tmp_path / f"{i}.png", "b")
+    records, _, notes, _ = boxes.find(write_texts(tmp_path, FEW[name]))
+    assert len(records) == 5
+    assert sum("5 pictures have no label" in note and "5.png" in note for note in notes) == 1
 
 
 @pytest.mark.parametrize("slash", "/\\")
