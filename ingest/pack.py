@@ -257,8 +257,10 @@ def near_duplicates(records, fetch, dedupe, out):
                 file.seek(place[record.key] * row.nbytes)
                 file.write(row.tobytes())
         file.flush()
-        pairs = duplicates.pairs(np.memmap(file, np.uint8, "c", shape=shape))
-    return pairs, duplicates.report(records, pairs)
+        thumbs = np.memmap(file, np.uint8, "c", shape=shape)
+        pairs = duplicates.pairs(thumbs)
+        judged = duplicates.judged(thumbs, records, pairs)
+    return pairs, duplicates.report(records, pairs, judged)
 
 
 def deal(source, pairs, how, shares):

@@ -132,6 +132,28 @@ def test_groups_stay_together_and_dedupe_drops_the_copies(tmp_path, faces):
     assert not (tmp_path / "off/duplicates.csv").exists()
 
 
+TWINS = ((957, 1315), (860, 2024), (1394, 1091))  # two characters of toon.plan() that look alike
+OTHERWISE = ("gif", "png", "webp")  # how the second is saved
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_two_girls_who_look_alike_are_no_wrong_label_and_a_copy_is(tmp_path, kind):
+    """The second picture of a pair is another character's, or a copy of the first in her folder."""
+    rng = np.random.default_rng(2)
+    for number, (a, b) in enumerate(TWINS):
+        one, other = (Image.fromarray(toon.draw(toon.plan()[i], 96)["image"]) for i in (a, b))
+        if kind:
+            other = copy(one, kind, rng)
+        for name, picture in (("a", one), (f"b.{OTHERWISE[number]}", other)):
+            folder = tmp_path / f"images/{name[0]}{number}"
+            folder.mkdir(parents=True)
+            picture.save(folder / (name if "." in name else "x.png"))
+    said, _ = keys_of("images --split 1,0,0", "out", tmp_path)
+    assert "3 groups of 6 images" in said  # whatever the line says, they stay together
+    assert ("3 hold several classes, so one label is probably wrong (a0/x" in said) == bool(kind)
+    assert ("3 hold several classes, but may only be alike (a0/x" in said) == (not kind)
+
+
 def csv_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
