@@ -1,7 +1,7 @@
 """From the bytes of a picture file, whatever it is, to a square of uint8: decode(data, size, ...).
 
 EXIF rotation, palettes, grays of 16 bits, CMYK, animations (their first frame) and transparency all
-end as RGB. What can't be read raises.
+end as RGB. What can't be read raises. What Pillow warns of is read, and told with its name.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import sys
 import threading
 import warnings
 from collections import deque
@@ -19,13 +20,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from common.train import UserError
+from ingest.layouts import counted
 
 # Of Pillow's 40 formats. EPS is not among them: Pillow gives it to Ghostscript to be run.
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 FORMATS += ["AVIF"] * (find_spec("PIL.AvifImagePlugin") is not None)  # from Pillow 11.3
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it raises from 178 megapixels on
+# A warning without a name is of no use: decode_records names the picture.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 PACKED = 128  # side of packed pictures, unless --size or larger views ask for another
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 # A decoded picture takes 8 bytes a pixel: 1.5 GB for the largest that Pillow opens, 130 MB for one
@@ -34,14 +39,19 @@ LARGE = 2**24
 MOST_WHOLE = 40 * 10**6  # pixels of an uncut picture; a page of A4 at 600 dpi has 35 million
 LONG = 1.4  # of a picture's longer side over the other: its centre is likely to miss the head
 ONE_LARGE = threading.Lock()
+NOW = threading.local()  # .key: of the picture that this thread decodes
+WARNED = set()  # keys of the pictures of this source whose warnings were told
 
 
 def open_picture(file):
-    """A path or bytes -> Pillow's image, whose pixels are not decoded yet.
+    """A path or bytes -> Pillow's image, whose pixels are not decoded yet (but for some APNGs).
 
     Raises UnidentifiedImageError for another format, DecompressionBombError over 178 megapixels.
     """
-    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    img = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    if img.info.get("default_image") is True:  # an APNG's, for programs that show no animations
+        img.seek(1)
+    return img
 
 
 @contextlib.contextmanager
@@ -57,10 +67,27 @@ def open_image(data, least):
         full = file.width
         file.draft("RGB", (least, least))  # only JPEGs know what that is
         scale = file.width / full
+        refuse_cut_off(file, data, least)
         img = upright(file)
         if img is not file:
             file.close()  # otherwise its pixels would stay beside those of the copy
         yield img, scale
+
+
+def refuse_cut_off(img, data, least):
+    """ValueError for a JPEG whose end is missing, though an end marker is there.
+
+    libjpeg fills what is missing with gray. A whole picture may end in it, too, but there it makes
+    no difference if more bytes come before the end marker.
+    """
+    rows = (0, img.height - 1, *img.size)
+    if img.format != "JPEG" or not np.isin(img.crop(rows), (127, 128)).all():  # CMYK: inverted
+        return
+    end = data.rfind(b"\xff\xd9")
+    with open_picture(data[:end] + b"\x5a" * 999 + data[end:]) as longer:
+        longer.draft("RGB", (least, least))
+        if longer.tobytes() != img.tobytes():
+            raise ValueError("the end of the file is missing")
 
 
 def upright(img):
@@ -199,11 +226,32 @@ def whole(data):
 # ---- many pictures -------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def named_warnings():
+    """While it lasts, Pillow's warnings are kept; at its end a line tells whose they are, once."""
+    kept, show = {}, warnings.showwarning
+
+    def keep(message, *where, **more):
+        if not hasattr(NOW, "key"):  # another thread's
+            show(message, *where, **more)
+        elif NOW.key not in WARNED:
+            kept.setdefault(NOW.key, f"{NOW.key} ({reason(message)})")
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module="PIL")
+        warnings.showwarning = keep
+        yield
+    WARNED.update(kept)
+    for line in counted(sorted(kept.values()), "pictures make Pillow warn", "look at them"):
+        tqdm.write(line, file=sys.stderr)  # above a bar
+
+
 def decode_records(records, fetch, work, at_once=16):
     """Yield (record, work(record, bytes) or exception), in order: Pillow decodes without the GIL."""
 
     def one(item):
         record, load = item
+        NOW.key = record.key
         try:
             return record, work(record, load())
         except MemoryError:
@@ -214,7 +262,7 @@ def decode_records(records, fetch, work, at_once=16):
             return record, problem
 
     items = iter(fetch(records))
-    with ThreadPoolExecutor() as pool:
+    with named_warnings(), ThreadPoolExecutor() as pool:
         waiting = deque(pool.submit(one, item) for item in islice(items, at_once))
         while waiting:
             done = waiting.popleft().result()

@@ -54,7 +54,7 @@ from common.train import (
     set_defaults,
 )
 from ingest import boxes, duplicates, files, hybrid, layouts, scenes, sources, tags, toon
-from ingest.decode import LONG, PACKED, decode, decode_records, look_at, reason
+from ingest.decode import LONG, PACKED, WARNED, decode, decode_records, look_at, reason
 from ingest.splits import (
     assign_splits,
     hold_out_test,
@@ -371,6 +371,7 @@ def write_splits(flags):
     large = path == "scenes" or flags.detect
     size = flags.size or (LARGE if large else PACKED)
     source = open_source(flags, size)
+    WARNED.clear()  # of another source
     how = vars(flags)
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
     # Mistakes show now, and not after the search for copies, which reads every picture.
@@ -465,7 +466,7 @@ def write_all(out, records, dims, stream, about, copies):
             if len(lost) > MAX_BROKEN * len(records) or len(skipped) == len(own):
                 broken = f"{len(lost)} of {len(records)} images can't be read"
                 broken += f", and {len(skipped)} of {len(own)} for {path}"
-                raise UserError(f"{broken}; remove them, or take another copy; the first: {first}")
+                raise UserError(f"{broken}; move them away, or copy them anew; the first: {first}")
             n = len(own) - len(skipped)
             size = about["size"]
             why = f"; skipped {len(skipped)}: {first}" if skipped else ""

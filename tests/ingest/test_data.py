@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -147,6 +148,64 @@ def test_broken_files_and_bombs_are_skipped_counted_and_named(tmp_path, monkeypa
     assert all(f"{name} (" in said for name in broken)
     assert sum(len(split["images"]) for split in sets.values()) == 119
     check_labels(root, sets)
+
+
+def cut_off(file):
+    """A JPEG without the second half of its pixels, under an end marker."""
+    content = file.read_bytes()
+    scan = content.rfind(b"\xff\xda")
+    file.write_bytes(content[: (scan + len(content)) // 2] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_whose_half_is_missing_is_skipped_and_a_gray_border_is_not(tmp_path, mode):
+    noise = Image.effect_noise((48, 64), 90).convert(mode)
+    gray = {"RGB": (128,) * 3, "L": 128, "CMYK": (0, 0, 0, 127)}[mode]
+    for i in range(30):
+        picture = Image.new(mode, (64, 96), gray)
+        picture.paste(noise.rotate(7 * i), (0, 0))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        picture.save(tmp_path / f"images/{i:02}.jpg", quality=95)
+    cut = tmp_path / "images/07.jpg"
+    noise.resize((64, 96)).save(cut, quality=95)
+    cut_off(cut)
+    said, _ = packed(tmp_path, "images --dedupe off")
+    assert said.count("skipped 1") == 1 and "07.jpg (the end of the file is missing)" in said
+
+
+def test_the_first_frame_of_an_animation_is_read_and_no_picture_for_old_programs(tmp_path):
+    (tmp_path / "images").mkdir()
+    red, blue = (Image.new("RGBA", (16, 16), name) for name in ("red", "blue"))
+    for name, first in (("with", True), ("without", False)):
+        for i in range(5):
+            frames = [red, blue] if first else [blue]
+            start = Image.new("RGBA", (16, 16), (0, 9 * i, 0, 9)) if first else red
+            how = {"save_all": True, "append_images": frames, "default_image": first}
+            start.save(tmp_path / f"images/{name}{i}.png", **how)
+    red.save(tmp_path / "images/x.gif", save_all=True, append_images=[blue])
+    said, sets = packed(tmp_path, "images --dedupe off --split 1,0,0")
+    assert (sets["train"]["images"] == (255, 0, 0)).all() and "alpha" not in said
+
+
+WARNS = (
+    b"II*\0\x08\0\0\0"  # EXIF: where the fields begin, which then are missing, cut off, or far away
+)
+WARNS = [
+    WARNS + rest for rest in (b"", b"\x05\0\x12", b"\x01\0\x0f\x01\x02\0\xff\0\0\0\x00\x10\0\0")
+]
+
+
+@pytest.mark.parametrize("exif", WARNS)
+@pytest.mark.parametrize("flags", ["", " --dedupe off"])
+def test_what_pillow_warns_of_is_named_once(tmp_path, exif, flags):
+    root = draw_folder(tmp_path / "images", classes=2, each=8)
+    for name in ("class0/w", "class1/x"):
+        picture = Image.effect_noise((40, 40), 80).convert("RGB")
+        picture.save(root / f"{name}.jpg", exif=b"Exif\0\0" + exif)
+    said = run_line(f"data.py images --out out --size 16{flags}", tmp_path, check=0).stderr
+    lines = re.findall(r"(\d) pictures make Pillow warn, the first: class(?:0/w|1/x).jpg \(", said)
+    assert sum(map(int, lines)) == 2 and "Warning" not in said
+    assert len(lines) == 1 or flags  # a line for all, or for each split
 
 
 def test_a_folder_with_a_slash_behind_it_is_the_same_folder(tmp_path, images, monkeypatch):
