@@ -18,7 +18,7 @@ from ingest.pack import DRAWN
 LONGEST = 255 - len("-overlay.png")  # bytes of a picture's name: a file's has 255, with its ending
 FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
 DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
-OWNERS = {}  # {(folder, name) of files that this command writes: the picture that they are of}
+OWNERS = {}  # {folder and name, without case, of files that this command writes: their picture}
 
 
 def tell_problems(problems, trained_on, as_json=False):
@@ -58,9 +58,12 @@ def save_pngs(out, key, pictures, in_folders=False):
     words = [part for part in Path(key).parts if part.strip("./")]
     words = [file_name(word) for word in words]
     folder = Path(*words[:-1]) if in_folders else Path()
-    name = "-".join(words[-1:] if in_folders else words[-2:]).removesuffix(Path(key).suffix)
-    if OWNERS.setdefault((folder, name), key) != key:
-        name = "-".join(words)  # x.jpg beside x.png
+    own = "-".join(words[-1:] if in_folders else words[-2:]).removesuffix(Path(key).suffix)
+    whole = "-".join(words)
+    for name in (own, whole, f"{whole}-{digest_of(key)}"):
+        # x.jpg beside x.png, or X.PNG: for many a disk, x and X are one name
+        if OWNERS.setdefault(str(folder / name).casefold(), key) == key:
+            break
     name = shortened(name, key)
     for ending, pixels in pictures.items():
         path = out / folder / f"{name}{ending}.png"
@@ -82,5 +85,8 @@ def shortened(name, key):
     letters = os.fsencode(name)
     if len(letters) <= LONGEST:
         return name
-    digest = hashlib.blake2b(os.fsencode(key), digest_size=4).hexdigest()
-    return letters[: LONGEST - 9].decode("utf-8", "ignore") + f"-{digest}"
+    return letters[: LONGEST - 9].decode("utf-8", "ignore") + f"-{digest_of(key)}"
+
+
+def digest_of(key):
+    return hashlib.blake2b(os.fsencode(key), digest_size=4).hexdigest()

@@ -4,11 +4,12 @@ import gc
 import os
 import shutil
 
+import numpy as np
 import pytest
 from conftest import refused, run_line
 from made import CPU, QUICK, files_of
 
-from apps import export, maps, segment
+from apps import export, maps, pictures, segment
 from apps.pictures import file_name
 
 # ---- after a kill --------------------------------------------------------------------------------
@@ -96,6 +97,26 @@ def test_no_command_replaces_what_it_has_open(fresh, windows, line, no_pictures,
         run_line(line, fresh, check=0)
     finally:
         gc.enable()
+
+
+ONE_NAME = (  # of pictures, where a disk knows no case
+    ("x.png", "X.PNG"),
+    ("Miku/1.png", "miku/1.webp", "MIKU/1.PNG"),
+    ("a/x.png", "a/x.PNG", "a/X.png", "a/x.Png"),
+    ("Straße.png", "STRASSE.png"),
+)
+
+
+@pytest.mark.parametrize("keys", ONE_NAME)
+@pytest.mark.parametrize("in_folders", [False, True])
+def test_pictures_keep_their_files_on_a_disk_without_case(tmp_path, monkeypatch, keys, in_folders):
+    monkeypatch.setattr(pictures, "OWNERS", {})
+    for _ in range(2):  # the second time as after a kill
+        pictures.OWNERS.clear()
+        for i, key in enumerate(keys):
+            pictures.save_pngs(tmp_path, key, {"": np.full((2, 2, 3), i, "u1")}, in_folders)
+    names = [str(path).casefold() for path in tmp_path.rglob("*.png")]
+    assert len(set(names)) == len(keys) == len(names)
 
 
 def test_names_of_files_are_those_of_every_system():
