@@ -33,7 +33,7 @@ from torch import nn
 
 import data
 from common import train
-from common.checkpoints import load_encoder, resize_positions
+from common.checkpoints import file_of, load_encoder, resize_positions
 from common.door import require, shown
 from common.features import name_of, open_splits, set_apart, split_suffix, untrained_like
 from common.train import Parser, UserError, at_least, between, cli, refuse_useless
@@ -126,7 +126,7 @@ def cells(n, stride, device):
 
 def load(path):
     """A run of apps/detect.py, or its detector.safetensors -> the network in eval mode, and its header."""
-    path = Path(path) / "detector.safetensors" if Path(path).is_dir() else Path(path)
+    path = Path(path) if Path(path).is_file() else file_of(path, "detector.safetensors")
     weights, header = train.read_safetensors(path, REMEDY)
     net = Detector(ViT(**header["detector"]["encoder"]))
     net.load_state_dict(weights)
@@ -396,7 +396,7 @@ def open_task(flags, device, autocast):
 
 def is_detector(path):
     """Is this the folder of a detector?"""
-    return (Path(path) / "detector.safetensors").exists()
+    return file_of(path, "detector.safetensors").is_file()
 
 
 def load_start(path, page=None):

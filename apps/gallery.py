@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import data
 from apps.groups import ALIKE, best_threshold, f1_curve
 from common import door
+from common.checkpoints import file_of
 from common.metrics import BINS
 from common.train import UserError, read_safetensors, save_safetensors
 
@@ -34,6 +35,12 @@ FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
 HANDICAP = 0.05  # so much less similar are new faces to a mean of SHOTS faces (results/TRIED.md)
+
+
+def gallery_file(run):
+    """Where the gallery of a run is read: its own, or of what ships the one that came with it."""
+    own = Path(run) / GALLERY
+    return own if own.exists() else file_of(run, "head.safetensors").with_name(GALLERY)
 
 
 @dataclass
@@ -84,7 +91,7 @@ class Gallery:
 
     @classmethod
     def load(cls, run):
-        tensors, header = read_safetensors(Path(run) / GALLERY)
+        tensors, header = read_safetensors(gallery_file(run))
         numbers = {name: header[name] for name in HEADER if name in header}
         return cls(tensors["embeddings"].float(), tensors["labels"], **numbers)
 

@@ -32,7 +32,7 @@ import torch
 
 import data
 from apps.collection import BY_FOLDS, open_all
-from apps.gallery import GALLERY, NEAREST, Gallery, calibrate
+from apps.gallery import GALLERY, NEAREST, Gallery, calibrate, gallery_file
 from apps.pictures import tell_problems
 from common import door
 from common.classifier import pooled_of, predict
@@ -109,10 +109,9 @@ UNMEASURED = (  # of a run that learned all characters of its set
 
 def open_gallery(run, device="auto", dtype="auto"):
     """-> the Gallery of a run. Where the run has none, it is built first."""
-    path = Path(run) / GALLERY
-    if not path.exists():
-        with locked(lock_beside(path), wait=True):
-            if not path.exists():  # another process may have built it
+    if not gallery_file(run).exists():
+        with locked(lock_beside(Path(run) / GALLERY), wait=True):
+            if not gallery_file(run).exists():  # another process may have built it
                 build_gallery(run, device, dtype)
     return Gallery.load(run)
 

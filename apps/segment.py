@@ -37,7 +37,7 @@ from torch import nn
 import data
 import mask as masking
 from common import train
-from common.checkpoints import about_model, load_encoder
+from common.checkpoints import about_model, file_of, load_encoder
 from common.features import name_of, open_splits, set_apart, split_suffix
 from common.train import Parser, UserError, at_least, cli, parse_keys, refuse_useless
 from kernels.patches import masked_patch_gather
@@ -317,7 +317,7 @@ def is_segmenter(path):
 
 def load(path):
     """A run of apps/segment.py -> Pixels in eval mode, header of model.safetensors."""
-    path = Path(path) / "model.safetensors"
+    path = file_of(path, "model.safetensors")
     weights, header = train.read_safetensors(path, REMEDY)
     if "network" not in header:
         raise UserError(f"{path.parent} makes no masks; {REMEDY}")

@@ -51,8 +51,16 @@ def fingerprint(encoder):
     return digest.hexdigest()[:12]
 
 
+def file_of(run, name=""):
+    """A file of a run's folder. Those of what ships, such as weights/toon, are found from every folder."""
+    here, shipped = Path(run, name), Path(ROOT, run, name)
+    is_shipped = here.parts[:1] == ("weights",) and shipped.is_file() and not here.is_file()
+    return shipped if is_shipped else here
+
+
 def model_file(run):
-    return Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
+    file = file_of(run, "model.safetensors")
+    return file if file.is_file() or Path(run).is_dir() else file_of(run)
 
 
 def about_model(run):

@@ -9,13 +9,13 @@ arXiv:1903.07071) is one with a learned scale.
 """
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
+from common.checkpoints import file_of
 from common.train import UserError, check_format, is_decayed, read_safetensors
 from model import POOLS
 
@@ -202,12 +202,12 @@ def predict(net, pooled):
 
 def is_recogniser(folder):
     """Did finetune_lora.py write this run folder?"""
-    return (Path(folder) / "head.safetensors").exists()
+    return file_of(folder, "head.safetensors").is_file()
 
 
 def read_head(folder):
     """-> weights of neck and head, and the header."""
-    path = Path(folder) / "head.safetensors"
+    path = file_of(folder, "head.safetensors")
     weights, header = read_safetensors(path, REMEDY)
     check_format(header, path)
     return weights, header

@@ -6,8 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import refused, run_line
+from conftest import ROOT, refused, run_line
 from made import CPU, QUICK, files_of
+from PIL import Image
 
 from apps import export, maps, pictures, segment
 from apps.pictures import file_name
@@ -97,6 +98,37 @@ def test_no_command_replaces_what_it_has_open(fresh, windows, line, no_pictures,
         run_line(line, fresh, check=0)
     finally:
         gc.enable()
+
+
+# ---- other folders ----------------------------------------------------------------------------------
+
+
+SHIPPED = (
+    f"apps.recognize weights/toon-lora {CPU} x.png",
+    f"apps.detect weights/toon-det {CPU} x.png",
+    f"apps.tags weights/toon-tags {CPU} x.png",
+    f"apps.segment weights/toon-seg {CPU} x.png --out new",
+)
+
+
+@pytest.mark.parametrize("line", SHIPPED)
+def test_what_ships_is_found_from_every_folder_and_nothing_is_written_there(tmp_path, line):
+    before = files_of(ROOT / "weights")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "x.png")
+    run_line(line, tmp_path, check=0)
+    assert files_of(ROOT / "weights") == before
+    for card in tmp_path.rglob("README.md"):
+        assert "license: mit" in card.read_text()
+
+
+def test_a_run_of_ones_own_takes_no_gallery_of_what_ships(fresh):
+    shutil.copytree("runs/a-lora", "weights/toon-lora")
+    os.unlink("weights/toon-lora/gallery.safetensors")
+    line = f"apps.recognize {{}} {CPU} images/class1/illust0_0.png"
+    own, plain = (
+        run_line(line.format(run), fresh, check=0) for run in ("weights/toon-lora", "runs/a-lora")
+    )
+    assert own.stdout == plain.stdout and "wrote weights" in own.stderr
 
 
 ONE_NAME = (  # of pictures, where a disk knows no case
