@@ -48,6 +48,7 @@ from common.train import (
     save_text,
 )
 from finetune_lora import load_classifier, lora_layers, merge_lora
+from ingest.decode import PACKED
 from kernels import MEAN, STD
 from model import EPS
 
@@ -68,6 +69,16 @@ PLAIN = re.compile(  # names of weights in MAE, timm and HF
     r"(decoder_)?norm|patch_embed\.proj|decoder_embed|decoder_pred)\.(weight|bias)"
 )
 OUT = "{out}"  # in a line that loads what was written: the path, which the writer does not know
+READ = """
+# pictures as it learned them: upright, of 8 bits a colour, on white paper
+from PIL import Image, ImageOps
+def read(path):
+    img = ImageOps.exif_transpose(Image.open(path))
+    if img.mode.startswith("I"):  # grays of 16 bits
+        img = img.point(lambda x: x * (1 / 257) + 0.5).convert("L")
+    img = img.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")
+"""  # of a card: other libraries keep what lies under transparent pixels, and how a phone was held
 
 
 # ---- weights: encoders in public formats, adapters, runs -----------------------------------------
@@ -99,10 +110,28 @@ def public_weights(source, image_size, whole=True):
     return weights, facts
 
 
+def resampling(size):
+    """The filter that makes of a picture in one step what `data.read_view` makes of it for an encoder.
+
+    It resizes to PACKED pixels by BICUBIC, and then to fewer by a triangle, which decides. As features of
+    weights/toon have it, BILINEAR has a cosine of 0.9999 with our own reading, and BICUBIC of 0.998.
+    """
+    return Image.Resampling.BICUBIC if size >= PACKED else Image.Resampling.BILINEAR
+
+
+def square_of(size, by):
+    """For a card: what cuts out a picture's centre and resizes it, where no library does."""
+    return f'np.array(ImageOps.fit(read("a.png"), ({size}, {size}), Image.Resampling.{by.name}))'
+
+
 def save_mae(source, out, image_size):
     """Write the weights alone: such a file tells neither norm_pix nor a floor."""
-    save_safetensors(public_weights(source, image_size)[0], out)
-    return f"safetensors.torch.load_file({OUT})"
+    weights, facts = public_weights(source, image_size)
+    save_safetensors(weights, out)
+    size = facts["image_size"]
+    return f"""safetensors.torch.load_file({OUT})
+{READ}view = {square_of(size, resampling(size))} / 255
+pixels = ((view - {MEAN}) / {STD}).transpose(2, 0, 1)  # (3, S, S)"""
 
 
 def save_timm(source, out, image_size):
@@ -110,10 +139,15 @@ def save_timm(source, out, image_size):
     save_safetensors(weights, out)
     size = facts["image_size"]
     pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
+    # The whole centre square: timm's ViTs cut off a tenth of it (crop_pct 0.9).
+    pixels |= {"crop_pct": 1.0, "crop_mode": "center"}
+    pixels["interpolation"] = resampling(size).name.lower()
     shape = f"img_size={size}, patch_size={facts['patch_size']}, embed_dim={facts['dim']}, "
     shape += f"depth={facts['depth']}, num_heads={facts['heads']}, num_classes=0"
     shape += f", pretrained_cfg_overlay={pixels}"
-    return f'timm.create_model("vit_small_patch16_224", {shape}, checkpoint_path={OUT})'
+    return f"""net = timm.create_model("vit_small_patch16_224", {shape}, checkpoint_path={OUT})
+{READ}transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=net))
+pixels = transform(read("a.png"))[None]"""
 
 
 def save_hf(source, folder, image_size):
@@ -135,8 +169,17 @@ def save_hf(source, folder, image_size):
         # transformers keeps a key that it does not know. Here, `formats.facts_beside` reads it again.
         config |= {"norm_pix_loss": facts["norm_pix"], "norm_pix_floor": facts["floor"]}
     pixels = {
-        "image_processor_type": "ViTImageProcessor",
-        "size": {"height": size, "width": size},
+        # DINOv2's, which cuts out the centre. ViT's would squash a tall picture to a square.
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,  # gray, palettes; what is transparent becomes white
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": resampling(size),
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
         "image_mean": list(MEAN),
         "image_std": list(STD),
     }
@@ -150,13 +193,17 @@ def save_hf(source, folder, image_size):
     save_json(config, folder / "config.json", 2)
     save_json(pixels, folder / "preprocessor_config.json", 2)
     use = f"transformers.{network}.from_pretrained({OUT})"
+    # Given a path, transformers drops what says that pixels are transparent.
+    pictures = f"""{READ}processor = transformers.AutoImageProcessor.from_pretrained({OUT})
+pixels = processor(read("a.png"), return_tensors="pt").pixel_values"""
     if not depth:
-        return use
+        return f"{use}\n{pictures}"
     patches = (size // facts["patch_size"]) ** 2
     return f"""{use}
 # it hides {HF_RATIO:.0%} of the patches, in random order; features of all patches in their order:
 net = transformers.ViTMAEModel.from_pretrained({OUT}, mask_ratio=0.0)
-tokens = net(pixels, noise=torch.arange({patches}.0)[None]).last_hidden_state  # one picture"""
+tokens = net(pixels, noise=torch.arange({patches}.0)[None]).last_hidden_state  # one picture
+{pictures}"""
 
 
 @torch.no_grad()
@@ -193,7 +240,7 @@ def save_half(source, out, image_size):
         raise UserError(KEEPS_SIZE.format(image_size, source))
     if is_recogniser(source):
         open_gallery(source)  # the copy does without the data set
-    files = [source / f"{name}.safetensors" for name in TENSORS]
+    files = [checkpoints.file_of(source, f"{name}.safetensors") for name in TENSORS]
     there = {file.stem: file for file in files if file.exists()}
     if not there.keys() & {"model", "head", "detector"}:
         raise UserError(f"{source} is no run, and --to half takes one; --to mae takes a checkpoint")
@@ -289,8 +336,13 @@ def write_onnx(graph, notes, out):
 
 def save_onnx(source, out, image_size=None):
     """Write a run or a checkpoint as ONNX."""
-    write_onnx(*graph_of(source, image_size), out)
-    return f"onnxruntime.InferenceSession({OUT})"
+    graph, notes = graph_of(source, image_size)
+    write_onnx(graph, notes, out)
+    use = f"onnxruntime.InferenceSession({OUT})"
+    if notes.get("crop") == "figure":
+        return f"{use}  # its pictures are squares around the figure, which no library cuts"
+    by = resampling(notes["side"]) if notes["is"] == "encoder" else Image.Resampling.BICUBIC
+    return f"{use}\n{READ}images = {square_of(notes['side'], by)}[None]"
 
 
 # ---- the contract of WD taggers: model.onnx and selected_tags.csv --------------------------------
@@ -389,7 +441,7 @@ def sets_behind(source, later=()):
 
     later: the runs that began from this one; a run that comes twice was replaced by another one.
     """
-    if not source.exists() or source.resolve() in later:
+    if not checkpoints.place_of(source, source).exists() or source.resolve() in later:
         return ["not known here"]
     flags = flags_of_run(source)
     sets = [flags.get("data", "not known here")]
@@ -435,7 +487,7 @@ def flags_of_run(source):
         flags = {"encoder": header["base"], **header["config"]}
         flags |= {"data": header["data"], "method": header["method"]}
         return flags | {f"{k} of its encoder": before[k] for k in MADE_BY if k in before}
-    detector = checkpoints.about_model(source / "detector.safetensors")
+    detector = checkpoints.about_model(checkpoints.file_of(source, "detector.safetensors"))
     header = detector or checkpoints.about_model(source)
     flags = header.get("run") or header.get("origin", {})
     return flags | ({"encoder": header["base"]} if "base" in header else {})
@@ -457,7 +509,7 @@ def export(source, to, out=None, image_size=None):
     """Write `source` as `to`, and its card, whole or not at all -> what was written, how it is loaded."""
     source = Path(source)
     write, name, library = FORMATS[to]
-    out = Path(out or checkpoints.model_file(source).parent / name)
+    out = Path(out or (source.parent if source.is_file() else source) / name)
     card = out.parent / f"{out.stem}.md" if Path(name).suffix else out / "README.md"
     if card == out:
         raise UserError(f"--out {out} would be the card, too; choose another name")
@@ -477,7 +529,7 @@ def main():
     add("--image-size", type=between(8, 4096, int), metavar="PX", help="side of a view (its own)")
     args = parser.parse_args()
     out, use = export(args.encoder, args.to, args.out, args.image_size)
-    print(f"wrote    {out}, and its card\nload it  {use}")
+    print(f"wrote    {out}, and its card\nload it  {use.partition(READ)[0]}".rstrip())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from apps import export, tags
 from common import checkpoints
 from common.checkpoints import load_encoder, save_network
 from common.train import UserError, save_safetensors, seeded
+from ingest import toon
 from model import MAE
 
 TINY_MAE = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2}
@@ -192,6 +195,119 @@ def test_a_folder_is_written_whole_or_not_at_all(at, tmp_path, monkeypatch):
         run_line(line, at)
     assert files
     assert not list(tmp_path.iterdir())
+
+
+# ---- whoever loads it reads pictures as we do ----------------------------------------------------
+
+
+def put_tall(two, path):
+    upper, lower = two
+    tall = Image.new("RGB", (200, 400))
+    tall.paste(upper, (0, 0))
+    tall.paste(lower, (0, 200))
+    tall.save(path)
+    return tall
+
+
+def put_wide(two, path):
+    put_tall(two, path).transpose(Image.Transpose.ROTATE_90).save(path)
+
+
+def put_transparent(two, path):
+    """The colours of one picture, seen through the bright parts of another."""
+    two[0].putalpha(two[1].convert("L"))
+    two[0].save(path)
+
+
+def put_gray_with_alpha(two, path):
+    gray = two[0].convert("L")
+    gray.putalpha(two[1].convert("L"))
+    gray.save(path)
+
+
+def put_palette(two, path):
+    put_tall(two, path).quantize(32).save(path, transparency=3)
+
+
+def put_gray16(two, path):
+    gray = np.array(put_tall(two, path).convert("L"), np.uint16)
+    Image.fromarray(257 * gray).save(path)
+
+
+def put_turned(two, path):
+    """As a phone stores what it took on its side."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    put_tall(two, path).save(path, exif=exif)
+
+
+PUT = {
+    "tall": put_tall,
+    "wide": put_wide,
+    "square": lambda two, path: two[0].save(path),
+    "gray": lambda two, path: put_tall(two, path).convert("L").save(path),
+    "gray with alpha": put_gray_with_alpha,
+    "transparent": put_transparent,
+    "palette": put_palette,
+    "gray16": put_gray16,
+    "turned": put_turned,
+}
+BY_CARD = {"gray16", "turned"}  # what transformers' processor alone can't read
+
+
+def code_of(card, path):
+    """The lines of a card that read the picture a.png, for this one."""
+    code = re.search(r"    # pictures.*?(?=\n\n\|)", card.read_text(), re.DOTALL)[0]
+    return textwrap.dedent(code).replace('"a.png"', repr(str(path)))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """weights/toon in three formats, as it is and at 128 px -> their folder."""
+    at = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "write_onnx", lambda graph, notes, out: out.touch())
+        for size in (96, 128):
+            for to in ("hf", "mae", "onnx"):
+                export.export(ROOT / "weights/toon", to, at / f"{to}{size}", size)
+    return at
+
+
+@pytest.mark.parametrize("size", [96, 128])
+@pytest.mark.parametrize("kind", PUT)
+def test_whoever_loads_an_export_gets_our_features(tmp_path, exported, kind, size):
+    transformers = pytest.importorskip("transformers")
+    people = toon.cast()[3:5]
+    two = [Image.fromarray(toon.draw(toon.unseen(who, 1)[0], 200)["image"]) for who in people]
+    PUT[kind](two, path := tmp_path / "x.png")
+    encoder = load_encoder(ROOT / "weights/toon", size)
+    cosine = partial(nn.functional.cosine_similarity, dim=2)
+    with torch.no_grad():
+        ours = encoder.features(data.read_view(path, size))
+        known = {"transformers": transformers, "torch": torch, "np": np}
+        exec(code_of(exported / f"hf{size}/README.md", path), known)
+        given = [known["pixels"]]
+        if kind not in BY_CARD:
+            given.append(known["processor"](Image.open(path), return_tensors="pt").pixel_values)
+        load = transformers.ViTMAEModel.from_pretrained
+        net = load(exported / f"hf{size}", mask_ratio=0.0)
+        order = torch.arange((size / 8) ** 2)[None]
+        theirs = [net(pixels, noise=order).last_hidden_state for pixels in given]
+        exec(code_of(exported / f"mae{size}.md", path), known)
+        exec(code_of(exported / f"onnx{size}.md", path), known)
+        views = known["view"][None] * 255, known["images"]
+        theirs += [encoder.features(torch.from_numpy(view.round().astype("u1"))) for view in views]
+        for tokens in theirs:
+            assert cosine(tokens.mean(1, True), ours.mean(1, True)) > 0.998
+            assert cosine(tokens, ours).mean() > 0.998
+
+
+def test_timm_is_told_to_cut_nothing_from_the_centre(tmp_path):
+    """timm itself is not asked: these are the fields that its documentation names."""
+    export.export(ROOT / "weights/toon", "timm", tmp_path / "x.st", 128)
+    card = (tmp_path / "x.md").read_text()
+    for field in ("'crop_pct': 1.0", "'crop_mode': 'center'", "'interpolation': 'bicubic'"):
+        assert field in card
 
 
 # ---- the contract of WD taggers ------------------------------------------------------------------

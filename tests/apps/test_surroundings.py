@@ -108,6 +108,8 @@ SHIPPED = (
     f"apps.detect weights/toon-det {CPU} x.png",
     f"apps.tags weights/toon-tags {CPU} x.png",
     f"apps.segment weights/toon-seg {CPU} x.png --out new",
+    "apps.export weights/toon --to hf",
+    "apps.export weights/toon-lora --to half",
 )
 
 
