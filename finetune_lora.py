@@ -308,7 +308,8 @@ def load_base(folder, header):
         return load_encoder(folder, header["image_size"])
     place = place_of(header["base"], folder)
     if not model_file(place).exists():
-        raise UserError(f"{folder} was trained on the encoder {header['base']}, which is missing")
+        lost = f"the encoder {header['base']}, which is missing"
+        raise UserError(f"{folder} was trained on {lost}; copy it to where {folder} lies")
     encoder = load_encoder(place, header["image_size"])
     # A head is nothing on other weights, and a run may have been made anew under its old name.
     if fingerprint(encoder) != header["fingerprint"]:

@@ -22,6 +22,7 @@ they are.
 import contextlib
 import itertools
 import json
+import os
 import sys
 from collections import Counter
 from functools import partial
@@ -45,6 +46,7 @@ from common.train import (
     autocast_of,
     between,
     cli,
+    copied,
     pick_device,
     pick_dtype,
     quoted,
@@ -112,12 +114,17 @@ def open_gallery(run, device="auto", dtype="auto"):
     if not gallery_file(run).exists():
         with locked(lock_beside(Path(run) / GALLERY), wait=True):
             if not gallery_file(run).exists():  # another process may have built it
-                build_gallery(run, device, dtype)
+                return build_gallery(run, device, dtype)
     return Gallery.load(run)
 
 
+def is_closed(run):
+    """Is it a folder that may only be read, such as one of somebody else?"""
+    return Path(run).is_dir() and not os.access(run, os.W_OK)
+
+
 def build_gallery(run, device, dtype):
-    """Write the embeddings of training pictures, and what is calibrated on held-out ones.
+    """-> the embeddings of training pictures, and what is calibrated on held-out ones; it is written.
 
     A run that learned every picture has no held-out one: its folds have measured (apps/folds.py).
     """
@@ -143,8 +150,11 @@ def build_gallery(run, device, dtype):
         numbers = calibrate(embeddings, labels, held_out, unknown)
     keys = [train.split["header"]["keys"][i] for i in index.tolist()]
     gallery = Gallery(embeddings, labels, len(classes), names=classes, keys=keys, **numbers)
-    gallery.save(run)
-    said = [f"wrote {Path(run) / GALLERY}: {len(keys)} faces of {len(classes)} characters"]
+    if is_closed(run):
+        said = [f"note: {run} may not be written by you, so this call's gallery is not kept"]
+    else:
+        gallery.save(run)
+        said = [f"wrote {Path(run) / GALLERY}: {len(keys)} faces of {len(classes)} characters"]
     if others:
         below = gallery.similarity(*unknown) < gallery.threshold
         share = f"{below.float().mean():.0%} of the {len(below)} pictures of nobody"
@@ -152,11 +162,15 @@ def build_gallery(run, device, dtype):
     elif not by_folds and not header["hold_out"]:
         said.append(f"note: {UNMEASURED}")
     print("\n".join(said), file=sys.stderr)
+    return gallery
 
 
 @contextlib.contextmanager
 def changing(run):
     """with changing(run): what is read, changed and saved here is changed by nobody else meanwhile."""
+    if is_closed(run):
+        fix = f"give a copy of it: {copied(run)}"
+        raise UserError(f"{run} may not be written by you, and its gallery lies there; {fix}")
     with locked(lock_beside(Path(run) / GALLERY), wait=True):
         yield Gallery.load(run)
 

@@ -7,6 +7,7 @@ the stage, where it can be read.
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import json
 import math
@@ -35,6 +36,7 @@ LOG_EVERY = 10  # steps
 SAVE_EVERY = 120  # seconds: about what a killed run loses
 UNSAVED = {"resume", "given", "again", "wandb"}  # flags of one start, and not of the run
 NOT_IN_NAME = {"out", "data", "device"} | UNSAVED  # of a run's folder
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)  # of an OSError: it may not be written
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products
 # what safetensors calls the dtypes of memory maps
 ARRAYS = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
@@ -59,6 +61,13 @@ def cli(main):
     except UserError as problem:
         tqdm.write(f"error: {problem}", file=sys.stderr)  # on a line of its own, beside a bar
         sys.exit(2)
+    except OSError as problem:  # a folder of somebody else, or a disk that is only read
+        folder = Path(problem.filename or "").parent
+        if problem.errno not in CLOSED or os.access(folder, os.W_OK):
+            raise
+        fix = f"give --out a folder of yours, or where there is no --out, a copy: {copied(folder)}"
+        tqdm.write(f"error: {folder} may not be written by you; {fix}", file=sys.stderr)
+        sys.exit(2)
     except torch.OutOfMemoryError as problem:
         fix = "a smaller --batch-size needs less, and so does a smaller --model"
         tqdm.write(f"error: {str(problem).splitlines()[0]}; {fix}", file=sys.stderr)
@@ -67,6 +76,11 @@ def cli(main):
         sys.exit(130)
     finally:
         AT_END.close()
+
+
+def copied(folder):
+    """The command that makes a copy of a folder, which may be written where the folder may not."""
+    return f"cp -r {quoted(folder)} NEW && chmod -R u+w NEW"
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,5 +1,6 @@
 """What a command finds around it: other processes, what a kill left, odd names, Windows."""
 
+import errno
 import gc
 import os
 import shutil
@@ -100,7 +101,53 @@ def test_no_command_replaces_what_it_has_open(fresh, windows, line, no_pictures,
         gc.enable()
 
 
-# ---- other folders ----------------------------------------------------------------------------------
+# ---- folders that are only read, and other folders -----------------------------------------------
+
+
+@pytest.fixture
+def only_read(monkeypatch):
+    """Nothing may be written in runs/, whoever asks: the tests may be root, whom no mode stops."""
+    from pathlib import Path
+
+    def refuses(how):
+        def done(*words, **more):
+            for word in map(str, words):
+                if word.startswith("runs/"):
+                    raise PermissionError(errno.EACCES, "Permission denied", word)
+            return how(*words, **more)
+
+        return done
+
+    for name in ("replace", "rename", "mkdir"):
+        monkeypatch.setattr(os, name, refuses(getattr(os, name)))
+    is_free = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, how: is_free(path, how) and Path(path).parts[:1] != ("runs",)
+    )
+
+
+ONLY_READ = (  # the command, and the folder whose copy can be written
+    ("apps.export runs/a --to timm", "cp -r runs/a NEW"),
+    (f"probe.py runs/a --data datasets/packed {CPU}", "cp -r runs/a NEW"),
+    (f"apps.recognize runs/a-lora {CPU} --enrol me images/class0", "cp -r runs/a-lora NEW"),
+    (f"apps.unknown runs/a-lora {CPU}", "cp -r runs/a-lora NEW"),
+)
+
+
+@pytest.mark.parametrize(("line", "fix"), ONLY_READ)
+def test_a_run_that_is_only_read_says_what_can_be_written(fresh, only_read, line, fix, no_pictures):
+    said = refused(run_line(line, fresh))
+    assert "may not be written by you" in said and fix in said
+
+
+def test_a_run_that_is_only_read_still_names_pictures(fresh, monkeypatch, only_read):
+    gallery = fresh / "runs/a-lora/gallery.safetensors"
+    line = f"apps.recognize runs/a-lora {CPU} images/class1/illust0_0.png"
+    known = run_line(line, fresh, check=0).stdout
+    gallery.unlink()
+    done = run_line(line, fresh, check=0)
+    assert done.stdout == known and "is not kept" in done.stderr
+    assert not gallery.exists()
 
 
 SHIPPED = (
