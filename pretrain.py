@@ -203,7 +203,7 @@ def settle_compiler(flags, device):
     why_not = patches.why_not_triton(device) if device.type == "cuda" else None
     if why_not:  # a GPU's programs are all made by Triton, those of torch.compile, too
         flags.compile = False
-    if not flags.compile:
+    if device.type == "cuda" and not flags.compile:
         patches.IMPL = "torch"
     line = f"kernels in {patches.choose_impl('auto', device)}"
     if flags.compile:
