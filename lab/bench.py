@@ -11,6 +11,8 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,11 @@ def alone(function, *args, **options):
             return pool.submit(function, *args, **options).result()
         except BrokenProcessPool:
             raise UserError("a process was killed; its memory may have been full") from None
+
+
+def version_of(library):
+    """Its version, or none. It is asked as a module: triton-windows is a triton, too."""
+    return import_module(library).__version__ if find_spec(library) else "none"
 
 
 def copy_speed(device):

@@ -31,9 +31,6 @@ from kernels.patches import (
 )
 from lab import bench
 
-if TRITON:
-    import triton
-
 # batch, image size, patch size, share of hidden patches
 GPU_CASES = [(1024, *case, 0.75) for case in ((128, 16), (224, 16), (64, 8), (224, 14))]
 SMALL_CASES = [(2, 32, 8, 0.75)]
@@ -152,7 +149,7 @@ def main():
     if not (gpu or args.small):
         raise UserError("the kernels are for NVIDIA cards; --small tries the path without one")
     dtype = DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
-    versions = {"triton": triton.__version__ if TRITON else "none"}
+    versions = {"triton": bench.version_of("triton")}
     versions["copy_gb_per_s"] = round(bench.copy_speed(device) / 1e9, 1)
     table = bench.Table(args.out / "bench_kernels.csv", device, **versions)
     for case in SMALL_CASES if args.small else GPU_CASES:

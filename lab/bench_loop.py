@@ -3,10 +3,12 @@
     python -m lab.bench_loop
 
 Writes: OUT/bench_loop.csv, a row for each way. `apart_10` and `apart_150` are the largest relative
-differences of a loss from that of the first way, in so many steps: what rounds otherwise drifts apart
-slowly, and a recording that repeats a number which should have changed does so at once.
+differences of a loss from that of the first way, in so many steps (fewer with --small): what rounds
+otherwise drifts apart slowly, and a recording that repeats a number which should have changed does
+so at once.
 """
 
+import itertools
 import statistics
 import sys
 import time
@@ -17,7 +19,7 @@ import torch
 
 import pretrain
 from common import train
-from common.train import cli, pick_device
+from common.train import cli, pick_device, refuse_useless
 from lab import bench
 
 RECIPE = "--mask attn_high --ratio 0.75 --epochs 50 --eval-every 50"  # of the demo set: 150 steps
@@ -36,10 +38,8 @@ def run_way(name, words):
     update = train.Run.update
 
     def noted(run, loss, grad_norm):
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
         losses.append(loss.item())
-        times.append(time.perf_counter())
+        times.append(bench.now(run.device))
         update(run, loss, grad_norm)
 
     train.Run.update = noted
@@ -47,7 +47,7 @@ def run_way(name, words):
     with TemporaryDirectory() as folder:
         sys.argv = ["pretrain.py", *words.split(), "--out", str(Path(folder) / "run")]
         pretrain.main()
-    ms = [1000 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+    ms = [1000 * (after - before) for before, after in itertools.pairwise(times)]
     return losses, ms, times[0] - start
 
 
@@ -58,6 +58,7 @@ def apart(losses, others):
 
 def main():
     args = bench.parser_of(__doc__).parse_args()
+    refuse_useless(args.given & {"turns"}, "here, where each way runs once")
     device = pick_device(args.device)
     table = bench.Table(args.out / "bench_loop.csv", device)
     words = f"{SMALL if args.small else RECIPE} --device {device}"

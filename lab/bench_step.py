@@ -13,8 +13,6 @@ import functools
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +260,7 @@ def main():
         sizes = TINY
         counts = COUNTS["small"]
     libraries = ("transformers", "triton")
-    versions = {name: version(name) if find_spec(name) else "none" for name in libraries}
+    versions = {name: bench.version_of(name) for name in libraries}
     table = bench.Table(args.out / f"bench_step_{device.type}.csv", device, **versions)
     candidates = ["AniMask", "transformers"]
     if versions["transformers"] == "none":

@@ -3,7 +3,8 @@
     python -m lab.filled runs/NAME --data datasets/toon
 
 Reads:  runs/NAME/model.safetensors, datasets/NAME
-Writes: OUT/filled.json, default runs/NAME/
+Writes: OUT/filled.json, default runs/NAME/; of other data than the run's, or of another split than val,
+        in runs/NAME/DATANAME-SPLIT/
 
 Flat and detailed patches are those to which --flat-weight 0 would give less than half a weight, and the
 rest (kernels/patches.py). Beside each PSNR stands that of the mean colour of visible neighbours, which
@@ -11,7 +12,6 @@ needs no network. A PSNR is of the mean squared error of all pixels of a kind, a
 patch that is filled in exactly has none of its own.
 """
 
-import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 import data
 from common.checkpoints import flags_of, load_mae
 from common.evaluate import EVAL_IMAGES, filled_in, masked_views, neighbours_in
+from common.features import results_folder
 from common.locks import reserve
 from common.train import Parser, cli, command, commit, machine, pick_device, save_json
 from kernels.patches import detail_weight, patch_bytes, patch_detail
@@ -56,8 +57,9 @@ def measure(model, split, target_options, ratio):
         every = torch.cat(parts)  # (patches of the kind, 2)
         if not len(every):
             continue
-        ours, neighbours = (round(10 * math.log10(255**2 / x), 3) for x in every.mean(0).tolist())
-        rows[kind] = {"patches": len(every), "psnr": ours, "neighbours": neighbours}
+        ours, neighbours = (10 * torch.log10(255**2 / every.mean(0))).tolist()
+        rows[kind] = {"patches": len(every), "psnr": round(ours, 3)}
+        rows[kind]["neighbours"] = round(neighbours, 3)
     return rows
 
 
@@ -69,10 +71,10 @@ def main():
     add("--split", default="val", choices=["val", "dev", "test"], help="of --data")
     add("--out", type=Path, metavar="DIR", help="of the results (default: the run)")
     args = parser.parse_args()
-    out = (args.out or Path(args.run)) / "filled.json"
-    reserve([out])
     model, header = load_mae(args.run)
     folder = Path(data.open_or_pack(args.data or flags_of(args.run)["data"]))
+    out = (args.out or results_folder(args.run, folder, args.split)) / "filled.json"
+    reserve([out])
     target_options = {name: header[name] for name in ("norm_pix", "floor")}
     report = {"command": command(), "machine": machine(pick_device("cpu")), "commit": commit()}
     report |= {"run": Path(args.run).name, "data": str(folder), "split": args.split}

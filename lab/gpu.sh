@@ -62,7 +62,7 @@ facts() {
     nvidia-smi || echo "no nvidia-smi here"
     lscpu | head -n 20
     python3 -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())'
-    python3 -m pip list | grep -iE '^(torch|triton|transformers|timm|onnxruntime|numpy|nvidia-[a-z]+) '
+    python3 -m pip list | grep -iE '^(torch|triton|transformers|numpy|nvidia-[a-z]+) '
     return 0
 }
 

@@ -124,7 +124,7 @@ def main():
     encoder = load_teacher(args.run)
     folder = Path(data.open_or_pack(args.data))
     out = results_folder(args.run, folder, args.split) / "map_quality.json"
-    reserve([out])
+    reserve([out], fix="move it away")
     truth = true_set(folder, args.split)
     rows = measure_foreground(*truth[:2], encoder.side)
     rows += measure_attention(*truth[:2], encoder)

@@ -47,7 +47,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import median
 
@@ -254,9 +254,10 @@ def run_all(jobs, args):
     failed = []
     STOPPED.clear()
     pool = ThreadPoolExecutor(args.jobs)
-    futures = [pool.submit(row_of, *job, args) for job in jobs]
+    futures = {pool.submit(row_of, *job, args): job for job in jobs}
     try:
-        for (arm, seed), future in zip(jobs, futures, strict=True):
+        for future in as_completed(futures):
+            arm, seed = futures[future]
             row = future.result()
             with open(args.folder / "rows.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -219,7 +219,7 @@ def main():
     task = open_task(parse_args())
     args = task.args
     out = task.out / "stress.json"
-    reserve([out])
+    reserve([out], fix="move it away")
     if not task.labelled:
         raise UserError(f"this needs two classes, and labels on all of {task.folder}")
     report = {"command": command(), "machine": machine(task.device), "commit": commit()}
