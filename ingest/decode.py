@@ -80,8 +80,8 @@ def refuse_cut_off(img, data, least):
     libjpeg fills what is missing with gray. A whole picture may end in it, too, but there it makes
     no difference if more bytes come before the end marker.
     """
-    rows = (0, img.height - 1, *img.size)
-    if img.format != "JPEG" or not np.isin(img.crop(rows), (127, 128)).all():  # CMYK: inverted
+    last_row = (0, img.height - 1, *img.size)
+    if img.format != "JPEG" or not np.isin(img.crop(last_row), (127, 128)).all():  # CMYK: inverted
         return
     end = data.rfind(b"\xff\xd9")
     with open_picture(data[:end] + b"\x5a" * 999 + data[end:]) as longer:

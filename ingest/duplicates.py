@@ -82,6 +82,7 @@ def details(pictures):
 
 
 def unit(e):
+    """(m, 32, 32) -> (m, 1024), each with mean 0 and norm 1."""
     e = e.reshape(len(e), SIDE * SIDE)
     e = e - e.mean(1, keepdims=True)
     return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6)
@@ -181,14 +182,14 @@ def best_window(rows):
 
 
 def alike(thumbs, i, j, windows, lines=edges):
-    """Correlation (m) of the edges of pictures i with those of windows of pictures j."""
+    """Correlation (m) of the lines of pictures i with those of windows of pictures j."""
     rows, columns = (resampling(windows[:, a], windows[:, a + 2]) for a in (0, 1))
     crops = rows @ thumbs[j].astype(np.float32) @ columns.transpose(0, 2, 1)
     return (lines(thumbs[i]) * lines(crops)).sum(1)
 
 
 def fitted(thumbs, i, j, windows, lines=edges):
-    """Move the edges of windows while the lines fit better -> the best correlation."""
+    """Move the sides of windows while the lines fit better -> the best correlation."""
     corners = np.c_[windows[:, :2], windows[:, :2] + windows[:, 2:]]
     best = alike(thumbs, i, j, windows, lines)
     for step, edge, way in product((0.04, 0.02, 0.02, 0.01, 0.01), range(4), (-1, 1)):
@@ -217,16 +218,19 @@ def pairs(thumbs):
     return sorted(joined)
 
 
-def judged(thumbs, records, pairs):
-    """-> {pair of two labels: do its details lie on each other, too?}. A pair takes some 30 ms."""
+def judge(thumbs, records, pairs):
+    """-> {pair of two labels: do its details lie on each other, too?}. A pair takes some 3 ms."""
+    mixed = [(i, j) for i, j in pairs if records[i].label != records[j].label]
     found = {}
-    windows = np.tile(WINDOWS, (2, 1))
-    for pair in pairs:
-        if records[pair[0]].label != records[pair[1]].label:
-            i, j = np.repeat([pair, pair[::-1]], len(WINDOWS), 0).T  # either may be a crop
-            best = [alike(thumbs, i, j, windows, details).argmax()]
-            score = fitted(thumbs, i[best], j[best], windows[best], details)
-            found[pair] = bool(score > DETAILS_ALIKE)
+    for start in range(0, len(mixed), 64):
+        some = mixed[start : start + 64]
+        both = [way for i, j in some for way in ((i, j), (j, i))]  # either may be a crop
+        i, j = np.repeat(both, len(WINDOWS), 0).T
+        windows = np.tile(WINDOWS, (len(both), 1))
+        score = alike(thumbs, i, j, windows, details).reshape(len(some), -1)
+        best = score.argmax(1) + np.arange(len(some)) * score.shape[1]
+        score = fitted(thumbs, i[best], j[best], windows[best], details)
+        found |= dict(zip(some, (score > DETAILS_ALIKE).tolist(), strict=True))
     return found
 
 

@@ -114,8 +114,8 @@ def walk_all(folder, prefix="", above=()):
 
 def walk(folder):
     """Names of the images below a folder, sorted, without hidden ones: label files name others."""
-    names = (name for name, kind in walk_all(folder) if is_image(name) and not kind)
-    return (name for name in names if not is_hidden(name))
+    images = (name for name, kind in walk_all(folder) if is_image(name) and not kind)
+    return (name for name in images if not DOT.search(name))
 
 
 def read_whole(path):

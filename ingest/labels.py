@@ -97,7 +97,7 @@ def noting(odd, *place):
         yield
     except UserError as problem:  # it says where
         odd.append(str(problem))
-    except Exception as problem:  # as many kinds as in common.io.reading
+    except Exception as problem:  # as many kinds as in common.door.reading
         odd.append(f"{', '.join(map(str, place))} ({one_line(problem)})")
 
 
@@ -257,27 +257,28 @@ def in_labels(file, root):
 
 def from_yolo(root, pictures, odd, notes):
     files = {without_aside(f.relative_to(root).with_suffix("")): f for f in yolo_files(root)}
+    lines = {f: f.read_text("utf-8-sig", "replace").splitlines() for f in files.values()}
     keypoints = any(b"kpt_shape" in f.read_bytes() for f in below(root, ".yaml"))
-    keypoints = keypoints or look_like_boxes(files.values(), notes)
+    keypoints = keypoints or look_like_boxes(lines, notes)
     used = set()
     for name in pictures:
         key = without_aside(name)
         key = key if key in files else splitext(key)[0]  # p.png.txt, or p.txt
         used.add(key)
-        faces, wrong = yolo_faces(files.get(key), keypoints)
+        file = files.get(key)
+        faces, wrong = yolo_faces(file, lines.get(file, ()), keypoints)
         odd += wrong
         if faces or not wrong:
             yield Page(name, name, faces)
     for key in sorted(files.keys() - used):
-        faces, _ = yolo_faces(files[key], keypoints)
+        faces, _ = yolo_faces(files[key], lines[files[key]], keypoints)
         if faces:  # it is no list of classes, and no README
             yield Page(str(files[key].relative_to(root)), None, faces)
 
 
-def yolo_faces(file, keypoints):
-    """-> [(class, box)] of the lines of a file, if there is one, and the lines that can't be read."""
+def yolo_faces(file, lines, keypoints):
+    """-> [(class, box)] of the lines of a file, and those that can't be read."""
     faces, odd = [], []
-    lines = file.read_text("utf-8-sig", "replace").splitlines() if file else ()
     for number, line in enumerate(lines, 1):
         if line.strip():
             with noting(odd, f"{file.parent.name}/{file.name}", f"line {number}"):
@@ -309,25 +310,27 @@ def pairs(numbers):
 
 
 def look_like_boxes(files, notes):
-    """Are the long lines boxes with points? No field says so: it is enough if a third look like them.
+    """{file: its lines} -> are the long ones boxes with points? No field says so: a third is enough.
 
     Few outlines do, and most boxes, except for those of faces that fill their picture.
     """
     likely, long = [], 0
-    for file in files:
-        for line in file.read_text("utf-8-sig", "replace").splitlines():
+    for file, lines in files.items():
+        for line in lines:
             with contextlib.suppress(ValueError):  # no numbers: it is named when it is read
                 numbers = [float(x) for x in line.split()[1:]]
                 if len(numbers) > 5 and pairs(numbers):
                     long += 1
-                    likely += [f"{file.parent.name}/{file.name}"] * is_box_with_points(numbers)
-    if 3 * len(likely) > long:
+                    if is_box_with_points(numbers):
+                        likely.append(f"{file.parent.name}/{file.name}")
+    are_boxes = 3 * len(likely) > long
+    if are_boxes:
         what = "long lines look like boxes with points, so all are read so"
         notes += counted(likely, f"of {long} {what}", "--show draws the boxes")
     elif 10 * len(likely) > long:
         fix = "if all are, write kpt_shape: [5, 2] into a data.yaml there"
         notes += counted(likely, f"of {long} outlines may be boxes with points", fix)
-    return 3 * len(likely) > long
+    return are_boxes
 
 
 def is_box_with_points(numbers):

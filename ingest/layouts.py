@@ -92,25 +92,27 @@ def understand(dirs, layout=None):
     Where most classes have a number before their name, it is left out: kohya's scripts count
     repeats, AnimeFace Character (moeimouto) its classes. Doubts are lines, of which there may be none.
     """
-    pattern = detect(dirs) if layout is None else layout
-    rows = read(dirs, pattern)
-    what = "/".join(pattern) or "pictures only"
     if layout is not None:
-        return rows, what, [], None
+        return read(dirs, layout), "/".join(layout) or "pictures only", [], None
+    at = split_level(dirs)
+    inside = labelled(dirs, at)
+    levels = class_levels(inside, at)
+    pattern = pattern_of(inside, at, levels)
+    rows, what = read(dirs, pattern), "/".join(pattern) or "pictures only"
     labels = {row[1] for row in rows if row} - {None}
     if 2 * sum(label != without_number(label) for label in labels) > len(labels):
         what += ", the numbers before names left out"
         rows = [row and (row[0], row[1] and without_number(row[1])) for row in rows]
-    return rows, what, *doubts(dirs, pattern)
+    return rows, what, *doubts(inside, at, levels)
 
 
-def detect(dirs):
-    """-> the pattern of the folders."""
-    split = split_level(dirs)
-    dirs = labelled(dirs, split)
-    roles = {class_level(dirs, split): "class", split: "split"}
-    levels = max((k for k in roles if k is not None), default=-1) + 1
-    return tuple(roles.get(k, "-") for k in range(levels))
+def pattern_of(dirs, at, levels):
+    """The levels of the split and of the class -> ("split", "-", "class")."""
+    shared = [k for k in shared_levels(dirs) if k != at]
+    chosen = next(iter(levels), max(shared, default=None))  # where all are wrappers, the last one
+    roles = {chosen: "class", at: "split"}
+    deepest = max((k for k in roles if k is not None), default=-1)
+    return tuple(roles.get(k, "-") for k in range(deepest + 1))
 
 
 def split_level(dirs):
@@ -140,12 +142,6 @@ def labelled(dirs, at):
     inside = [d for d in dirs if len(d) > at and split_of(d[at])]
     deep = splits_with_folders(inside, at)
     return [d for d in inside if split_of(d[at]) in deep] or inside
-
-
-def class_level(dirs, at):
-    """-> the level that is the class, or None. Where all are wrappers, it is the last one."""
-    levels = [k for k in shared_levels(dirs) if k != at]
-    return next(iter(class_levels(dirs, at)), max(levels, default=None))
 
 
 def class_levels(dirs, at):
@@ -185,7 +181,7 @@ def standing(names, hold_pictures):
     return NAMES
 
 
-def doubts(dirs, pattern):
+def doubts(dirs, at, levels):
     """-> lines where another level may be the class, and a question or None.
 
     Folders of two levels may cross: miku/2021 beside rin/2021 are years of characters, safe/miku
@@ -193,24 +189,22 @@ def doubts(dirs, pattern):
     more than half of the deeper folders cross, and nothing but their number makes them the class,
     only who made the folders can tell.
     """
-    at = pattern.index("split") if "split" in pattern else None
-    dirs = labelled(dirs, at)
-    levels = class_levels(dirs, at)
     chosen, *others = levels or [None]
     lines, asked = [], []
     for k in others:
+        offer = offered(dirs, k, at)
         pairs = {(d[min(k, chosen)], d[max(k, chosen)]) for d in dirs if len(d) > max(k, chosen)}
         below = Counter(name for _, name in pairs)
         twice = {name for name in below if below[name] > 1}
         if twice:
             cross = f"{first(twice)} lie below several folders, so the class may be another level"
-            lines.append(f"{cross}: {offered(dirs, k, at)}")
+            lines.append(f"{cross}: {offer}")
         elif levels[k][0] < NAMES:
             line = "one level of folders is not taken for characters"
-            lines.append(f"{line}: {offered(dirs, k, at)}")
+            lines.append(f"{line}: {offer}")
         crossing = sum(below[name] for name in twice)
         if k < chosen and levels[k][0] >= NAMES and 2 * crossing > len(pairs):
-            asked.append(offered(dirs, k, at))
+            asked.append(offer)
     if not asked:
         return lines, None
     choices = "; ".join([*asked, offered(dirs, chosen, at), "--layout - learns no labels"])

@@ -209,7 +209,8 @@ def open_source(flags, size):
     else:
         source = open_images(flags, size)
     refuse_useless(flags.given & flags_without_effect(flags, source.records), "on these pictures")
-    print("\n".join(source.notes), end="\n" * bool(source.notes), flush=True)
+    for line in source.notes:
+        print(line, flush=True)
     return source
 
 
@@ -251,6 +252,7 @@ def near_duplicates(records, fetch, dedupe, out):
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     shape = (len(records), duplicates.SIDE, duplicates.SIDE)
     with tempfile.TemporaryFile(dir=Path(out).resolve().parent) as file:
+        # Written as a file, and mapped privately: disks in a network may have no shared maps.
         file.truncate(math.prod(shape))
         for record, row in progress(rows, "looking for copies", len(records), unit="img"):
             if not isinstance(row, Exception):  # what can't be read stays blank
@@ -259,7 +261,7 @@ def near_duplicates(records, fetch, dedupe, out):
         file.flush()
         thumbs = np.memmap(file, np.uint8, "c", shape=shape)
         pairs = duplicates.pairs(thumbs)
-        judged = duplicates.judged(thumbs, records, pairs)
+        judged = duplicates.judge(thumbs, records, pairs)
     return pairs, duplicates.report(records, pairs, judged)
 
 
@@ -383,7 +385,8 @@ def write_splits(flags):
     words, left_out = tags.vocabulary(records)
     dims, stream = tags.add_planes(words, records, source.dims, source.stream, path == "toon")
     lines += left_out
-    print("\n".join(lines), end="\n" * bool(lines), flush=True)
+    for line in lines:
+        print(line, flush=True)
     about = {"format": 1, "source": path, "classes": class_names(records), "size": size}
     about |= {"split_seed": how["seed"], "split_shares": shares}
     about |= dict(zip(("crop", "margin"), how["crop"], strict=True))
