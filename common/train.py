@@ -58,24 +58,31 @@ def cli(main):
     vars(sys.modules["__main__"]).setdefault("__spec__", None)
     try:
         main()
-    except UserError as problem:
-        tqdm.write(f"error: {problem}", file=sys.stderr)  # on a line of its own, beside a bar
-        sys.exit(2)
-    except OSError as problem:  # a folder of somebody else, or a disk that is only read
-        folder = Path(problem.filename or "").parent
-        if problem.errno not in CLOSED or os.access(folder, os.W_OK):
+    except (UserError, OSError, torch.OutOfMemoryError) as problem:
+        line = line_of(problem)
+        if line is None:
             raise
-        fix = f"give --out a folder of yours, or where there is no --out, a copy: {copied(folder)}"
-        tqdm.write(f"error: {folder} may not be written by you; {fix}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as problem:
-        fix = "a smaller --batch-size needs less, and so does a smaller --model"
-        tqdm.write(f"error: {str(problem).splitlines()[0]}; {fix}", file=sys.stderr)
+        tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, beside a bar
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         AT_END.close()
+
+
+def line_of(problem):
+    """What an exception asks of the user, in one line, or None where only a traceback can help."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        fix = "a smaller --batch-size needs less, and so does a smaller --model"
+        return f"{str(problem).splitlines()[0]}; {fix}"
+    if isinstance(problem, UserError):
+        return str(problem)
+    folder = Path(problem.filename or "").parent
+    if problem.errno not in CLOSED or os.access(folder, os.W_OK):
+        return None
+    # A folder of somebody else's, or a disk that is only read.
+    fix = f"give --out a folder of yours, or where there is no --out, a copy: {copied(folder)}"
+    return f"{folder} may not be written by you; {fix}"
 
 
 def copied(folder):
@@ -520,11 +527,14 @@ class Run:
         )
 
     def check_own(self, state):
-        """A UserError unless the same flags have begun this run, and it has not ended."""
+        """A UserError unless the same flags have begun this run, and it has not ended.
+
+        The flags of some stages hold the digest of their data, too.
+        """
         fix = "choose another --out"
         if state.get("config") != self.config:
             go_on = f"{self.again} goes on with it"
-            raise UserError(f"{self.out} is there already, of other flags; {fix}; {go_on}")
+            raise UserError(f"{self.out} is there already, begun otherwise; {fix}; {go_on}")
         if state["step"] == self.total:
             raise UserError(f"{self.out} is there already, and has ended; {fix}")
         print(f"goes on  with step {state['step']} of {self.out}, which this command has begun")

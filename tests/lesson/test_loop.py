@@ -154,7 +154,7 @@ def test_the_same_command_begins_again_or_goes_on_and_never_over_an_ended_run(tm
     run, net = steps(flags_of("--out", out), 40)
     assert "goes on  with step 20" in capsys.readouterr().out
     assert net.weight.equal(steps(flags_of("--out", str(tmp_path / "whole")), 40)[1].weight)
-    with pytest.raises(UserError, match="of other flags.*--resume"):
+    with pytest.raises(UserError, match="begun otherwise.*--resume"):
         steps(flags_of("--out", out, "--lr", "0.2"), 3)
     run.save()
     with pytest.raises(UserError, match="has ended"):
