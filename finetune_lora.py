@@ -703,7 +703,9 @@ def write_results(flags, task, run, epoch, row):
     row |= {"command": flags.command, "commit": run.commit, "machine": train.machine(task.device)}
     save_json(row, out / f"metrics{suffix}.json")  # where it is, the run is finished
     title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
-    plots.tuning_curves(out / "curves.png", train.read_log(run.log_path), epoch, title)
+    # Without dev, other networks have measured it, which lack a part of its pictures each.
+    held = "Dev" if task.dev else f"Held-out pictures of the {flags.split}"
+    plots.tuning_curves(out / "curves.png", train.read_log(run.log_path), epoch, title, held)
     plots.confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
     low, high = row["top1_interval"]
     print(

@@ -25,6 +25,8 @@ COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00"
 CJK = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "MS Gothic", "IPAexGothic")
 CJK += ("PingFang SC", "Microsoft YaHei", "Apple SD Gothic Neo", "Malgun Gothic")
 INSTALLED = font_manager.get_font_names()
+REMEDY = "the font Noto Sans CJK has those of Chinese, Japanese and Korean"
+MOST_COUNTED = 24, 999  # classes, and pictures in a cell: more numbers could not be read
 plt.rcdefaults()  # a matplotlibrc beside the run is read before, and may ask for LaTeX
 plt.rcParams |= {
     "axes.labelcolor": INK,
@@ -51,9 +53,27 @@ def save(figure, path):
     codes = [re.match(r"Glyph (\d+) .*missing from", str(w.message)) for w in caught]
     letters = "".join(dict.fromkeys(chr(int(code[1])) for code in codes if code))
     if letters:
-        fix = "the font Noto Sans CJK has those of Chinese, Japanese and Korean"
-        problem = f"no font here has {letters[:20]}, which are boxes; {fix}"
+        problem = f"no font here has {letters[:20]}, which are boxes; {REMEDY}"
         print(f"note: {Path(path).name}: {problem}", file=sys.stderr)
+
+
+def readable(names, path):
+    """-> the names as a figure can show them: one that no font here can draw is its place, #1, #2, ...
+
+    A line says which is which. path: of the figure.
+    """
+    families = plt.rcParams["font.family"]
+    fonts = [font_manager.get_font(font_manager.findfont(family)) for family in families]
+    shown, numbered = [], []
+    for i, name in enumerate(names, 1):
+        drawn = all(any(font.get_char_index(ord(c)) for font in fonts) for c in name if c != "\n")
+        shown.append(name if drawn else f"#{i}")
+        if not drawn:
+            numbered.append(f"#{i} {name}")
+    if numbered:
+        problem = "no font here has all letters of these names, so numbers stand for them: "
+        print(f"note: {Path(path).name}: {problem}{', '.join(numbered)}; {REMEDY}", file=sys.stderr)
+    return shown
 
 
 @contextlib.contextmanager
@@ -91,6 +111,8 @@ def show_rows(axes, rows):
 
 def image_grid(path, title, rows, columns=()):
     """rows as in show_rows, all of one length; columns: names over them."""
+    names = readable([name for name, _ in rows], path)
+    rows = [(name, pictures) for name, (_, pictures) in zip(names, rows, strict=True)]
     n = len(rows[0][1])
     letters = max(len(line) for name, _ in rows for line in name.split("\n"))  # of the longest line
     size = (1.15 * n + 0.09 * letters, 1.15 * len(rows) + (0.7 if columns else 0.5))
@@ -156,20 +178,28 @@ def recognition(axis, held):
 # ---- fine-tuning ---------------------------------------------------------------------------------
 
 
-def tuning_curves(path, rows, best, title):
-    """Rows of log.jsonl of finetune_lora.py -> the loss; Top-1 and macro-F1 on dev, by epoch."""
+def tuning_curves(path, rows, best, title, held="Dev"):
+    """Rows of log.jsonl of finetune_lora.py -> the loss; Top-1 and macro-F1 by epoch.
+
+    held: the pictures of which these are.
+    """
     with panels(path, title, 1, 2, (8.4, 3.2)) as (left, right):
         plot_rows(left, rows, "epoch", "loss", color=BLUE)
         left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
         plot_rows(right, rows, "epoch", "dev_top1", color=BLUE, label="Top-1")
         plot_rows(right, rows, "epoch", "dev_macro_f1", color=ORANGE, label="macro-F1")
         right.axvline(best, color=INK, ls=":", label=f"kept: epoch {best}")
-        right.set(title="Dev", xlabel="epoch", ylabel="%", ylim=(0, 100))
+        right.set(title=held, xlabel="epoch", ylabel="%", ylim=(0, 100))
         right.legend(loc="lower left")
 
 
 def confusion(path, table, names, title):
-    """Counts (C, C), rows the true class, columns the predicted one: in percent of each row."""
+    """Counts (C, C), rows the true class, columns the predicted one: colours are percent of each row.
+
+    Where there is room, the counts stand in the cells: of few pictures a percentage says little.
+    """
+    names = readable(names, path)
+    classes, most = MOST_COUNTED
     table = torch.tensor(table).double()
     percents = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
     with panels(path, title, 1, 1, (7.2, 6.4)) as axis:
@@ -177,6 +207,12 @@ def confusion(path, table, names, title):
         image = axis.imshow(percents.numpy(), norm=PowerNorm(0.5, 0, 100))
         axis.figure.colorbar(image, label="% of the true class")
         axis.set(xlabel="predicted class", ylabel="true class")
+        if len(names) <= classes and table.max() <= most:
+            axis.set_xlabel("predicted class; a number counts pictures")
+            for row, column in table.nonzero().tolist():
+                colour = "black" if percents[row, column] > 40 else "white"  # on bright, on dark
+                style = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
+                axis.text(column, row, f"{table[row, column]:.0f}", **style)
         if len(names) <= 50:
             axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
             axis.set_yticks(range(len(names)), names, fontsize=6)

@@ -1,4 +1,4 @@
-"""common/plots.py: what the pictures of pre-training cover."""
+"""common/plots.py: what the pictures of a run cover."""
 
 import pytest
 import torch
@@ -56,3 +56,23 @@ def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, 
     with drawing("c.png"):
         raise RuntimeError("no\nfigure")
     assert capsys.readouterr().err == "note: c.png could not be drawn (no figure)\n"
+
+
+def test_counts_stand_in_the_cells_where_they_can_be_read(monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots, "save", lambda figure, _: kept.append(figure))
+    many = torch.eye(30, dtype=torch.long).tolist()
+    for table in ([[2, 1], [0, 13]], [[2, 1], [0, 1300]], many):
+        plots.confusion("c.png", table, [f"class{i}" for i in range(len(table))], "a run")
+    cells = [[text.get_text() for text in figure.axes[0].texts] for figure in kept]
+    assert cells == [["2", "1", "13"], [], []]
+    plots.plt.close("all")
+
+
+def test_a_name_that_no_font_can_draw_is_a_number_and_a_line_says_whose(tmp_path, capsys):
+    name = "miku\U0003f000"  # no letter has this number
+    plots.confusion(tmp_path / "c.png", [[1, 0], [0, 1]], ["rin", name], "a run")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and f"#2 {name}" in said[0] and "boxes" not in said[0]
+    plots.image_grid(tmp_path / "i.png", "a title", [(name, [torch.zeros(8, 8, 3)])])
+    assert "i.png: " in capsys.readouterr().err
