@@ -70,6 +70,7 @@ CROPS = {"centre": {}, "figure": {"margin": 0.1}}
 LARGE = 256  # of packed pages
 DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
+EACH = 10  # pictures of a row of --show
 UNKNOWN = "unknown"  # the file of pictures that show nobody who should be known
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8
 SMALL = 3000  # pictures of somebody's own set: of fewer, each should be learned
@@ -307,14 +308,16 @@ def others_apart(records):
     names = {label for label in labels if layouts.shows_nobody(label)}
     people = [r for r in records if r.label not in names]
     vague = sorted(filter(layouts.is_vague, labels))
-    fix = f"name the folder {UNKNOWN} if it shows nobody who should be known"
-    notes = layouts.counted(vague, "vague names are learned as characters", fix)
+    notes = []
+    if vague:
+        fix = f"name the folder {UNKNOWN} if it shows nobody who should be known"
+        notes.append(f"learned as characters, vague as they are: {layouts.first(vague, 5)}; {fix}")
     if not names or not labels - names:
         return records, notes
     groups = {r.group for r in people if r.label is not None}
     others = [r for r in records if r.label in names]
     stay = [r._replace(label=None, split=UNKNOWN) for r in others if r.group not in groups]
-    use = "they are no character, but fit what is called unknown"
+    use = "they are no character, but fit what is called unknown; give another name to one who is"
     notes.append(f"{len(stay)} pictures show nobody ({', '.join(sorted(names))}): {use}")
     copies = [r.key for r in others if r.group in groups]
     what = "unknown pictures are copies of somebody's, and left out"
@@ -536,7 +539,11 @@ def show(flags):
     header = shown["header"]
     title = f"{folder}: {sizes}, {len(header['classes'])} classes, {header['size']} px"
     print("\n".join([title, *header.get("notes", [])]))
-    plots.image_grid(path, title, sheet_rows(shown))
+    rows = sheet_rows(shown)
+    if "train" in splits and UNKNOWN in splits:
+        images = splits[UNKNOWN]["images"]
+        rows.append((UNKNOWN, images[evenly_spaced(len(images), EACH)]))
+    plots.image_grid(path, title, rows)
     return f"{path} written; next: {to_learn(folder)}"
 
 
@@ -545,7 +552,7 @@ def evenly_spaced(n, most):
     return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
-def sheet_rows(split, classes=12, each=10):
+def sheet_rows(split, classes=12, each=EACH):
     """Pictures of large, small and other classes; and some with their boxes, foreground and parts."""
     images = split["images"]
     labels = split["labels"]

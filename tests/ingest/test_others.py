@@ -81,6 +81,16 @@ def test_the_deal_of_the_others_does_not_change(people, monkeypatch):
     assert count == {name: split["labels"].bincount().tolist() for name, split in splits.items()}
 
 
+def test_the_sheet_of_a_set_shows_them_too(people, monkeypatch):
+    monkeypatch.chdir(people)
+    _, splits = packed(people, "images --unknown more --dedupe off", "with")
+    drawn = {}
+    monkeypatch.setattr("common.plots.image_grid", lambda path, title, rows: drawn.update(rows))
+    run_line("data.py --show with", people, check=0)
+    assert (drawn["unknown"] == splits["unknown"]["images"][:10]).all()
+    assert "class0" in drawn
+
+
 def test_a_copy_of_somebody_is_not_nobody(people, monkeypatch):
     monkeypatch.chdir(people)
     shutil.copytree(people / "images/class1", people / "images/unknown")
