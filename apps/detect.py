@@ -4,10 +4,14 @@
     python -m apps.detect weights/toon-det --data datasets/pages   goes on from a detector, on other pages
     python -m apps.detect runs/NAME-det PICTURE... --out found     outlines; --crop, --largest: faces, for data.py
 
+weights/toon-det has learned from pages that a program drew. On real art it takes a skirt or a lone eye for a
+face, too: a detector that knows real art needs other data than ours, such as twenty pages of yours with boxes
+(docs/detect.md). So look at what it cuts out, before anything is learned from it.
+
 Reads:  an encoder, or a detector; a set with boxes (python data.py scenes draws one, python data.py
         PATH --detect packs others)
 Writes: runs/NAME-det/ with detector.safetensors, state.pt, log.jsonl, metrics.json; for pictures
-        a JSON line each on standard output
+        a JSON line each on standard output, and with --crop or --largest also OUT/crops.html
 
 A plain ViT is enough for detection (ViTDet, Li et al. 2022, arXiv:2203.16527). Its last tokens
 become maps with cells of half, once and twice the patch's side. Each cell has the score of a
@@ -62,6 +66,7 @@ EPOCHS, LEAST_VIEWS = 16, 3200  # with few pages more epochs, until so many page
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
 RECIPE = ("data", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
 REMEDY = "python -m apps.detect ENCODER makes it"
+LOOK = "Some may show a skirt or a lone eye: delete these before anything is learned"  # of crops
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -547,6 +552,7 @@ def write_results(flags, task, net, run):
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
     from apps.pictures import save_pngs, tell_problems
+    from apps.sheet import Entry, write_sheet
     from ingest.pictures import whole_pictures
 
     crop = flags.crop or flags.largest
@@ -555,7 +561,7 @@ def use(flags, device, autocast):
     net, header = load(flags.encoder)
     net.to(device)
     train.set_defaults(flags, threshold=header["threshold"])
-    problems, without = [], []
+    problems, without, cut = [], [], []
     pages = faces = 0
     for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
@@ -571,13 +577,28 @@ def use(flags, device, autocast):
         if flags.largest and not len(boxes):
             without.append(key)
         if flags.out:
-            save_pngs(flags.out, key, to_write(picture, boxes, flags), in_folders=crop)
+            files = save_pngs(flags.out, key, to_write(picture, boxes, flags), in_folders=crop)
+            if crop:
+                cut += [Entry(*row) for row in as_told(files, scores.tolist())]
     if without:
         note = f"{len(without)} pictures show no face, such as {shown(without[0])}"
         print(f"note: {note}; their figure was cut out", file=sys.stderr)
     if flags.out:
         print(f"wrote    {flags.out}/: {faces} faces of {pages} pictures", file=sys.stderr)
     tell_problems(problems, header["run"]["data"])
+    if cut:
+        sheet = Path(flags.out, "crops.html")
+        write_sheet(sheet, f"Cut out: {flags.out}", LOOK, {"The least sure first": cut})
+        pack = f"python data.py {train.quoted(flags.out)}"
+        print(f"next: look at {sheet}. {LOOK}; then {pack}", file=sys.stderr)
+
+
+def as_told(files, scores):
+    """Yield (path, score, words) of each crop; one without a score is a figure."""
+    for i, file in enumerate(files):
+        score = scores[i] if scores else 0.0
+        words = f"score {score:.2f}" if scores else "no face was found: the figure"
+        yield file.as_posix(), score, words
 
 
 def to_write(picture, boxes, flags):
@@ -608,7 +629,7 @@ def parse_flags():
     add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
     add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
     add = parser.add_argument_group("pictures").add_argument
-    add("--crop", action="store_true", help="write each face as a picture, in its picture's folder")
+    add("--crop", action="store_true", help="write each face in its picture's folder; look at them")
     add("--largest", action="store_true", help="the same of its main face, or else its figure")
     add("--threshold", type=between(0, 1), metavar="SCORE", help="default: the best one on dev")
     add = parser.add_argument_group("run and machine").add_argument

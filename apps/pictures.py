@@ -49,8 +49,9 @@ def file_name(name):
 
 
 def save_pngs(out, key, pictures, in_folders=False):
-    """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)}; NAME: folder and name of the picture key.
+    """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)} -> their paths below OUT, in order.
 
+    NAME: folder and name of the picture key.
     in_folders: below OUT are the folders of the key, and NAME is its name; data.py takes such a
     folder for the character. Where another picture has it, NAME is the whole key.
     """
@@ -65,8 +66,9 @@ def save_pngs(out, key, pictures, in_folders=False):
         if OWNERS.setdefault(str(folder / name).casefold(), key) == key:
             break
     name = shortened(name, key)
-    for ending, pixels in pictures.items():
-        path = out / folder / f"{name}{ending}.png"
+    files = [folder / f"{name}{ending}.png" for ending in pictures]
+    for file, pixels in zip(files, pictures.values(), strict=True):
+        path = out / file
         reserve([], out / ".lock")
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, "PNG")
@@ -78,6 +80,7 @@ def save_pngs(out, key, pictures, in_folders=False):
             )
         with atomic(path) as temporary:
             temporary.write_bytes(png.getvalue())
+    return files
 
 
 def shortened(name, key):

@@ -5,12 +5,14 @@
     python -m apps.sort runs/NAME PAGES --detect runs/DET --out OUT    to everybody on each page
 
 Reads:  runs/NAME/ of finetune_lora.py with its gallery (apps/recognize.py); folders or files
-Writes: OUT/ copies of the pictures, and sorted.csv: the name, the similarity and the copy of each;
+Writes: OUT/ copies of the pictures; names.html, which shows them beside the known pictures that are most
+        similar, the least sure first; sorted.csv: the name, the similarity and the copy of each;
         the gallery where it is missing
 
 Your pictures stay where they are, and no copy replaces another file. The folders are all that counts:
 a picture that has a copy anywhere in OUT, under whatever name, is done. So after a stop, give the same
-command again, and move, rename and add what you like. sorted.csv is for you: nobody reads it.
+command again, and move, rename and add what you like. sorted.csv is for you, and the page is drawn
+from it: whatever becomes of a line there, nothing but the picture's place on the page is lost.
 
 --group also finds characters that nobody taught. Faces that look alike, by average linkage of their
 cosines, share a folder; how alike they have to be was measured on held-out faces, and --alike says
@@ -25,6 +27,7 @@ import contextlib
 import csv
 import filecmp
 import itertools
+import os
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -33,13 +36,22 @@ import torch
 
 from apps.groups import alike, check_grouped
 from apps.pictures import file_name, shortened, tell_problems
-from apps.recognize import all_answers, answers, open_recogniser, parser_of, predictions
+from apps.recognize import answers, open_recogniser, parser_of, predictions
+from apps.sheet import Entry, known_pictures, write_sheet
 from common.locks import reserve
 from common.train import UserError, atomic, between, cli, progress, quoted, refuse_useless
+from ingest.layouts import UNNAMED
 from ingest.pictures import picture_files
 
-SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
+SORTED, UNKNOWN, SHEET = "sorted.csv", "unknown", "names.html"  # files and a folder of OUT
+# threshold: of the similarity; guess: the best name, also where it is unknown; nearest: the most
+# similar known picture of that name; box: of the face on a page
 COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
+COLUMNS += ("threshold", "guess", "nearest", "box")
+ADVICE = (
+    "In each folder, the least sure come first. Beside a picture stands the known picture of its name that is "
+    "most similar. Move wrong copies to where they belong, then give: {}"
+)
 
 
 def parse_args():
@@ -103,22 +115,37 @@ def folders_of(names):
     return folders
 
 
-# ---- groups --------------------------------------------------------------------------------------
+# ---- names and groups ----------------------------------------------------------------------------
+
+
+def named(batches, gallery):
+    """What `predictions` yields -> yield the rows of `answers`, each with its whitened embedding (D,).
+
+    "nearest" is the most similar known picture of the best guess.
+    """
+    for keys, logits, embeddings in batches:
+        unit = gallery.whitened(embeddings)
+        to_face = unit @ gallery.unit.T  # (B, faces)
+        rows = answers(keys, logits, embeddings, gallery)
+        for row, own, cosines in zip(rows, unit, to_face, strict=True):
+            others = ~gallery.shows(row["best_guess"])
+            nearest = gallery.keys[cosines.masked_fill(others, -2).argmax()]
+            yield row | {"nearest": nearest}, own
 
 
 def grouped(batches, gallery, least):
-    """What `predictions` yields -> the rows of `answers`, named by the group of the face.
+    """What `predictions` yields -> the rows of `named`, with the name of the face's group.
 
     least: the mean cosine that joins two groups.
     """
     rows, units = [], []
-    for keys, logits, embeddings in batches:
-        rows += answers(keys, logits, embeddings, gallery)
-        units.append(gallery.whitened(embeddings))
+    for row, unit in named(batches, gallery):
+        rows.append(row)
+        units.append(unit)
         check_grouped(len(rows), "faces")
     if not rows:
         raise UserError("no face was found, so there is nothing to group")
-    groups = alike(torch.cat(units), least)
+    groups = alike(torch.stack(units), least)
     names = names_of(groups, [row["name"] for row in rows])
     different = {*names.values()}
     count = f"{len(different)}, {len(different & {*gallery.names})} of them named"
@@ -142,7 +169,7 @@ def names_of(groups, names):
 
 
 def copy_all(answered, wanted, folders, out, pages):
-    """Rows of `answers`, in the order of pictures -> copies, and a line of each in sorted.csv.
+    """Rows of `named`, in the order of pictures -> copies, and a line of each in sorted.csv.
 
     pages: the key of an answer is a picture and a box, and the picture goes to everybody on it.
     """
@@ -167,9 +194,57 @@ def copy_all(answered, wanted, folders, out, pages):
                 with contextlib.suppress(OSError):  # not every disk keeps times and modes
                     shutil.copystat(file, copy)
                 numbers = face["similarity"], face["confidence"]
-                writer.writerow((file, who, *numbers, copy.relative_to(out).as_posix()))
+                place = copy.relative_to(out).as_posix()
+                how = face["threshold"], face["best_guess"], face["nearest"]
+                box = face["picture"].removeprefix(file).strip("[]")
+                writer.writerow((file, who, *numbers, place, *how, box))
+                table.flush()  # a killed sort is one picture short on the page, at most
                 count += 1
     print(f"wrote    {out}/: {count} copies, listed in {out / SORTED}")
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def entry_of(line):
+    """A line of sorted.csv -> how the page shows the copy; a ValueError or csv.Error where it can't be read."""
+    [cells] = csv.reader([line])
+    row = dict(zip(COLUMNS, cells, strict=True))
+    similarity = float(row["similarity"])
+    known = bool(row["name"]) and similarity >= float(row["threshold"])
+    if not known:
+        sure = -similarity  # the less it is like anybody, the surer is it that nobody knows it
+        words = f"unlike all: similarity {similarity:.2f}; most like {row['guess']}"
+    elif row["confidence"]:
+        sure = float(row["confidence"])
+        words = f"{row['guess']}, confidence {sure:.0%}"
+    else:
+        sure = 0.0  # added pictures give no confidence
+        words = f"{row['guess']}, by added pictures, similarity {similarity:.2f}"
+    of_folder = "" if UNNAMED.fullmatch(row["name"]) else row["name"]
+    if of_folder != (row["guess"] if known else ""):  # most of its group are called otherwise
+        sure -= 2
+    box = tuple(map(int, row["box"].split(","))) if row["box"] else ()
+    return Entry(row["copy"], sure, words, row["nearest"], box)
+
+
+def draw_sheet(out, header, run, learn):
+    """Write names.html by sorted.csv, a section for each folder; learn: the next command.
+
+    Somebody may have moved copies, or changed the file: a line that can't be read is left out.
+    """
+    entries, sections = {}, defaultdict(list)
+    with open(out / SORTED, newline="", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            with contextlib.suppress(ValueError, csv.Error):  # the first line is one of these
+                entry = entry_of(line)
+                entries[entry.file] = entry  # a copy that was deleted and made again has two
+    for file, entry in sorted(entries.items()):
+        if os.path.isfile(out / file):
+            sections[file.split("/")[0]].append(entry)
+    keys = {entry.near for entries in sections.values() for entry in entries}
+    known = known_pictures(keys, header, run)
+    write_sheet(out / SHEET, f"Sorted: {out}", ADVICE.format(learn), sections, known)
 
 
 def main():
@@ -190,13 +265,16 @@ def main():
         answered = grouped(predictions(args, net, header, autocast, problems), gallery, least)
         names = dict.fromkeys(row["name"] for row in answered)
     elif wanted:
-        answered = all_answers(args, net, header, gallery, autocast, problems)
+        batches = predictions(args, net, header, autocast, problems)
+        answered = (row for row, _ in named(batches, gallery))
     bar = progress(answered, "sort", None if args.detect else len(wanted))
     copy_all(bar, wanted, folders_of(names), out, args.detect)
     tell_problems(problems, header["data"])
     words = [args.run, str(out), *(["--detect", args.detect] if args.detect else [])]
     learn = f"python -m apps.learn {quoted(*words)}"
-    print(f"next: move wrong copies to where they belong, then {learn}")
+    draw_sheet(out, header, args.run, learn)
+    look = f"look at {out / SHEET}, where the least sure come first"
+    print(f"next: {look}; move wrong copies to where they belong, then {learn}")
 
 
 if __name__ == "__main__":

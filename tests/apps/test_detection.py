@@ -1,6 +1,7 @@
 """apps/detect.py: what it learns from boxes, how answers are judged, and a run from its beginning to its use."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -271,6 +272,19 @@ def test_the_main_face_of_each_picture_keeps_its_folder(base, monkeypatch):
     assert cuts == sorted(path.with_name(f"{path.stem}_0.png") for path in there)
     sizes = [Image.open(base / "cut" / path).size[0] for path in cuts]
     assert min(sizes) > Image.open(base / "images/class0/illust0_0.png").size[0] / 2
+
+
+def test_crops_are_looked_at_the_least_sure_first(base, monkeypatch):
+    """The page does not get in the way of data.py, and says what to do before it."""
+    finding(monkeypatch, [0.1, 0.1, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9])
+    done = run_line(f"apps.detect runs/a-det images {CPU} --crop --out twice", base, check=0)
+    assert "look at twice/crops.html" in done.stderr and "data.py twice" in done.stderr
+    text = (base / "twice/crops.html").read_text("utf-8")
+    cuts = [path.relative_to(base / "twice").as_posix() for path in base.glob("twice/*/*.png")]
+    assert sorted(re.findall(r'href="(.*?png)"', text)) == sorted(cuts) and len(cuts) == 144
+    assert text.index("score 0.80") < text.rindex("score 0.80") < text.index("score 0.90")
+    said = run_line("data.py twice --out datasets/twice --size 32", base, check=0).stdout
+    assert "read as class: 3 classes" in said and "left out" not in said
 
 
 @pytest.mark.parametrize("how", ["--largest", ""])

@@ -2,7 +2,10 @@
 
 import csv
 import os
+import re
 import shutil
+from html import unescape
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from conftest import LINUX, json_of, refused, run_line
 from made import CPU, files_of
 from sklearn.metrics import f1_score
 
-from apps import groups, sort
+from apps import groups, sheet, sort
 from apps.gallery import Gallery
 from apps.unknown import grouping
 from common.train import seeded
@@ -53,10 +56,67 @@ def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(fresh,
         picture = row["picture"].removeprefix("images/")
         assert row["copy"].split("/")[0] == names.pop(picture, row["name"])
     assert not names and len(rows) == 73 and len({row["copy"] for row in rows}) == 73
+    assert len(on_page(fresh / "out/names.html")) == 72  # but for the one that was moved
     assert files_of(fresh / "images") == before
     shutil.move(fresh / "images", fresh / "elsewhere")  # whatever the path, what has a copy is done
     again = run_line(f"{SORT} elsewhere --out out", fresh, check=0).stdout
     assert "72 pictures, 72 of them done" in again
+
+
+def on_page(path):
+    """-> (the folder of its section, its file, what is said of it) of each picture on a page."""
+    found = []
+    for part in path.read_text("utf-8").split("<h2 ")[1:]:
+        heading = unescape(re.search(r">(.*) \(\d+\)</h2>", part)[1])
+        for figure in part.split("<figure>")[1:]:
+            words = unescape(re.search(r"<figcaption>(.*?)<small>", figure)[1])
+            found.append((heading, unquote(re.search(r'href="(.*?)"', figure)[1]), words))
+    return found
+
+
+def test_the_page_shows_what_is_there_with_a_known_picture_and_the_least_sure_first(fresh):
+    run_line(f"{SORT} images --out out", fresh, check=0)
+    rows = {row["copy"]: row for row in table(fresh)}
+    (moved, away), (broken, row) = [*rows.items()][:2]
+    (fresh / "out" / moved).unlink()
+    del rows[moved], rows[broken]
+    (fresh / away["picture"]).unlink()
+    file = fresh / "out/sorted.csv"
+    file.write_text(file.read_text("utf-8").replace(f",{row['similarity']},", ',"much,'), "utf-8")
+    run_line(f"{SORT} images --out out", fresh, check=0)
+    found = on_page(fresh / "out/names.html")
+    assert {file for _, file, _ in found} == rows.keys()
+    for folder in {folder for folder, _, _ in found}:
+        own = [rows[file] for heading, file, _ in found if heading == folder]
+        assert {row["copy"].split("/")[0] for row in own} == {folder}
+        unknown = folder == "unknown"  # there, the most similar one is the least sure
+        sure = [-float(row["similarity"]) if unknown else float(row["confidence"]) for row in own]
+        assert sure == sorted(sure)
+    for _, file, words in found:
+        name = rows[file]["name"]
+        assert name in rows[file]["nearest"]  # each picture of class0 has a path with class0
+        assert words.startswith(f"{name}, confidence " if name else "unlike all")
+    text = (fresh / "out/names.html").read_text("utf-8")
+    known = {row["nearest"] for row in rows.values()}
+    assert text.count("data:image/jpeg") == len(known) > 3  # each once
+    shutil.rmtree(fresh / "datasets/packed")  # then their names are all there is
+    shutil.move(fresh / "images", fresh / "elsewhere")
+    run_line(f"{SORT} elsewhere --out out", fresh, check=0)
+    assert "data:image" not in (fresh / "out/names.html").read_text("utf-8")
+    assert len(on_page(fresh / "out/names.html")) == len(rows)
+
+
+@LINUX
+def test_names_are_text_on_the_page(tmp_path):
+    """Also of files: somebody else may have chosen them."""
+    name, odd = '<b>"miku" & 初音', "a#?%41 <i>\udcff.png"
+    entries = [sheet.Entry(odd, 0.5, name, name), sheet.Entry("2.png", 0.1, "first")]
+    picture = np.zeros((8, 8, 3), np.uint8)
+    sheet.write_sheet(tmp_path / "p.html", name, "do", {name: entries}, {name: picture})
+    text = (tmp_path / "p.html").read_text("utf-8")
+    assert "<b>" not in text and "<i>" not in text and "初音" in text
+    assert [words for _, _, words in on_page(tmp_path / "p.html")] == ["first", name]
+    assert 'href="a%23%3F%2541%20%3Ci%3E%FF.png"' in text
 
 
 @LINUX
@@ -152,6 +212,8 @@ def test_a_folder_is_grouped_and_what_is_known_has_its_name(fresh):
     for row in rows:
         assert (fresh / "out" / row["copy"]).read_bytes() == (fresh / row["picture"]).read_bytes()
         assert row["copy"].split("/")[0] == row["name"]
+    found = {file: heading for heading, file, _ in on_page(fresh / "out/names.html")}
+    assert found == {row["copy"]: row["name"] for row in rows}
     named = [row for row in rows if not row["name"].startswith("group-")]
     right = [row["name"] in row["picture"] for row in named]
     assert named and np.mean(right) > 0.8
