@@ -687,7 +687,7 @@ def write_network(flags, task, run):
 
 
 def write_results(flags, task, run, epoch, row):
-    """metrics.json, of a row of `measure`, and the pictures; epoch: the one that is kept."""
+    """metrics.json, of a row of `measure`, and the pictures -> the row; epoch: the one that is kept."""
     from common import plots  # matplotlib takes half a second to load
 
     out, suffix = Path(flags.out), split_suffix(flags.split)
@@ -707,6 +707,11 @@ def write_results(flags, task, run, epoch, row):
     held = "Dev" if task.dev else f"Held-out pictures of the {flags.split}"
     plots.tuning_curves(out / "curves.png", train.read_log(run.log_path), epoch, title, held)
     plots.confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
+    return row
+
+
+def tell(flags, row):
+    """Print a row of metrics.json, and what comes next."""
     low, high = row["top1_interval"]
     print(
         f"{flags.split:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}), "
@@ -714,8 +719,9 @@ def write_results(flags, task, run, epoch, row):
         f"{row['colourless_top1']:.1f} %\n"
         f"controls Top-1 by thumbnails {row['thumbnails_top1']:.1f} %, by histograms of colours "
         f"{row['histograms_top1']:.1f} %\n"
-        f"wrote    {out}/ after {row['seconds']:.0f} s of training; the weights are those of epoch {epoch}\n"
-        f"next: {NEXT} {quoted(out)} PICTURE"
+        f"wrote    {flags.out}/ after {row['seconds']:.0f} s of training; the weights are those of epoch "
+        f"{row['best_epoch']}\n"
+        f"next: {NEXT} {quoted(flags.out)} PICTURE"
     )
 
 
@@ -743,7 +749,7 @@ def main():
     # A network that is there already stays as it is: --resume with another --split only measures it.
     if not any(run.out.glob("metrics*.json")):
         write_network(flags, task, run)
-    write_results(flags, task, run, epoch, measure(task))
+    tell(flags, write_results(flags, task, run, epoch, measure(task)))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ import torch
 import data
 import finetune_lora
 from apps.collection import BY_FOLDS, open_all
-from apps.gallery import Gallery, confidence, decided, enrolled_threshold
-from apps.groups import best_threshold, f1_curve
-from apps.recognize import FACES, PROMISE, open_others, outputs_of
+from apps.gallery import Gallery, confidence, enrolled_threshold, fit_temperature, threshold_of
+from apps.recognize import FACES, PROMISE, outputs_of
 from apps.unknown import reliability
 from common import metrics, readout, train
 from common.features import Subset, relabelled
@@ -37,7 +36,6 @@ from common.groups import groups_of
 from common.train import UserError, quoted, save_json
 
 FOLDS = 5  # networks, or as many as there are characters
-ENOUGH = 10, 5  # pictures of a character, characters: from here on a promise says something
 COLOURS = 1.0  # their weight in a similarity (results/TRIED.md)
 CURVES = "dev_top1", "dev_macro_f1"  # of held-out pictures, after each epoch
 # flags that may differ where the same command goes on
@@ -132,7 +130,7 @@ def train_fold(flags, folder, encoder, fold, whole):
 
 
 @torch.no_grad()
-def answers_of(task, fold, whole, folds, others=None):
+def answers_of(task, fold, whole, folds):
     """What the network of one of `folds` says of pictures that it was not taught -> a dict.
 
     index, labels (m,), logits (m, C), similarity (m,), unit (m, D) of held-out pictures of its
@@ -169,25 +167,20 @@ def answers_of(task, fold, whole, folds, others=None):
             "labels": whole.train.labels[asked],
             "logits": logits,
             "similarity": grown(embeddings, gallery, galleries),
-            "unit": gallery.whitened(embeddings),
-            "colours": colour_scores(asked).amax(1),
+            "colours": colour_scores(asked),
         }
         return said, embeddings
 
     said, embeddings = answers(fold.dev.index, smaller)
     of_unknown, _ = answers(fold.left_out, smaller_yet)
     said |= {f"unknown_{name}": x for name, x in of_unknown.items()}
-    said["others_similarity"] = torch.empty(0)
-    if others:
-        _, shown = outputs_of(task.net, *others, autocast=task.autocast)
-        said["others_similarity"] = grown(shown, gallery, smaller_yet)
     labels = fold.dev.labels[fold.dev.index]
     gray, _ = finetune_lora.predict(task, metrics.in_gray(fold.dev))
-    by_colours = colour_scores(fold.dev.index)
     return said | {
+        "colours_right": said["colours"].argmax(1) == labels,
         "enrolled_threshold": enrolled_threshold(gallery, embeddings, labels),
         "colourless_top1": 100 * readout.topk(gray, labels, 1),
-        "histograms_top1": 100 * readout.topk(by_colours, labels, 1),
+        "histograms_top1": 100 * readout.topk(said["colours"], labels, 1),
         # Its penalty is chosen by the pictures that judge it, so this control is a little too good.
         "thumbnails_top1": metrics.thumbnail_top1(task.train, fold.dev, fold.dev),
     }
@@ -219,47 +212,39 @@ def histogram_scorer(images):
 def ask_folds(flags, encoder, whole, home):
     """Train the folds, or read the networks that are finished -> a list of `answers_of`, with curves."""
     folds = deal(whole.train, whole.classes, flags.data)
-    others = open_others(flags.data)
-    if others and len(others[1]) < len(folds):  # too few for one in each
-        others = None
     answers = []
     for i, fold in enumerate(folds):
         count = f"{len(fold.learned)} of {len(whole.classes)} characters"
-        print(f"fold     {i + 1} of {len(folds)}: {count}")
+        print(f"test     {i + 1} of {len(folds)}: {count} are learned, and all are asked for")
         task, run = train_fold(flags, home / str(i + 1), encoder, fold, whole)
-        some = others and (others[0], others[1][i :: len(folds)])  # each picture is asked once
-        said = answers_of(task, fold, whole, len(folds), some)
+        said = answers_of(task, fold, whole, len(folds))
         rows = train.read_log(run.log_path)
         said |= {name: np.array([row[name] for row in rows if name in row]) for name in CURVES}
         answers.append(said)
-        run.save_if_due()  # somebody may have stopped it while the answers were made
+        if run.stop:  # while the answers were made
+            run.save_if_due()
     return answers
 
 
 # ---- what follows from their answers -------------------------------------------------------------
 
-OF_PICTURES = ("index", "labels", "logits", "similarity", "others_similarity")
+OF_PICTURES = ("index", "labels", "logits", "similarity", "colours_right")
 OF_PICTURES += ("unknown_labels", "unknown_logits", "unknown_similarity")
 NUMBERS = ("auroc", "colours_auroc", "enrolled_threshold")
 NUMBERS += ("colourless_top1", "thumbnails_top1", "histograms_top1")
 
 
 def together(answers):
-    """A list of `ask_folds` -> one dict: what all of them say, and the means of their numbers.
-
-    others_similarity (k,): of pictures of nobody, perhaps none. alike: see `best_threshold`.
-    """
-    curves = []
+    """A list of `ask_folds` -> one dict: what all of them say, and the means of their numbers."""
     for fold in answers:
         # Each fold by itself, because scores of two networks, or of two machines, differ in scale.
-        for name, kind in (("auroc", "similarity"), ("colours_auroc", "colours")):
-            fold[name] = 100 * metrics.auroc(fold[kind], fold[f"unknown_{kind}"])
-        unit = torch.cat([fold["unit"], fold["unknown_unit"]])  # it has embeddings of its own
-        curves.append(f1_curve(unit, torch.cat([fold["labels"], fold["unknown_labels"]])))
+        fold["auroc"] = 100 * metrics.auroc(fold["similarity"], fold["unknown_similarity"])
+        colours = (fold[name].amax(1) for name in ("colours", "unknown_colours"))
+        fold["colours_auroc"] = 100 * metrics.auroc(*colours)
     found = {name: torch.cat([fold[name] for fold in answers]) for name in OF_PICTURES}
     for name in (*NUMBERS, *CURVES):
         found[name] = np.mean([fold[name] for fold in answers], axis=0)
-    return found | {"alike": best_threshold(curves, len(found["unknown_labels"]))}
+    return found
 
 
 def epoch_of(curve, pictures):
@@ -269,15 +254,16 @@ def epoch_of(curve, pictures):
 
 
 def calibration(found):
-    """`together` -> the numbers of a gallery's header (apps/gallery.py)."""
-    unknown = torch.cat([found["unknown_similarity"], found["others_similarity"]])
-    return decided(found["logits"], found["labels"], found["similarity"], unknown) | {
+    """`together` -> what a gallery needs beside its faces (apps/gallery.py)."""
+    return {
+        "temperature": fit_temperature(found["logits"], found["labels"]),
         "enrolled_threshold": float(found["enrolled_threshold"]),
-        "alike": found["alike"],
         # The head's logits have no part in these similarities: those of a network that learned few
         # pictures say less of unknown characters than colours do, and mixed in they made it worse.
         "lift": [0.0, 0.0],
         "colours": COLOURS,
+        "held_known": found["similarity"].tolist(),
+        "held_unknown": found["unknown_similarity"].tolist(),
     }
 
 
@@ -302,61 +288,43 @@ def share_of(hits, labels, of_new=False):
     return {"mean": 100 * mean, "low": 100 * low, "high": 100 * high}
 
 
-def promise(found, numbers, sizes):
-    """What to expect, by `together`, `calibration` and the pictures of each character (C,), in percent."""
-    least, scale = numbers["threshold"], (numbers["temperature"], numbers["platt"])
-    margin, unknown_margin = found["similarity"] - least, found["unknown_similarity"] - least
+def promise(found, sizes, groups):
+    """What to expect, by `together`, the pictures of each character (C,) and groups (n,), in percent."""
+    known, unknown = found["similarity"], found["unknown_similarity"]
+    fitted = threshold_of(known, unknown)
+    margin, unknown_margin = known - fitted["threshold"], unknown - fitted["threshold"]
     right = found["logits"].argmax(1) == found["labels"]
+    scale = fit_temperature(found["logits"], found["labels"]), fitted["platt"]
     sure = confidence(found["logits"], margin, *scale)
     unsure = confidence(found["unknown_logits"], unknown_margin, *scale)
+    more = 100.0 * (found["colours_right"].double() - right.double()).numpy()
     row = {
         "characters": len(sizes),
         "pictures": int(sizes.sum()),
-        "least": int(sizes.min()),
-        "names_right": 100 * (right & (margin >= 0)).double().mean().item(),
+        "names_right": share_of(right & (margin >= 0), found["labels"]),
         "known_unknown": share_of(margin < 0, found["labels"]),
         "unknown": share_of(unknown_margin < 0, found["unknown_labels"], of_new=True),
         "auroc": float(found["auroc"]),
         "colours_auroc": float(found["colours_auroc"]),
+        "colours_more": metrics.bootstrap(more[None], groups),
     }
-    if len(found["others_similarity"]):
-        row["others"] = 100 * (found["others_similarity"] < least).double().mean().item()
     return row | reliability(sure, right, unsure)
 
 
 def promised(row):
     """promise.json -> what is printed, in lines."""
-    known, new = row["known_unknown"], row["unknown"]
-    C, least = row["characters"], row["least"]
-    small = least < ENOUGH[0] or ENOUGH[1] > C
-    share = "{mean:.0f} % (95 % interval {low:.0f} to {high:.0f})"
-    if small:
-        share = "{low:.0f} to {high:.0f} %"
-    lines = []
-    if not small:
-        right, wrong = row["names_right"], 100 - new["mean"]
-        lines += [
-            f"in short: of 100 new pictures of these characters, about {right:.0f} get the right "
-            f"name; of 100 of other characters, about {wrong:.0f} get a wrong one"
-        ]
-    lines += [
-        f"note: Top-1 was measured among at most {C - C // row['folds']} of the {C} characters at a "
-        f"time, so among all it may be lower",
-        f"unknown  new characters' pictures called unknown    {share.format(**new)}",
-        f"         known characters' pictures called unknown  {share.format(**known)}",
-        f"         AUROC; of an SVM on histograms of colours  {row['auroc']:.1f} %; "
-        f"{row['colours_auroc']:.1f} %",
+    named, new, colours = row["names_right"], row["unknown"], row["colours_more"]
+    lines = [
+        "in short: of 100 new pictures of your characters, about {mean:.0f} get the right name "
+        "({low:.0f} to {high:.0f})".format(**named),
+        f"          of 100 pictures of strangers, between {100 - new['high']:.0f} and "
+        f"{100 - new['low']:.0f} get a wrong one, and the others are called unknown",
     ]
-    if "others" in row:
-        lines += [f"         pictures of nobody called unknown          {row['others']:.0f} %"]
-    if small:
-        there = f"{C} characters, one of them with {least} pictures"
+    if colours["low"] > 0:  # better, and not by chance
         lines += [
-            f"note: {there}, are too few to say how many; {ENOUGH[1]} with {ENOUGH[0]} say more"
+            "note: colours alone give {mean:.0f} more of 100 pictures the right name ({low:.0f} to "
+            "{high:.0f}), so what was learned here is not worth its time".format(**colours)
         ]
-    elif row["right_when_sure"] is not None:
-        right = f"{row['right_when_sure']:.0f} %, if half of all pictures show new characters"
-        lines += [f"         names right, of confidence 80 % or more    {right}"]
     return lines
 
 
@@ -406,23 +374,26 @@ def learn_all(words):
     answers = ask_folds(flags, encoder, whole, home)
     found = together(answers)
     epoch = epoch_of(found["dev_macro_f1"], len(found["labels"]))
-    numbers = calibration(found)
-    row = promise(found, numbers, sizes) | {"folds": len(answers), "epoch": epoch}
-    row |= {"calibration": numbers, "command": flags.command, "commit": train.commit()}
+    groups = groups_of(every.split)[found["index"]]
+    row = promise(found, sizes, groups) | {"folds": len(answers), "epoch": epoch}
+    row |= {"calibration": calibration(found), "command": flags.command, "commit": train.commit()}
     save_json(row, out / PROMISE)
 
     # 2. learn all of them
-    print(f"all      every picture is learned, for {epoch} of {flags.epochs} epochs")
+    print(f"learn    every picture of every character, {epoch} times")
     run, _ = finetune_lora.finetune(flags_in(flags, home / "all"), whole, epoch)
     for i, curve in enumerate(zip(*(found[name].tolist() for name in CURVES), strict=True), 1):
         run.log(epoch=i, **dict(zip(CURVES, curve, strict=True)))
 
     # 3. write what they said, and the network
-    groups = groups_of(every.split)[found["index"]]
     scores = finetune_lora.scores(found["logits"], found["labels"], groups, sizes)
     scores |= {name: float(found[name]) for name in NUMBERS if name.endswith("_top1")}
-    print("\n".join(promised(row)))
     finetune_lora.write_network(flags, whole, run)
     finetune_lora.write_results(flags, whole, run, epoch, scores)
+    print("\n".join(promised(row)))
+    print(
+        f"wrote    {out}/ after {run.seconds():.0f} s of training; more numbers are in {out / PROMISE}"
+    )
+    print(f"next: {finetune_lora.NEXT} {quoted(out)} PICTURE")
     for path in home.glob("*/state.pt"):  # it would go on as a run that holds pictures back
         path.unlink()

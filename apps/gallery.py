@@ -3,9 +3,11 @@
 The head of a network has a name for every face, also for those of characters that it has never seen.
 So each face is compared with known ones, too, by their embeddings (each a mean over a picture and its
 mirror image). A face that is similar to none of them is unknown. An enrolled character is known by
-its faces alone, so nothing is trained. apps/recognize.py builds a gallery and asks it.
+its faces alone, so nothing is trained. Pictures of strangers, which show nobody known, are kept, too:
+what is similar to them is less similar to a character. apps/recognize.py builds a gallery and asks it.
 
-    n faces   m held-out pictures   B batch   D width of an embedding   C characters
+    n faces   k strangers   m held-out pictures   D width of an embedding
+    C learned characters   G groups of faces
 """
 
 import itertools
@@ -16,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-from apps.groups import ALIKE, best_threshold, f1_curve
 from common import door
 from common.checkpoints import file_of
 from common.metrics import BINS
@@ -35,6 +36,8 @@ FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 SAME = 0.9999  # cosine of two embeddings of one picture, which differ by rounding
 HANDICAP = 0.05  # so much less similar are new faces to a mean of SHOTS faces (results/TRIED.md)
+AWAY = 0.5  # share of the similarity to strangers that counts against a face (results/TRIED.md)
+MANY = 30  # strangers, of whom half of AWAY counts: a few show what a few look like
 
 
 def gallery_file(run):
@@ -64,17 +67,24 @@ class Gallery:
     platt: list = None  # see `fit_platt`
     lift: list = None  # see `lift_of`; None leaves the head out of similarities
     colours: float = 0.0  # their weight in a similarity, where the cosine of embeddings has 1
-    alike: float = ALIKE  # the cosine that joins two groups of apps/sort.py
+    strangers: torch.Tensor = None  # (k, D) of pictures that show nobody known
+    # similarities (m,) of pictures that the network had not learned, before anybody added faces: what
+    # `settled` sets the threshold by
+    held_known: torch.Tensor = None
+    held_unknown: torch.Tensor = None
 
     def __post_init__(self):
         if self.trained is None:
             self.trained = int((self.labels < self.learned).sum())
+        if self.strangers is None:
+            self.strangers = self.embeddings[:0]
         plain = self.embeddings[:, :-CELLS] if self.colours else self.embeddings
         taught = self.labels[: self.trained]
         self.mean, self.matrix = whitening(plain[: self.trained], taught)
         self.unit = self.whitened(self.embeddings)  # (n, D)
         self.faces = self.of_learned(len(self.labels))
-        self.growth = self.measure_growth()
+        k = len(self.strangers)
+        self.away = AWAY * k / (k + MANY)
 
         # Groups of faces: first each learned character as it was taught, then everybody with added faces.
         added, number = self.labels[self.trained :].unique(return_inverse=True)
@@ -92,11 +102,13 @@ class Gallery:
     @classmethod
     def load(cls, run):
         tensors, header = read_safetensors(gallery_file(run))
-        numbers = {name: header[name] for name in HEADER if name in header}
-        return cls(tensors["embeddings"].float(), tensors["labels"], **numbers)
+        tensors = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
+        # what apps/export.py has written beside the numbers is not ours
+        return cls(**tensors, **{name: header[name] for name in HEADER if name in header})
 
     def save(self, run):
-        tensors = {"embeddings": self.embeddings, "labels": self.labels}
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        tensors = {name: x for name, x in tensors.items() if x is not None}
         header = {name: getattr(self, name) for name in HEADER}
         save_safetensors(tensors, Path(run) / GALLERY, header)
 
@@ -108,9 +120,10 @@ class Gallery:
         """-> the gallery with so many faces (n, D) more of a character, new or not."""
         names = list(dict.fromkeys([*self.names, who]))
         labels = F.pad(self.labels, (0, len(keys)), value=names.index(who))
-        embeddings = torch.cat([self.embeddings, embeddings])
-        keys = self.keys + keys
-        return replace(self, embeddings=embeddings, labels=labels, names=names, keys=keys)
+        strangers = self.strangers[~same_pictures(self.strangers, embeddings).any(1)]
+        faces = torch.cat([self.embeddings, embeddings])
+        changed = {"embeddings": faces, "labels": labels, "names": names, "keys": self.keys + keys}
+        return replace(self, **changed, strangers=strangers).settled()
 
     def without(self, gone):
         """-> the gallery without these faces, (n,) bool; a name without faces leaves, too.
@@ -122,8 +135,18 @@ class Gallery:
         left, labels = self.labels[stay].unique(return_inverse=True)
         names = [self.names[i] for i in left]
         keys = list(itertools.compress(self.keys, stay))
-        embeddings = self.embeddings[stay]
-        return replace(self, embeddings=embeddings, labels=labels, names=names, keys=keys)
+        changed = {"embeddings": self.embeddings[stay], "labels": labels}
+        return replace(self, **changed, names=names, keys=keys).settled()
+
+    def with_strangers(self, embeddings):
+        """-> the gallery with embeddings (k, D) of pictures that show nobody known, each once.
+
+        They leave the character that they were added to.
+        """
+        embeddings = embeddings[:, : self.embeddings.shape[1]]  # some have no colours
+        rest = self.without(same_pictures(embeddings, self.embeddings).any(0))
+        strangers = torch.cat([self.strangers, embeddings[is_new(embeddings, self.strangers)]])
+        return replace(rest, strangers=strangers).settled()
 
     def enrol(self, who, keys, embeddings):
         """-> the gallery with embeddings (n, D) of pictures `keys`, each once, and lines that say so.
@@ -134,8 +157,7 @@ class Gallery:
         embeddings = embeddings[:, : self.embeddings.shape[1]]  # some have no colours
         same = same_pictures(embeddings, self.embeddings)  # (n, faces)
         has_name = self.shows(who)
-        twins = same_pictures(embeddings, embeddings)
-        new = ~(same & has_name).any(1) & ~twins.tril(-1).any(1)
+        new = is_new(embeddings, self.embeddings[has_name])
         for i, face in (same & ~has_name & new[:, None]).nonzero().tolist():
             name = self.names[self.labels[face]]
             note = f"was added as {name}; it is {who} now"
@@ -168,11 +190,11 @@ class Gallery:
 
     def move_threshold(self, threshold):
         """Set that of learned characters; that of enrolled ones moves with it, and confidences stay."""
-        moved = threshold - self.threshold - self.growth
+        moved = threshold - self.threshold
         a, b = self.platt
         self.enrolled_threshold += moved
         self.platt = [a, b + a * moved]
-        self.threshold, self.growth = threshold, 0.0
+        self.threshold = threshold
 
     # -- similarity
 
@@ -186,34 +208,70 @@ class Gallery:
         labels = self.labels[:count]
         return [(labels == c).nonzero()[:, 0] for c in labels.unique() if c < self.learned]
 
-    def similarities(self, embeddings, faces=None):
-        """embeddings (n, D) -> (n, C): the mean cosine with the three nearest faces of each character.
+    def similarities(self, embeddings, groups, apart=None):
+        """embeddings (n, D) -> (n, G): the mean cosine with the three nearest faces of each group.
 
-        With colours it is averaged with the mean cosine of histograms, by their weight. faces: as of
-        `of_learned` (default: all).
+        With colours it is averaged with the mean cosine of histograms, by their weight. groups: of places
+        among faces and, behind them, strangers. apart (n, n + k): faces that are not compared.
         """
-        faces = faces or self.faces
-        scores = nearest_of(self.whitened(embeddings), [self.unit[own] for own in faces])
+        others = torch.cat([self.embeddings, self.strangers])
+        scores = nearest_of(self.whitened(embeddings) @ self.whitened(others).T, groups, apart)
         if self.colours:
             # What a network has learned of few pictures tells these characters apart, but says little
             # of others. Colours tell less of each, but the same of all.
-            known = self.embeddings[:, -CELLS:]
-            alike = nearest_of(embeddings[:, -CELLS:], [known[own] for own in faces])
+            alike = nearest_of(embeddings[:, -CELLS:] @ others[:, -CELLS:].T, groups, apart)
             scores = (scores + self.colours * alike) / (1 + self.colours)
         return scores
 
-    def best_similarity(self, embeddings):
-        """embeddings (n, D) -> (n,): the similarity to the most similar character."""
-        return self.similarities(embeddings).amax(1)
+    def strange(self, embeddings, same=None):
+        """embeddings (n, D) -> (n,): how much of their similarity to strangers counts against them."""
+        if not self.away:
+            return torch.zeros(len(embeddings))
+        strangers = torch.arange(len(self.strangers)) + len(self.labels)
+        return self.away * self.similarities(embeddings, [strangers], same)[:, 0]
 
-    def similarity(self, logits, embeddings):
+    def best_similarity(self, embeddings, apart=False):
+        """embeddings (n, D) -> (n,): the similarity to the most similar character, less `strange`.
+
+        apart: a picture that is in the gallery is not compared with itself.
+        """
+        same = None
+        if apart:
+            same = same_pictures(embeddings, torch.cat([self.embeddings, self.strangers]))
+        best = self.similarities(embeddings, self.faces, same).amax(1)
+        return best - self.strange(embeddings, same)
+
+    def similarity(self, logits, embeddings, apart=False):
         """(n, C), (n, D) -> (n,): `best_similarity`, higher where the head is surer than usual.
 
         LIFT for each standard deviation of the best logit of known faces. Together they separate best.
         """
-        return lifted(self.best_similarity(embeddings), logits.amax(1), self.lift)
+        return lifted(self.best_similarity(embeddings, apart), logits.amax(1), self.lift)
 
-    def measure_growth(self):
+    # -- what was added moves the threshold
+
+    def settled(self):
+        """-> the gallery, whose threshold and confidence are those that added faces and strangers ask for.
+
+        Held-out pictures were asked when the gallery was smaller, so it is added to their similarities how
+        much those of other pictures have changed since. Added faces and strangers, which the network has
+        not learned either, are asked here, each apart from itself. The head has no part in that.
+        """
+        if self.held_known is None:
+            return self
+        is_added = torch.arange(len(self.labels)) >= self.trained
+        added = self.embeddings[is_added & (self.labels < self.learned)]
+        growth = self.growth()
+        known = self.held_known + growth - self.strange(self.embeddings[~is_added]).mean()
+        unknown = self.held_unknown + growth
+        if len(self.strangers):
+            same = same_pictures(self.strangers, torch.cat([self.embeddings, self.strangers]))
+            unknown = unknown - self.strange(self.strangers, same).mean()
+        asked = [self.best_similarity(x, apart=True) for x in (added, self.strangers)]
+        scores = torch.cat([known, asked[0]]), torch.cat([unknown, asked[1]])
+        return replace(self, **threshold_of(*scores))
+
+    def growth(self):
         """How much more similar faces are to learned characters that are not theirs, by what was added to these.
 
         Unknown faces are, too, so by this the threshold rises: else, the more was corrected, the fewer
@@ -237,28 +295,32 @@ class Gallery:
 
     # -- who is it?
 
-    def to_means(self, unit, own=None):
-        """unit (n, D) -> cosines (n, G) with the mean of each group; own (n,): groups that leave the face out."""
+    def to_means(self, unit, same=None):
+        """unit (n, D) -> cosines (n, G) with the mean of each group; same (n, faces): which are left out."""
         cosines = unit @ F.normalize(self.sums).T
-        if own is None:
-            return cosines
-        others = F.normalize(self.sums[own] - unit)
-        return cosines.scatter(1, own[:, None], (unit * others).sum(1, keepdim=True))
+        if same is not None:
+            rows, faces = same.nonzero(as_tuple=True)
+            own = self.group[faces]
+            others = F.normalize(self.sums[own] - self.unit[faces])
+            cosines[rows, own] = (unit[rows] * others).sum(1)
+        return cosines
 
-    def decide(self, logits, embeddings, own=None):
+    def decide(self, logits, embeddings, apart=False):
         """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
         The head names the characters that it learned. Where faces were added, their character wins if
-        their mean is nearer, a handicap given, than that of every learned one; own: as `to_means`. Who
+        their mean is nearer, a handicap given, than that of every learned one. Who
         was enrolled is known by this mean, with a threshold of its own.
         confidence: P(the name is right) where half of all pictures show unknown characters;
         nan of a name that added faces gave, and not the head.
+        apart: a picture that is in the gallery is not compared with itself.
         """
         who = logits.argmax(1)
-        similarity = self.similarity(logits, embeddings)
-        margin = similarity - self.threshold - self.growth
+        similarity = self.similarity(logits, embeddings, apart)
+        margin = similarity - self.threshold
         sure = confidence(logits, margin, self.temperature, self.platt)
-        to_mean = self.to_means(self.whitened(embeddings), own)  # (n, G)
+        same = same_pictures(embeddings, self.embeddings) if apart else None
+        to_mean = self.to_means(self.whitened(embeddings), same)  # (n, G)
         if to_mean.shape[1] == self.learned:  # nobody has added faces
             return who, similarity, margin, sure
         to_added = to_mean[:, self.learned :]
@@ -274,13 +336,15 @@ class Gallery:
             sure.masked_fill(name != who, torch.nan),
         )
 
-    def names_given(self, logits, embeddings, own=None):
-        """-> the name of each picture, "" where it is unknown; own: see `decide`."""
-        who, _, margin, _ = self.decide(logits, embeddings, own)
+    def names_given(self, logits, embeddings, apart=False):
+        """-> the name of each picture, "" where it is unknown; apart: see `decide`."""
+        who, _, margin, _ = self.decide(logits, embeddings, apart)
         return [self.names[i] if m >= 0 else "" for i, m in zip(who, margin, strict=True)]
 
 
-HEADER = [field.name for field in fields(Gallery)][2:]  # of the file, beside its two tensors
+# of the file
+TENSORS = ("embeddings", "labels", "strangers", "held_known", "held_unknown")
+HEADER = [field.name for field in fields(Gallery) if field.name not in TENSORS]
 
 
 # ---- similarity ----------------------------------------------------------------------------------
@@ -300,10 +364,14 @@ def whitening(embeddings, labels):
     return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
 
 
-def nearest_of(unit, faces):
-    """Unit vectors (n, D), a list of those of each character -> (n, C): mean products with the nearest."""
-    cosines = [unit @ own.T for own in faces]
-    nearest = [x.topk(min(NEAREST, x.shape[1]), 1).values.mean(1) for x in cosines]
+def nearest_of(cosines, groups, apart=None):
+    """Cosines (n, m) of pictures and faces, places of each group's faces -> (n, G): the mean of its nearest.
+
+    apart (n, m): faces that are not compared.
+    """
+    if apart is not None:
+        cosines = cosines.masked_fill(apart, -1)
+    nearest = [cosines[:, own].topk(min(NEAREST, len(own)), 1).values.mean(1) for own in groups]
     return torch.stack(nearest, 1)
 
 
@@ -329,41 +397,40 @@ def same_pictures(embeddings, others):
     return F.normalize(embeddings[:, :width]) @ F.normalize(others[:, :width]).T > SAME
 
 
+def is_new(embeddings, known):
+    """Embeddings (n, D) and (m, D) -> (n,): is neither a known one nor one before it the same picture?"""
+    same = same_pictures(embeddings, torch.cat([known, embeddings]))
+    return ~same.tril(len(known) - 1).any(1)
+
+
 # ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
 
 
-def calibrate(embeddings, labels, held_out, unknown=None):
-    """-> a dict of numbers for the gallery's header, where a run has held-out pictures.
+def calibrate(embeddings, labels, held_out):
+    """-> a dict of what a gallery needs beside its faces, where a run has held-out pictures.
 
-    held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown: logits and
-    embeddings of unknown ones, which may be few: each known one stands in for one, too.
-    The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
+    held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. Each of them stands in
+    for an unknown one, too.
     """
     logits, known, known_labels = held_out
     gallery = Gallery(embeddings, labels, int(labels.max()) + 1, lift=lift_of(logits))
-    known_score = gallery.similarity(logits, known)
-    new_score = as_unknown(gallery, held_out)
-    if unknown:
-        new_score = torch.cat([new_score, gallery.similarity(*unknown)])
-    curve = f1_curve(gallery.whitened(known), known_labels)
     return {
         "lift": gallery.lift,
-        "alike": best_threshold([curve], len(known)),
         "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
-        **decided(logits, known_labels, known_score, new_score),
+        "temperature": fit_temperature(logits, known_labels),
+        "held_known": gallery.similarity(logits, known),
+        "held_unknown": as_unknown(gallery, held_out),
     }
 
 
-def decided(logits, labels, known, unknown):
-    """Logits (m, C), labels (m,) and similarities (m,) of known faces, those of unknown ones (k,)
-    -> threshold and confidence. At most MOST_REJECTED of the known are called unknown."""
+def threshold_of(known, unknown):
+    """Similarities of known faces (m,) and of unknown ones (l,) -> threshold, and Platt's numbers.
+
+    At most MOST_REJECTED of the known are called unknown.
+    """
     highest = known.sort().values[int(MOST_REJECTED * len(known))].item()
     threshold = min(balance(known, unknown), highest)
-    return {
-        "threshold": threshold,
-        "temperature": fit_temperature(logits, labels),
-        "platt": fit_platt(known - threshold, unknown - threshold),
-    }
+    return {"threshold": threshold, "platt": fit_platt(known - threshold, unknown - threshold)}
 
 
 def lift_of(logits):

@@ -16,11 +16,12 @@ training. Where it is stopped, the same command goes on.
 
 Corrections: every picture in OUT/WHO is WHO from now on, also one that you did not move, so look at all
 folders first. A folder with three pictures or more that is not known yet makes a new character. Pictures
-in unknown or others show nobody who is known, and leave the gallery; group-001 waits until you name it.
-A picture that is there already is not taken twice, so the command can be given again. A new training
+in unknown or others show strangers: what looks like them gets a name less easily from now on. And all of
+these pictures move the threshold for "unknown", so that it fits what you said. group-001 waits until you
+name it. A picture that is there already is not taken twice, so the command can be given again. A new training
 learns from all of OUT: python data.py OUT --layout class packs it, whatever folders your pictures were in.
 
-    n pictures   D width of an embedding
+    n pictures   C learned characters   D width of an embedding
 """
 
 import hashlib
@@ -30,7 +31,6 @@ from pathlib import Path
 import torch
 
 from apps import folds
-from apps.gallery import same_pictures
 from apps.pictures import tell_problems
 from apps.recognize import changing, name_of, open_recogniser, parser_of, predictions, renamed
 from apps.sort import folders_of
@@ -93,14 +93,14 @@ def shown_in(out, names):
 
 
 def embedded(args, net, header, autocast, files, problems):
-    """-> {file: embedding (D,)}; with --detect of those that show one face."""
+    """-> {file: its logits (C,) and embedding (D,)}; with --detect of those that show one face."""
     args.images = files
     faces = defaultdict(list)
     bar = progress(name="learn", total=None if args.detect else len(files))
-    for keys, _, embeddings in predictions(args, net, header, autocast, problems):
+    for keys, *outputs in predictions(args, net, header, autocast, problems):
         bar.update(len(keys))
-        for key, embedding in zip(keys, embeddings, strict=True):
-            faces[key.rpartition("[")[0] if args.detect else key].append(embedding)
+        for key, *face in zip(keys, *outputs, strict=True):
+            faces[key.rpartition("[")[0] if args.detect else key].append(face)
     bar.close()
     return {file: own[0] for file, own in faces.items() if len(own) == 1}
 
@@ -124,24 +124,33 @@ def by_character(shows, faces):
 
 
 def learn(run, files_of, faces):
-    """Change the gallery by {who: files} and {file: embedding} -> it before and after, and lines."""
-    report = []
+    """Change the gallery by {who: files} and {file: logits, embedding} -> it before and after, and lines."""
+    report, of_learned = [], []
     with changing(run) as before:
         gallery = before
-        for who, files in sorted(files_of.items()):  # nobody first
-            embeddings = torch.stack([faces[file] for file in files])
+        for who, files in sorted(files_of.items()):  # strangers first
+            embeddings = torch.stack([faces[file][1] for file in files])
+            if not who:
+                gallery = gallery.with_strangers(embeddings)
+                continue
             try:
-                if who:
-                    gallery, lines = gallery.enrol(who, files, embeddings)
-                else:
-                    rest = gallery.without(same_pictures(embeddings, gallery.embeddings).any(0))
-                    gone = len(gallery.keys) - len(rest.keys)
-                    lines = [f"unknown: {len(files)} pictures, {gone} of them left the gallery"]
-                    gallery = rest
+                gallery, lines = gallery.enrol(who, files, embeddings)
+                report += lines
             except UserError as problem:  # too few of a new character; the others go on
-                lines = [f"note: {problem}"]
-            report += lines
+                report.append(f"note: {problem}")
+            if who in before.names[: before.learned]:
+                of_learned += files
         gallery.save(run)
+    for what, files in (("strangers", files_of.get("")), ("learned characters", of_learned)):
+        if files:
+            logits, embeddings = (torch.stack(x) for x in zip(*map(faces.get, files), strict=True))
+            counts = [
+                g.names_given(logits, embeddings, apart=True).count("") for g in (before, gallery)
+            ]
+            report.append(
+                f"of your {len(files)} pictures of {what}, {counts[0]} were called unknown before, "
+                f"{counts[1]} are now"
+            )
     return before, gallery, report
 
 

@@ -25,6 +25,7 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -131,7 +132,6 @@ def build_gallery(run, device, dtype):
     net, header, autocast = open_network(run, device, dtype)
     folder = place_of_learned(header, run)
     by_folds = header["split"] == BY_FOLDS
-    others = unknown = None
     if by_folds:
         train, classes = open_all(folder)
     else:
@@ -142,23 +142,26 @@ def build_gallery(run, device, dtype):
     _, embeddings = outputs(train.split, index)
     if by_folds:
         numbers = json.loads((Path(run) / PROMISE).read_text())["calibration"]
+        numbers |= {name: torch.tensor(numbers[name]) for name in ("held_known", "held_unknown")}
     else:
         held_out = *outputs(dev.split, dev.index), dev.labels[dev.index]
         # What --hold-out left out sets no threshold: it is there to be asked (apps/unknown.py).
-        others = open_others(folder)
-        unknown = outputs(*others) if others else None
-        numbers = calibrate(embeddings, labels, held_out, unknown)
+        numbers = calibrate(embeddings, labels, held_out)
     keys = [train.split["header"]["keys"][i] for i in index.tolist()]
     gallery = Gallery(embeddings, labels, len(classes), names=classes, keys=keys, **numbers)
+    others = open_others(folder)
+    if others:
+        logits, strangers = outputs(*others)
+        gallery = replace(gallery, strangers=strangers)
+    gallery = gallery.settled()
     if is_closed(run):
         said = [f"note: {run} may not be written by you, so this call's gallery is not kept"]
     else:
         gallery.save(run)
         said = [f"wrote {Path(run) / GALLERY}: {len(keys)} faces of {len(classes)} characters"]
     if others:
-        below = gallery.similarity(*unknown) < gallery.threshold
-        share = f"{below.float().mean():.0%} of the {len(below)} pictures of nobody"
-        said.append(f"note: {share} are called unknown; they have decided the threshold")
+        below = gallery.similarity(logits, strangers, apart=True) < gallery.threshold
+        said.append(f"{int(below.sum())} of your {len(below)} strangers are called unknown")
     elif not by_folds and not header["hold_out"]:
         said.append(f"note: {UNMEASURED}")
     print("\n".join(said), file=sys.stderr)
@@ -352,17 +355,17 @@ def name_of(text, source):
 def renamed(net, before, after):
     """Two galleries -> a line: how many pictures that taught the head have another name in the second.
 
-    Each of them is left out of its character's mean. But the network has learned them by heart.
+    Each of them is asked apart from itself. But the network has learned them by heart.
     """
-    embeddings, labels = (x[: before.trained] for x in (before.embeddings, before.labels))
+    embeddings = before.embeddings[: before.trained]
     plain = embeddings[:, : len(before.mean)]  # without histograms
     logits = net.head(plain.to(net.encoder.cls_token.device)).cpu()
-    names = [gallery.names_given(logits, embeddings, labels) for gallery in (before, after)]
+    names = [gallery.names_given(logits, embeddings, apart=True) for gallery in (before, after)]
     changed = Counter(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
     ways = [
         f"{n} {old or 'unknown'} -> {new or 'unknown'}" for (old, new), n in changed.most_common(3)
     ]
-    line = f"{changed.total()} of {len(labels)} pictures that were learned change their name"
+    line = f"{changed.total()} of {before.trained} pictures that were learned change their name"
     if ways:
         line += f" ({', '.join(ways)})"
     return f"{line}; new ones of these characters do so more often"

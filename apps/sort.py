@@ -14,11 +14,11 @@ a picture that has a copy anywhere in OUT, under whatever name, is done. So afte
 command again, and move, rename and add what you like. sorted.csv is for you, and the page is drawn
 from it: whatever becomes of a line there, nothing but the picture's place on the page is lost.
 
---group also finds characters that nobody taught. Faces that look alike, by average linkage of their
-cosines, share a folder; how alike they have to be was measured on held-out faces, and --alike says
-otherwise. A folder has the name of a known character if more than half of its faces are called so.
-Otherwise it is called group-001, group-002 and so on, by size. Such groups depend on all pictures at
-once, so --group wants a new folder each time.
+--group also finds characters that nobody taught. Faces that look alike, by average linkage of the cosines of
+what the network sees and of their colours, share a folder; --alike says how alike they have to be. A folder
+has the name of a known character if more than half of its faces are called so. Otherwise it is called
+group-001, group-002 and so on, by size. Such groups depend on all pictures at once, so --group wants a
+new folder each time.
 
 Wrong copies can be moved to where they belong: apps/learn.py then learns what the folders say.
 """
@@ -34,7 +34,8 @@ from pathlib import Path
 
 import torch
 
-from apps.groups import alike, check_grouped
+from apps.gallery import CELLS
+from apps.groups import ALIKE, alike, check_grouped, likeness, pair_f1
 from apps.pictures import file_name, shortened, tell_problems
 from apps.recognize import answers, open_recogniser, parser_of, predictions
 from apps.sheet import Entry, known_pictures, write_sheet
@@ -60,7 +61,9 @@ def parse_args():
     add("images", nargs="+", metavar="FOLDER", help="folders or files, whose pictures are copied")
     add("--out", type=Path, required=True, metavar="OUT", help="a new folder, or one to go on with")
     add("--group", action="store_true", help="one folder for faces that look alike")
-    add("--alike", type=between(-1, 1), metavar="LEAST", help="cosine that joins groups (measured)")
+    add(
+        "--alike", type=between(-1, 1), metavar="LEAST", default=ALIKE, help="what joins two groups"
+    )
     add("--detect", metavar="RUN", help="runs/NAME of apps/detect.py: sort by each face on a page")
     args = parser.parse_intermixed_args()  # folders may stand before and after flags
     if not args.group:
@@ -119,37 +122,44 @@ def folders_of(names):
 
 
 def named(batches, gallery):
-    """What `predictions` yields -> yield the rows of `answers`, each with its whitened embedding (D,).
+    """What `predictions` yields -> yield the rows of `answers`, each with its embedding.
 
     "nearest" is the most similar known picture of the best guess.
     """
     for keys, logits, embeddings in batches:
-        unit = gallery.whitened(embeddings)
-        to_face = unit @ gallery.unit.T  # (B, faces)
+        to_face = gallery.whitened(embeddings) @ gallery.unit.T  # (B, faces)
         rows = answers(keys, logits, embeddings, gallery)
-        for row, own, cosines in zip(rows, unit, to_face, strict=True):
+        for row, own, cosines in zip(rows, embeddings, to_face, strict=True):
             others = ~gallery.shows(row["best_guess"])
             nearest = gallery.keys[cosines.masked_fill(others, -2).argmax()]
             yield row | {"nearest": nearest}, own
 
 
-def grouped(batches, gallery, least):
+def grouped(batches, gallery, least, wanted):
     """What `predictions` yields -> the rows of `named`, with the name of the face's group.
 
-    least: the mean cosine that joins two groups.
+    least: the mean likeness that joins two groups. wanted: as of `files_to_sort`.
     """
-    rows, units = [], []
-    for row, unit in named(batches, gallery):
+    rows, embeddings = [], []
+    for row, embedding in named(batches, gallery):
         rows.append(row)
-        units.append(unit)
+        embeddings.append(embedding)
         check_grouped(len(rows), "faces")
     if not rows:
         raise UserError("no face was found, so there is nothing to group")
-    groups = alike(torch.stack(units), least)
+    embeddings = torch.stack(embeddings)
+    pairs = likeness(gallery.whitened(embeddings), embeddings[:, -CELLS:])
+    groups = alike(pairs, least)
     names = names_of(groups, [row["name"] for row in rows])
     different = {*names.values()}
     count = f"{len(different)}, {len(different & {*gallery.names})} of them named"
     print(f"groups   {count}; --alike {least:g} joined them: less makes fewer, more purer ones")
+    folders = [str(wanted[file_of(row, wanted)].parent) for row in rows]
+    if len({*folders}) > 1:
+        agree = pair_f1(groups, folders)
+        print(
+            f"         if your own folders are right: pairs in one group have an F1 of {agree:.0f} %"
+        )
     return [row | {"name": names[number]} for row, number in zip(rows, groups, strict=True)]
 
 
@@ -168,22 +178,24 @@ def names_of(groups, names):
 # ---- copies --------------------------------------------------------------------------------------
 
 
-def copy_all(answered, wanted, folders, out, pages):
+def file_of(row, wanted):
+    """The file of an answer, whose key is the file, or with --detect the file and a box."""
+    key = row["picture"]
+    return key if key in wanted else key.rpartition("[")[0]
+
+
+def copy_all(answered, wanted, folders, out):
     """Rows of `named`, in the order of pictures -> copies, and a line of each in sorted.csv.
 
-    pages: the key of an answer is a picture and a box, and the picture goes to everybody on it.
+    A page goes to everybody on it.
     """
-
-    def file_of(row):
-        return row["picture"].rpartition("[")[0] if pages else row["picture"]
-
     count = 0
     with open(out / SORTED, "a", newline="", encoding="utf-8", errors="surrogateescape") as table:
         writer = csv.writer(table)
         if not table.tell():  # it is new
             writer.writerow(COLUMNS)
             table.flush()  # from now on the folder is known as ours
-        for file, faces in itertools.groupby(answered, file_of):
+        for file, faces in itertools.groupby(answered, lambda row: file_of(row, wanted)):
             best = {}  # the most similar face of each character
             for face in sorted(faces, key=lambda face: face["similarity"]):
                 best[face["name"] or ""] = face
@@ -261,14 +273,14 @@ def main():
     if args.group:
         if not args.detect:  # now, and not after all of them are embedded
             check_grouped(len(wanted), "pictures")
-        least = args.alike if "alike" in args.given else gallery.alike
-        answered = grouped(predictions(args, net, header, autocast, problems), gallery, least)
+        batches = predictions(args, net, header, autocast, problems)
+        answered = grouped(batches, gallery, args.alike, wanted)
         names = dict.fromkeys(row["name"] for row in answered)
     elif wanted:
         batches = predictions(args, net, header, autocast, problems)
         answered = (row for row, _ in named(batches, gallery))
     bar = progress(answered, "sort", None if args.detect else len(wanted))
-    copy_all(bar, wanted, folders_of(names), out, args.detect)
+    copy_all(bar, wanted, folders_of(names), out)
     tell_problems(problems, header["data"])
     words = [args.run, str(out), *(["--detect", args.detect] if args.detect else [])]
     learn = f"python -m apps.learn {quoted(*words)}"

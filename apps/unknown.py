@@ -32,7 +32,8 @@ import torch.nn.functional as F
 
 import data
 from apps.collection import BY_FOLDS
-from apps.groups import ALIKE, alike, centred, pair_f1
+from apps.gallery import CELLS
+from apps.groups import alike, likeness, pair_f1
 from apps.recognize import PROMISE, open_recogniser, outputs_of, parser_of
 from common import metrics
 from common.checkpoints import place_of
@@ -62,7 +63,7 @@ def parse_args():
 def faces_of(net, gallery, folder, name, autocast):
     """Pictures of a packed split -> a namespace: the truth, and what `Gallery.decide` returns.
 
-    unit     (n, D), whitened
+    unit     (n, D), whitened; colours (n, CELLS), their histograms
     labels   (n,), the set's, -1 of pictures without one; groups (n,)
     true     (n,), numbers of characters in the gallery, -1 of an unknown one
     right    (n,), is the name true?
@@ -79,6 +80,7 @@ def faces_of(net, gallery, folder, name, autocast):
     who, _, margin, sure = gallery.decide(logits, embeddings)
     return SimpleNamespace(
         unit=gallery.whitened(embeddings),
+        colours=embeddings[:, -CELLS:],
         labels=labels,
         groups=groups,
         true=true,
@@ -159,21 +161,21 @@ def reliability(known, is_right, unknown):
     return {"calibration_error": round(100 * error.item(), 3), "right_when_sure": share}
 
 
-def grouping(unit, labels, least=ALIKE):
-    """Faces (n, D) of characters (n,) in groups as apps/sort.py --group makes them: do these agree with the truth?"""
+def grouping(pairs, labels):
+    """`likeness` (n, n) of faces of characters (n,): do groups as of apps/sort.py --group agree with the truth?"""
     from sklearn.metrics import adjusted_rand_score
 
-    groups = alike(unit, least)
+    groups = alike(pairs)
     scores = {
         "pair_f1": pair_f1(groups, labels),
         "adjusted_rand": 100 * adjusted_rand_score(labels, groups),
     }
-    scores |= as_ccip(unit, labels)
+    scores |= as_ccip(pairs, labels)
     return {name: round(float(value), 3) for name, value in scores.items()}
 
 
-def as_ccip(unit, labels):
-    """The two measures of CCIP (huggingface.co/deepghs/ccip), in percent, on faces (n, D) of (n,).
+def as_ccip(cosines, labels):
+    """The two measures of CCIP (huggingface.co/deepghs/ccip), in percent, of `likeness` (n, n) and labels (n,).
 
     F1 of the pairs that show one character, and the adjusted Rand index of DBSCAN's groups of two
     faces or more. Threshold and eps are the best ones for these very faces, so both are upper bounds.
@@ -181,9 +183,7 @@ def as_ccip(unit, labels):
     from sklearn.cluster import DBSCAN
     from sklearn.metrics import adjusted_rand_score, precision_recall_curve
 
-    unit = centred(unit)
-    cosines = unit @ unit.T
-    one, two = torch.triu_indices(len(unit), len(unit), 1)
+    one, two = torch.triu_indices(len(labels), len(labels), 1)
     precision, recall, _ = precision_recall_curve(labels[one] == labels[two], cosines[one, two])
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
     distances = (1 - cosines).clamp(min=0).numpy()
@@ -194,7 +194,7 @@ def as_ccip(unit, labels):
     return {"ccip_f1": 100 * f1.max(), "ccip_adjusted_rand": 100 * max(indices)}
 
 
-def measure(asked, own, learned, least=ALIKE):
+def measure(asked, own, learned):
     """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
 
     asked: of the set that is measured; pairs are of its labelled pictures. own: of a set
@@ -214,7 +214,8 @@ def measure(asked, own, learned, least=ALIKE):
     to_group = is_unknown & labelled
     labels = asked.labels[to_group]
     if 1 < len(labels.unique()) < len(labels):  # else no two faces belong together, or all of them
-        row["groups"] = grouping(asked.unit[to_group], labels, least)
+        pairs = likeness(asked.unit[to_group], asked.colours[to_group])
+        row["groups"] = grouping(pairs, labels)
     if known.any():
         row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
     of_head = known & ~enrolled
@@ -252,14 +253,14 @@ def measure_run(args, net, header, gallery, autocast):
             own = faces_of(net, gallery, place, header.get("split", "val"), autocast)
         except UserError as problem:
             print(f"note: no known characters are compared: {problem}", file=sys.stderr)
-    measured = measure(asked, own, gallery.learned, gallery.alike)
+    measured = measure(asked, own, gallery.learned)
     if not measured:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row = {
         "run": str(args.run),
         "data": str(folder),
         "split": args.split,
-        "threshold": gallery.threshold + gallery.growth,
+        "threshold": gallery.threshold,
         **measured,
         "command": command(),
         "commit": commit(),
