@@ -84,7 +84,8 @@ class Gallery:
         self.unit = self.whitened(self.embeddings)  # (n, D)
         self.faces = self.of_learned(len(self.labels))
         k = len(self.strangers)
-        self.away = AWAY * k / (k + MANY)
+        # They count only where the threshold can be moved with them.
+        self.away = 0.0 if self.held_known is None else AWAY * k / (k + MANY)
 
         # Groups of faces: first each learned character as it was taught, then everybody with added faces.
         added, number = self.labels[self.trained :].unique(return_inverse=True)

@@ -233,7 +233,7 @@ def cut_of(header):
 def measure_run(args, net, header, gallery, autocast):
     """Write recognize.json. Of a set without known characters, those of the run's report are compared."""
     learned = place_of(header["data"], args.run)
-    by_folds = header.get("split") == BY_FOLDS
+    by_folds = header["split"] == BY_FOLDS
     folder = Path(data.open_or_pack(args.data or learned))
     if folder.resolve() == learned.resolve():
         if by_folds:
@@ -250,7 +250,7 @@ def measure_run(args, net, header, gallery, autocast):
     if (asked.true < 0).all() and data.splits_in(learned) and not by_folds:
         try:
             place = place_of_learned(header, args.run)
-            own = faces_of(net, gallery, place, header.get("split", "val"), autocast)
+            own = faces_of(net, gallery, place, header["split"], autocast)
         except UserError as problem:
             print(f"note: no known characters are compared: {problem}", file=sys.stderr)
     measured = measure(asked, own, gallery.learned)
