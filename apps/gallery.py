@@ -30,7 +30,10 @@ WHITENED = 20  # faces of a character that the whitening is fitted to
 MOST_LIFT = 3  # standard deviations
 LIFT = 0.1  # similarity per standard deviation of the best logit (results/TRIED.md)
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
-MOST_REJECTED = 0.09  # share of known faces on dev called unknown; on new ones a tenth
+REFUSED = 0.09  # share of known faces that are called unknown, at most
+OF_ADDED = (
+    0.05  # of added ones, where it is REFUSED of new ones: some show the same drawing as others
+)
 OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
@@ -72,6 +75,7 @@ class Gallery:
     # `settled` sets the threshold by
     held_known: torch.Tensor = None
     held_unknown: torch.Tensor = None
+    refused: float = REFUSED  # share of these known ones that lies below the threshold, at most
 
     def __post_init__(self):
         if self.trained is None:
@@ -269,8 +273,9 @@ class Gallery:
             same = same_pictures(self.strangers, torch.cat([self.embeddings, self.strangers]))
             unknown = unknown - self.strange(self.strangers, same).mean()
         asked = [self.best_similarity(x, apart=True) for x in (added, self.strangers)]
+        refused = self.refused * len(known) + OF_ADDED * len(added)
         scores = torch.cat([known, asked[0]]), torch.cat([unknown, asked[1]])
-        return replace(self, **threshold_of(*scores))
+        return replace(self, **threshold_of(*scores, refused / len(scores[0])))
 
     def growth(self):
         """How much more similar faces are to learned characters that are not theirs, by what was added to these.
@@ -424,12 +429,12 @@ def calibrate(embeddings, labels, held_out):
     }
 
 
-def threshold_of(known, unknown):
+def threshold_of(known, unknown, refused=REFUSED):
     """Similarities of known faces (m,) and of unknown ones (l,) -> threshold, and Platt's numbers.
 
-    At most MOST_REJECTED of the known are called unknown.
+    At most the share `refused` of the known is called unknown.
     """
-    highest = known.sort().values[int(MOST_REJECTED * len(known))].item()
+    highest = known.sort().values[int(refused * len(known))].item()
     threshold = min(balance(known, unknown), highest)
     return {"threshold": threshold, "platt": fit_platt(known - threshold, unknown - threshold)}
 

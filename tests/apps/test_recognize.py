@@ -114,7 +114,7 @@ def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(wo
         world.score, world.score
     )  # no more are rejected, however alike they are
     rejected = (world.score < found["threshold"]).float().mean().item()
-    assert rejected == pytest.approx(int(gallery.MOST_REJECTED * 200) / 200, abs=1e-6)
+    assert rejected == pytest.approx(int(gallery.REFUSED * 200) / 200, abs=1e-6)
 
 
 @pytest.fixture
@@ -226,7 +226,8 @@ def test_added_faces_of_learned_characters_raise_the_threshold_by_what_others_ga
     alone = found.unit[120:] @ found.unit.T - 2 * F.one_hot(torch.arange(120, 200), 200)
     nearest = [alone[:, labels == c].sort(1, descending=True)[0][:, :3].mean(1) for c in range(5)]
     scores = torch.cat([row["held_known"] + known.growth(), torch.stack(nearest, 1).amax(1)])
-    expected = gallery.threshold_of(scores, row["held_unknown"] + known.growth())
+    share = (200 * gallery.REFUSED + 80 * gallery.OF_ADDED) / 280
+    expected = gallery.threshold_of(scores, row["held_unknown"] + known.growth(), share)
     assert found.threshold == pytest.approx(expected["threshold"], abs=1e-5)
     logits = world.logits.clone()
     logits[:50] = logits[:50].roll(1, 1)  # the head is wrong, and added faces say so
