@@ -174,10 +174,10 @@ class Gallery:
             raise UserError(f"{total} pictures of {who} are too few; give {LEAST} or more")
         rest = self.without((same & ~has_name).any(0))
         gallery = rest.add(who, [*itertools.compress(keys, new)], embeddings[new])
-        line = f"{who} is enrolled with {total} pictures"
+        line = f"{who} is enrolled with {total} pictures; {len(gallery.names)} characters are known now"
         if who in gallery.names[: gallery.learned]:
-            line = f"{who}, who was learned in training, has {total} pictures, {int(new.sum())} of them new"
-        return gallery, [*lines, f"{line}; the gallery knows {len(gallery.names)} characters"]
+            line = f"{who} has {total} pictures, {int(new.sum())} of them new"
+        return gallery, [*lines, line]
 
     def forget(self, who):
         """-> the gallery without the added pictures of a character, and a line that says so."""

@@ -316,7 +316,7 @@ def test_a_run_of_half_the_size_says_the_same(fresh):
 
 
 ENROLLED = (  # who, which pictures of a newcomer, what is told, added pictures of each afterwards
-    ("Zoë", (0, 4), "Zoë is enrolled with 4 pictures; the gallery knows 4", {"Zoë": 4}),
+    ("Zoë", (0, 4), "Zoë is enrolled with 4 pictures; 4 characters are known", {"Zoë": 4}),
     ("Bob", (0, 4), "was added as Zoë; it is Bob now", {"Bob": 4}),  # by mistake
     ("Zoë", (0, 4), "was added as Bob; it is Zoë now", {"Zoë": 4}),
     ("Zoë", (0, 2), "enrolled with 4 pictures", {"Zoë": 4}),  # each counts once
@@ -326,7 +326,7 @@ ENROLLED = (  # who, which pictures of a newcomer, what is told, added pictures 
     (
         "class2",
         (0, 4),
-        "learned in training, has 16 pictures, 4 of them new",
+        "class2 has 16 pictures, 4 of them new",
         {"Ann": 3, "class2": 4},
     ),
     ("class2", None, "known from training alone; 4 added", {"Ann": 3}),
