@@ -140,8 +140,6 @@ def parse_flags(words=None):
     train.take_saved_flags(flags, "split")
     if flags.resume:
         return flags
-    if not flags.encoder:
-        raise UserError("give an ENCODER: runs/NAME, weights/toon or a checkpoint")
     method, _ = parse_method(flags)
     parse_head(flags)  # now, and not when pictures are packed
     if method == "lora" and flags.from_scratch:

@@ -191,8 +191,13 @@ def refuse_overwrite(paths, fix="choose another --out"):
 
 
 def take_saved_flags(flags, *free):
-    """--resume RUN goes on in that folder, under its saved flags; `free` ones may be given anew."""
+    """--resume RUN goes on in that folder, under its saved flags; `free` ones may be given anew.
+
+    Without it, a stage that has an ENCODER among its flags needs one.
+    """
     if not flags.resume:
+        if "encoder" in flags and not flags.encoder:
+            raise UserError("give an ENCODER: runs/NAME, weights/toon or a checkpoint")
         return
     path = Path(flags.resume) / "state.pt"
     if not path.exists():
