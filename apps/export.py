@@ -52,13 +52,7 @@ from ingest.decode import PACKED
 from kernels import MEAN, STD
 from model import EPS
 
-TENSORS = (
-    "model",
-    "head",
-    "gallery",
-    "detector",
-    "patches",
-)  # the last: stage 1 of apps/segment.py
+TENSORS = ("model", "head", "detector", "patches")  # the last: stage 1 of apps/segment.py
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
@@ -238,8 +232,6 @@ def save_half(source, out, image_size):
     """Write what stages read of a run into the folder `out`, its numbers in 16 bits."""
     if image_size:
         raise UserError(KEEPS_SIZE.format(image_size, source))
-    if is_recogniser(source):
-        open_gallery(source)  # the copy does without the data set
     files = [checkpoints.file_of(source, f"{name}.safetensors") for name in TENSORS]
     there = {file.stem: file for file in files if file.exists()}
     if not there.keys() & {"model", "head", "detector"}:
@@ -251,6 +243,11 @@ def save_half(source, out, image_size):
             header["fingerprint"] = checkpoints.fingerprint(encoder)
         half = {k: x.half() if x.is_floating_point() else x for k, x in tensors.items()}
         save_safetensors(half, out / file.name, header or None)
+    if is_recogniser(source):
+        # With its gallery, the copy does without the data set. A run that may only be read keeps none.
+        gallery = open_gallery(source)
+        gallery.embeddings = gallery.embeddings.half()
+        gallery.save(out)
     return f"give {OUT} wherever a stage asks for a run"
 
 
