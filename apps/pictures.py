@@ -67,9 +67,9 @@ def save_pngs(out, key, pictures, in_folders=False):
             break
     name = shortened(name, key)
     files = [folder / f"{name}{ending}.png" for ending in pictures]
+    reserve([], out / ".lock")
     for file, pixels in zip(files, pictures.values(), strict=True):
         path = out / file
-        reserve([], out / ".lock")
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, "PNG")
         if path.is_file() and path.read_bytes() == png.getvalue():
