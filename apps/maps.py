@@ -161,11 +161,11 @@ def coarse(images):
 
 
 def saliency_rows(args, images, device):
-    """-> GRID, and a generator of u8 (B, GRID, GRID) of all images, in order."""
+    """-> GRID, no notes for the header, and a generator of u8 (B, GRID, GRID) of all images, in order."""
     where = torch.device("cpu") if device.type == "mps" else device  # Metal lacks the pooling
     chunks = torch.arange(len(images)).split(data.CHUNK)
     found = (coarse(data.take(images, index, where)) for index in chunks)
-    return GRID, ((255 * saliency).round().byte().cpu().numpy() for saliency in found)
+    return GRID, {}, ((255 * saliency).round().byte().cpu().numpy() for saliency in found)
 
 
 # ---- parts: clusters of foreground tokens --------------------------------------------------------
@@ -219,7 +219,7 @@ def parts_of(tokens, foreground, place, centres):
 
 
 def part_rows(args, images, device):
-    """-> g, and a generator of u8 (B, g, g) of all images, in order; the clusters are found first."""
+    """-> g, notes, and a generator of u8 (B, g, g) of all images, in order; the clusters are found first."""
     encoder = load_teacher(args.run).to(device)
     g, K = encoder.side, args.parts
 
@@ -236,23 +236,23 @@ def part_rows(args, images, device):
         raise UserError(f"--parts {K} are more than the {len(points)} patches of foreground found")
     centres = kmeans(points, K)
     labels = (parts_of(*chunk, place, centres) for chunk in chunks(torch.arange(len(images))))
-    return g, (label.unflatten(1, (g, g)).numpy() for label in labels)
+    return g, {"parts": K}, (label.unflatten(1, (g, g)).numpy() for label in labels)
 
 
 # ---- attention -----------------------------------------------------------------------------------
 
 
 def attention_rows(args, images, device):
-    """-> g, and a generator of fp16 (B, g, g) of all images, in order."""
+    """-> g, notes, and a generator of fp16 (B, g, g) of all images, in order."""
     encoder = load_teacher(args.run).to(device)
     g = encoder.side
-    # The header of the file says which one it is.
-    args.attention = args.attention or guidance.default_attention(encoder, flags_of(args.run))
-    if args.attention == "pooler" and encoder.pooler is None:
+    source = args.attention or guidance.default_attention(encoder, flags_of(args.run))
+    if source == "pooler" and encoder.pooler is None:
         raise UserError("--attention pooler: --contrast pooler trains one; choose outlier")
     every = torch.arange(len(images))
-    chunks = guidance.attention(encoder, images, every, args.attention, EXACT)
-    return g, (score.unflatten(1, (g, g)).half().cpu().numpy() for _, score in chunks)
+    chunks = guidance.attention(encoder, images, every, source, EXACT)
+    maps = (score.unflatten(1, (g, g)).half().cpu().numpy() for _, score in chunks)
+    return g, {"source": source}, maps
 
 
 # ---- all maps, and their files -------------------------------------------------------------------
@@ -265,7 +265,7 @@ class Kind:
     need: str  # what strategies of mask.py call it
     mask: str  # words behind --mask of pretrain.py that use it
     reads: set  # flags that it needs besides those of all maps
-    rows: Callable  # of flags, images and device -> cells a side, chunks (B, G, G)
+    rows: Callable  # of flags, images and device -> cells a side, notes for the header, chunks (B, G, G)
     dtype: str
 
 
@@ -338,11 +338,10 @@ def main():
     reserve([path, sheet])
     images = split["images"]
     n = len(images)
-    grid, rows = kind.rows(args, images, device)
+    grid, notes, rows = kind.rows(args, images, device)
     bar = train.progress(rows, f"{folder.name}/{name}", math.ceil(n / data.CHUNK))
     header = {"map": name, "grid": grid, "by": args.run or "", "data": folder.name, "images": n}
-    header |= {"data_digest": data.fingerprint(split), "commit": train.commit()}
-    header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(name, {})
+    header |= {"data_digest": data.fingerprint(split), "commit": train.commit(), **notes}
     with aside(path) as made:
         write_maps(made, name, bar, (n, grid, grid), kind.dtype, header)
         with drawing(sheet.name):
