@@ -161,15 +161,15 @@ def parse_args():
     return args
 
 
-def tell_left_out(strategies, scores, missing):
-    """A line for each score that is not known, with its strategies; a UserError if that leaves none."""
+def tell_left_out(strategies, known, missing):
+    """A line for each score that is not known, with its strategies; a UserError if none is `known_of`."""
     unknown = {}
     for words in strategies:
-        if score_of(words) not in (None, *scores):
+        if words not in known:
             unknown.setdefault(score_of(words), []).append(words)
     for score, names in unknown.items():
         why = f"{', '.join(names)}: {missing.get(score, f'nothing here computes {score}')}"
-        if len(names) == len(strategies):
+        if not known:
             raise UserError(why)
         print(f"left out {why}")
 
@@ -184,8 +184,8 @@ def main():
     scores, missing = read_scores(folder, split, indices, view, side, where={})
     if encoder:
         scores["attn"] = attention_of(args.teacher, encoder, split["images"], indices)
-    tell_left_out(args.strategies, scores, missing)
     strategies = known_of(args.strategies, scores)
+    tell_left_out(args.strategies, strategies, missing)
     maps = guidance.as_pictures({x: scores[x] for x in map(score_of, strategies) if x})
     when = "at the end of a run" if args.t == 1 else f"after {args.t:.0%} of a run"
     title = f"What masks hide {when}: {folder.name}"

@@ -67,6 +67,7 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{MASKS} block:throw=.1", "throw"),
     (f"{MASKS} parts", "--map parts"),
     (f"{MASKS} learned", "during a run"),
+    (f"{MASKS} parts learned", "--map parts"),
     (f"{MASKS} block --teacher runs/a", "--teacher has no effect"),
     (f"{MASKS} --out new", "masks.png"),
     (f"{MAPS} --map saliency --out text.txt/maps", "is a file"),
