@@ -27,7 +27,6 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from torch import nn
 
 import data
 from common import train
-from common.checkpoints import file_of, load_encoder, resize_positions
+from common.checkpoints import file_of, load_encoder, model_file, resize_positions
 from common.door import require, shown
 from common.features import name_of, open_splits, set_apart, split_suffix, untrained_like
 from common.train import Parser, UserError, at_least, between, cli, refuse_useless
@@ -131,8 +130,8 @@ def cells(n, stride, device):
 
 def load(path):
     """A run of apps/detect.py, or its detector.safetensors -> the network in eval mode, and its header."""
-    path = Path(path) if Path(path).is_file() else file_of(path, "detector.safetensors")
-    weights, header = train.read_safetensors(path, REMEDY)
+    file = model_file(path, "detector.safetensors")
+    weights, header = train.read_safetensors(file, REMEDY)
     net = Detector(ViT(**header["detector"]["encoder"]))
     net.load_state_dict(weights)
     return net.eval(), header

@@ -25,7 +25,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +36,7 @@ from torch import nn
 import data
 import mask as masking
 from common import train
-from common.checkpoints import about_model, file_of, load_encoder
+from common.checkpoints import about_model, load_encoder, model_file
 from common.features import name_of, open_splits, set_apart, split_suffix
 from common.train import Parser, UserError, at_least, cli, parse_keys, refuse_useless
 from kernels.patches import masked_patch_gather
@@ -94,8 +93,8 @@ def blank_patches(config):
 
 
 def load_patches(path):
-    """patches.safetensors -> Patches in eval mode."""
-    weights, header = train.read_safetensors(path, REMEDY)
+    """A run of apps/segment.py, or its patches.safetensors -> Patches in eval mode."""
+    weights, header = train.read_safetensors(model_file(path, "patches.safetensors"), REMEDY)
     net = blank_patches(header["patches"])
     net.load_state_dict(weights)
     return net.eval()
@@ -317,10 +316,9 @@ def is_segmenter(path):
 
 def load(path):
     """A run of apps/segment.py -> Pixels in eval mode, header of model.safetensors."""
-    path = file_of(path, "model.safetensors")
-    weights, header = train.read_safetensors(path, REMEDY)
+    weights, header = train.read_safetensors(model_file(path), REMEDY)
     if "network" not in header:
-        raise UserError(f"{path.parent} makes no masks; {REMEDY}")
+        raise UserError(f"{path} makes no masks; {REMEDY}")
     config = header.get("patches")
     net = Pixels(config and blank_patches(config))
     net.load_state_dict(weights)
@@ -509,7 +507,7 @@ def patch_stage(flags, task):
     """Stage 1: patches learn from frames of one kind, or are taken from another run."""
     index = task.train.plain
     if flags.patches:
-        net = load_patches(Path(flags.patches) / "patches.safetensors").to(task.device)
+        net = load_patches(flags.patches).to(task.device)
         size = net.encoder.image_size
         if size != task.S:
             fix = f"pack the set with --size {size}, or leave out --patches"

@@ -331,8 +331,7 @@ def is_tagger(path):
 
 def load_tagger(folder):
     """runs/NAME of apps/tags.py -> (MFDN in eval mode, header of its model file)."""
-    path = checkpoints.model_file(folder)
-    weights, header = train.read_safetensors(path, REMEDY)
+    weights, header = train.read_safetensors(checkpoints.model_file(folder), REMEDY)
     if "tags" not in header:
         raise UserError(f"{folder} names no tags; {REMEDY}")
     config = header["tags"]

@@ -58,9 +58,10 @@ def file_of(run, name=""):
     return shipped if is_shipped else here
 
 
-def model_file(run):
-    file = file_of(run, "model.safetensors")
-    return file if file.is_file() or Path(run).is_dir() else file_of(run)
+def model_file(run, name="model.safetensors"):
+    """The file of this name in a run's folder, or the file itself where one is given."""
+    file = file_of(run)
+    return file if file.is_file() else file_of(run, name)
 
 
 def about_model(run):

@@ -231,7 +231,7 @@ def test_three_stages_leave_their_files_and_numbers(base):
     assert row["pixels"]["val"].keys() == {"mixed", "panels"}
     for stage in ("proxies", "pixels"):
         assert row[stage].keys() == {"dev", "val", "dev_known", "val_known"}
-    net = segment.load_patches(run / "patches.safetensors")
+    net = segment.load_patches(run)
     train, val = (data.open_split(base / "datasets/frames", name) for name in ("train", "val"))
     train, val = (segment.frames_of(x, torch.arange(len(x["labels"]))) for x in (train, val))
     task = SimpleNamespace(S=32, device=torch.device("cpu"), autocast=nullcontext, train=train)
