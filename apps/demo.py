@@ -92,8 +92,15 @@ def parse_args():
 # ---- runs, each network loaded once --------------------------------------------------------------
 
 
+def ships(run):
+    """Is it one of weights/, a folder of the program?"""
+    return Path(run).parent.name == "weights"
+
+
 def newest(folder):
-    """The runs in a folder, that of the newest file first."""
+    """The runs in a folder, that of the newest file first; weights/ is found from every folder."""
+    if folder == "weights":
+        folder = place_of(folder, folder)
     files = sorted(Path(folder).glob("*/*.safetensors"), key=lambda path: -path.stat().st_mtime)
     return [*dict.fromkeys(str(path.parent) for path in files)]
 
@@ -114,7 +121,8 @@ def base_of(run):
 def choose_run(name):
     """The given run of pretrain.py, or the one that the given run was made of; or the newest."""
     encoders = filter(has_decoder, newest("runs") + newest("weights"))
-    name = str(Path(name or next(encoders, "runs/NAME")))
+    name = name or next(encoders, "runs/NAME")
+    name = str(place_of(name, name))
     if not Path(name).is_dir():
         raise UserError(f"{name} is no run; python pretrain.py makes one")
     if has_decoder(name):
@@ -402,7 +410,7 @@ def answer(tab, run, picture, *controls):
         if made is None:
             raise UserError(f"There is no run for this tab yet. {make}")
         note = ""
-        if made.startswith("weights") and made not in (run, MACHINE.given):
+        if ships(made) and made not in (run, MACHINE.given):
             note = element("p", f"Here you see {made}, which ships with AniMask. {make}")
         with torch.inference_mode():
             return note + work(made, picture, *controls)
@@ -436,7 +444,7 @@ def mask_controls(gr):
 def build(gr, run):
     """The page, a gradio.Blocks, of one run of pretrain.py."""
     with gr.Blocks(title="AniMask", analytics_enabled=False, delete_cache=(600, 600)) as page:
-        gr.Markdown(HEAD.format(run, "runs/NAME" if run == SHIPS else SHIPS))
+        gr.Markdown(HEAD.format(run, "runs/NAME" if ships(run) else SHIPS))
         first, shown, _ = chosen(None, drawing, *FIRST)
         picture = gr.State(first)
         with gr.Row():

@@ -115,9 +115,11 @@ def test_faces_of_a_page_are_shown_and_named(at, monkeypatch):
 def test_without_a_run_of_ones_own_the_weights_that_ship_answer_and_say_so(
     tab, at, tmp_path, monkeypatch
 ):
-    """And of a visitor's picture, that they guess."""
+    """From every folder; and of a visitor's picture, that they guess."""
+    monkeypatch.setattr(demo.MACHINE, "run", "runs/a")
     assert "weights/" not in demo.answer(tab, "runs/a", drawing())
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
+    assert demo.choose_run(None) == demo.choose_run("weights/toon") == str(ROOT / "weights/toon")
     text = demo.answer(tab, "runs/none", drawing())
     assert "weights/toon-" in text and "ships" in text and "demo set alone" not in text
     assert demo.TABS[tab][2].format("runs/none") in text
