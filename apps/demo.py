@@ -8,6 +8,8 @@ Writes: nothing but the gallery of a recogniser that has none yet
 
 Only this machine can open the page, unless --host or --share allows others, and gradio lets no other
 site read it. Nothing that a visitor sends is the path of a file or starts a command.
+
+    N patches of a picture   H, W its sides
 """
 
 import base64
@@ -246,7 +248,7 @@ def note_on(picture, header):
 
 
 def maps_of(net, picture, view):
-    """{name: (1, N), or (1, N, P)}: maps of a picture. Those of a drawing are the true ones.
+    """{name: (1, N), or (1, N, parts)}: maps of a picture. Those of a drawing are the true ones.
 
     The view is with them, for strategies that read its pixels.
     """
@@ -265,7 +267,7 @@ def maps_of(net, picture, view):
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
-    """words: a strategy with its keys; scores {score: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
+    """words: a strategy with its keys; scores {score: (1, N) or (1, N, parts)} -> ids_keep, ids_mask."""
     strategy = masks.parse_strategy(words or "")
     score = masks.score_of(words)
     if score == "parts" and score not in scores:

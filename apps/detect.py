@@ -17,7 +17,8 @@ A plain ViT is enough for detection (ViTDet, Li et al. 2022, arXiv:2203.16527). 
 become maps with cells of half, once and twice the patch's side. Each cell has the score of a
 centre, with CenterNet's focal loss (Zhou et al. 2019, arXiv:1904.07850). It also has the distances
 to the four sides of a box, with weights after TTFNet (Liu et al. 2020, arXiv:1909.00700).
-Shapes: B batch, S side of a view in pixels, K boxes of a view (-1 fills up), N cells of all maps.
+Shapes: B batch, S side of a view in pixels, g its patches on a side, D width of the encoder, K boxes
+of a view (-1 fills up), N cells of all maps, n of one map, k answers, H, W sides of a picture.
 """
 
 import contextlib

@@ -12,6 +12,8 @@ Writes: into the folder of ENCODER, or to --out, with a card: FILE.md, or README
         onnx    model.onnx, which runs without torch: an encoder, a recogniser or a tagger
         wd      wd/, a tagger or a recogniser for programs that load WD taggers
         half    half/, what stages read of a run of any stage, numbers in 16 bits
+
+    B pictures   S side of a view   D width of the embedding   C characters   V tags
 """
 
 import json

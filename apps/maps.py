@@ -10,7 +10,8 @@ Writes: maps/NAME/MAP.safetensors, and sheet-MAP.png: what strategies hide by it
     saliency  u8 (n, 32, 32)   estimated probability of foreground, by colour and place; 255 is 1
     parts     u8 (n, g, g)     0 background, 1..K clusters of foreground tokens, the largest first
 
-    B images   S their side   G cells a side   N = g * g patches   D channels   K clusters
+    n images of the set   B of a chunk   S their side   G cells a side   C numbers of a cell's colour
+    N = g * g patches   D width of the encoder   K clusters
 """
 
 import contextlib

@@ -15,7 +15,8 @@ Writes: runs/NAME-seg/ with patches.safetensors (stage 1), model.safetensors (st
 In both trainings a frame shows a part of another one. True masks (plane "drawn" of the set) are for
 evaluation, and for training with --learn-from truth alone. After "Hybrid compositions"
 (arXiv:2410.04789), which uses a SegFormer and not a U-Net.
-Shapes: B batch, S side of a view in pixels, g patches on a side, K patches seen, H, W any sides.
+Shapes: B batch, n frames of a set, S side of a view in pixels, g patches on a side, K patches seen,
+P numbers of a patch, D width of the encoder, H, W any sides.
 """
 
 import csv

@@ -22,8 +22,9 @@ Modeling"). Without hidden tags and decoder it is ViLT (Kim et al. 2021; Rios et
 tags). A tag is one token. The decoder's queries are the words, its context is the picture. Often a
 picture comes without tags, so the share of hidden tags rises to 1 at half of the run.
 
-    B batch   K patches seen   L places for words, of which R = L - 2 for tags   D width
-    V tags    C characters     N patches   n pictures
+    B batch   n pictures   S side of a view   N patches   K patches seen   P numbers of a patch   D width
+    V tags    C characters   T known tags of a picture   L places for words, of which R = L - 2 for tags
+    Q queries of the decoder: L
 """
 
 import itertools
