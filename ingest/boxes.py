@@ -15,7 +15,6 @@ reads the files; here the boxes come to fit the pixels, and what does not fit is
 """
 
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from PIL import Image
 from common.train import UserError
 from ingest import labels, layouts
 from ingest.decode import on_paper, open_image, open_picture
-from ingest.files import fetch_files, nfc, read_whole, walk
+from ingest.files import files_below, nfc, read_whole, walk
 from ingest.layouts import counted
 from ingest.sources import Record, choose, left_out, refuse_odd
 
@@ -98,7 +97,7 @@ def find(path):
     records, repeated = records_of(pages)
     if not any(record.box for record in records):
         raise UserError(f"{path} has no box of a picture that is there")
-    return records, partial(fetch_files, root=root), notes + repeated, shares
+    return records, files_below(root), notes + repeated, shares
 
 
 def present(pages, path):

@@ -50,11 +50,6 @@ def is_of_a_tool(name):
     return any(part in TOOLS or OF_A_TOOL.fullmatch(part) for part in name.split("/"))
 
 
-def is_hidden(name):
-    """By a dot, or a tool's: no label file has such a name, and metadata names no such picture."""
-    return bool(DOT.search(name)) or is_of_a_tool(name)
-
-
 def suffix_of(name):
     return os.path.splitext(name)[1].lower()
 
@@ -112,10 +107,15 @@ def walk_all(folder, prefix="", above=()):
             yield name, None if entry.is_file() else "pipes or devices"
 
 
-def walk(folder):
-    """Names of the images below a folder, sorted, without hidden ones: label files name others."""
-    images = (name for name, kind in walk_all(folder) if is_image(name) and not kind)
-    return (name for name in images if not DOT.search(name))
+def walk(folder, suffixes=SUFFIXES):
+    """Names of the files below a folder with these suffixes, sorted, without hidden ones.
+
+    No label file has a hidden one's name, and none names such a picture.
+    """
+    for name, kind in walk_all(folder):
+        is_hidden = DOT.search(name) or is_of_a_tool(name)
+        if suffix_of(name) in suffixes and not kind and not is_hidden:
+            yield name
 
 
 def read_whole(path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common.door import one_line, parse_table, reading
 from common.train import UserError
-from ingest.files import is_hidden, nfc, suffix_of, walk, walk_all
+from ingest.files import nfc, walk
 from ingest.layouts import counted, split_of
 from ingest.sources import BOX, box_of, split_in, table_rows
 
@@ -44,10 +44,9 @@ def root_of(path):
 
 
 def below(folder, suffix):
-    """-> the files below a folder with this suffix, without hidden ones; nothing, if it is no folder."""
-    names = walk_all(folder) if folder.is_dir() else ()
-    here = [name for name, kind in names if suffix_of(name) == suffix and not kind]
-    return [folder / name for name in here if not is_hidden(name)]
+    """-> the files below a folder with this suffix; nothing, if it is no folder."""
+    names = walk(folder, {suffix}) if folder.is_dir() else ()
+    return [folder / name for name in names]
 
 
 def without_aside(path):

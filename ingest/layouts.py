@@ -97,7 +97,9 @@ def understand(dirs, layout=None):
     at = split_level(dirs)
     inside = labelled(dirs, at)
     levels = class_levels(inside, at)
-    pattern = pattern_of(inside, at, levels)
+    shared = [k for k in shared_levels(inside) if k != at]
+    chosen = next(iter(levels), max(shared, default=None))  # where all are wrappers, the last one
+    pattern = pattern_of(chosen, at)
     rows, what = read(dirs, pattern), "/".join(pattern) or "pictures only"
     labels = {row[1] for row in rows if row} - {None}
     if 2 * sum(label != without_number(label) for label in labels) > len(labels):
@@ -106,10 +108,8 @@ def understand(dirs, layout=None):
     return rows, what, *doubts(inside, at, levels)
 
 
-def pattern_of(dirs, at, levels):
-    """The levels of the split and of the class -> ("split", "-", "class")."""
-    shared = [k for k in shared_levels(dirs) if k != at]
-    chosen = next(iter(levels), max(shared, default=None))  # where all are wrappers, the last one
+def pattern_of(chosen, at):
+    """The levels of the class and of the split, or None -> ("split", "-", "class")."""
     roles = {chosen: "class", at: "split"}
     deepest = max((k for k in roles if k is not None), default=-1)
     return tuple(roles.get(k, "-") for k in range(deepest + 1))
@@ -213,10 +213,8 @@ def doubts(dirs, at, levels):
 
 def offered(dirs, k, at):
     """ "--layout class learns 2 (miku, rin)": the flag that makes a level the class."""
-    roles = {k: "class", at: "split"}
-    layout = "/".join(roles.get(i, "-") for i in range(max(k, at or 0) + 1))
     names = {d[k] for d in dirs if len(d) > k}
-    return f"--layout {layout} learns {len(names)} ({first(names)})"
+    return f"--layout {'/'.join(pattern_of(k, at))} learns {len(names)} ({first(names)})"
 
 
 # ---- reading by it -------------------------------------------------------------------------------
