@@ -18,7 +18,8 @@ from ingest.pack import DRAWN
 LONGEST = 255 - len("-overlay.png")  # bytes of a picture's name: a file's has 255, with its ending
 FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
 DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
-OWNERS = {}  # {folder and name, without case, of files that this command writes: their picture}
+# {path without case and ending of files: their picture}, of all commands that a notebook runs
+OWNERS = {}
 
 
 def tell_problems(problems, trained_on, as_json=False):
@@ -63,7 +64,8 @@ def save_pngs(out, key, pictures, in_folders=False):
     whole = "-".join(words)
     for name in (own, whole, f"{whole}-{digest_of(key)}"):
         # x.jpg beside x.png, or X.PNG: for many a disk, x and X are one name
-        if OWNERS.setdefault(str(folder / name).casefold(), key) == key:
+        place = str(Path(out, folder, name).absolute()).casefold()
+        if OWNERS.setdefault(place, key) == key:
             break
     name = shortened(name, key)
     files = [folder / f"{name}{ending}.png" for ending in pictures]

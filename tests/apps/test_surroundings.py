@@ -203,6 +203,14 @@ def test_pictures_keep_their_files_on_a_disk_without_case(tmp_path, monkeypatch,
     assert len(set(names)) == len(keys) == len(names)
 
 
+def test_in_a_notebook_each_command_has_plain_names(tmp_path, monkeypatch):
+    for folder, key in (("a", "x.png"), ("b", "x.jpg")):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        pictures.save_pngs("out", key, {"": np.zeros((2, 2, 3), "u1")})
+        assert (tmp_path / folder / "out/x.png").exists()
+
+
 def test_names_of_files_are_those_of_every_system():
     names = ("Re:Zero", "is she?.png", "CON.png", "nul", "a. ", "ok.png")
     expected = ["Re_Zero", "is she_.png", "_CON.png", "_nul", "a_", "ok.png"]
