@@ -111,12 +111,11 @@ def test_the_latest_epoch_that_can_not_be_told_from_the_best_is_chosen(curve, ep
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """A home with a run that was measured by folds."""
-    from made import pristine
+    from made import home
 
-    home = tmp_path_factory.mktemp("folds") / "home"
-    shutil.copytree(pristine(), home)
-    done = run_line(f"{LEARN} --epochs 3 --out {OUT}", home, check=0)
-    return home, done.stdout
+    base = home(tmp_path_factory.mktemp("folds"))
+    done = run_line(f"{LEARN} --epochs 3 --out {OUT}", base, check=0)
+    return base, done.stdout
 
 
 def test_after_the_folds_every_picture_teaches(learned):

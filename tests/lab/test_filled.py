@@ -12,6 +12,7 @@ from lab import filled
 def test_flat_and_detailed_patches_make_all_of_them(at):
     run_line("lab.filled runs/a --data datasets/scenes --out new", at, check=0)
     report = json.loads((at / "new/filled.json").read_text())
+    assert report["by_ratio"]
     for ratio, kinds in report["by_ratio"].items():
         flat, detailed, every = (kinds[kind] for kind in ("flat", "detailed", "all"))
         assert flat["patches"] + detailed["patches"] == every["patches"]
