@@ -87,6 +87,7 @@ def test_it_learns_and_recognises_as_a_vit_does(small, tmp_path, no_pictures):
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     weights = read_safetensors(tmp_path / "run/model.safetensors")[0]
     running = {k: w for k, w in weights.items() if "running_" in k}
+    assert running
     for part in (state["model"], state["best"]["weights"]):
         assert running.keys() <= {name.removeprefix("encoder.") for name in part}
     (tmp_path / "run/metrics.json").unlink()
