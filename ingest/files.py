@@ -59,28 +59,26 @@ def is_image(name):
     return suffix_of(f"x{posixpath.basename(name)}") in SUFFIXES and not is_of_a_tool(name)
 
 
-def dotted(names):
-    """A line, or none, on pictures that most programs hide: .flow/1.png and ...1.png."""
-    inside = [name.removeprefix("./") for name in names if DOT.search(name)]
-    what = "pictures are read, though their names or folders begin with a dot"
-    return counted(inside, what, "move those that a program keeps there out of this folder")
+def notes_on(pictures, others, kinds=None):
+    """Lines on pictures that most programs hide, and on files that may be pictures and are not read.
 
-
-def left_out(names, kinds=None):
-    """A line, or none, on files that may be pictures and are not read.
-
-    names: of all files that are no pictures; kinds: {name: what it is} where its suffix does not tell.
+    pictures, such as .flow/1.png and ...1.png, and others: names of all files. kinds: {name: what it
+    is} where its suffix does not tell.
     """
-    settings = {x for x in names if posixpath.basename(x)[:1] == "." and not suffix_of(x)}
-    lost = {x for x in names if not is_of_a_tool(x) and suffix_of(x) not in BESIDE}
+    hidden = [name.removeprefix("./") for name in pictures if DOT.search(name)]
+    what = "pictures are read, though their names or folders begin with a dot"
+    fix = "move those that a program keeps there out of this folder"
+    notes = counted(hidden, what, fix)
+    settings = {x for x in others if posixpath.basename(x)[:1] == "." and not suffix_of(x)}
+    lost = {x for x in others if not is_of_a_tool(x) and suffix_of(x) not in BESIDE}
     lost = sorted(lost - settings)
-    if not lost:
-        return []
-    kinds = [(kinds or {}).get(x) or suffix_of(x) or "without suffix" for x in lost]
-    by_kind = ", ".join(f"{n} {kind}" for kind, n in Counter(kinds).most_common(5))
-    line = f"{len(lost)} files left out: {by_kind}; the first: {lost[0].removeprefix('./')}"
-    fix = "convert what should be read, such as to .png; a new name alone converts nothing"
-    return [shown(f"{line}; {fix}")]
+    if lost:
+        kinds = [(kinds or {}).get(x) or suffix_of(x) or "without suffix" for x in lost]
+        by_kind = ", ".join(f"{n} {kind}" for kind, n in Counter(kinds).most_common(5))
+        line = f"{len(lost)} files left out: {by_kind}; the first: {lost[0].removeprefix('./')}"
+        fix = "convert what should be read, such as to .png; a new name alone converts nothing"
+        notes.append(shown(f"{line}; {fix}"))
+    return notes
 
 
 def refuse_large(size):
@@ -139,8 +137,7 @@ def files_below(root):
 def open_folder(root):
     kinds = dict(walk_all(root))
     names = [name for name, kind in kinds.items() if is_image(name) and not kind]
-    others = kinds.keys() - set(names)
-    notes = dotted(names) + left_out(others, kinds)
+    notes = notes_on(names, kinds.keys() - set(names), kinds)
     return [(name, name) for name in names], files_below(root), *notes
 
 
@@ -161,9 +158,8 @@ def open_list(_):
     shared = len(os.path.commonprefix([name.split("/")[:-1] for _, name in named]))
     own = {name: "/".join(name.split("/")[shared:]) for _, name in named}
     pictures = [(p, name) for p, name in named if is_image(own[name])]
-    notes = dotted([own[name] for _, name in pictures])
     others = [own[x] for p, x in named if not is_image(own[x]) and not os.path.isdir(p)]
-    return pictures, fetch_files, *notes, *left_out(others)
+    return pictures, fetch_files, *notes_on([own[name] for _, name in pictures], others)
 
 
 # ---- archives ------------------------------------------------------------------------------------
@@ -196,7 +192,7 @@ def open_zip(path, code=None):
         refuse_escape(path, name)
     images = [pair for pair in zip(members, names, strict=True) if is_image(pair[1])]
     others = [name for name in names if not is_image(name) and not name.endswith("/")]
-    notes += dotted([name for _, name in images]) + left_out(others)
+    notes += notes_on([name for _, name in images], others)
 
     def fetch(records):
         return ((r, partial(read_member, archive, r.place)) for r in records)
@@ -245,8 +241,7 @@ def open_tar(path):
     read = {name for pair in pictures for name in pair}  # what a link leads to is read, too
     kinds = {name: LINK for name in names if not places[name]}
     others = [name for name in names if name not in read]
-    notes = dotted([name for _, name in pictures]) + left_out(others, kinds)
-    return pictures, fetch, *notes
+    return pictures, fetch, *notes_on([name for _, name in pictures], others, kinds)
 
 
 def end_of(name, links):
