@@ -3,8 +3,8 @@
     python -m lab.map_quality runs/NAME
 
 Reads:  runs/NAME/model.safetensors, datasets/NAME with true masks
-Writes: runs/NAME/map_quality.json; of other data than the run's, or of another split than val, in
-        runs/NAME/DATANAME-SPLIT/
+Writes: runs/NAME/map_quality.json and map_quality.png, which shows the maps beside the truth; of
+        other data than the run's, or of another split than val, in runs/NAME/DATANAME-SPLIT/
 
 Saliency: AUC of patches, mean over images. Attention: AUC, and its share on the background over the
 background's area (`background`; 1 is no preference). Parts: adjusted Rand index over patches of the
@@ -19,15 +19,15 @@ import torch
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 import data
-from apps import maps
-from common import guidance
+from apps import maps, masks
+from common import guidance, plots
 from common.checkpoints import load_teacher
 from common.features import results_folder, untrained_like
 from common.locks import reserve
 from common.train import Parser, UserError, cli, command, commit, machine, save_json
 
 CPU = torch.device("cpu")
-
+SHOWN = 10  # pictures of the sheet
 
 # ---- measuring: images u8 (n, S, S, 3), true foreground (n, S, S) in [0, 1] ----------------------
 
@@ -104,6 +104,34 @@ def measure_parts(truth, encoder, K=6):
     return rows
 
 
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+def draw(path, truth, encoder, K=6):
+    """A sheet: some pictures, their figure and parts, and what maps of apps/maps.py say of both.
+
+    Parts are clusters of the foreground that saliency finds, because a set of your own has no other.
+    """
+    images, foreground, parts = truth
+    g = encoder.side
+    shown = data.evenly_spaced(len(images), SHOWN)
+    saliency = torch.cat([maps.coarse(x) for x in images.split(data.CHUNK)])
+    on = maps.to_patches(saliency, g) > 0.5
+    tokens = tokens_of(encoder, images)
+    place = tokens.mean(0)
+    centres = maps.kmeans(maps.relative_to_foreground(tokens, on, place)[on], K)
+    found = maps.parts_of(tokens[shown], on[shown], place, centres).unflatten(1, (g, g))
+    rows = {
+        "true figure": foreground[shown],
+        "saliency": saliency[shown],
+        "true parts": parts[shown].long(),
+        f"parts, K={K}": found.long(),
+    }
+    rows = [(name, masks.coloured(some)) for name, some in rows.items()]
+    title = "Figure and parts: true ones, and found without labels"
+    plots.image_grid(path, title, [("image", images[shown]), *rows])
+
+
 def true_set(folder, split):
     """-> images, foreground in [0, 1], parts of a packed set that knows its own truth."""
     packed = data.open_split(folder, split)
@@ -124,7 +152,8 @@ def main():
     encoder = load_teacher(args.run)
     folder = Path(data.open_or_pack(args.data))
     out = results_folder(args.run, folder, args.split) / "map_quality.json"
-    reserve([out], fix="move it away")
+    sheet = out.with_suffix(".png")
+    reserve([out, sheet], fix="move it away")
     truth = true_set(folder, args.split)
     rows = measure_foreground(*truth[:2], encoder.side)
     rows += measure_attention(*truth[:2], encoder)
@@ -136,7 +165,8 @@ def main():
     report = {"command": command(), "machine": machine(CPU), "commit": commit()}
     report |= {"run": Path(args.run).name, "data": str(folder), "split": args.split}
     save_json(report | {"images": len(truth[0]), "rows": rows}, out)
-    print(f"wrote    {out}")
+    draw(sheet, truth, encoder)
+    print(f"wrote    {out}, {sheet.name}")
 
 
 if __name__ == "__main__":
