@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,6 +159,16 @@ def test_the_minutes_of_the_exercise_follow_from_rows():
     assert recipes[0] == recipes[1]
 
 
+def test_the_seconds_of_the_first_command_follow_from_rows():
+    """A run that was resumed counts its last part alone: fewer seconds than its curve has."""
+    rows = report.read_rows(RESULTS / "study/first-toon")
+    whole = [row["seconds"] for row in rows if row["seconds"] > row["curve"]["seconds"][-1]]
+    said = (
+        f"took {np.median(whole):.0f} s (the median `seconds` of {len(whole)} of [{len(rows)} rows]"
+    )
+    assert said in (ROOT / "docs/machines.md").read_text()
+
+
 def test_h3_on_the_demo_set_depends_on_its_threshold(judged):
     """results/STUDY.md says what another threshold would have found."""
     study = judged[RESULTS / "study/h3-toon"]
@@ -185,6 +196,18 @@ def test_pictures_are_few_and_each_is_shown():
     assert len(pictures) <= 11
     assert len({(ROOT / p).read_bytes() for p in pictures}) == len(pictures)
     assert not [p for p in pictures if p.removeprefix("results/") not in text]
+
+
+def test_every_file_of_results_is_named():
+    """In a page, a card, a README or a list of trials; of a plan that has run, its folder is."""
+    pages = tracked(["*.md", ":!results/**/table.md"])
+    text = "".join((ROOT / p).read_text() for p in pages)
+    plans = {p.parent.relative_to(ROOT).as_posix() for p in RESULTS.rglob("PLAN.json")}
+    plain = {"PLAN.json", "rows.jsonl", "table.md", "table.csv", "images.json", "verdicts.json"}
+    for path in map(Path, tracked(["results/**", ":!results/unfinished"])):
+        of_plan = path.parent.as_posix() in plans and path.name in plain
+        named = path.parent.name if of_plan else path.name
+        assert named in text, path
 
 
 def test_rows_stay():
