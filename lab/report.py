@@ -2,10 +2,11 @@
 
     python -m lab.report runs/lab/mine-toon
     python -m lab.report results/study/*        # what is published
+    python -m lab.report results/study/look-toon --curves random attn_high green
 
 Reads:  FOLDER/PLAN.json (what is compared; lab/run.py tells its fields), rows.jsonl, images.json
         (the illustration of each test image, where rows hold which images are right)
-Writes: FOLDER/table.md, table.csv, and figure.png with --figure
+Writes: FOLDER/table.md, table.csv; figure.png with --figure, curves.png with --curves
 
 A comparison is paired by seed. A hypothesis may also be of these, the first two by a row's curve:
 
@@ -307,27 +308,70 @@ def csv_row(arm, tests, study):
     return {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
 
 
-def draw_dots(path, study):
-    """A dot for each seed, one panel for each of the first two columns."""
+def draw_arms(path, study, tests):
+    """A bar for each arm, and a dot for each of its seeds; beside it, its difference from its baseline.
+
+    tests: of `differences`. Without one of a compared column, the bars stand alone.
+    """
     from common import plots  # matplotlib takes half a second to load
 
-    columns = list(study.plan["columns"].items())[:2]
-    size = (4.8 * len(columns), 1.4 + 0.28 * len(study.rows))
-    title = f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
+    column = next(iter(study.plan["compare"] or study.plan["columns"]))
+    planned = {test["arm"]: test for test in tests if test.get("planned_for")}
+    planned = {arm: test for arm, test in planned.items() if test["what"] == column}
+    panels = 2 if planned else 1
+    size = (3 + 3.4 * panels, 1.4 + 0.28 * len(study.rows))
+    title = f"{study.plan['plan']} on {study.plan['data']}: a bar is a mean, a dot a seed"
     shape = {"sharey": True, "squeeze": False}
-    with plots.panels(path, title, 1, len(columns), size, **shape) as axes:
-        for axis, (column, heading) in zip(axes[0], columns, strict=True):
-            for i, seeds in enumerate(study.rows.values()):
-                values = values_of(seeds, column)
-                axis.plot(values, [i] * len(values), "o", ms=5, alpha=0.7, color=plots.BLUE)
-            axis.set(xlabel=heading)
+    with plots.panels(path, title, 1, panels, size, **shape) as axes:
+        bars = axes[0, 0]
+        for i, (arm, seeds) in enumerate(study.rows.items()):
+            values = values_of(seeds, column)
+            bars.barh(i, np.mean(values) if values else 0, color=plots.BLUE, alpha=0.3)
+            bars.plot(values, [i] * len(values), "o", ms=4, alpha=0.7, color=plots.BLUE)
+            if arm in planned:
+                draw_difference(axes[0, 1], i, planned[arm], plots.INK)
+        bars.set(xlabel=study.plan["columns"].get(column, column))
+        bars.set_yticks(range(len(study.rows)), list(study.rows))
+        bars.set_ylim(len(study.rows) - 0.5, -0.5)
+        if planned:
+            axes[0, 1].axvline(0, color=plots.INK, lw=0.8)
+            axes[0, 1].set(xlabel="difference, points (95 % interval)")
+        for axis in axes.flat:
             axis.grid(axis="x", alpha=0.3)
-        axes[0, 0].set_yticks(range(len(study.rows)), list(study.rows))
-        axes[0, 0].set_ylim(len(study.rows) - 0.5, -0.5)
 
 
-def write(study, figure=False):
-    """The files of one of `judged`."""
+def draw_difference(axis, i, test, colour):
+    """A test as a dot in row i, with its interval where there is one."""
+    axis.plot(test["effect"], i, "o", ms=5, color=colour)
+    if test["low"] is not None:
+        axis.plot([test["low"], test["high"]], [i, i], color=colour)
+
+
+def draw_curves(path, study, arms):
+    """Accuracy by epoch: the mean over seeds, in a band of one standard deviation."""
+    from common import plots
+
+    seeds = max(len(study.rows[arm]) for arm in arms)
+    title = (
+        f"{study.plan['plan']} on {study.plan['data']}: means of {seeds} seeds, bands of one std"
+    )
+    with plots.panels(path, title, 1, 2, (9.6, 4.2)) as axes:
+        for arm, colour in zip(arms, plots.COLOURS, strict=False):
+            curves = [row["curve"] for row in study.rows[arm].values()]
+            for axis, name in zip(axes, ("linear", "knn"), strict=True):
+                values = np.array([curve[name] for curve in curves])  # (seeds, evaluations)
+                mean, std = values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
+                epochs = curves[0]["epoch"]
+                axis.plot(epochs, mean, color=colour, label=arm)
+                axis.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.15, lw=0)
+        axes[0].set(title="Linear probe during the run", xlabel="epoch", ylabel="Top-1, %")
+        axes[1].set(title="kNN during the run", xlabel="epoch", ylabel="Top-1, %")
+        for axis in axes:
+            plots.legend_below(axis, 2)
+
+
+def write(study, figure=False, curves=()):
+    """The files of one of `judged`. curves: the arms of curves.png."""
     plan, folder = study.plan, study.folder
     if not study.rows:
         raise UserError(f"{folder} has no row yet; lab.run makes them")
@@ -342,8 +386,10 @@ def write(study, figure=False):
     for hypothesis in study.hypotheses:
         text += hypothesis_table(hypothesis)
     if figure:
-        draw_dots(folder / "figure.png", study)
+        draw_arms(folder / "figure.png", study, tests)
         text += ["", "![One dot is one seed](figure.png)"]
+    if curves:
+        draw_curves(folder / "curves.png", study, curves)
     save_text("\n".join(text) + "\n", folder / "table.md")
     rows = [csv_row(arm, tests, study) for arm in study.rows]
     save_csv(rows, folder / "table.csv")
@@ -354,11 +400,13 @@ def main():
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="of a plan's rows")
     add("--figure", action="store_true", help="draw figure.png, too")
+    add("--curves", nargs="+", default=[], metavar="ARM", help="draw learning curves of these, too")
     args = parser.parse_args()
     studies = judged([open_folder(folder) for folder in args.folders])
+    drawn = ", figure.png" * args.figure + ", curves.png" * bool(args.curves)
     for study in studies:
-        write(study, args.figure)
-        print(f"wrote    {study.folder}/table.md, table.csv{', figure.png' * args.figure}")
+        write(study, args.figure, args.curves)
+        print(f"wrote    {study.folder}/table.md, table.csv{drawn}")
 
 
 if __name__ == "__main__":

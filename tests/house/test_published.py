@@ -66,7 +66,7 @@ def test_every_published_table_follows_from_its_rows(folder, judged, tmp_path):
     """table.md to the letter, table.csv to 1e-6 of what it says."""
     study = judged[folder]
     study.folder = tmp_path
-    report.write(study)
+    report.write(study, figure=(folder / "figure.png").exists())
     study.folder = folder
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
     old, new = (list(csv.DictReader((f / "table.csv").open())) for f in (folder, tmp_path))
@@ -184,6 +184,63 @@ def test_h3_on_the_demo_set_depends_on_its_threshold(judged):
     assert f"{other['effect']:.1f} % ({other['low']:.0f} to {other['high']:+.0f})" in text
 
 
+LINES = [line for page in sorted((ROOT / "docs").glob("*.md")) for line in page.open()]
+
+
+def stand(*cells):
+    """Whether a table of the pages has a row with these cells, side by side and in this order."""
+    return any(f"| {' | '.join(cells)} |" in line for line in LINES)
+
+
+@pytest.mark.parametrize(
+    "arm", ["random", "attn_high", "attn_hint", "attn_high:shuffle=1", "green"]
+)
+def test_top5_and_knn_of_a_mask_follow_from_rows(arm, judged):
+    cells = [f"`{arm}`"]
+    for folder in ("study/look-toon", "study/look-faces20"):
+        seeds = judged[RESULTS / folder].rows[arm]
+        top5 = [100 * x for x in report.values_of(seeds, "top5_logistic")]
+        values = [report.values_of(seeds, "top1"), top5, report.values_of(seeds, "knn")]
+        cells += [report.cell(x, 1) for x in values]
+    assert stand(*cells)
+
+
+def test_knn_of_the_first_command_follows_from_rows(judged):
+    study = judged[RESULTS / "study/first-toon"]
+    for seeds in study.rows.values():
+        knn, error = (report.values_of(seeds, name) for name in ("knn_after", "mse_after"))
+        assert stand(report.cell(knn, 1), f"{np.mean(error):.2f}")
+
+
+def test_each_kind_of_pixels_follows_from_rows(judged):
+    study = judged[RESULTS / "hybrid"]
+    for arm in ("frames", "proxies", "truth"):
+        both, drawn = (report.values_of(study.rows[arm], name) for name in ("miou", "iou_drawn"))
+        photographed = 2 * np.array(both) - drawn  # the mean is of these two
+        assert stand(report.cell(drawn, 1), report.cell([*photographed], 1))
+
+
+def test_what_stands_in_place_of_proxies_follows_from_rows(judged):
+    study = judged[RESULTS / "hybrid"]
+    for arm in ("flip10", "flip20", "balanced", "saliency", "cls", "bold"):
+        test = report.measure({"what": "miou", "arm": arm, "against": "proxies"}, study)
+        effect = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
+        assert stand(report.cell(report.values_of(study.rows[arm], "miou"), 1), effect)
+
+
+def test_what_is_filled_in_follows_from_rows():
+    found = json.loads((RESULTS / "filled_toon.json").read_text())["by_ratio"]
+    assert len(found) == 4
+    for ratio, kinds in found.items():
+        cells = [kinds[k][by] for by in ("psnr", "neighbours") for k in ("all", "flat", "detailed")]
+        assert stand(f"{float(ratio):.0%}".replace("%", " %"), *(f"{x:.1f}" for x in cells))
+    rows = json.loads((RESULTS / "stress_toon.json").read_text())["reconstruction"]
+    for row in rows[:4]:  # of random masks
+        cells = [f"{row['psnr' + end]:.1f}" for end in ("", "_figure", "_ground")]
+        cells += [f"{row['ssim' + end]:.2f}" for end in ("", "_figure", "_ground")]
+        assert row["strategy"] == "random" and stand(*cells)
+
+
 def tracked(pattern):
     words = ["git", "ls-files", "-z", "--", *pattern]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.split("\0")[:-1]
@@ -193,7 +250,7 @@ def test_pictures_are_few_and_each_is_shown():
     pictures = tracked(["results/**.png"])
     pages = tracked(["README.md", "docs/*.md", "results/*.md"])
     text = "".join((ROOT / p).read_text() for p in pages)
-    assert len(pictures) <= 11
+    assert len(pictures) <= 12
     assert len({(ROOT / p).read_bytes() for p in pictures}) == len(pictures)
     assert not [p for p in pictures if p.removeprefix("results/") not in text]
 

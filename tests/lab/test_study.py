@@ -78,7 +78,7 @@ def home(tmp_path, monkeypatch):
     for name, text in {"pretrain": PRETRAIN, "probe": PROBE}.items():
         (tmp_path / f"stages/{name}.py").write_text(STAGE + text)
     monkeypatch.setattr(run, "ROOT", tmp_path / "stages")
-    monkeypatch.setattr(report, "draw_dots", lambda path, study: path.touch())
+    monkeypatch.setattr(report, "draw_arms", lambda path, study, tests: path.touch())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
