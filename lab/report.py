@@ -351,6 +351,8 @@ def draw_curves(path, study, arms):
     """Accuracy by epoch: the mean over seeds, in a band of one standard deviation."""
     from common import plots
 
+    if unknown := [arm for arm in arms if arm not in study.rows]:
+        raise UserError(f"no rows of {', '.join(unknown)}; there are: {', '.join(study.rows)}")
     seeds = max(len(study.rows[arm]) for arm in arms)
     title = (
         f"{study.plan['plan']} on {study.plan['data']}: means of {seeds} seeds, bands of one std"

@@ -205,6 +205,13 @@ def test_top5_and_knn_of_a_mask_follow_from_rows(arm, judged):
     assert stand(*cells)
 
 
+@pytest.mark.parametrize("data", ["toon", "faces20"])
+def test_frequency_against_accuracy_follows_from_rows(data, judged):
+    seeds = judged[RESULTS / f"study/look-{data}"].rows["random"]
+    r = report.cell(report.values_of(seeds, "frequency_correlation_logistic")).removeprefix("-")
+    assert f" {r}" in "".join(LINES).replace("+", "")
+
+
 def test_knn_of_the_first_command_follows_from_rows(judged):
     study = judged[RESULTS / "study/first-toon"]
     for seeds in study.rows.values():
