@@ -248,7 +248,9 @@ def save_half(source, out, image_size):
     if is_recogniser(source):
         # With its gallery, the copy does without the data set. A run that may only be read keeps none.
         gallery = open_gallery(source)
-        gallery.embeddings = gallery.embeddings.half()
+        for name in ("embeddings", "strangers", "held_known", "held_unknown"):
+            x = getattr(gallery, name)
+            setattr(gallery, name, None if x is None else x.half())
         gallery.save(out)
     return f"give {OUT} wherever a stage asks for a run"
 

@@ -109,7 +109,7 @@ STEPS = [f"{PRETRAIN} --mask {mask}" for mask in ("attn_high:start=0", "parts", 
 STEPS += [f"apps.tags {OURS} --arm mfdn"]  # the other arms have no operator that it lacks
 STEPS += [f"finetune_lora.py {OURS} --split val --method {method}" for method in ("lora", "full")]
 REPORTS = {"apps.tags.write_results": None, "finetune_lora.write_results": None}
-REPORTS |= {"finetune_lora.measure": None}  # and what they return
+REPORTS |= {"finetune_lora.measure": None, "finetune_lora.tell": None}  # and what they return
 REPORTS |= {"pretrain.evaluate": {}, "pretrain.draw_masks": None, "pretrain.draw_run": None}
 REPORTS |= {"apps.tags.topk": 0.0, "common.readout.topk": 0.0, "common.metrics.macro_f1": 0.0}
 OF_EVERY_STEP = {"addmm", "_softmax", "native_layer_norm", "native_layer_norm_backward"}
