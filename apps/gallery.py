@@ -231,7 +231,7 @@ class Gallery:
     def strange(self, embeddings, same=None):
         """embeddings (n, D) -> (n,): how much of their similarity to strangers counts against them."""
         if not self.away:
-            return torch.zeros(len(embeddings))
+            return embeddings.new_zeros(embeddings.shape[0])
         strangers = torch.arange(len(self.strangers)) + len(self.labels)
         return self.away * self.similarities(embeddings, [strangers], same)[:, 0]
 
