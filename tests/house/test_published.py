@@ -141,7 +141,7 @@ def test_the_means_of_groups_follow_from_their_rows(arm, measure):
     values = [float(row[measure]) for row in newest]
     said = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
     assert len({row["seed"] for row in newest}) == 5
-    assert said in (ROOT / "docs/recognise.md").read_text()
+    assert said in (ROOT / "docs/results.md").read_text()
 
 
 # ---- numbers in prose, pictures ------------------------------------------------------------------
