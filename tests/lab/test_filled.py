@@ -31,3 +31,11 @@ def test_a_flat_patch_is_flat_and_an_error_is_in_bytes():
     assert kinds["detailed"].tolist() == [[False, True, False, False]]
     errors = filled.squared_errors(view, torch.full_like(view, 3), ids, 16)
     assert errors[0, [0, 2, 3]].tolist() == [9, 9, 9] and errors[0, 1] > 9
+
+
+def test_a_patch_that_is_filled_in_exactly_is_alike():
+    view = torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    other = view.clone()
+    other[:, :16, 16:] = 128  # the second of four patches
+    found = filled.similarity(view, other, torch.tensor([[2, 1]]), 16)
+    assert found[0, 0] > 0.9 and found[0, 1] < 0.2
