@@ -385,7 +385,7 @@ def write_splits(flags):
     pairs, lines = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
     records, more = deal(source, pairs, how, shares)
     lines += more
-    words, left_out = tags.vocabulary(records)
+    words, left_out = tags.vocabulary(records, how["min_importance"])
     dims, stream = tags.add_planes(words, records, source.dims, source.stream, path == "toon")
     lines += left_out
     for line in lines:
@@ -539,6 +539,11 @@ def show(flags):
     header = shown["header"]
     title = f"{folder}: {sizes}, {len(header['classes'])} classes, {header['size']} px"
     print("\n".join([title, *header.get("notes", [])]))
+    for name, split in splits.items():
+        if "tags" in split:
+            counts = (split["tags"] >= 0).sum(1)
+            some = f"{(counts > 0).sum():,} of {len(counts):,} pictures have tags"
+            print(f"tags of {name}: {some}, {counts[counts > 0].mean():.1f} each")
     rows = sheet_rows(shown)
     if "train" in splits and UNKNOWN in splits:
         images = splits[UNKNOWN]["images"]
@@ -640,6 +645,7 @@ def parse_flags(words=None):
     kinds = {"default": "group", "const": "drop", "nargs": "?", "choices": DEDUPE}
     add("--dedupe", help=what, **kinds)
     add("--min-per-class", type=at_least(0), default=0, help="leave out classes of fewer images")
+    add("--min-importance", type=at_least(0.0), default=0, help="leave out tags of less TF-IDF")
     add("--tail", type=between(0, 5), default=0.0, help="class sizes in train follow rank^-TAIL")
     add("--drawings", type=at_least(1), help=f"toon only: how many (default: {toon.COUNT})")
     many = between(2, toon.MOST, int)  # of more, toon.cast would look for long

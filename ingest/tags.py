@@ -4,6 +4,7 @@ A list takes as much room as the longest one, whatever the vocabulary: 25,000 wo
 than 25.
 """
 
+import math
 import re
 import sys
 import zlib
@@ -120,14 +121,34 @@ def is_emoticon(tag):
     return bool(drawn) and not re.search("[a-z0-9]{2}", tag.lower())
 
 
-def vocabulary(records):
-    """Records -> (words of train, the most frequent first, lines of what was left out)."""
+def importance(lists):
+    """Tags of pictures -> {tag: how much it tells} by TF-IDF: (sum of 1/k) * log(C/c).
+
+    C pictures have tags, and c of them this one, with k tags each (Yi et al. 2023, equation 1). A tag
+    of every picture tells nothing.
+    """
+    sets = [set(some) for some in lists]
+    count = Counter(chain.from_iterable(sets))
+    shares = dict.fromkeys(count, 0.0)
+    for tags in sets:
+        for tag in tags:
+            shares[tag] += 1 / len(tags)
+    return {tag: shares[tag] * math.log(len(sets) / count[tag]) for tag in count}
+
+
+def vocabulary(records, least=0):
+    """Records -> (words of train, the most frequent first, lines of what was left out).
+
+    least: tags whose importance is smaller are left out; the paper's is .2.
+    """
     lists = [r.tags for r in records if r.split == "train" and r.tags]
     count = Counter(chain.from_iterable(map(set, lists)))
+    tells = importance(lists)
     gone = {
         "no names": [t for t in count if not is_name(t)],
         "emoticons": [t for t in count if is_emoticon(t)],
         f"on fewer than {LEAST} pictures": [t for t, n in count.items() if n < LEAST],
+        f"of an importance below {least:g}": [t for t in count if tells[t] < least],
     }
     words = set(count).difference(*gone.values())
     reasons = ", ".join(f"{len(tags)} {why}" for why, tags in gone.items() if tags)

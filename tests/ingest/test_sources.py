@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -921,3 +922,11 @@ def test_words_that_say_nothing_are_left_out():
     words = "1girl hat 猫 c_cup t-shirt 3d fate/zero v ^ ..."
     assert not any(map(tags.is_emoticon, words.split()))
     assert tags.vocabulary(tagged(("a", "a"), ("b",), ("b",)))[0] == ["b"]  # twice, on one picture
+
+
+def test_a_tag_of_every_picture_tells_nothing():
+    lists = [("girl", "hat"), ("girl",), ("girl", "hat", "bow", "tea"), ("girl", "bow")]
+    found = tags.importance(lists)
+    assert found["girl"] == 0 and found["tea"] == pytest.approx(0.25 * math.log(4))
+    assert found["hat"] == pytest.approx((1 / 2 + 1 / 4) * math.log(2))
+    assert tags.vocabulary(tagged(*lists), 0.2)[0] == ["bow", "hat"]
