@@ -1,4 +1,4 @@
-"""What the README says of notebooks: its code runs, and a picture of any size becomes a view."""
+"""What the docs say of notebooks: its code runs, and a picture of any size becomes a view."""
 
 import re
 
@@ -12,11 +12,10 @@ import data
 from common.train import UserError
 
 
-def test_the_code_of_the_readme_runs_and_predicts_what_is_hidden(monkeypatch):
+def test_the_code_of_the_page_runs_and_predicts_what_is_hidden(monkeypatch):
     monkeypatch.chdir(ROOT)
-    section = re.search(
-        r"^## In a notebook\n.*?(?=^## )", (ROOT / "README.md").read_text(), re.S | re.M
-    )
+    page = (ROOT / "docs/checkpoints.md").read_text()
+    section = re.search(r"^## Our weights in a notebook\n.*?(?=^## )", page, re.S | re.M)
     names = {}
     exec(re.search(r"```python\n(.*?)```", section.group(), re.S)[1], names)
     view, predicted, where = (names[name] for name in ("view", "predicted", "where"))
