@@ -5,7 +5,7 @@
     python -m apps.masks detail --t 0                   as at the start of a run
 
 Reads:  train of datasets/NAME (the demo set is drawn if absent), its true maps or those in maps/NAME
-Writes: masks.png: three images, the scores that strategies follow, and a row for each strategy
+Writes: masks.png: six images, the scores that strategies follow, and a row for each strategy
 
     n images   S their side   g patches a side   N = g * g patches   G cells of a map
 """
@@ -25,8 +25,7 @@ from common import guidance, plots, train
 from common.checkpoints import flags_of, load_teacher
 from common.train import Parser, UserError, between, cli, parse_keys
 
-RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
-SHOWN = 3  # images of a sheet
+SHOWN = 6  # images of a sheet
 SIDE = 8  # patches a side, as in the networks that pretrain.py trains by default
 SIZE = 128  # px of an image on a sheet, at most
 WITHOUT = {  # why a score can't be drawn, where it is no lack of maps
@@ -116,25 +115,21 @@ def coloured(maps):
     return np.uint8(255 * colormaps["viridis"]((maps / top).float().numpy())[..., :3])
 
 
-def draw_sheet(path, title, view, side, maps, strategies, scores, t=1.0):
-    """Views u8 (n, S, S, 3), maps {name: (n, G, G)}, then a row for each of strategies, at RATIOS.
+def draw_sheet(path, title, view, side, maps, strategies, scores, ratio=0.75, t=1.0):
+    """Views u8 (n, S, S, 3), maps {name: (n, G, G)}, then a row for each of strategies.
 
     strategies {words: function}: each gets of the scores the one that it needs, as in training.
     """
     n, S = view.shape[:2]
-    rows = [("image", [*view] * len(RATIOS))]
-    rows += [(name, [*coloured(some)] * len(RATIOS)) for name, some in maps.items()]
+    rows = [("image", view)]
+    rows += [(name, coloured(some)) for name, some in maps.items()]
     dark = (0.16 * view.float().mean(3, keepdim=True) + 38).byte()  # a hidden patch
     for words, strategy in strategies.items():
         known = {name: scores[name] for name in ("view", score_of(words)) if name}
-        pictures = []
-        for ratio in RATIOS:
-            hidden = hidden_by(strategy, known, n, side * side, ratio, t).view(n, 1, side, side)
-            hidden = F.interpolate(hidden.float(), S)[:, 0, :, :, None] > 0
-            pictures += torch.where(hidden, dark, view).unbind()
-        rows.append((words.replace(":", ":\n"), pictures))
-    columns = [f"{ratio:.0%} hidden" for ratio in np.repeat(RATIOS, n)]
-    plots.image_grid(path, title, rows, columns)
+        hidden = hidden_by(strategy, known, n, side * side, ratio, t).view(n, 1, side, side)
+        hidden = F.interpolate(hidden.float(), S)[:, 0, :, :, None] > 0
+        rows.append((words.replace(":", ":\n"), torch.where(hidden, dark, view)))
+    plots.image_grid(path, title, rows)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -148,6 +143,7 @@ def parse_args():
     add("show", nargs="*", default=every, metavar=words, help=f"default: all of {', '.join(every)}")
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
     add("--teacher", metavar="RUN", help="a trained network, whose attention attn_* follow")
+    add("--ratio", type=between(0, 1), default=0.75, help="share of patches that is hidden")
     add("--t", type=between(0, 1), default=1.0, help="progress of the run (default: its end)")
     add("--out", default="masks.png", metavar="FILE.png", help="default: masks.png, drawn anew")
     args = parser.parse_args()
@@ -188,9 +184,9 @@ def main():
     tell_left_out(args.strategies, strategies, missing)
     maps = guidance.as_pictures({x: scores[x] for x in map(score_of, strategies) if x})
     when = "at the end of a run" if args.t == 1 else f"after {args.t:.0%} of a run"
-    title = f"What masks hide {when}: {folder.name}"
-    draw_sheet(args.out, title, view, side, maps, strategies, scores, args.t)
-    print(f"wrote {args.out}: three images of {folder}, cut into {side} x {side} patches")
+    title = f"What masks hide {when}, {args.ratio:.0%} of the patches: {folder.name}"
+    draw_sheet(args.out, title, view, side, maps, strategies, scores, args.ratio, args.t)
+    print(f"wrote {args.out}: {len(view)} images of {folder}, cut into {side} x {side} patches")
     words = ["--data", args.data] if "data" in args.given else []
     print(f"next: python pretrain.py {train.quoted(*words, '--mask', next(iter(strategies)))}")
 
