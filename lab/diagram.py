@@ -88,36 +88,42 @@ def draw(path, shown, config, ink, paper):
         words(X[column] + SIDE / 2, LOWER - 0.05, text, va="top")
 
     picture(0, UPPER, "view", "a crop of a drawing")
-    picture(1, UPPER, "seen", "a quarter of its\npatches is seen")
+    picture(1, UPPER, "seen", "a quarter of its\npatches is visible")
     size = f"{config['depth']} blocks,\n{config['dim']} wide"
-    box(2, UPPER, "encoder", f"{size};\nreads what is\nseen alone", plots.BLUE)
+    box(2, UPPER, "encoder", f"{size};\nreads only the\npatches it sees", plots.BLUE)
     two = plots.plt.matplotlib.colors.ListedColormap(["#9A9A9A", plots.BLUE])
     picture(3, UPPER, "tokens", "its tokens, and mask\ntokens in their places", cmap=two)
     size = f"{config['decoder_depth']} blocks,\n{config['decoder_dim']} wide"
-    box(4, UPPER, "decoder", f"{size};\nleaves after\npre-training", plots.BLUE)
+    box(4, UPPER, "decoder", f"{size};\ndiscarded after\npre-training", plots.BLUE)
     picture(5, UPPER, "predicted", "what it predicts")
     for first in range(5):
         along(UPPER, first, first + 1)
 
-    box(0, LOWER, "teacher", "a slow average of\nthe encoder, with\na pooler", "#8A5A9E")
+    box(0, LOWER, "teacher", "a slowly updated\ncopy of the\nencoder", "#8A5A9E")
     picture(1, LOWER, "attention", "")
     below(1, "its attention")
     middle = (UPPER + LOWER + SIDE) / 2
     words(
-        X[1] + SIDE / 2 + 0.1, middle, "with noise, it says\nwhat is hidden", ha="left", va="center"
+        X[1] + SIDE / 2 + 0.1,
+        middle,
+        "attention and noise\nchoose what to hide",
+        ha="left",
+        va="center",
     )
     box(4, LOWER, "loss", "squared error of\nhidden patches,\na weighted mean", "#B5562A")
     picture(5, LOWER, "weight", "", cmap="viridis")
-    below(5, "weight of each patch:\nflat colour counts less")
+    below(5, "weight of hidden patches:\nflat colour counts less")
     foot = UPPER - 0.04
     line((X[0] + SIDE / 2, foot), (X[0] + SIDE / 2, LOWER + SIDE + 0.04))
     along(LOWER, 0, 1)
     line((X[1] + SIDE / 2, LOWER + SIDE + 0.04), (X[1] + SIDE / 2, foot))
     line((X[5] + SIDE / 2, foot), (X[5] + SIDE / 2, LOWER + SIDE + 0.04))
     line((X[5] - 0.03, LOWER + SIDE / 2), (X[4] + SIDE + 0.05, LOWER + SIDE / 2))
+    up = X[4] + SIDE / 2
+    line((up, LOWER + SIDE + 0.04), (up, foot), linestyle="--")
     back = {"connectionstyle": "arc3,rad=0.15", "linestyle": "--"}
     line((X[4], LOWER + SIDE - 0.1), (X[2] + SIDE - 0.2, foot), **back)
-    words(X[3] + 1.15, middle + 0.08, "gradient", fontsize=8, style="italic")
+    words(X[3] + 1.15, middle + 0.08, "gradients", fontsize=8, style="italic")
     plots.save(figure, path)
 
 

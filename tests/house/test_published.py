@@ -149,7 +149,7 @@ def test_the_means_of_groups_follow_from_their_rows(arm, measure):
 
 def test_the_minutes_of_the_exercise_follow_from_rows():
     """Rows of plan variants have the recipe of plan mine."""
-    text = re.search(r"about (\d+) minutes of one core, six times the\s+median", README)
+    text = re.search(r"about (\d+) minutes of\s+one fast core", README)
     rows = report.read_rows(RESULTS / "study/variants-toon")
     some = [row["core_seconds"] for row in rows if row["arm"] in ("random", "attn_high")]
     assert text[1] == f"{6 * np.median(some) / 60:.0f}"
