@@ -217,8 +217,11 @@ def ask_folds(flags, encoder, whole, home):
     folds = deal(whole.train, whole.classes, flags.data)
     answers = []
     for i, fold in enumerate(folds):
-        count = f"{len(fold.learned)} of {len(whole.classes)} characters"
-        print(f"test     {i + 1} of {len(folds)}: {count} are learned, and all are asked for")
+        others = sorted({*range(len(whole.classes))} - {*fold.learned.tolist()})
+        unseen = ", ".join(whole.classes[c] for c in others)
+        print(
+            f"round    {i + 1} of {len(folds) + 1}: learns all but {unseen}; is that called unknown?"
+        )
         task, run = train_fold(flags, home / str(i + 1), encoder, fold, whole)
         said = answers_of(task, fold, whole, len(folds))
         rows = train.read_log(run.log_path)
@@ -325,8 +328,8 @@ def promised(row):
     lines = [
         "in short: of 100 new pictures of your characters, about {mean:.0f} get the right name "
         "({low:.0f} to {high:.0f})".format(**named),
-        f"          of 100 pictures of strangers, between {100 - new['high']:.0f} and "
-        f"{100 - new['low']:.0f} get a wrong one, and the others are called unknown",
+        f"          of 100 pictures of strangers, about {100 - new['mean']:.0f} get a wrong one "
+        f"({100 - new['high']:.0f} to {100 - new['low']:.0f}), and the others are called unknown",
     ]
     if colours["low"] > 0:  # better, and not by chance
         lines += [
@@ -363,18 +366,16 @@ def learn_all(words):
     finetune_lora.settle_steps(flags, len(every.index))
     check_begun(flags, home)
     if (out / f"metrics-{BY_FOLDS}.json").exists():
-        return print(
-            f"run      {out} is finished; next: {finetune_lora.NEXT} {quoted(out)} PICTURE"
-        )
+        words = f"python -m apps.sort {quoted(out)} FOLDER --out SORTED"
+        return print(f"run      {out} is finished; next: {words}")
     sets = every, None, None
     own = copy.deepcopy(encoder)  # the folds begin with the encoder as it is
     whole = finetune_lora.build_task(flags, own, sets, classes, device, autocast)
     sizes = whole.sizes()
-    names = every.split["header"]["classes"]
     print(
         f"{machine}\n"
-        f"data     {flags.data}: {len(classes)} of {len(names)} characters, with {sizes.min()} to "
-        f"{sizes.max()} pictures\n"
+        f"data     {flags.data}: {sizes.sum()} pictures of {len(classes)} characters, of each at "
+        f"least {sizes.min()}\n"
         f"run      {out}: {flags.method} of {flags.encoder}"
     )
 
@@ -388,7 +389,8 @@ def learn_all(words):
     save_json(row, out / PROMISE)
 
     # 2. learn all of them
-    print(f"learn    every picture of every character, {epoch} times")
+    last = len(answers) + 1
+    print(f"round    {last} of {last}: every picture is learned, {epoch} times")
     run, _ = finetune_lora.finetune(flags_in(flags, home / "all"), whole, epoch)
     for i, curve in enumerate(zip(*(found[name].tolist() for name in CURVES), strict=True), 1):
         run.log(epoch=i, **dict(zip(CURVES, curve, strict=True)))
@@ -399,9 +401,7 @@ def learn_all(words):
     finetune_lora.write_network(flags, whole, run)
     finetune_lora.write_results(flags, whole, run, epoch, scores)
     print("\n".join(promised(row)))
-    print(
-        f"wrote    {out}/ after {run.seconds():.0f} s of training; more numbers are in {out / PROMISE}"
-    )
-    print(f"next: {finetune_lora.NEXT} {quoted(out)} PICTURE")
+    print(f"wrote    {out}/; more numbers are in {out / PROMISE}")
+    print(f"next: python -m apps.sort {quoted(out)} FOLDER --out SORTED")
     for path in home.glob("*/state.pt"):  # it would go on as a run that holds pictures back
         path.unlink()

@@ -175,7 +175,8 @@ def correct(args):
         cut = quoted("python", "-m", "apps.detect", args.detect, words[0], "--largest", "--out")
         print(f"next: {cut} FACES cuts the faces out")
         words[0] = "FACES"
-    print(f"next: {quoted('python', 'data.py', *words)} packs them for a new training")
+    pack = quoted("python", "data.py", *words)
+    print(f"to train anew, copy your older pictures into these folders, too, and give: {pack}")
 
 
 def main():

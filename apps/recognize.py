@@ -365,10 +365,10 @@ def renamed(net, before, after):
     ways = [
         f"{n} {old or 'unknown'} -> {new or 'unknown'}" for (old, new), n in changed.most_common(3)
     ]
-    line = f"{changed.total()} of {before.trained} pictures that were learned change their name"
+    line = f"of {before.trained} pictures that were learned, {changed.total()} get another name now"
     if ways:
         line += f" ({', '.join(ways)})"
-    return f"{line}; new ones of these characters do so more often"
+    return f"{line}; of new ones it may be more"
 
 
 def forget(run, who):

@@ -87,7 +87,7 @@ def card(entry, number):
     href = quote(os.fsencode(entry.file))
     image = f'<img loading="lazy" src="{href}" alt=""{cut_to(entry.box)}>'
     here = f'<a href="{href}">{image}</a>'
-    words = f"{text(entry.words)}<small>{text(entry.file)}</small>"
+    words = f"{text(entry.words)}<small>{text(os.path.basename(entry.file))}</small>"
     if entry.near in number:
         here += f'<div class="k{number[entry.near]}"></div>'
     if entry.near:

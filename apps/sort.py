@@ -49,9 +49,10 @@ SORTED, UNKNOWN, SHEET = "sorted.csv", "unknown", "names.html"  # files and a fo
 # similar known picture of that name; box: of the face on a page
 COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
 COLUMNS += ("threshold", "guess", "nearest", "box")
+MOVED = 2.0  # how sure what a person moved is: it comes last
 ADVICE = (
-    "In each folder, the least sure come first. Beside a picture stands the known picture of its name that is "
-    "most similar. Move wrong copies to where they belong, then give: {}"
+    "Left is your picture, right the known picture of its name that is most similar. The least sure come first, "
+    "but in unknown look at all. Move wrong copies to where they belong, then give: {}"
 )
 
 
@@ -153,7 +154,7 @@ def grouped(batches, gallery, least, wanted):
     names = names_of(groups, [row["name"] for row in rows])
     different = {*names.values()}
     count = f"{len(different)}, {len(different & {*gallery.names})} of them named"
-    print(f"groups   {count}; --alike {least:g} joined them: less makes fewer, more purer ones")
+    print(f"groups   {count}; by --alike {least:g}: less gives fewer groups, more gives purer ones")
     folders = [str(wanted[file_of(row, wanted)].parent) for row in rows]
     if len({*folders}) > 1:
         agree = pair_f1(groups, folders)
@@ -226,7 +227,7 @@ def entry_of(line):
     known = bool(row["name"]) and similarity >= float(row["threshold"])
     if not known:
         sure = -similarity  # the less it is like anybody, the surer is it that nobody knows it
-        words = f"unlike all: similarity {similarity:.2f}; most like {row['guess']}"
+        words = f"unlike all (similarity {similarity:.2f}); nearest is {row['guess']}"
     elif row["confidence"]:
         sure = float(row["confidence"])
         words = f"{row['guess']}, confidence {sure:.0%}"
@@ -243,8 +244,13 @@ def entry_of(line):
 def draw_sheet(out, header, run, learn):
     """Write names.html by sorted.csv, a section for each folder; learn: the next command.
 
-    Somebody may have moved copies, or changed the file: a line that can't be read is left out.
+    Somebody may have moved copies, or changed the file: a copy is found where it lies now, and a line
+    that can't be read is left out.
     """
+    below = {}  # the name of a copy below its folder: no other copy has it, but of one page
+    for file in picture_files(out).values():
+        place = file.relative_to(out)
+        below[place.parts[1:]] = place.as_posix()
     entries, sections = {}, defaultdict(list)
     with open(out / SORTED, newline="", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
@@ -252,8 +258,13 @@ def draw_sheet(out, header, run, learn):
                 entry = entry_of(line)
                 entries[entry.file] = entry  # a copy that was deleted and made again has two
     for file, entry in sorted(entries.items()):
-        if os.path.isfile(out / file):
-            sections[file.split("/")[0]].append(entry)
+        if not os.path.isfile(out / file):
+            moved = below.get(Path(file).parts[1:])
+            if moved is None or moved in entries:  # deleted, or another copy of a page
+                continue
+            words = f"you moved it here; it was called {Path(file).parts[0]}"
+            entry = entry._replace(file=moved, sure=MOVED, words=words, near="")
+        sections[entry.file.split("/")[0]].append(entry)
     keys = {entry.near for entries in sections.values() for entry in entries}
     known = known_pictures(keys, header, run)
     write_sheet(out / SHEET, f"Sorted: {out}", ADVICE.format(learn), sections, known)

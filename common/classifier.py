@@ -32,7 +32,7 @@ HEADS = {
 MARGINS = ("arcface", "cosface", "curricularface")  # the heads that are a MarginHead
 HEAD_POOLS = ("mean", "cls")  # of POOLS: those of width D
 HIDDEN = 512  # width of the one hidden layer of mlp
-REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
+REMEDY = "apps.learn or finetune_lora.py makes it; if it was stopped, give its command again"
 
 
 class MarginHead(nn.Module):

@@ -47,7 +47,7 @@ def test_every_picture_is_whom_its_folder_says_once_and_second_thoughts_count(fr
     there = sorted(path for path in (fresh / "out").rglob("*"))
     told, names = learned(fresh)
     assert sorted(path for path in (fresh / "out").rglob("*")) == there
-    assert "Zoë is enrolled with 5 pictures" in told and "change their name" in told
+    assert "Zoë is enrolled with 5 pictures" in told and "get another name now" in told
     assert names.keys() == {*before.names, "Zoë"} and names["Zoë"] == 5
     rows = json_of(f"apps.recognize runs/a-lora {CPU} new --json --threshold -1", fresh)
     assert np.mean([row["name"] == "Zoë" for row in rows]) >= 0.75
@@ -101,7 +101,7 @@ def test_the_command_that_is_told_packs_the_corrected_folders(fresh):
     move(fresh, *copies[::3], to="Ann")
     move(fresh, *copies[1::3], to="Bea")
     told = learned(fresh)[0]
-    run_line(told.split("next: python ")[1].split(" packs them")[0], fresh, check=0)
+    run_line(told.split("and give: python ")[1].split("\n")[0], fresh, check=0)
     split = data.open_split(fresh / "datasets/NAME", "train")
     assert split["header"]["classes"] == ["Ann", "Bea"]
     assert len(data.open_split(fresh / "datasets/NAME", "unknown")["labels"]) == len(copies[2::3])

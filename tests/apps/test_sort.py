@@ -103,6 +103,14 @@ def test_the_page_shows_what_is_there_with_a_known_picture_and_the_least_sure_fi
     run_line(f"{SORT} elsewhere --out out", fresh, check=0)
     assert "data:image" not in (fresh / "out/names.html").read_text("utf-8")
     assert len(on_page(fresh / "out/names.html")) == len(rows)
+    old = next(iter(rows))
+    was, below = old.split("/", 1)
+    new = fresh / "out/Ann" / below
+    new.parent.mkdir(parents=True)
+    (fresh / "out" / old).rename(new)
+    run_line(f"{SORT} elsewhere --out out", fresh, check=0)
+    line = "Ann", f"Ann/{below}", f"you moved it here; it was called {was}"
+    assert line in on_page(fresh / "out/names.html")
 
 
 @LINUX
