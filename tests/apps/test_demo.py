@@ -14,24 +14,30 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, WORDS
 from made import CPU
 from PIL import Image
 
 import mask as masking
 from apps import demo, detect
 from common import guidance
+from common.train import UserError
+from ingest import scenes
 
 WHO = "akika"
-OTHERS = [tab for tab in demo.TABS if tab != "Mask"]
+CONTROLS = {"Recognise": [], "Tags": [0.1], "Drawn or photographed": [], "Pages": ["runs/a"]}
 
 
-def drawing(number=0):
-    return demo.drawing(WHO, number)
+def drawing(who=WHO):
+    return demo.drawing(who)
 
 
-def mask_page(words="random", ratio=0.75, t=1.0, seed=0, picture=None, run="runs/a", other="grid"):
-    return demo.answer("Mask", run, picture or drawing(), words, other, ratio, t, seed)
+def mask_page(words="random", ratio=0.75, seed=0, picture=None, run="runs/a", other="grid"):
+    return demo.answer("Mask", run, picture or drawing(), words, other, ratio, seed)
+
+
+def other_page(tab, run="runs/a", picture=None):
+    return demo.answer(tab, run, picture or drawing(), *CONTROLS[tab])
 
 
 def own(path, size=(50, 40)):
@@ -61,7 +67,7 @@ def test_every_strategy_is_shown_and_of_ones_own_picture_what_is_known(at, strat
 def test_a_strategy_of_ones_own_that_reads_pixels_is_on_the_page(at, bright):
     assert mask_page("bright:beta=9") != mask_page("bright:beta=-9")
     gradio = MagicMock()
-    demo.mask_controls(gradio)
+    demo.controls_of(gradio, "Mask", None)
     assert "bright" in gradio.Dropdown.call_args.kwargs["choices"]
 
 
@@ -70,7 +76,6 @@ def test_sliders_change_what_is_hidden_and_two_strategies_of_one_seed_differ_in_
     once = mask_page()
     assert once == mask_page() != mask_page(seed=1)
     assert mask_page("attn_high:beta=3") != mask_page("attn_low:beta=3")
-    assert mask_page("attn_high", t=0) == once.replace("random", "attn_high")
 
     def shown(other):
         found = re.findall(r'<img src="(.*?)"', mask_page("random", other=other))
@@ -81,13 +86,31 @@ def test_sliders_change_what_is_hidden_and_two_strategies_of_one_seed_differ_in_
     assert shown("grid")[0] == first != shown("grid")[1]
 
 
-def test_who_it_is_with_what_tags_and_what_is_drawn(at, tmp_path):
-    said = demo.answer("Recognise", "runs/a", drawing())
+def test_who_it_is_and_what_is_drawn(at, tmp_path):
+    said = other_page("Recognise")
     assert re.search("<h2>class|Nearest: class", said)
     assert "similarity" in said and "apps.recognize" in said
-    assert re.search(r"<h2>(class\d|unknown), \d+%</h2>", demo.answer("Tags", "runs/a", drawing()))
-    text = demo.answer("Drawn or photographed", "runs/a", own(tmp_path / "mine.png", (64, 64)))
+    visitors = own(tmp_path / "mine.png", (64, 64))
+    text = other_page("Drawn or photographed", picture=visitors)
     assert text.count("<img") == 2 and "% drawn" in text
+
+
+def test_tags_can_be_copied_and_are_fewer_over_a_higher_threshold(at):
+    def words(least):
+        text = demo.answer("Tags", "runs/a", drawing(), least)
+        assert f"--threshold {least:g}" in text and "<h2>" not in text  # who it is says Recognise
+        return re.findall(r"% (\w+)</div>", text), text
+
+    some, text = words(0.0)
+    assert f"<code>{', '.join(some)}</code><button" in text and len(some) == len(WORDS)
+    few, text = words(0.9)
+    assert set(few) < set(some) and (few or "No tag" in text)
+
+
+def test_a_run_that_names_no_tags_is_not_taken_for_them(at, monkeypatch):
+    about = {"tags": {"arm": "vilt"}}
+    monkeypatch.setattr(demo, "about_model", lambda run: about if "runs/" in run else {})
+    assert not demo.names_tags("runs/a-tags")
 
 
 @pytest.mark.parametrize("threshold", [1.1, -1.1])
@@ -99,69 +122,73 @@ def test_a_picture_unlike_all_characters_is_said_to_be(at, monkeypatch, threshol
 
 
 def test_faces_of_a_page_are_shown_and_named(at, monkeypatch):
-    monkeypatch.setattr(demo.MACHINE, "run", "runs/a")
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
-    text = demo.pages_page("runs/a-det", drawing())
-    assert text.count("<img") == 3 and "score" not in text and "--detect runs/a-det" in text
-    monkeypatch.setattr(demo, "is_recogniser", lambda run: False)  # without a recogniser: scores
-    text = demo.pages_page("runs/a-det", drawing())
-    assert "score 0.80" in text and "apps.detect runs/a-det PICTURE" in text
+    text = other_page("Pages")
+    assert text.count("<img") == 3 and "runs/a-lora PICTURE --detect runs/a-det" in text
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
-    assert "0 faces" in demo.pages_page("runs/a-det", drawing())
+    assert "0 faces" in other_page("Pages")
 
 
-@pytest.mark.parametrize("tab", OTHERS)
+@pytest.mark.parametrize("tab", CONTROLS)
 def test_without_a_run_of_ones_own_the_weights_that_ship_answer_and_say_so(
     tab, at, tmp_path, monkeypatch
 ):
     """From every folder; and of a visitor's picture, that they guess."""
-    monkeypatch.setattr(demo.MACHINE, "run", "runs/a")
-    assert "weights/" not in demo.answer(tab, "runs/a", drawing())
+    assert "ships" not in other_page(tab)
     monkeypatch.chdir(tmp_path)
     assert demo.choose_run(None) == demo.choose_run("weights/toon") == str(ROOT / "weights/toon")
-    text = demo.answer(tab, "runs/none", drawing())
+    text = other_page(tab, "runs/none")
     assert "weights/toon-" in text and "ships" in text and "demo set alone" not in text
-    assert demo.TABS[tab][2].format("runs/none") in text
+    assert demo.MAKE[tab][0].format("runs/none") in text and "FOLDER" in text
     visitors = own(tmp_path / "mine.png")
-    assert "demo set alone" in demo.answer(tab, "runs/none", visitors)
+    assert "demo set alone" in other_page(tab, "runs/none", visitors)
     assert demo.note_on(visitors, {"data": "datasets/mine"}) == ""
 
 
 def test_markup_in_a_name_stays_text(tmp_path):
     picture = own(tmp_path / "<b>me.png")
-    shown = demo.chosen(None, lambda: picture)[1]
+    shown = demo.figures([(picture.name, demo.square_of(picture, 8)[0])])
     assert "&lt;b&gt;me.png" in shown and "<b>" not in shown
     assert "<b>" not in demo.bars({"<b>me": 0.5}) + demo.element("p", "<b>me")
 
 
-@pytest.mark.parametrize("bad", [b"GIF89a no", b"", "half", None])
-def test_a_bad_file_is_a_sentence_and_the_picture_stays(tmp_path, bad):
-    path, before = tmp_path / "<i>bad.png", drawing(1)
+@pytest.mark.parametrize("bad", [b"GIF89a no", b"", "half"])
+def test_a_bad_file_is_a_sentence_with_its_name(tmp_path, bad):
     good = own(tmp_path / "good.png").bytes
-    if bad is not None:
-        path.write_bytes(good[: len(good) // 2] if bad == "half" else bad)
-    picture, _, said = demo.chosen(before, demo.dropped, path if path.exists() else None)
-    assert picture is before and "<i>" not in said
-    assert ("&lt;i&gt;bad.png" if path.exists() else "drop") in said
+    path = tmp_path / "bad.png"
+    path.write_bytes(good[: len(good) // 2] if bad == "half" else bad)
+    with pytest.raises(UserError, match="bad.png can't be taken"):
+        demo.dropped(path)
 
 
-def test_there_are_so_many_drawings_and_no_more_and_a_bad_strategy_is_a_sentence(at):
-    before = drawing(1)
-    for number in (-1, demo.DRAWINGS):
-        picture, _, said = demo.chosen(before, demo.drawing, WHO, number)
-        assert picture is before and "no drawing" in said
+def test_a_large_picture_is_refused_with_its_size_and_the_limit(tmp_path, recwarn):
+    Image.new("1", (7000, 4000)).save(tmp_path / "page.png")
+    with pytest.raises(UserError, match="28 megapixels.*at most 25"):
+        demo.dropped(tmp_path / "page.png")
+    assert not recwarn.list
+
+
+def test_a_bad_strategy_is_a_sentence(at):
     for bad in ("nothing", "attn_high:x=1", "attn_high:shuffle=1", None):
         assert "<img" not in mask_page(bad) and "<p>" in mask_page(bad)
 
 
-def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(at):
+def test_every_page_that_is_offered_has_faces(monkeypatch):
+    small = []
+    draw = scenes.draw
+    monkeypatch.setattr(scenes, "draw", lambda item, _: small.append(draw(item, 128)) or small[-1])
+    for who in demo.CHOSEN:
+        demo.page_of.__wrapped__(who)
+    assert min(len(page["names"]) for page in small) >= 2
+
+
+def test_looking_writes_nothing(at):
     before = sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
-    for tab in OTHERS:
-        demo.answer(tab, "runs/a", drawing())
-        text = demo.answer(tab, "runs/none", drawing())
-        assert "python " in text and "minutes" in text
-    assert "pretrain.py" in mask_page(run="runs/none")
+    for tab in CONTROLS:
+        other_page(tab)
+        other_page(tab, "runs/none")
+    mask_page()
     assert before == sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
 
 
@@ -187,8 +214,10 @@ def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at, tmp_pat
     assert demo.choose_run(None) == "runs/c"
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "model.safetensors").write_bytes(b"no network")
+    assert demo.networks("runs/c") == ["runs/c", "weights/b"]  # one's own beside what ships
     monkeypatch.setattr(demo.MACHINE, "given", "runs/c")
-    assert demo.made_of("runs/c", demo.is_recogniser) is None
+    with pytest.raises(UserError, match="neither runs/ nor weights/"):
+        demo.made_of("runs/c", demo.is_recogniser)
 
 
 # ---- who may ask, and the page in a browser ------------------------------------------------------
@@ -218,7 +247,7 @@ def show(client, path):
     """Ask the page to show a file of this machine -> what it answers."""
     calls = client.get("/config").json()["dependencies"]
     number = next(call["id"] for call in calls if call["api_name"] == "picture")
-    data = [{"path": str(path), "meta": {"_type": "gradio.FileData"}}, None]
+    data = [{"path": str(path), "meta": {"_type": "gradio.FileData"}}]
     body = {"data": data, "fn_index": number, "session_hash": "me"}
     assert client.post("/gradio_api/queue/join", json=body).status_code == 200
     return client.get("/gradio_api/queue/data?session_hash=me").text
@@ -239,10 +268,11 @@ def test_the_server_refuses_other_sites_and_files_of_this_machine_and_huge_pictu
         for path in (base / "runs/a/model.safetensors", ROOT / "apps/demo.py", "/etc/passwd"):
             assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
         assert '"success":false' in show(client, ROOT / "apps/demo.py")
-        for side, words in ((4990, "mine.png"), (5100, "exceeds limit")):
+        for side, refused in ((4990, False), (5100, True)):
             file = io.BytesIO()
             Image.new("1", (side, side)).save(file, "PNG")
-            assert words in show(client, upload(client, file.getvalue()).json()[0])
+            answer = show(client, upload(client, file.getvalue()).json()[0])
+            assert '"success":true' in answer and ("26 megapixels" in answer) == refused
         assert upload(client, bytes(demo.MOST_MB * 2**20 + 1)).status_code == 413
 
 
@@ -276,19 +306,28 @@ def test_the_page_in_a_browser(page, tmp_path):
     tabs = {"Recognise": "similarity", "Tags": "apps.tags", "Drawn": "apps.segment"}
     tabs |= {"Pages": "--detect runs/a-det", "Mask": "pretrain.py --mask"}
     for name, words in tabs.items():
+        assert name == "Mask" or not page.locator(f"#{name.lower()} code").count()  # not yet
         page.get_by_role("tab", name=name).first.click()
         says(page, f"#{name.lower()}", words)
     page.locator("#ratio input[type=number]").fill("0.5")
     page.locator("#ratio input[type=number]").press("Enter")
     says(page, "#mask", "8 of 16")
-    own(tmp_path / "mine.png")
-    page.locator("#file input[type=file]").set_input_files(tmp_path / "mine.png")
-    says(page, "#picture", "mine.png")
-    clear = page.locator("#file button[aria-label=Clear]")
-    page.locator("#file").get_by_label("Remove").or_(clear).first.click()
+    page.get_by_role("radio", name="weights/toon").click()
+    says(page, "#mask", "72 of 144")
+    page.get_by_role("tab", name="Recognise").first.click()
+    page.locator("#drawings button.thumbnail-item").nth(2).click()
+    says(page, "#recognise", f"the picture: {[*demo.CHOSEN][2]}")
+    for name in ("one.png", "two.png"):  # the second replaces the first
+        own(tmp_path / name)
+        page.locator("#file input[type=file]").set_input_files(tmp_path / name)
+        says(page, "#recognise", f"the picture: {name}")
+        assert page.locator("#drawings button.thumbnail-item").count() == len(demo.CHOSEN) + 1
     (tmp_path / "none.png").write_bytes(b"no picture")
     page.locator("#file input[type=file]").set_input_files(tmp_path / "none.png")
-    says(page, "#said", "not a picture")
-    says(page, "#picture", "mine.png")
+    says(page, "#said", "none.png can't be taken")
+    says(page, "#recognise", "the picture: two.png")
+    with page.expect_download() as saved:
+        page.locator("#recognise img").first.click()
+    assert Image.open(saved.value.path()).size == (128, 128)
     others = [x for x in page.asked if not x.startswith(("http://127.0.0.1", "data:", "blob:"))]
     assert not others, "the page asks for things from elsewhere"

@@ -48,7 +48,7 @@ def test_its_encoder_fills_in_three_quarters(drawings):
     rows, found = torch.arange(len(names)), []
     for some, view in data.whole_views(images, rows, net.config["image_size"], torch.device("cpu")):
         for i, own in zip(some.tolist(), view.split(1), strict=True):
-            ids = demo.draw_mask("random", {}, net.encoder.side**2, 0.75, 1.0, i)
+            ids = demo.draw_mask("random", {}, net.encoder.side**2, 0.75, i)
             pasted, where = demo.filled_in(*mae, own, *ids, demo.MACHINE.autocast)
             found.append(demo.psnr(pasted, own, where).item())
     assert np.mean(found) > 18  # dB
@@ -103,9 +103,9 @@ def test_its_detector_finds_whom_its_recogniser_names():
 def test_its_segmenter_tells_a_drawing_from_what_is_behind_it():
     net, header = segment.load("weights/toon-seg")
     shares = []
-    for who in [*demo.CAST][:3]:
-        drawn = demo.figure_of(who, 0)["fg"] > 127
-        found = segment.mask_of(net, demo.on_photo(who, 0), header["image_size"], nullcontext) > 0.5
+    for who in [*demo.CHOSEN][:3]:
+        drawn = demo.chosen_figure(who)["fg"] > 127
+        found = segment.mask_of(net, demo.on_photo(who), header["image_size"], nullcontext) > 0.5
         shares.append((found[drawn].mean(), found[~drawn].mean()))
     of_drawing, of_photo = np.mean(shares, 0)
     assert of_drawing > 0.9 and of_photo < 0.5
