@@ -70,7 +70,7 @@ MACHINE.given = "runs/NAME"  # the run that the user named
 CSS = """
 div.block .html-container { padding: 0 }
 #drawings .grid-wrap { min-height: 0 }
-#drawings .grid-container { grid-template-columns: repeat(12, minmax(0, 1fr)) }
+#drawings .grid-container { grid: auto / repeat(12, minmax(0, 1fr)) }
 #drawings button { height: auto; aspect-ratio: 1 }
 #file .wrap { min-height: 0; flex-direction: row; gap: 8px; font-size: 1em }
 #file .icon-wrap { display: none }
@@ -89,7 +89,7 @@ div.block .html-container { padding: 0 }
 .copyable button { margin-left: 8px; padding: 0 8px; font-size: small }
 @media (max-width: 700px) {
     .figures { grid-template-columns: 1fr 1fr }
-    #drawings .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) }
+    #drawings .grid-container { grid: auto / repeat(6, minmax(0, 1fr)) }
 }
 """
 SAVE = "this.href = this.firstChild.src"  # the picture in a link
@@ -492,8 +492,9 @@ def controls_of(gr, tab, network):
         first = gr.Dropdown(value="attn_high", label="hide by", info="or attn_high:beta=2", **own)
         second = gr.Dropdown(value="random", label="compared with", info="the same seed", **own)
         seed = gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")
-        # The last, because on a narrow screen it then lies above the pictures that it changes.
-        ratio = gr.Slider(0.1, 0.95, 0.75, step=0.05, label="hidden share", elem_id="ratio")
+        # Last and wide, so that on a narrow screen it lies above the pictures that it changes.
+        wide = {"min_width": 240, "elem_id": "ratio"}
+        ratio = gr.Slider(0.1, 0.95, 0.75, step=0.05, label="hidden share", **wide)
     return [first, second, ratio, seed]
 
 
