@@ -43,7 +43,7 @@ from common.evaluate import filled_in, psnr
 from common.train import AT_END, Parser, UserError, between, cli, open_machine, read_header, seeded
 from finetune_lora import load_classifier
 from ingest import scenes, toon
-from ingest.decode import FORMATS, decode, on_paper, open_image, reason
+from ingest.decode import decode, on_paper, open_image, open_picture, reason
 
 CAST = {person["name"]: person for person in toon.cast()}
 # Of the first of the cast the number of a drawing, and of a page with several faces. They are chosen
@@ -225,7 +225,7 @@ def dropped(path):
     name = Path(path).name
     file = Path(path).read_bytes()
     try:
-        with Image.open(io.BytesIO(file), formats=FORMATS) as img:  # no pixel is decoded yet
+        with open_picture(file) as img:  # no pixel is decoded yet
             megapixels = img.width * img.height / 1e6
         if megapixels > MOST_MEGAPIXELS:
             most = f"save a copy of at most {MOST_MEGAPIXELS}"
