@@ -12,8 +12,9 @@ COMMAND = re.compile(r"(?:python|torchrun|bash) (?:-m )?[\w./-]+[^\n`#|]*")
 
 
 def pages():
-    """README, the pages of docs, the tour and the cards of weights."""
+    """README, the pages of docs, the tour, the exercises and the cards of weights."""
     found = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "docs/tour.ipynb"]
+    found.append(ROOT / "exercises/README.md")
     return [*found, *sorted(ROOT.glob("weights/*/README.md"))]
 
 

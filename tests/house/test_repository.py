@@ -21,9 +21,9 @@ from model import SIZES, ViT
 STAGES = ["data.py", "pretrain.py", "probe.py", "finetune_lora.py"]
 APPS = [path.stem for path in sorted(ROOT.glob("apps/*.py")) if "cli(main)" in path.read_text()]
 STAGES += [f"-m apps.{name}" for name in APPS if name != "demo"]
-PACKAGES = ("kernels", "common", "ingest", "apps", "lab")
+PACKAGES = ("kernels", "common", "ingest", "apps", "lab", "exercises")
 OURS = {p.stem for p in ROOT.glob("*.py")} | set(PACKAGES)
-FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "exercises/README.md"]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
 
@@ -213,6 +213,7 @@ MAY_IMPORT = {  # a package or a file, and what of the others it may import; at 
     "finetune_lora": LESSON,
     "apps": LESSON | {"ingest", "pretrain", "probe", "finetune_lora"},
     "lab": LESSON | {"ingest", "pretrain", "probe", "finetune_lora", "apps"},
+    "exercises": LESSON | {"ingest", "lab"},  # and nobody imports them
 }
 
 
