@@ -53,22 +53,25 @@ def same(case, result, expected, mistakes=None, ordered=True):
 def holds(case, right, problem):
     """The same of a case that is judged by a yes or no."""
     if not right:
-        raise Differs(f"differs  {case}\n         {problem}")
+        raise Differs(f"differs  {case}\n         {problem[0].upper()}{problem[1:]}")
     print(f"right    {case}")
 
 
 def difference(result, expected, ordered=True):
     """How a result differs from what is expected, a tensor or a tuple of some: a line, or None."""
     if isinstance(expected, tuple):
-        if not isinstance(result, tuple | list | np.ndarray) or len(result) != len(expected):
-            return f"Expected {len(expected)} results, found {kind(result)}."
-        pairs = zip(result, expected, strict=True)
-        return next(filter(None, (difference(*pair, ordered) for pair in pairs)), None)
+        n = len(expected)
+        if not isinstance(result, tuple | list | np.ndarray) or len(result) != n:
+            return f"expected {n} results, found {kind(result)}."
+        for i in range(n):
+            if problem := difference(result[i], expected[i], ordered):
+                return f"Result {i + 1} of {n}: {problem}"
+        return None
     expected = torch.as_tensor(expected)
     if isinstance(result, int) and expected.is_floating_point():
         result = float(result)
     if kind(result) != kind(expected):
-        return f"Expected {kind(expected)}, found {kind(result)}."
+        return f"expected {kind(expected)}, found {kind(result)}."
     result = torch.as_tensor(result).detach()
     if not ordered:
         result, expected = result.sort(-1).values, expected.sort(-1).values
@@ -77,15 +80,18 @@ def difference(result, expected, ordered=True):
     if not wrong.any():
         return None
     place = tuple(wrong.nonzero()[0].tolist())
+    first = f"found {result[place]:.4g} where {expected[place]:.4g} is expected"
+    if not place:
+        return f"{first}."
     most = distance.nan_to_num(torch.inf).max()
-    first = f"Found {result[place]:.4g} where {expected[place]:.4g} is expected"
-    return f"{first}, at {list(place)}; {wrong.sum()} of {wrong.numel()} numbers differ, by up to {most:.3g}."
+    share = f"{wrong.sum()} of {wrong.numel()} numbers differ, by up to {most:.3g}"
+    return f"{first}, at {list(place)}; {share}."
 
 
 def kind(x):
-    """Numbers by dtype and shape, anything else by its type."""
+    """Numbers by dtype and shape, anything else as it is printed, or by its type."""
     if not isinstance(x, torch.Tensor | np.ndarray | np.number | float | int):
-        return "None" if x is None else f"a {type(x).__name__}"
+        return f"{x}"[:60] if x is None or hasattr(x, "__len__") else f"a {type(x).__name__}"
     x = torch.as_tensor(x)
     return f"{'float' if x.is_floating_point() else str(x.dtype)[6:]} {tuple(x.shape)}"
 
@@ -146,7 +152,7 @@ def judge_own(answer):
         return masking.sample(of(scores, noise, 1.0, 48), 16)[1].sort(1).values
 
     priority = answer.own(scores, noise, 1.0, 48)
-    holds("a number for each patch", kind(priority) == kind(noise), f"Found {kind(priority)}.")
+    holds("a number for each patch", kind(priority) == kind(noise), f"found {kind(priority)}.")
     holds("all are finite", priority.isfinite().all(), "A logarithm or a quotient of 0?")
     once, again = hidden(noise), hidden(noise)
     problem = "Two calls with equal arguments hide other patches."
@@ -407,13 +413,13 @@ def judge_LoRA(answer):
     """Hu et al. 2021, section 4.1 and eq. 3; the docstring of LoRA.__init__"""
     lora, x = some_lora(answer)
     shapes = tuple(lora.A.shape), tuple(lora.B.shape)
-    holds("A is (4, 64), B is (8, 4)", shapes == ((4, 64), (8, 4)), f"Found {shapes}.")
+    holds("A is (4, 64), B is (8, 4)", shapes == ((4, 64), (8, 4)), f"found {shapes}.")
     most = lora.A.abs().max()
     problem = f"Its largest number is {most:.3g}, and 1 / sqrt(64) is 0.125."
     holds("A is uniform", 0.11 < most <= 0.125, problem)
     same("it begins as base, because B is 0", lora(x), lora.base(x))
     trains = {name for name, w in lora.named_parameters() if w.requires_grad}
-    holds("only A and B get a gradient", trains == {"A", "B"}, f"Found {sorted(trains)}.")
+    holds("only A and B get a gradient", trains == {"A", "B"}, f"found {sorted(trains)}.")
     nn.init.normal_(lora.B)
     change = x @ (lora.B @ lora.A).T
     mistakes = {"alpha / r is left out": lora.base(x) + change, "base is left out": 1.5 * change}
@@ -427,7 +433,7 @@ def judge_merge(answer):
     before, change = lora.base.weight.clone(), x @ (lora.B @ lora.A).T
     right = lora.base(x) + 1.5 * change
     merged = answer.merge(lora)
-    holds("a plain Linear", type(merged) is nn.Linear, f"Found {kind(merged)}.")
+    holds("a plain Linear", type(merged) is nn.Linear, f"found {kind(merged)}.")
     mistakes = {"the bias is left out": right - lora.base.bias}
     mistakes["alpha / r is left out"] = right - change / 2
     same("the same output", merged(x), right, mistakes)
@@ -476,11 +482,12 @@ def judge_interval(answer):
 
     d = np.subtract(OURS, THEIRS)
     half = np.ptp(stats.ttest_rel(OURS, THEIRS).confidence_interval()) / 2
+    apart = np.ptp(stats.ttest_ind(OURS, THEIRS).confidence_interval()) / 2
     halves = {
         "the quantile is that of a normal distribution": 1.96 * d.std(ddof=1) / 5**0.5,
         "the deviation divides by n, and not by n - 1": half * 0.8**0.5,
         "it is not divided by sqrt(n)": half * 5**0.5,
-        "the lists are no pairs": np.ptp(stats.ttest_ind(OURS, THEIRS).confidence_interval()) / 2,
+        "ours and theirs are two samples, and not pairs": apart,
     }
     mistakes = {why: (d.mean(), d.mean() - x, d.mean() + x) for why, x in halves.items()}
     right = d.mean(), d.mean() - half, d.mean() + half
@@ -493,9 +500,13 @@ def judge_sign_flips(answer):
 
     d = np.subtract(OURS, THEIRS)
     p = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
-    mistakes = {"one side is counted": p / 2}
+    mistakes = {
+        "one side is counted": p / 2,
+        "the signs of the data themselves are not counted": p - 2 / 32,
+    }
     same("as scipy's permutation_test", answer.sign_flips(d.tolist()), p, mistakes)
-    same("six times 0.1, whose sum is rounded", answer.sign_flips([0.1] * 6), 2 / 64)
+    equal = answer.sign_flips([0.9, -0.4, -0.7, 0.8, -0.1])
+    same("means that are equal, but for their rounding", equal, 26 / 32)
 
 
 def judge_holm(answer):
@@ -519,12 +530,13 @@ def show_experiment(answer):
     for row in read_log(Path(file)):
         if "failed" not in row:
             top1.setdefault(row["arm"], {})[row["seed"]] = row["metrics"]["top1"]
-    random = top1.pop("random")
+    random = top1.pop("random", {})
     for arm, values in top1.items():
         pairs = [(values[seed], random[seed]) for seed in values.keys() & random.keys()]
-        mean, low, high = answer.interval(*zip(*pairs, strict=True))
-        print(f"{arm}: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {len(pairs)} seeds)")
-    print(f"from {file}")
+        if len(pairs) > 1:
+            mean, low, high = answer.interval(*zip(*pairs, strict=True))
+            print(f"{arm}: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {len(pairs)} seeds)")
+    print(f"from {file}, against random; lab.run also allows for the choice of test pictures")
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Evening 6: a solution, another one in other words, and wrong ones with what is to be said of them."""
 
 import itertools
+import operator
 import statistics
 
 import numpy as np
@@ -62,24 +63,22 @@ def unbounded(p):
     return [max(x * (len(p) - i) for i, x in enumerate(ordered) if x <= y) for y in p]
 
 
-def rounded(differences):
-    """Without the 1e-9."""
-    total = abs(sum(differences))
-    signs = itertools.product([-1, 1], repeat=len(differences))
-    sums = [
-        abs(sum(s * x for s, x in zip(choice, differences[::-1], strict=True))) for choice in signs
-    ]
-    return sum(x > total for x in sums) / len(sums)
+def counted(differences, count):
+    """As sign_flips, where `count` decides which of two sums is as far."""
+    choices = itertools.product([-1, 1], repeat=len(differences))
+    sums = [abs(sum(map(operator.mul, choice, differences))) for choice in choices]
+    return sum(count(x, abs(sum(differences))) for x in sums) / len(sums)
 
 
 OTHER = {"interval": interval_by_hand, "sign_flips": sign_flips_by_bits, "holm": holm_by_numpy}
 WRONG = [
     ("interval", lambda a, b: interval(a, b, 1.96), "normal distribution"),
     ("interval", lambda a, b: interval(a, b, ddof=0), "divides by n, and not"),
-    ("interval", unpaired, "no pairs"),
-    ("interval", lambda a, b: interval(a, b)[1:], "Expected 3 results, found a tuple"),
+    ("interval", unpaired, "and not pairs"),
+    ("interval", lambda a, b: interval(a, b)[1:], "Expected 3 results, found ("),
     ("sign_flips", lambda d: sign_flips(d) / 2, "one side is counted"),
-    ("sign_flips", rounded, "numbers differ"),
+    ("sign_flips", lambda d: counted(d, operator.gt), "the data themselves"),
+    ("sign_flips", lambda d: counted(d, operator.ge), "but for their rounding"),
     ("holm", lambda p: [min(1, len(p) * x) for x in p], "Bonferroni"),
     ("holm", lambda p: sorted(holm(p)), "sorted"),
     (
