@@ -477,7 +477,7 @@ OURS, THEIRS = [53.1, 49.7, 55.2, 51.0, 54.4], [50.8, 50.3, 52.1, 50.5, 51.9]
 
 
 def judge_interval(answer):
-    """docs/results.md, "What all of them have in common"; the docstring of interval"""
+    """docs/results.md, "Differences are paired by seed"; the docstring of interval"""
     from scipy import stats
 
     d = np.subtract(OURS, THEIRS)
