@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib import font_manager
 from matplotlib.colors import PowerNorm
+from matplotlib.patches import Patch
 
 from common.train import atomic
 
@@ -107,6 +108,27 @@ def show_rows(axes, rows):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for axis, picture in zip(line, pictures, strict=False):
             axis.imshow(picture.cpu().numpy() if torch.is_tensor(picture) else picture)
+
+
+def show(rows, titles=None, legend=None):
+    """A figure of a notebook. rows {name: pictures or maps}, as many in each row.
+
+    titles {name of a row: what stands over each of its pictures}; legend {name: colour}.
+    """
+    n = len(next(iter(rows.values())))
+    size = (1.75 * n + 1, 1.75 * len(rows))
+    figure, axes = plt.subplots(len(rows), n, figsize=size, dpi=72, squeeze=False)
+    with plt.rc_context({"image.interpolation": "nearest"}):  # a pixel is a square, not a blur
+        show_rows(axes, rows.items())
+    for axis in axes.flat:  # a frame, because a light picture would run into the page
+        axis.spines[:].set(visible=True, color="silver")
+    for line, name in zip(axes, rows, strict=True):
+        for axis, title in zip(line, (titles or {}).get(name, []), strict=False):
+            axis.set_title(title, fontsize=10)
+    if legend:
+        patches = [Patch(color=colour, label=name) for name, colour in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
+    plt.show()
 
 
 def image_grid(path, title, rows, columns=()):
