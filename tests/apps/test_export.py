@@ -57,7 +57,7 @@ def turn_and_clear(path, turned, clear):
 
 def said_without_torch(at, faces):
     """{picture: (name, similarity)}, by the reader that docs/checkpoints.md shows."""
-    page = (ROOT / "docs/checkpoints.md").read_text()
+    page = (ROOT / "docs/checkpoints.md").read_text().partition("## ONNX, without torch")[2]
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
     (at / "who.py").write_text("import sys; sys.modules['torch'] = None\n" + code)
     said = python("who.py", "runs/a-lora/model.onnx", *faces, cwd=at, PYTHONPATH="")
