@@ -7,39 +7,30 @@ Writes: results/figures/step-light.png, step-dark.png
 """
 
 import torch
+from matplotlib.colors import ListedColormap
 from matplotlib.patches import FancyBboxPatch
 
 import mask as masking
-from apps import masks
-from common import evaluate, guidance, plots
+from common import evaluate, plots
 from common.checkpoints import load_mae
-from common.train import Parser, cli, seeded
-from data import read_view
-from ingest import toon
+from common.train import Parser, cli
 from kernels.patches import detail_weight, patch_detail
-from lab.front import INKS, RATIO, RUN
+from lab.front import INKS, RUN, drawing_of, hidden_by
 
-WHO = "mimi"
-SIZE = WIDTH, HEIGHT = 10, 4.35  # inches, as all places below
+WHO = "mimi", 2  # a character, and which of its drawings that no data set has
+WIDTH, HEIGHT = 10, 4.35  # inches, as all places below
 SIDE = 1.25  # of a picture
 X = 0.15, 1.85, 3.55, 5.2, 6.85, 8.55  # of the columns
 UPPER, LOWER = 2.55, 0.4  # of the two rows
-FLAT = 0.1  # --flat-weight
+FLAT = 0.1  # the default of --flat-weight
 
 
 def pictures_of(mae):
     """{what it shows: u8 (S, S, 3) or numbers (g, g)} of one drawing."""
     net, target = mae
-    S, p, g = net.config["image_size"], net.config["patch_size"], net.encoder.side
-    person = next(person for person in toon.cast() if person["name"] == WHO)
-    view = read_view(toon.draw(toon.unseen(person, 3)[2])["image"], S)
-    attention = {"attn": net.encoder.patch_attention(view, "pooler").mean(1)}
-    ((_, cells),) = guidance.as_pictures(attention).items()
-    K = masking.kept(g * g, RATIO)
-    priority = masking.attn_high(
-        attention, masking.gumbel_noise(1, g * g, seeded(1)), 1.0, g * g - K
-    )
-    ids_keep, ids_mask = masking.sample(priority, K)
+    p, g = net.config["patch_size"], net.encoder.side
+    view, attention, cells = drawing_of(net, *WHO)
+    ids_keep, ids_mask = hidden_by(masking.attn_high, attention)
     predicted, where = evaluate.filled_in(net, target, view, ids_keep, ids_mask)
     weight = torch.full((1, g * g), torch.nan)  # of seen patches: none
     weight.scatter_(1, ids_mask, detail_weight(patch_detail(view, ids_mask, p), FLAT))
@@ -49,12 +40,12 @@ def pictures_of(mae):
         "tokens": torch.zeros(g * g).scatter(0, ids_keep[0], 1.0).view(g, g),
         "predicted": torch.where(where[..., None], predicted, evaluate.GRAY)[0],
         "weight": weight.view(g, g),
-        "attention": masks.coloured(cells)[0],
+        "attention": cells,
     }
 
 
 def draw(path, shown, config, ink, paper):
-    figure = plots.plt.figure(figsize=SIZE, layout="none", facecolor=paper)
+    figure = plots.plt.figure(figsize=(WIDTH, HEIGHT), layout="none", facecolor=paper)
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))
     page.axis("off")
     arrow = {"arrowstyle": "-|>", "color": ink, "lw": 1.2}
@@ -84,6 +75,11 @@ def draw(path, shown, config, ink, paper):
     def along(row, first, last):
         line((X[first] + SIDE + 0.03, row + SIDE / 2), (X[last] - 0.03, row + SIDE / 2))
 
+    def between(column, down, **style):
+        x = X[column] + SIDE / 2
+        ends = (x, UPPER - 0.04), (x, LOWER + SIDE + 0.04)
+        line(*(ends if down else ends[::-1]), **style)
+
     def below(column, text):
         words(X[column] + SIDE / 2, LOWER - 0.05, text, va="top")
 
@@ -91,7 +87,7 @@ def draw(path, shown, config, ink, paper):
     picture(1, UPPER, "seen", "a quarter of its\npatches is visible")
     size = f"{config['depth']} blocks,\n{config['dim']} wide"
     box(2, UPPER, "encoder", f"{size};\nreads only the\npatches it sees", plots.BLUE)
-    two = plots.plt.matplotlib.colors.ListedColormap(["#9A9A9A", plots.BLUE])
+    two = ListedColormap(["#9A9A9A", plots.BLUE])
     picture(3, UPPER, "tokens", "its tokens, and mask\ntokens in their places", cmap=two)
     size = f"{config['decoder_depth']} blocks,\n{config['decoder_dim']} wide"
     box(4, UPPER, "decoder", f"{size};\ndiscarded after\npre-training", plots.BLUE)
@@ -103,26 +99,19 @@ def draw(path, shown, config, ink, paper):
     picture(1, LOWER, "attention", "")
     below(1, "its attention")
     middle = (UPPER + LOWER + SIDE) / 2
-    words(
-        X[1] + SIDE / 2 + 0.1,
-        middle,
-        "attention and noise\nchoose what to hide",
-        ha="left",
-        va="center",
-    )
+    left = {"ha": "left", "va": "center"}
+    words(X[1] + SIDE / 2 + 0.1, middle, "attention and noise\nchoose what to hide", **left)
     box(4, LOWER, "loss", "squared error of\nhidden patches,\na weighted mean", "#B5562A")
     picture(5, LOWER, "weight", "", cmap="viridis")
     below(5, "weight of hidden patches:\nflat colour counts less")
-    foot = UPPER - 0.04
-    line((X[0] + SIDE / 2, foot), (X[0] + SIDE / 2, LOWER + SIDE + 0.04))
+    between(0, down=True)
     along(LOWER, 0, 1)
-    line((X[1] + SIDE / 2, LOWER + SIDE + 0.04), (X[1] + SIDE / 2, foot))
-    line((X[5] + SIDE / 2, foot), (X[5] + SIDE / 2, LOWER + SIDE + 0.04))
+    between(1, down=False)
+    between(5, down=True)
     line((X[5] - 0.03, LOWER + SIDE / 2), (X[4] + SIDE + 0.05, LOWER + SIDE / 2))
-    up = X[4] + SIDE / 2
-    line((up, LOWER + SIDE + 0.04), (up, foot), linestyle="--")
+    between(4, down=False, linestyle="--")
     back = {"connectionstyle": "arc3,rad=0.15", "linestyle": "--"}
-    line((X[4], LOWER + SIDE - 0.1), (X[2] + SIDE - 0.2, foot), **back)
+    line((X[4], LOWER + SIDE - 0.1), (X[2] + SIDE - 0.2, UPPER - 0.04), **back)
     words(X[3] + 1.15, middle + 0.08, "gradients", fontsize=8, style="italic")
     plots.save(figure, path)
 

@@ -31,21 +31,34 @@ SIZE = 9, 3.5  # inches
 INKS = {"light": (plots.INK, "white"), "dark": ("#E6EDF3", "#0D1117")}  # the two pages of GitHub
 
 
-def row_of(mae, person, which):
-    """A drawing, and under both masks what is visible and what is predicted: six pictures."""
-    net, target = mae
-    S, p, g = net.config["image_size"], net.config["patch_size"], net.encoder.side
-    view = read_view(toon.draw(toon.unseen(person, which + 1)[which])["image"], S)
+def drawing_of(net, name, which):
+    """A drawing that no data set has -> its view u8 (1, S, S, 3), what the pooler attends to, a picture of that."""
+    person = next(person for person in toon.cast() if person["name"] == name)
+    drawn = toon.draw(toon.unseen(person, which + 1)[which])
+    view = read_view(drawn["image"], net.config["image_size"])
     attention = {"attn": net.encoder.patch_attention(view, "pooler").mean(1)}
     ((_, cells),) = guidance.as_pictures(attention).items()
-    K = masking.kept(g * g, RATIO)
-    noise = masking.gumbel_noise(1, g * g, seeded(1))
+    return view, attention, masks.coloured(cells)[0]
+
+
+def hidden_by(strategy, attention):
+    """-> ids_keep (1, K) and ids_mask (1, M), with the same noise each time."""
+    N = attention["attn"].shape[1]
+    K = masking.kept(N, RATIO)
+    noise = masking.gumbel_noise(1, N, seeded(1))
+    return masking.sample(strategy(attention, noise, 1.0, N - K), K)
+
+
+def row_of(mae, name, which):
+    """A drawing, and under both masks what is visible and what is predicted: six pictures."""
+    net, target = mae
+    view, attention, cells = drawing_of(net, name, which)
     row = [view[0]]
     for strategy in (masking.random, masking.attn_high):
-        ids_keep, ids_mask = masking.sample(strategy(attention, noise, 1.0, g * g - K), K)
+        ids_keep, ids_mask = hidden_by(strategy, attention)
         predicted, _ = evaluate.filled_in(net, target, view, ids_keep, ids_mask)
-        row += [evaluate.hide(view, ids_mask, p)[0], predicted[0]]
-    return [*row[:3], masks.coloured(cells)[0], *row[3:]]
+        row += [evaluate.hide(view, ids_mask, net.config["patch_size"])[0], predicted[0]]
+    return [*row[:3], cells, *row[3:]]
 
 
 def draw(path, rows):
@@ -59,8 +72,7 @@ def draw(path, rows):
 def main():
     Parser(__doc__).parse_args()
     mae = load_mae(RUN)
-    cast = {person["name"]: person for person in toon.cast()}
-    rows = [("", row_of(mae, cast[name], which)) for name, which in SHOWN.items()]
+    rows = [("", row_of(mae, name, which)) for name, which in SHOWN.items()]
     for name, (ink, paper) in INKS.items():
         colours = {"axes.titlecolor": ink, "axes.facecolor": paper, "savefig.facecolor": paper}
         with plots.plt.rc_context(colours):
