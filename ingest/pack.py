@@ -70,6 +70,7 @@ CROPS = {"centre": {}, "figure": {"margin": 0.1}}
 LARGE = 256  # of packed pages
 DEDUPE = ("group", "drop", "keep", "off")
 AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
+AS_GIVEN += ("min_importance",)
 EACH = 10  # pictures of a row of --show
 UNKNOWN = "unknown"  # the file of pictures that show nobody who should be known
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8
@@ -231,6 +232,7 @@ def flags_without_effect(flags, records):
         ("layout", name is None),
         ("names", reader is files.open_zip),
         ("min_per_class", not flags.detect),
+        ("min_importance", is_toon or has_crop),
         ("split", deals),
         ("seed", deals or "dev" in flags.given or is_drawn),
         ("dev", "dev" not in splits),

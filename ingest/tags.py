@@ -121,14 +121,12 @@ def is_emoticon(tag):
     return bool(drawn) and not re.search("[a-z0-9]{2}", tag.lower())
 
 
-def importance(lists):
-    """Tags of pictures -> {tag: how much it tells} by TF-IDF: (sum of 1/k) * log(C/c).
+def importance(sets, count):
+    """How much each tag tells, by TF-IDF: (sum of 1/k) * log(C/c), {tag: number}.
 
-    C pictures have tags, and c of them this one, with k tags each (Yi et al. 2023, equation 1). A tag
-    of every picture tells nothing.
+    sets: the tags of each of C pictures; c = count[tag] of these have a tag, beside others so that k are
+    there (Yi et al. 2023, equation 1). A tag of every picture tells nothing.
     """
-    sets = [set(some) for some in lists]
-    count = Counter(chain.from_iterable(sets))
     shares = dict.fromkeys(count, 0.0)
     for tags in sets:
         for tag in tags:
@@ -141,9 +139,9 @@ def vocabulary(records, least=0):
 
     least: tags whose importance is smaller are left out; the paper's is .2.
     """
-    lists = [r.tags for r in records if r.split == "train" and r.tags]
-    count = Counter(chain.from_iterable(map(set, lists)))
-    tells = importance(lists)
+    sets = [set(r.tags) for r in records if r.split == "train" and r.tags]
+    count = Counter(chain.from_iterable(sets))
+    tells = importance(sets, count)
     gone = {
         "no names": [t for t in count if not is_name(t)],
         "emoticons": [t for t in count if is_emoticon(t)],

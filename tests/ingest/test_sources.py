@@ -14,6 +14,7 @@ import types
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -926,7 +927,7 @@ def test_words_that_say_nothing_are_left_out():
 
 def test_a_tag_of_every_picture_tells_nothing():
     lists = [("girl", "hat"), ("girl",), ("girl", "hat", "bow", "tea"), ("girl", "bow")]
-    found = tags.importance(lists)
+    found = tags.importance([*map(set, lists)], Counter(sum(lists, ())))
     assert found["girl"] == 0 and found["tea"] == pytest.approx(0.25 * math.log(4))
     assert found["hat"] == pytest.approx((1 / 2 + 1 / 4) * math.log(2))
     assert tags.vocabulary(tagged(*lists), 0.2)[0] == ["bow", "hat"]
