@@ -365,17 +365,18 @@ def learn_all(words):
     every, classes = open_all(flags.data)
     finetune_lora.settle_steps(flags, len(every.index))
     check_begun(flags, home)
+    after = f"next: python -m apps.sort {quoted(out)} FOLDER --out SORTED"
     if (out / f"metrics-{BY_FOLDS}.json").exists():
-        words = f"python -m apps.sort {quoted(out)} FOLDER --out SORTED"
-        return print(f"run      {out} is finished; next: {words}")
+        return print(f"run      {out} is finished; {after}")
     sets = every, None, None
     own = copy.deepcopy(encoder)  # the folds begin with the encoder as it is
     whole = finetune_lora.build_task(flags, own, sets, classes, device, autocast)
     sizes = whole.sizes()
+    names = every.split["header"]["classes"]
     print(
         f"{machine}\n"
-        f"data     {flags.data}: {sizes.sum()} pictures of {len(classes)} characters, of each at "
-        f"least {sizes.min()}\n"
+        f"data     {flags.data}: {sizes.sum()} pictures of {len(classes)} of {len(names)} characters, "
+        f"at least {sizes.min()} of each\n"
         f"run      {out}: {flags.method} of {flags.encoder}"
     )
 
@@ -402,6 +403,6 @@ def learn_all(words):
     finetune_lora.write_results(flags, whole, run, epoch, scores)
     print("\n".join(promised(row)))
     print(f"wrote    {out}/; more numbers are in {out / PROMISE}")
-    print(f"next: python -m apps.sort {quoted(out)} FOLDER --out SORTED")
+    print(after)
     for path in home.glob("*/state.pt"):  # it would go on as a run that holds pictures back
         path.unlink()

@@ -187,8 +187,10 @@ def main():
     title = f"What masks hide {when}, {args.ratio:.0%} of the patches: {folder.name}"
     draw_sheet(args.out, title, view, side, maps, strategies, scores, args.ratio, args.t)
     print(f"wrote {args.out}: {len(view)} images of {folder}, cut into {side} x {side} patches")
-    words = ["--data", args.data] if "data" in args.given else []
-    print(f"next: python pretrain.py {train.quoted(*words, '--mask', next(iter(strategies)))}")
+    words = ["--mask", next(iter(strategies))]
+    for name in sorted(args.given & {"data", "ratio"}):
+        words += [f"--{name}", str(getattr(args, name))]
+    print(f"next: python pretrain.py {train.quoted(*words)}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ HEADS = {
 MARGINS = ("arcface", "cosface", "curricularface")  # the heads that are a MarginHead
 HEAD_POOLS = ("mean", "cls")  # of POOLS: those of width D
 HIDDEN = 512  # width of the one hidden layer of mlp
-REMEDY = "apps.learn or finetune_lora.py makes it; if it was stopped, give its command again"
+REMEDY = (
+    "python -m apps.learn or finetune_lora.py makes it; if it was stopped, give its command again"
+)
 
 
 class MarginHead(nn.Module):
