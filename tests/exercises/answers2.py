@@ -40,15 +40,20 @@ def half_kernel(x, out, n, BLOCK: constexpr):
 
 
 @jit
+def bytes_of(picture, place, lane, g, p):
+    row = place // g * p + lane // (3 * p)
+    byte = picture + row * g * p * 3 + place % g * p * 3 + lane % (3 * p)
+    return tl.load(byte, mask=lane < p * p * 3).to(tl.float32)
+
+
+@jit
 def patch_kernel(picture, ids, scale, shift, out, g, p, BLOCK: constexpr):
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     mask = lane < p * p * 3
-    place = tl.load(ids + k)
-    row = place // g * p + lane // (3 * p)
-    byte = tl.load(picture + row * g * p * 3 + place % g * p * 3 + lane % (3 * p), mask=mask)
     c = lane % 3
-    x = byte.to(tl.float32) * tl.load(scale + c) + tl.load(shift + c)
+    x = bytes_of(picture, tl.load(ids + k), lane, g, p)
+    x = x * tl.load(scale + c) + tl.load(shift + c)
     tl.store(out + k * p * p * 3 + lane, x, mask=mask)
 
 
@@ -92,12 +97,8 @@ def half_without_a_mask(x, out, n, BLOCK: constexpr):
 def patch_without_a_mask(picture, ids, scale, shift, out, g, p, BLOCK: constexpr):
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    place = tl.load(ids + k)
-    row = place // g * p + lane // (3 * p)
-    byte = tl.load(
-        picture + row * g * p * 3 + place % g * p * 3 + lane % (3 * p), mask=lane < p * p * 3
-    )
-    x = byte.to(tl.float32) * tl.load(scale + lane % 3) + tl.load(shift + lane % 3)
+    x = bytes_of(picture, tl.load(ids + k), lane, g, p)
+    x = x * tl.load(scale + lane % 3) + tl.load(shift + lane % 3)
     tl.store(out + k * p * p * 3 + lane, x, mask=k * p * p * 3 + lane < 4 * p * p * 3)
 
 
@@ -106,11 +107,9 @@ def patch_of_thirds(picture, ids, scale, shift, out, g, p, BLOCK: constexpr):
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     mask = lane < p * p * 3
-    place = tl.load(ids + k)
-    row = place // g * p + lane // (3 * p)
-    byte = tl.load(picture + row * g * p * 3 + place % g * p * 3 + lane % (3 * p), mask=mask)
     c = lane // (p * p)
-    x = byte.to(tl.float32) * tl.load(scale + c, mask=mask) + tl.load(shift + c, mask=mask)
+    x = bytes_of(picture, tl.load(ids + k), lane, g, p)
+    x = x * tl.load(scale + c, mask=mask) + tl.load(shift + c, mask=mask)
     tl.store(out + k * p * p * 3 + lane, x, mask=mask)
 
 
