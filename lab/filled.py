@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 
 import data
 from common import plots
 from common.checkpoints import flags_of, load_mae
+from common.door import require
 from common.evaluate import EVAL_IMAGES, filled_in, hide, masked_views, neighbours_in
 from common.features import results_folder
 from common.locks import reserve
@@ -43,6 +43,8 @@ def squared_errors(view, filled, ids, patch):
 
 def similarity(view, filled, ids, patch):
     """SSIM of each patch, as squared_errors."""
+    from skimage.metrics import structural_similarity
+
     maps = [
         structural_similarity(a.numpy(), b.numpy(), channel_axis=2, full=True)[1]
         for a, b in zip(view.cpu(), filled.cpu(), strict=True)
@@ -110,6 +112,7 @@ def main():
     add("--split", default="val", choices=["val", "dev", "test"], help="of --data")
     add("--out", type=Path, metavar="DIR", help="of the results (default: the run)")
     args = parser.parse_args()
+    require("segment", "skimage")
     model, header = load_mae(args.run)
     folder = Path(data.open_or_pack(args.data or flags_of(args.run)["data"]))
     out = args.out or results_folder(args.run, folder, args.split)
