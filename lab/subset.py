@@ -9,6 +9,7 @@ Writes: OUT/{train,dev,val,test}.safetensors; with --folders the pictures of tra
 
 --characters: the others leave every split. --pictures: of train and dev so many of each character
 stay; val and test stay whole. The smaller of two subsets of one --draw is a part of the larger.
+--choose: a whole dev is its val, so that a choice is judged by many pictures, and not by those of val.
 """
 
 import hashlib
@@ -79,6 +80,7 @@ def parse_args():
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--characters", type=at_least(2), metavar="N", help="how many stay (default: all)")
     add("--pictures", type=at_least(2), metavar="N", help="of each in train and in dev, at most")
+    add("--choose", action="store_true", help="val is the dev of DIR, whole; there is no test")
     add("--folders", action="store_true", help="write pictures, as somebody collects them")
     add("--draw", type=at_least(0), default=0, metavar="N", help="which ones stay")
     return parser.parse_args()
@@ -95,10 +97,15 @@ def main():
         raise UserError(f"--characters {args.characters}: {args.data} has {len(names)}")
     chosen = sorted(names, key=lambda name: order_of(name, args.draw))[: args.characters]
     classes = [name for name in names if name in chosen]
+    sources = {name: name for name in ORDER}
+    if args.choose:
+        sources = {"train": "train", "dev": "dev", "val": "dev"}
+    if args.folders:
+        sources = {"train": "train"}
     with aside(args.out) as folder:
         folder.mkdir()
-        for name in ("train",) if args.folders else ORDER:
-            path = args.data / f"{name}.safetensors"
+        for name, source in sources.items():
+            path = args.data / f"{source}.safetensors"
             if not path.exists():
                 continue
             pictures = args.pictures if name in THINNED else None
@@ -106,7 +113,7 @@ def main():
             if args.folders:
                 save_pictures(tensors, header, folder)
             else:
-                save_safetensors(tensors, folder / path.name, header)
+                save_safetensors(tensors, folder / f"{name}.safetensors", header | {"split": name})
             print(f"{args.out}, {name}: {len(tensors['labels']):,} images")
     print(f"{len(classes)} of {len(names)} characters: {', '.join(classes)}")
 

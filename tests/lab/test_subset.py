@@ -1,6 +1,7 @@
 """lab.subset and pages: a smaller set is a part of the larger; a box holds one person."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def test_few_pictures_are_among_the_more_and_test_stays_whole(small, tmp_path):
     assert sets["few"]["train"]["labels"].bincount().tolist() == [3, 3, 3]
     assert len(more) == 18 and few.items() < more.items() and few.keys() != other.keys()
     assert pictures_of(sets["few"]["test"]) == pictures_of(data.open_split(small, "test"))
+
+
+def test_a_choice_is_judged_by_the_whole_dev(small, tmp_path):
+    shutil.copytree(small, tmp_path / "with-dev")
+    shutil.copy(small / "test.safetensors", tmp_path / "with-dev/dev.safetensors")
+    found = subset(tmp_path / "with-dev", tmp_path, "choice", "--pictures", 2, "--choose")
+    assert found.keys() == {"train", "dev", "val"} and found["val"]["header"]["split"] == "val"
+    assert pictures_of(found["val"]) == pictures_of(data.open_split(small, "test"))
+    assert found["dev"]["labels"].bincount().tolist() == [2, 2, 2]
 
 
 def test_a_label_is_no_path(tmp_path):
