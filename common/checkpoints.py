@@ -26,6 +26,7 @@ from model import MAE, ViT, pooler_of
 
 POSITIONS = ("encoder.pos_embed", "decoder.decoder_pos_embed")  # of a square grid of patches
 POOLER, STATS_HEAD = "encoder.pooler.", "decoder.stats_head."  # parts that no public checkpoint has
+QUERIES = f"{POOLER}query_token"  # (heads, d): how many queries a run's pooler has
 
 
 # ---- a run's files -------------------------------------------------------------------------------
@@ -138,8 +139,8 @@ def load_encoder(path, image_size=None, pooler=False):
     weights, config, _ = read_network(path)
     weights, config = at_size(weights, config, image_size)
     encoder = ViT(**{name: value for name, value in config.items() if not is_decoder(name)})
-    if pooler and any(name.startswith(POOLER) for name in weights):
-        encoder.pooler = pooler_of(encoder)
+    if pooler and QUERIES in weights:
+        encoder.pooler = pooler_of(encoder, len(weights[QUERIES]))
     own = {k.removeprefix("encoder."): w for k, w in weights.items() if k.startswith("encoder.")}
     if encoder.pooler is None:
         own = {name: w for name, w in own.items() if not name.startswith("pooler.")}
@@ -162,8 +163,8 @@ def load_mae(path, image_size=None):
     if "decoder_depth" not in config:
         raise UserError(f"{path} has no decoder, as SimMIM has none; give a run without simmim=1")
     model = MAE(**config)
-    if any(name.startswith(POOLER) for name in weights):
-        model.encoder.pooler = pooler_of(model.encoder)
+    if QUERIES in weights:
+        model.encoder.pooler = pooler_of(model.encoder, len(weights[QUERIES]))
     # A public MAE has no stats_head. Ours is zero at first, and then corrects nothing.
     new = {k: w for k, w in model.state_dict().items() if k.startswith(STATS_HEAD)}
     model.load_state_dict(new | weights)

@@ -6,9 +6,9 @@ Reads:  runs/NAME/model.safetensors, datasets/NAME with true masks
 Writes: runs/NAME/map_quality.json and map_quality.png, which shows the maps beside the truth; of
         other data than the run's, or of another split than val, in runs/NAME/DATANAME-SPLIT/
 
-Saliency: AUC of patches, mean over images. Attention: AUC, and its share on the background over the
-background's area (`background`; 1 is no preference). Parts: adjusted Rand index over patches of the
-true foreground, beside k-means on what has learned nothing.
+Saliency: AUC of patches, mean over images. Attention: AUC, and its share on each part over the
+part's area (1 is no preference). Masks: how often attn_high hides a patch of each part. Parts:
+adjusted Rand index over patches of the true foreground, beside k-means on what has learned nothing.
 """
 
 import contextlib
@@ -19,15 +19,17 @@ import torch
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 import data
+import mask as masking
 from apps import maps, masks
-from common import guidance, plots
+from common import evaluate, guidance, plots
 from common.checkpoints import load_teacher
 from common.features import results_folder, untrained_like
 from common.locks import reserve
-from common.train import Parser, UserError, cli, command, commit, machine, save_json
+from common.train import Parser, UserError, cli, command, commit, machine, save_json, seeded
 
 CPU = torch.device("cpu")
 SHOWN = 10  # pictures of the sheet
+DRAWS = 20  # masks of each picture
 
 # ---- measuring: images u8 (n, S, S, 3), true foreground (n, S, S) in [0, 1] ----------------------
 
@@ -55,19 +57,43 @@ def measure_foreground(images, true, side):
     return [{"map": "coarse", "auc": auc}]
 
 
-def measure_attention(images, true, encoder):
-    """A row of AUC and of what falls on the background for each kind of attention."""
+def measure_attention(images, parts, names, encoder):
+    """Rows of AUC and of what falls on each part, for each kind of attention, and of what its mask hides."""
     rows = []
-    share = maps.to_patches(true, encoder.side)
+    kinds = range(len(names))
+    share = [maps.to_patches(parts == k, encoder.side) for k in kinds]
+    share = torch.stack(share, 2)  # (n, N, parts)
+    area = share.sum((0, 1))
     every = torch.arange(len(images))
-    kinds = [x for x in guidance.ATTENTION if x != "pooler" or encoder.pooler is not None]
-    for kind in kinds:
+    for kind in guidance.ATTENTION:
+        if kind == "pooler" and encoder.pooler is None:
+            continue
         found = guidance.attention(encoder, images.numpy(), every, kind, contextlib.nullcontext)
         score = torch.cat([x for _, x in found])
-        mass = ((1 - share) * score / score.sum(1, keepdim=True)).sum() / (1 - share).mean(1).sum()
-        auc = mean_auc(score, share > 0.5)
-        rows.append({"map": f"attention, {kind}", "auc": auc, "background": mass})
+        mass = score.shape[1] * score / score.sum(1, keepdim=True)  # 1 is the mean of a picture
+        auc = mean_auc(score, share[..., 0] < 0.5)
+        for name, weight in (
+            ("attention", mass),
+            ("hidden by attn_high,", how_often_hidden(score)),
+        ):
+            on = torch.einsum("bn,bnp->p", weight, share) / area
+            row = {"map": f"{name} {kind}"} | dict(zip(names, on, strict=True))
+            rows.append(row | ({"auc": auc} if name == "attention" else {}))
     return rows
+
+
+def how_often_hidden(attention):
+    """attention (n, N) -> in which share of DRAWS masks of attn_high each patch is hidden, (n, N)."""
+    N = attention.shape[1]
+    K = masking.kept(N, evaluate.EVAL_RATIO)
+    generator = seeded(0)
+    times = torch.zeros_like(attention)
+    for _ in range(DRAWS):
+        noise = masking.gumbel_noise(*attention.shape, generator)
+        priority = masking.attn_high({"attn": attention}, noise, t=1.0, hidden=N - K)
+        _, ids_mask = masking.sample(priority, K)
+        times += torch.zeros_like(times).scatter(1, ids_mask, 1.0)
+    return times / DRAWS
 
 
 def main_part(parts, side):
@@ -133,13 +159,13 @@ def draw(path, truth, encoder, K=6):
 
 
 def true_set(folder, split):
-    """-> images, foreground in [0, 1], parts of a packed set that knows its own truth."""
+    """-> images, foreground in [0, 1], parts and their names of a packed set that knows its own truth."""
     packed = data.open_split(folder, split)
     if missing := [name for name in ("fg", "parts") if name not in packed]:
         fix = "python data.py toon --out datasets/toon draws a set that has"
         raise UserError(f"{folder} has no true {' and '.join(missing)} to measure against; {fix}")
     images, fg, parts = (torch.from_numpy(np.array(packed[k])) for k in ("images", "fg", "parts"))
-    return images, fg / 255, parts
+    return images, fg / 255, parts, packed["header"]["parts"]
 
 
 def main():
@@ -154,9 +180,9 @@ def main():
     out = results_folder(args.run, folder, args.split) / "map_quality.json"
     sheet = out.with_suffix(".png")
     reserve([out, sheet], fix="move it away")
-    truth = true_set(folder, args.split)
+    *truth, names = true_set(folder, args.split)
     rows = measure_foreground(*truth[:2], encoder.side)
-    rows += measure_attention(*truth[:2], encoder)
+    rows += measure_attention(truth[0], truth[2], names, encoder)
     for K in (6, 12):
         rows += measure_parts(truth, encoder, K)
     rows = [{k: x if k == "map" else round(float(x), 4) for k, x in row.items()} for row in rows]

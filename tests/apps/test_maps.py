@@ -157,13 +157,19 @@ def test_measures_of_maps_are_what_their_names_say():
     parts = torch.zeros(1, 4, 4, dtype=torch.uint8)
     parts[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])
     assert map_quality.main_part(parts, 2).tolist() == [[1, 0, 0, 0]]
+    attention = torch.ones(500, 16)
+    assert map_quality.how_often_hidden(attention).mean(0).allclose(torch.tensor(0.75), atol=0.03)
+    attention[:, 3] = 9.0  # four deviations above the others
+    often = map_quality.how_often_hidden(attention).mean(0)
+    assert often[3] > 0.93 and often.sum().allclose(torch.tensor(12.0))
 
 
 def test_the_command_writes_scores_in_their_range_to_one_file(at, monkeypatch):
     drawn = [toon.draw(item, 32) for item in toon.plan(n=4, characters=2)]
     planes = (np.stack([d[name] for d in drawn]) for name in ("image", "fg", "parts"))
     images, fg, parts = map(torch.from_numpy, planes)
-    monkeypatch.setattr(map_quality, "true_set", lambda folder, split: (images, fg / 255, parts))
+    truth = images, fg / 255, parts, toon.PARTS
+    monkeypatch.setattr(map_quality, "true_set", lambda folder, split: truth)
     words = "lab.map_quality runs/a --data datasets/packed"
     run_line(words, at, check=0)
     (file,) = (at / "runs/a").rglob("map_quality.json")
@@ -171,4 +177,5 @@ def test_the_command_writes_scores_in_their_range_to_one_file(at, monkeypatch):
     assert found["images"] == 4 and found["rows"][0]["map"] == "coarse"
     for row in found["rows"]:
         assert 0 <= row.get("auc", 0) <= 1 and -0.5 <= row.get("ari", 0) <= 1
+        assert "hidden" not in row["map"] or 0 <= row["hair"] <= 1
     assert "is there already" in refused(run_line(words, at))
