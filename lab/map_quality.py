@@ -72,13 +72,12 @@ def measure_attention(images, parts, names, encoder):
         score = torch.cat([x for _, x in found])
         mass = score.shape[1] * score / score.sum(1, keepdim=True)  # 1 is the mean of a picture
         auc = mean_auc(score, share[..., 0] < 0.5)
-        for name, weight in (
-            ("attention", mass),
-            ("hidden by attn_high,", how_often_hidden(score)),
-        ):
-            on = torch.einsum("bn,bnp->p", weight, share) / area
-            row = {"map": f"{name} {kind}"} | dict(zip(names, on, strict=True))
-            rows.append(row | ({"auc": auc} if name == "attention" else {}))
+        by_part = [
+            torch.einsum("bn,bnp->p", x, share) / area for x in (mass, how_often_hidden(score))
+        ]
+        looked, hidden = (dict(zip(names, x, strict=True)) for x in by_part)
+        rows.append({"map": f"attention, {kind}", "auc": auc} | looked)
+        rows.append({"map": f"hidden by attn_high, {kind}"} | hidden)
     return rows
 
 

@@ -92,6 +92,8 @@ def main():
     train = data.open_split(args.data, "train")
     if not data.has_labels(train):
         raise UserError(f"{args.data} has no labels, or one character; choose another set")
+    if args.choose and not (args.data / "dev.safetensors").exists():
+        raise UserError(f"--choose: {args.data} has no dev; pack it with --dev 0.1")
     names = train["header"]["classes"]
     if args.characters and args.characters > len(names):
         raise UserError(f"--characters {args.characters}: {args.data} has {len(names)}")

@@ -41,6 +41,8 @@ def test_few_pictures_are_among_the_more_and_test_stays_whole(small, tmp_path):
 
 
 def test_a_choice_is_judged_by_the_whole_dev(small, tmp_path):
+    words = ["lab.subset", small, "--choose", "--out", tmp_path / "none"]
+    assert "has no dev; pack it with --dev" in call(*words, cwd=tmp_path, check=2).stderr
     shutil.copytree(small, tmp_path / "with-dev")
     shutil.copy(small / "test.safetensors", tmp_path / "with-dev/dev.safetensors")
     found = subset(tmp_path / "with-dev", tmp_path, "choice", "--pictures", 2, "--choose")
