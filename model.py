@@ -204,7 +204,7 @@ class Pooler(nn.Module):
 def pooler_of(encoder, heads=None):
     """A new pooler that fits an encoder; heads: those of weights that are there."""
     # A query settles on one kind of patch, and chance decides on which. With the three heads of `nano`, the
-    # attention to eyes depended on the seed. Narrow queries cost no more, and the mean of many is much the
+    # attention to eyes depended on the seed. Narrow queries cost hardly more, and the mean of many is much the
     # same in every run (results/TRIED.md).
     dim = encoder.config["dim"]
     return Pooler(dim, heads or dim // math.gcd(dim, QUERY))

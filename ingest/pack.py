@@ -69,8 +69,8 @@ TOON_SHARES = (0.7, 0.15, 0.15)  # the demo set has small classes
 CROPS = {"centre": {}, "figure": {"margin": 0.1}}
 LARGE = 256  # of packed pages
 DEDUPE = ("group", "drop", "keep", "off")
-AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class")  # flags in the header
-AS_GIVEN += ("min_importance",)
+# Flags that stand in the header.
+AS_GIVEN = ("dev", "test", "tail", "group_by", "dedupe", "min_per_class", "min_importance")
 EACH = 10  # pictures of a row of --show
 UNKNOWN = "unknown"  # the file of pictures that show nobody who should be known
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32"}  # others are U8

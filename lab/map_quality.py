@@ -21,11 +21,12 @@ from sklearn.metrics import adjusted_rand_score, roc_auc_score
 import data
 import mask as masking
 from apps import maps, masks
-from common import evaluate, guidance, plots
+from common import guidance, plots
 from common.checkpoints import load_teacher
+from common.evaluate import EVAL_RATIO
 from common.features import results_folder, untrained_like
 from common.locks import reserve
-from common.train import Parser, UserError, cli, command, commit, machine, save_json, seeded
+from common.train import Parser, UserError, cli, command, commit, machine, save_json
 
 CPU = torch.device("cpu")
 SHOWN = 10  # pictures of the sheet
@@ -60,9 +61,7 @@ def measure_foreground(images, true, side):
 def measure_attention(images, parts, names, encoder):
     """Rows of AUC and of what falls on each part, for each kind of attention, and of what its mask hides."""
     rows = []
-    kinds = range(len(names))
-    share = [maps.to_patches(parts == k, encoder.side) for k in kinds]
-    share = torch.stack(share, 2)  # (n, N, parts)
+    share = shares_of(parts, len(names), encoder.side)  # (n, N, parts)
     area = share.sum((0, 1))
     every = torch.arange(len(images))
     for kind in guidance.ATTENTION:
@@ -72,9 +71,8 @@ def measure_attention(images, parts, names, encoder):
         score = torch.cat([x for _, x in found])
         mass = score.shape[1] * score / score.sum(1, keepdim=True)  # 1 is the mean of a picture
         auc = mean_auc(score, share[..., 0] < 0.5)
-        by_part = [
-            torch.einsum("bn,bnp->p", x, share) / area for x in (mass, how_often_hidden(score))
-        ]
+        often = how_often_hidden(score)
+        by_part = [torch.einsum("bn,bnp->p", x, share) / area for x in (mass, often)]
         looked, hidden = (dict(zip(names, x, strict=True)) for x in by_part)
         rows.append({"map": f"attention, {kind}", "auc": auc} | looked)
         rows.append({"map": f"hidden by attn_high, {kind}"} | hidden)
@@ -83,22 +81,20 @@ def measure_attention(images, parts, names, encoder):
 
 def how_often_hidden(attention):
     """attention (n, N) -> in which share of DRAWS masks of attn_high each patch is hidden, (n, N)."""
-    N = attention.shape[1]
-    K = masking.kept(N, evaluate.EVAL_RATIO)
-    generator = seeded(0)
-    times = torch.zeros_like(attention)
-    for _ in range(DRAWS):
-        noise = masking.gumbel_noise(*attention.shape, generator)
-        priority = masking.attn_high({"attn": attention}, noise, t=1.0, hidden=N - K)
-        _, ids_mask = masking.sample(priority, K)
-        times += torch.zeros_like(times).scatter(1, ids_mask, 1.0)
-    return times / DRAWS
+    n, N = attention.shape
+    scores = {"attn": attention.repeat(DRAWS, 1)}
+    hidden = masks.hidden_by(masking.attn_high, scores, DRAWS * n, N, EVAL_RATIO)
+    return hidden.view(DRAWS, n, N).float().mean(0)
+
+
+def shares_of(parts, count, side):
+    """True parts u8 (n, S, S) -> the share of each in each patch, (n, N, count)."""
+    return torch.stack([maps.to_patches(parts == k, side) for k in range(count)], 2)
 
 
 def main_part(parts, side):
     """True parts u8 (n, S, S) -> the one that covers most of each patch, i64 (n, N)."""
-    kinds = range(int(parts.max()) + 1)
-    return torch.stack([maps.to_patches(parts == k, side) for k in kinds], 2).argmax(2)
+    return shares_of(parts, int(parts.max()) + 1, side).argmax(2)
 
 
 def inputs_of_parts(truth, encoder):
